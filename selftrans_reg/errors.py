@@ -1,0 +1,69 @@
+"""Every exception that the library raises on purpose.
+
+Each class is also the builtin that fits, so ``except ValueError`` keeps working; ``SelfTransError`` catches them all.
+A message says what was wrong, what was found, and what to do.
+"""
+
+
+class SelfTransError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class SettingError(SelfTransError, ValueError):
+    """A setting that makes no sense: a weight, window, guidance scale, name of a choice."""
+
+
+class LayerNotFoundError(SelfTransError, LookupError):
+    """A layer name that the model does not have."""
+
+
+class RecipeNotFoundError(SelfTransError, LookupError):
+    """A recipe name that is not known."""
+
+
+class CaptureError(SelfTransError, RuntimeError):
+    """What the hooks saw is not what the call needs: no forward, several, or a layer that did not run."""
+
+
+class GradientError(SelfTransError, RuntimeError):
+    """The captured features carry no gradient back to the student."""
+
+
+class OutputError(SelfTransError, TypeError):
+    """A layer's output that is not one tensor of tokens, and no ``select`` or ``tokens`` to say which part is."""
+
+
+class ShapeError(SelfTransError, ValueError):
+    """Shapes that do not fit: tokens and latent grid, features and teacher, width and head."""
+
+
+class CallError(SelfTransError, TypeError):
+    """The arguments of a call that cannot be matched to names, rows, x_t or t."""
+
+
+class TimeConventionError(SelfTransError, ValueError):
+    """A time convention that contradicts the captured times or the captured x_t."""
+
+
+class NullConditionError(SelfTransError, ValueError):
+    """A null condition that is missing, misnamed, of the wrong shape, or outside its embedding."""
+
+
+class PrunedModuleError(SelfTransError, RuntimeError):
+    """A module of a truncated teacher was used although its first call never ran it."""
+
+
+class TeacherError(SelfTransError, RuntimeError):
+    """The teacher is not the one that the run began with, was released, or lies on another device."""
+
+
+class CheckpointError(SelfTransError, ValueError):
+    """A checkpoint that is unreadable, unsafe, or does not fit the model."""
+
+
+class ArtefactError(SelfTransError, ValueError):
+    """A saved teacher or criterion that is broken, unsafe, or of an unknown version."""
+
+
+class OptimizerError(SelfTransError, ValueError):
+    """Parameters of the criterion that the optimiser does not hold."""
