@@ -1,0 +1,43 @@
+"""Fixtures for the whole suite, and the settings that have to hold before anything is imported."""
+
+import os
+from collections.abc import Iterator
+
+# No test reaches a hub or opens a window; a value already in the environment wins.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import pytest
+import torch
+
+# The models of the suite are too small to gain from more threads, and one thread keeps sums in one order.
+torch.set_num_threads(1)
+
+
+@pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """The CPU, and the GPU too where there is one."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    """A CPU generator in a fixed state, so that a test neither reads nor advances the global one."""
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def global_rng_untouched() -> Iterator[None]:
+    """Fails the test that advances PyTorch's global random number generators."""
+    before = _global_rng_states()
+    yield
+    after = _global_rng_states()
+    moved = [name for name, state in before.items() if not torch.equal(state, after[name])]
+    assert not moved, f"the global random number generator advanced on: {', '.join(moved)}"
+
+
+def _global_rng_states() -> dict[str, torch.Tensor]:
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states |= {f"cuda:{i}": state for i, state in enumerate(torch.cuda.get_rng_state_all())}
+    return states
