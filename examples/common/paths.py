@@ -1,0 +1,96 @@
+"""Paths between data and noise, and the velocity loss on them.
+
+REPA's convention throughout, unless said otherwise: t = 0 is data and t = 1 is noise.
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from selftrans_reg.errors import SettingError
+
+
+class PathCoefficients(NamedTuple):
+    """alpha and sigma of ``x_t = alpha x + sigma noise`` and their derivatives in t, each of t's shape."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+
+
+Path = Callable[[Tensor], PathCoefficients]
+
+
+def linear_path(t: Tensor) -> PathCoefficients:
+    """``x_t = (1 - t) x + t noise``."""
+    return PathCoefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
+
+
+def cosine_path(t: Tensor) -> PathCoefficients:
+    """``x_t = cos(pi t / 2) x + sin(pi t / 2) noise``: the variance stays 1 where the data's is 1."""
+    quarter_turn = math.pi / 2
+    alpha, sigma = torch.cos(quarter_turn * t), torch.sin(quarter_turn * t)
+    return PathCoefficients(alpha, sigma, -quarter_turn * sigma, quarter_turn * alpha)
+
+
+PATHS: dict[str, Path] = {"linear": linear_path, "cosine": cosine_path}
+
+
+def path_named(name: str) -> Path:
+    """The path called "linear" or "cosine".
+
+    Raises:
+        SettingError: If there is no such path.
+    """
+    if name not in PATHS:
+        raise SettingError(f"There is no path named {name!r}.\nKnown: {', '.join(PATHS)}.")
+    return PATHS[name]
+
+
+def interpolate(path: Path, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The noisy latents x_t and their velocity dx_t / dt.
+
+    Shape:
+        latents, noise: (N, C, H, W); t: (N,); returns: twice (N, C, H, W)
+    """
+    alpha, sigma, d_alpha, d_sigma = path(t.reshape(-1, *[1] * (latents.dim() - 1)))
+    return alpha * latents + sigma * noise, d_alpha * latents + d_sigma * noise
+
+
+def velocity_loss(
+    model: nn.Module, latents: Tensor, y: Tensor, t: Tensor, noise: Tensor, path: Path = linear_path
+) -> Tensor:
+    """Squared error of the predicted velocity, one value a sample: the mean over channels and pixels.
+
+    Shape:
+        latents, noise: (N, C, H, W); y, t: (N,); returns: (N,)
+    """
+    x_t, velocity = interpolate(path, latents, noise, t)
+    return (model(x_t, t, y) - velocity).square().flatten(1).mean(1)
+
+
+class Transport:
+    """The loss of a SiT loop, in SiT's own convention: t = 1 is data, and t and the noise are drawn inside.
+
+    With ``s = 1 - t`` this is the path above run backwards: the same x_t, the velocity of opposite sign.
+
+    Args:
+        path: "linear" or "cosine" (SiT calls it "GVP").
+    """
+
+    def __init__(self, path: str = "linear") -> None:
+        self.path = path_named(path)
+
+    def training_losses(
+        self, model: nn.Module, x: Tensor, model_kwargs: dict[str, Tensor] | None = None
+    ) -> dict[str, Tensor]:
+        """Draw t uniformly and the noise, and return ``{"loss": (N,), "pred": (N, C, H, W)}`` of the velocity."""
+        noise = torch.randn_like(x)
+        t = torch.rand(len(x), device=x.device, dtype=x.dtype)
+        x_t, noiseward_velocity = interpolate(self.path, x, noise, 1 - t)
+        prediction = model(x_t, t, **(model_kwargs or {}))
+        return {"loss": (prediction + noiseward_velocity).square().flatten(1).mean(1), "pred": prediction}
