@@ -1,0 +1,25 @@
+"""Sphinx settings: Markdown pages by MyST, the API reference from the docstrings. Builds without a network."""
+
+import selftrans_reg
+
+project = "selftrans-reg"
+author = "the selftrans-reg authors"
+project_copyright = "the selftrans-reg authors, Apache-2.0"
+release = version = selftrans_reg.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+
+html_theme = "furo"
+html_title = f"selftrans-reg {release}"
+
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_typehints = "description"
+autodoc_typehints_description_target = "documented"
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Shape", "params_style")]
+
+# Names of other projects cannot be resolved without their inventories, which need a network: only ours are checked.
+nitpick_ignore_regex = [(r"py:.*", r"(?!selftrans_reg\b).*")]
