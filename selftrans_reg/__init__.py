@@ -1,3 +1,50 @@
-"""Self-Transcendence as a plug-in regularizer for diffusion transformers."""
+"""Self-Transcendence as a plug-in regularizer for diffusion transformers.
+
+Taps on the layers of a model that stays as it is, a projection head, the VAE-latent alignment loss, a teacher of
+classifier-free-guided features, and one loss object that combines them in an existing training loop.
+
+Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
+"""
+
+from .criterion import LossTerms, SelfTransLoss
+from .errors import ArtefactError as ArtefactError
+from .errors import CallError as CallError
+from .errors import CaptureError as CaptureError
+from .errors import CheckpointError as CheckpointError
+from .errors import GradientError as GradientError
+from .errors import LayerNotFoundError as LayerNotFoundError
+from .errors import NullConditionError as NullConditionError
+from .errors import OptimizerError as OptimizerError
+from .errors import OutputError as OutputError
+from .errors import PlacementError as PlacementError
+from .errors import PrunedModuleError as PrunedModuleError
+from .errors import RecipeNotFoundError as RecipeNotFoundError
+from .errors import SelfTransError
+from .errors import SettingError as SettingError
+from .errors import ShapeError as ShapeError
+from .errors import TeacherError as TeacherError
+from .errors import TimeConventionError as TimeConventionError
+from .heads import ProjectionHead
+from .losses import VAEAlignmentLoss, feature_alignment
+from .recipes import Recipe, recipe
+from .taps import FeatureTap
+from .teacher import CFGFeatureTeacher, build_teacher
+from .time import TimeConvention
 
 __version__ = "0.1.0"
+
+# The exception classes are public too; they are listed in selftrans_reg.errors.
+__all__ = [
+    "CFGFeatureTeacher",
+    "FeatureTap",
+    "LossTerms",
+    "ProjectionHead",
+    "Recipe",
+    "SelfTransError",
+    "SelfTransLoss",
+    "TimeConvention",
+    "VAEAlignmentLoss",
+    "build_teacher",
+    "feature_alignment",
+    "recipe",
+]

@@ -54,7 +54,11 @@ class PrunedModuleError(SelfTransError, RuntimeError):
 
 
 class TeacherError(SelfTransError, RuntimeError):
-    """The teacher is not the one that the run began with, was released, or lies on another device."""
+    """The teacher is not the one that the run began with, was released, or is the student itself."""
+
+
+class PlacementError(SelfTransError, RuntimeError):
+    """Model, head and teacher are not on one device."""
 
 
 class CheckpointError(SelfTransError, ValueError):

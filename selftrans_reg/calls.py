@@ -1,0 +1,238 @@
+"""A model's call: its arguments by name, where x_t and t are, and which tensors hold one row for each sample."""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import CallError, SettingError, ShapeError
+from .names import nearest, quoted, unwrap
+
+_KEYS = ("x", "t", "shared")
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call by name; ``x_t`` and ``t`` among them.
+
+    Attributes:
+        arguments: Every argument that was passed, by the name in the model's signature.
+        x_t: (N, ...), the noisy latents.
+        t: (N,), the time as the model was given it; a scalar is repeated for every row.
+    """
+
+    arguments: Mapping[str, Any]
+    x_t: Tensor
+    t: Tensor
+
+    @property
+    def rows(self) -> int:
+        """N, the number of samples."""
+        return self.x_t.shape[0]
+
+
+class CallSpec:
+    """How a model is called: its signature, and which arguments are x_t and t.
+
+    Args:
+        model: The model, wrapped or not.
+        call: Optional names: ``x`` and ``t`` where they are not the first two arguments, and ``shared``, a sequence of
+            arguments that hold nothing by row although their first axis looks like it.
+
+    Raises:
+        SettingError: If ``call`` has other keys, or names that the signature does not have.
+        CallError: If the signature names fewer than two arguments and ``call`` does not help.
+    """
+
+    def __init__(self, model: nn.Module, call: Mapping[str, Any] | None) -> None:
+        root = unwrap(model)
+        self.model_name = type(root).__name__
+        self.signature = inspect.signature(root.forward)
+        self._named = [
+            n for n, p in self.signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        ]
+        self._spill = next((n for n, p in self.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+        call = dict(call or {})
+        if unknown := set(call) - set(_KEYS):
+            raise SettingError(f"call= takes {quoted(_KEYS)}; got {quoted(sorted(unknown))}.")
+        shared = call.get("shared", ())
+        self.shared = frozenset([shared] if isinstance(shared, str) else shared)
+        self.x = self._name_of("x", call, 0)
+        self.t = self._name_of("t", call, 1)
+        if self.x == self.t:
+            raise SettingError(f"x_t and t cannot both be the argument {self.x!r}: name the other one in call=.")
+        for name in self.shared:
+            self.check_name(name, "call=dict(shared=...)")
+
+    def _name_of(self, key: str, call: Mapping[str, Any], position: int) -> str:
+        if key in call:
+            self.check_name(call[key], f"call=dict({key}=...)")
+            return str(call[key])
+        if len(self._named) <= position:
+            raise CallError(
+                f"{self.model_name}.forward{self.signature} does not name its arguments, so x_t and t cannot be told.\n"
+                "Attach to the module that names them, or pass call=dict(x=..., t=...) if they are keywords."
+            )
+        return self._named[position]
+
+    def check_name(self, name: object, where: str, error: type[Exception] = SettingError) -> None:
+        """Raise ``error`` unless the model can take an argument called ``name``."""
+        if not isinstance(name, str) or (name not in self._named and self._spill is None):
+            raise error(
+                f"{where} names {name!r}, which {self.model_name}.forward does not take.\n"
+                f"It takes {quoted(self._named)}. Nearest: {quoted(nearest(str(name), self._named)) or 'none'}."
+            )
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """The call ``model(*args, **kwargs)`` by names.
+
+        Raises:
+            CallError: If the signature does not take these arguments, or x_t or t is missing or no tensor.
+            ShapeError: If t is neither a scalar nor one value for each row of x_t.
+        """
+        try:
+            arguments = dict(self.signature.bind(*args, **kwargs).arguments)
+        except TypeError as error:
+            raise CallError(f"{self.model_name}.forward{self.signature} does not take this call: {error}.") from error
+        if self._spill is not None:
+            arguments.update(arguments.pop(self._spill, {}))
+        return self._call(arguments)
+
+    def adopt(self, call: Call, source: CallSpec) -> Call:
+        """The call of another model, made ready for this one: x_t and t by their names here, the rest by theirs.
+
+        Raises:
+            CallError: If an argument of the other model is unknown here.
+        """
+        rest = {name: value for name, value in call.arguments.items() if name not in (source.x, source.t)}
+        if self._spill is None and (unknown := [name for name in rest if name not in self._named]):
+            raise CallError(
+                f"The student was called with {quoted(unknown)}, which {self.model_name}.forward does not take; it "
+                f"takes {quoted(self._named)}.\n"
+                "The teacher sees the student's own call: it must take the same conditions under the same names."
+            )
+        return self._call({self.x: call.arguments[source.x], self.t: call.arguments[source.t], **rest})
+
+    def _call(self, arguments: dict[str, Any]) -> Call:
+        for key, name in (("x", self.x), ("t", self.t)):
+            if name not in arguments:
+                raise CallError(
+                    f"The call of {self.model_name} has no argument {name!r}; it has {quoted(arguments)}.\n"
+                    f"Say which holds {'x_t' if key == 'x' else 't'}: call=dict({key}=...)."
+                )
+        x_t, t = arguments[self.x], arguments[self.t]
+        if not isinstance(x_t, Tensor) or not x_t.is_floating_point() or x_t.ndim < 2:
+            raise CallError(
+                f"Argument {self.x!r} of {self.model_name} should be x_t, a floating tensor (N, ...); got "
+                f"{_describe(x_t)}.\n"
+                "Say which argument is x_t: call=dict(x=...)."
+            )
+        rows = x_t.shape[0]
+        if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
+            raise CallError(
+                f"Argument {self.t!r} of {self.model_name} should be the time t; got {_describe(t)}.\n"
+                "Say which argument is t: call=dict(t=...)."
+            )
+        times = t if isinstance(t, Tensor) else torch.tensor(float(t), device=x_t.device)
+        if times.numel() not in (1, rows):
+            raise ShapeError(
+                f"Argument {self.t!r} of {self.model_name} has shape {tuple(times.shape)}; the time is a scalar or one "
+                f"value for each of the {rows} rows of {self.x!r} {tuple(x_t.shape)}.\n"
+                "If t is another argument, pass call=dict(t=...)."
+            )
+        return Call(arguments, x_t, times.reshape(-1).expand(rows))
+
+    def arguments(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments by name as ``(args, kwargs)`` of a call."""
+        known = self.signature.parameters
+        bound = inspect.BoundArguments(self.signature, OrderedDict((n, v) for n, v in arguments.items() if n in known))
+        return bound.args, {**bound.kwargs, **{n: v for n, v in arguments.items() if n not in known}}
+
+
+class RowTensors:
+    """The tensors of a call that hold one row for each sample, nested ones too, and a way to put others in their place.
+
+    A tensor counts as rows if its first axis is N. Others are shared by all rows; a first axis of 2N, 3N, ... could be
+    a doubled or packed batch and is refused rather than cut or shared.
+
+    Args:
+        call: The call.
+        shared: Names of arguments that are shared whatever they look like.
+
+    Raises:
+        CallError: If a tensor's first axis is a multiple of N, or a list holds one unequal tensor for each sample.
+    """
+
+    def __init__(self, call: Call, shared: frozenset[str]) -> None:
+        self._arguments = call.arguments
+        self._n = call.rows
+        self._shared = shared
+        found = [item for name, value in call.arguments.items() for item in self._find(value, name, name)]
+        self.paths = [path for path, _ in found]  # where each tensor is, as one would type it
+        self.tensors = [tensor for _, tensor in found]
+
+    def rebuild(self, tensors: list[Tensor]) -> dict[str, Any]:
+        """The call's arguments with ``tensors`` in place of :attr:`tensors`."""
+        replacements = iter(tensors)
+        return {name: self._replace(value, name, replacements) for name, value in self._arguments.items()}
+
+    def _is_row(self, tensor: Tensor, name: str) -> bool:
+        return name not in self._shared and tensor.ndim > 0 and tensor.shape[0] == self._n
+
+    def _find(self, value: Any, name: str, path: str) -> Iterator[tuple[str, Tensor]]:
+        if isinstance(value, Tensor):
+            if self._is_row(value, name):
+                yield path, value
+            elif name not in self._shared:
+                self._refuse_packed(value, name, path)
+        elif isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from self._find(item, name, nested_path(path, key))
+        elif isinstance(value, list | tuple):
+            found = [f for i, item in enumerate(value) for f in self._find(item, name, nested_path(path, i))]
+            if isinstance(value, list) and len(value) == self._n > 1 and not found and name not in self._shared:
+                raise CallError(
+                    f"Argument {path!r} is a list of {self._n} entries, one for each sample by the look of it, and "
+                    "rows "
+                    "can only be taken from tensors.\n"
+                    f"Pass a tensor with {self._n} rows; or, if all samples share the list, "
+                    f"call=dict(shared=[{name!r}])."
+                )
+            yield from found
+
+    def _refuse_packed(self, tensor: Tensor, name: str, path: str) -> None:
+        if self._n > 1 and tensor.ndim > 0 and tensor.shape[0] > self._n and tensor.shape[0] % self._n == 0:
+            raise CallError(
+                f"Argument {path!r} has shape {tuple(tensor.shape)}: its first axis is {tensor.shape[0] // self._n} "
+                "times "
+                f"the batch of {self._n}, as in a doubled or packed batch, from which rows cannot be taken.\n"
+                f"If all samples share it, pass call=dict(shared=[{name!r}]); else call the model with one row a "
+                "sample."
+            )
+
+    def _replace(self, value: Any, name: str, replacements: Iterator[Tensor]) -> Any:
+        if isinstance(value, Tensor):
+            return next(replacements) if self._is_row(value, name) else value
+        if isinstance(value, Mapping):
+            return {key: self._replace(item, name, replacements) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            items = [self._replace(item, name, replacements) for item in value]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return value
+
+
+def nested_path(path: str, key: object) -> str:
+    """Where ``path[key]`` is, as one would type it."""
+    return f"{path}[{key!r}]"
+
+
+def _describe(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
+    return f"{type(value).__name__} {value!r}"[:80]

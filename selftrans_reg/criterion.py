@@ -1,0 +1,612 @@
+"""The combined loss: it watches the model through hooks and adds the alignment to the loop's own loss."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, get_args
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call, CallSpec
+from .errors import (
+    CaptureError,
+    GradientError,
+    OptimizerError,
+    PlacementError,
+    SettingError,
+    ShapeError,
+    TeacherError,
+    TimeConventionError,
+)
+from .heads import ProjectionHead, check_positive, resolve_width
+from .losses import Distance, VAEAlignmentLoss, check_distance, feature_alignment, velocity_target
+from .names import find_layer, quoted, unwrap
+from .schedules import Schedule, check_same_schedule, check_schedule, factor, schedule_state
+from .taps import Record, Recorder, WhichForward, layer_names
+from .teacher import CFGFeatureTeacher
+from .time import TimeConvention, check_against_latents, check_times, check_window, resolve, window_mask
+from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
+
+Target: TypeAlias = Literal["latents", "velocity"]
+Gating: TypeAlias = Literal["per-sample", "released"]
+
+# Checks that read values off the device run in this many first calls, then at the chosen interval.
+_FIRST_CHECKS = 3
+
+
+class LossTerms(NamedTuple):
+    """The terms of one call: 0-d tensors on the model's device, all but ``total`` detached.
+
+    Attributes:
+        total: denoising + weight * alignment, to call ``backward()`` on.
+        denoising: The loop's own loss, averaged.
+        alignment: The alignment, averaged over the whole batch with samples outside the window counted as 0.
+        weight: What the alignment was multiplied with at this step.
+        in_window: The fraction of the batch inside the window.
+    """
+
+    total: Tensor
+    denoising: Tensor
+    alignment: Tensor
+    weight: Tensor
+    in_window: Tensor
+
+
+class Settings(TypedDict, total=False):
+    """What both stages take besides; :class:`SelfTransLoss` describes each."""
+
+    weight: float
+    window: tuple[float, float] | None
+    gating: Gating
+    schedule: Schedule
+    stop_step: int | None
+    call: Mapping[str, Any] | None
+    select: Select
+    tokens: Tokens
+    forward: WhichForward
+    check_interval: int | None
+
+
+class SelfTransLoss(nn.Module):
+    """Denoising loss plus the alignment of Self-Transcendence. Made by :meth:`stage1` or :meth:`stage2`.
+
+    Hooks record the model's own call while the loop runs it; ``criterion(loss)`` then computes
+
+        total = denoising + weight · alignment,   alignment = (1/N) Σ_i 1[t_i inside the window] · distance_i
+
+    with the distance of each sample averaged over tokens and channels, in float32. The mean is over the *whole* batch,
+    so that averages over ranks and over equal micro-batches are the global value. Only rows inside the window are
+    projected, and only they are shown to the teacher. ``gating="released"`` computes what the released code does
+    instead: mean(mask) · mean(distance), over every sample.
+
+    Head and teacher run under the autocast that the tapped layer ran under. The criterion's parameters are the head's:
+    give them to the optimiser. Its state dict holds the head and a few small buffers; the model and the teacher are
+    no part of it. ``.to()`` moves the teacher too. The global random number generator is never advanced.
+
+    Both stages take these settings:
+
+    - ``weight=0.5``: λ. With 0 the alignment is only measured.
+    - ``window=(0.4, 0.7)``: the noise fractions at which the alignment applies, closed at both ends; None for all.
+    - ``gating="per-sample"`` or ``"released"``, as above.
+    - ``stop_step=None``: from that step on the alignment is 0, and the teacher is not run.
+    - ``schedule="constant"``: or ``"linear"`` or ``"cosine"``, a decay of the weight to 0 at ``stop_step``.
+    - ``call=None``: ``dict(x=..., t=...)`` names the arguments that hold x_t and t where they are not the first two.
+    - ``select=None``, ``tokens=None``: which tensor of the layer's output, and which of its tokens, as in
+      :class:`FeatureTap`.
+    - ``forward=None``: which of several forwards before one call counts, ``"first"`` or ``"last"``; None makes several
+      an error.
+    - ``check_interval=1000``: what has to be read off the device (the range of t, x_t against the latents) is checked
+      in the first three calls and then at this interval; None switches that off.
+
+    Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
+    """
+
+    step: Tensor
+    calls: Tensor
+    schedule_state: Tensor
+    teacher_fingerprint: Tensor
+    _recorder: Recorder | None = None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        heads: Iterable[nn.Module],
+        *,
+        layer: str | Sequence[str],
+        time: str | TimeConvention,
+        teacher: CFGFeatureTeacher | None = None,
+        target: Target = "latents",
+        distance: Distance = "mse",
+        weight: float = 0.5,
+        window: tuple[float, float] | None = (0.4, 0.7),
+        gating: Gating = "per-sample",
+        schedule: Schedule = "constant",
+        stop_step: int | None = None,
+        call: Mapping[str, Any] | None = None,
+        select: Select = None,
+        tokens: Tokens = None,
+        forward: WhichForward = None,
+        check_interval: int | None = 1000,
+    ) -> None:
+        super().__init__()
+        _check_choice("target", target, get_args(Target))
+        _check_choice("gating", gating, get_args(Gating))
+        check_distance(distance)
+        _check_weight(weight)
+        check_window(window)
+        check_schedule(schedule, stop_step)
+        check_select(select)
+        check_tokens(tokens)
+        if check_interval is not None:
+            check_positive("check_interval", check_interval)
+        self.heads = nn.ModuleList(heads)
+        self.layers = layer_names(layer)
+        self.time = resolve(time)
+        self.target = target
+        self.distance: Distance = distance
+        self.weight = float(weight)
+        self.window = window
+        self.gating = gating
+        self.schedule: Schedule = schedule
+        self.stop_step = stop_step
+        self.call = call
+        self.select = select
+        self.tokens = tokens
+        self.which_forward: WhichForward = forward
+        self.check_interval = check_interval
+        self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
+        # The counters live here and go to the buffers only when a state dict is made: a step writes nothing.
+        self._step = -1
+        self._calls = 0
+        self.register_buffer("step", torch.tensor(-1))
+        self.register_buffer("calls", torch.tensor(0))
+        self.register_buffer("schedule_state", schedule_state(schedule, self.weight, stop_step))
+        self.register_buffer(
+            "teacher_fingerprint",
+            torch.zeros(32, dtype=torch.uint8) if teacher is None else teacher.fingerprint.clone(),
+        )
+        self.register_state_dict_pre_hook(_write_counters)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(_read_counters)  # type: ignore[no-untyped-call]
+        self.attach(model)
+
+    @classmethod
+    def stage1(
+        cls,
+        model: nn.Module,
+        *,
+        layer: str | Sequence[str],
+        time: str | TimeConvention,
+        latent_channels: int,
+        patch_size: int | Sequence[int],
+        hidden_size: int | None = None,
+        hidden_features: int = 2048,
+        target: Target = "latents",
+        distance: Distance = "mse",
+        generator: torch.Generator | None = None,
+        **settings: Unpack[Settings],
+    ) -> SelfTransLoss:
+        """Stage 1: align a shallow layer with the VAE's clean latents.
+
+        Args:
+            model: The model, wrapped or not; it stays as it is. The head is made on its device.
+            layer: The dotted name of the layer to align (published: ``"blocks.1"``), or several names, each with a
+                head of its own; their alignments are averaged.
+            time: How to read t: ``"repa"`` (1 is noise), ``"sit"`` (1 is data), ``"ddpm"``, ``"flow"``, ... or a
+                :class:`TimeConvention`.
+            latent_channels: C of the latents.
+            patch_size: Latent pixels per token along each axis.
+            hidden_size: The layer's width, where it cannot be read off.
+            hidden_features: The head's inner width.
+            distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
+            target: ``"latents"`` (the paper) or ``"velocity"`` (the released code: noise − latents, whatever the sign
+                of the loop's own).
+            generator: Source of the head's initial weights; by default a new one with seed 0.
+            **settings: ``weight``, ``window``, ``stop_step``, ...: see the class.
+
+        Raises:
+            LayerNotFoundError: If the model has no such layer.
+            SettingError: If a setting makes no sense, or the width is needed.
+        """
+        generator = generator or torch.Generator().manual_seed(0)
+        heads = [
+            VAEAlignmentLoss(
+                width,
+                latent_channels,
+                patch_size,
+                hidden_features=hidden_features,
+                distance=distance,
+                generator=generator,
+                device=device_of(model),
+            )
+            for width in _widths(model, layer, hidden_size)
+        ]
+        return cls(model, heads, layer=layer, time=time, target=target, distance=distance, **settings)
+
+    @classmethod
+    def stage2(
+        cls,
+        model: nn.Module,
+        *,
+        layer: str | Sequence[str],
+        teacher: CFGFeatureTeacher | None,
+        time: str | TimeConvention,
+        hidden_size: int | None = None,
+        hidden_features: int = 2048,
+        target_size: int | None = None,
+        distance: Distance = "mse",
+        generator: torch.Generator | None = None,
+        **settings: Unpack[Settings],
+    ) -> SelfTransLoss:
+        """Stage 2: align a layer of a new model with the guided features of the stage-1 model.
+
+        Args:
+            model: The new model, wrapped or not; it stays as it is.
+            layer: The dotted name of the student's layer (published: ``"blocks.5"`` of 12), or several names.
+            teacher: From :func:`build_teacher`; moved to the model's device. None only for a run that is resumed after
+                its ``stop_step``.
+            time: How to read t, as in :meth:`stage1`.
+            hidden_size: The student layer's width, where it cannot be read off.
+            hidden_features: The head's inner width.
+            target_size: The width of the teacher's features, where the teacher does not tell.
+            distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
+            generator: Source of the head's initial weights; by default a new one with seed 0.
+            **settings: ``weight``, ``window``, ``stop_step``, ...: see the class.
+
+        Raises:
+            LayerNotFoundError: If the model has no such layer.
+            SettingError: If a setting makes no sense, or a width is needed.
+            TeacherError: If the teacher holds the student itself.
+            TimeConventionError: If the teacher was built for another time convention.
+        """
+        if teacher is None and settings.get("stop_step") is None:
+            raise SettingError("Stage 2 needs a teacher; only a run past its stop_step can do without.")
+        if teacher is not None:
+            if unwrap(teacher.model) is unwrap(model):
+                raise TeacherError("The teacher holds the student itself: build it from a copy of the model.")
+            if teacher.time is not None and teacher.time.name != resolve(time).name:
+                raise TimeConventionError(
+                    f"The teacher was built for the time convention {teacher.time.name!r}, the student's is "
+                    f"{resolve(time).name!r}; both see the same x_t and t, so they must agree."
+                )
+            teacher.to(device_of(model))
+        target_size = target_size if teacher is None or target_size is not None else teacher.hidden_size
+        if target_size is None:
+            raise SettingError(
+                "The width of the teacher's features is not known. Give build_teacher hidden_size= or example=, or "
+                "pass target_size= here."
+            )
+        generator = generator or torch.Generator().manual_seed(0)
+        heads = [
+            ProjectionHead(width, target_size, hidden_features, generator=generator, device=device_of(model))
+            for width in _widths(model, layer, hidden_size)
+        ]
+        return cls(model, heads, layer=layer, time=time, teacher=teacher, distance=distance, **settings)
+
+    @property
+    def teacher(self) -> CFGFeatureTeacher | None:
+        """The teacher of stage 2; None in stage 1 and after :meth:`release_teacher`."""
+        return self._teacher[0]
+
+    @property
+    def stage(self) -> int:
+        """1 or 2."""
+        return 1 if isinstance(self.heads[0], VAEAlignmentLoss) else 2
+
+    def forward(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> LossTerms:
+        """The total loss for the forward that the model has just run.
+
+        In eval mode the denoising term alone.
+
+        Args:
+            denoising: The loop's own loss, a scalar or (N,), which is then averaged.
+            latents: The clean latents as the model sees them, (N, C, H, W). Required in stage 1; in stage 2 they only
+                serve to check the time convention.
+            step: The optimiser's step, counted from 0. Required with ``stop_step``.
+
+        Raises:
+            CaptureError: If there was no forward, or several; or the layer did not run.
+            GradientError: If the captured tokens carry no gradient.
+            ShapeError: If loss, latents, tokens or features do not fit each other.
+            TimeConventionError: If t or x_t contradicts the time convention.
+            SettingError: If ``step`` is needed and missing.
+            TeacherError: If the teacher is needed and was released.
+            PlacementError: If head, teacher and tokens are not on one device.
+        """
+        _check_denoising(denoising)
+        if not self.training:
+            self.discard()
+            nothing = denoising.new_zeros((), dtype=torch.float32)
+            return LossTerms(denoising.mean(), denoising.detach().mean(), nothing, nothing, nothing)
+        scale = self._advance(step)
+        if scale == 0.0:  # past the stop step nothing is looked at any more
+            self.discard()
+            return self._terms(denoising, self._zero(), 0.0, None)
+        record = self._watching().take()
+        call = self.spec.bind(record.args, record.kwargs)
+        self._check_batch(call, denoising, latents)
+        inside = window_mask(self.time.noise_fraction(call.t), self.window)
+        with torch.no_grad() if self.weight == 0.0 else contextlib.nullcontext():
+            alignment = self._alignment(record, call, inside, latents)
+        return self._terms(denoising, alignment, self.weight * scale, inside)
+
+    def attach(self, model: nn.Module) -> None:
+        """Watch ``model``: done at construction, and needed again only for a copy or after :meth:`detach`."""
+        self.detach()
+        self.spec = CallSpec(model, self.call)
+        self._recorder = Recorder(model, self.layers, training_only=True, forward=self.which_forward)
+
+    def detach(self) -> None:
+        """Remove every hook from the model."""
+        if self._recorder is not None:
+            self._recorder.detach()
+        self._recorder = None
+
+    def discard(self) -> None:
+        """Forget the last forward: for a batch that the loop skips after the model has run."""
+        if self._recorder is not None:
+            self._recorder.discard()
+
+    def release_teacher(self) -> None:
+        """Drop the teacher and its memory: for a run past its ``stop_step``."""
+        self._teacher[0] = None
+
+    def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make sure that ``optimizer`` trains the head.
+
+        Raises:
+            OptimizerError: If it does not hold every parameter of the criterion.
+        """
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.named_parameters() if id(p) not in held]
+        if missing:
+            raise OptimizerError(
+                f"The optimiser does not hold {len(missing)} of the criterion's {len(list(self.parameters()))} "
+                "parameters: "
+                f"{quoted(missing[:4])}{', …' if len(missing) > 4 else ''}.\n"
+                "Build it from [*model.parameters(), *criterion.parameters()], after wrapping and moving both."
+            )
+
+    def extra_repr(self) -> str:
+        """The settings, as ``print(criterion)`` shows them."""
+        return (
+            f"stage={self.stage}, layers={list(self.layers)}, time={self.time.name!r}, weight={self.weight}, "
+            f"window={self.window}, distance={self.distance!r}, gating={self.gating!r}, schedule={self.schedule!r}, "
+            f"stop_step={self.stop_step}"
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfTransLoss:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def __enter__(self) -> SelfTransLoss:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.detach()
+
+    def _watching(self) -> Recorder:
+        if self._recorder is None:
+            raise CaptureError(
+                "This criterion watches no model: it was detached, or is a copy of one that does.\n"
+                "Call criterion.attach(model) before the model's forward."
+            )
+        return self._recorder
+
+    def _advance(self, step: int | None) -> float:
+        """Count the call and give the schedule's factor at this step, 0 from the stop step on."""
+        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
+            raise SettingError(f"step must be an integer, 0 or more; got {step!r}.")
+        scale = factor(self.schedule, step, self.stop_step)
+        self._calls += 1
+        if step is not None:
+            self._step = step
+        return scale
+
+    def _check_batch(self, call: Call, denoising: Tensor, latents: Tensor | None) -> None:
+        if denoising.ndim == 1 and len(denoising) != call.rows:
+            raise ShapeError(
+                f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
+                "Pass the loss of that call: a scalar, or one value for each sample."
+            )
+        if latents is None and self.stage == 1:
+            raise ShapeError("Stage 1 aligns with the clean latents: call criterion(loss, latents=...).")
+        if latents is not None and len(latents) != call.rows:
+            raise ShapeError(
+                f"There are {len(latents)} latents, but the model's last call had {call.rows} samples: pass the same "
+                "batch."
+            )
+        if self.check_interval is None or (self._calls > _FIRST_CHECKS and self._calls % self.check_interval):
+            return
+        check_times(self.time, call.t)
+        if latents is not None:
+            _check_same_shape(call, latents)
+            check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach())
+
+    def _alignment(self, record: Record, call: Call, inside: Tensor, latents: Tensor | None) -> Tensor:
+        """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32."""
+        captures = [record.capture(layer) for layer in self.layers]
+        tokens = [
+            as_tokens(capture.output, self.select, self.tokens, layer=layer)
+            for capture, layer in zip(captures, self.layers, strict=True)
+        ]
+        for layer, found in zip(self.layers, tokens, strict=True):
+            self._check_tokens(found, call, layer)
+        everything = self.window is None or self.gating == "released"
+        rows = None if everything else inside.nonzero().squeeze(1)
+        if rows is not None:
+            if len(rows) == 0:
+                return self._zero()
+            tokens = [found.index_select(0, rows) for found in tokens]
+        autocast = captures[0].autocast
+        with torch.autocast(call.x_t.device.type, dtype=autocast, enabled=autocast is not None):
+            target = self._target(call, rows, latents)
+            distances = [self._distance(head, found, target) for head, found in zip(self.heads, tokens, strict=True)]
+        per_sample = torch.stack(distances).mean(0)
+        if self.gating == "released":
+            return inside.float().mean() * per_sample.mean()
+        return per_sample.sum() / call.rows
+
+    def _check_tokens(self, tokens: Tensor, call: Call, layer: str) -> None:
+        if len(tokens) != call.rows:
+            raise ShapeError(
+                f"Layer {layer!r} gave {len(tokens)} rows in a call of {call.rows} samples: tap a layer that keeps one "
+                "row for each sample."
+            )
+        if device_of(self) != tokens.device:
+            raise PlacementError(
+                f"The head lies on {device_of(self)}, the tokens of layer {layer!r} on {tokens.device}: call "
+                f"criterion.to({str(tokens.device)!r}) where the model is moved."
+            )
+        if torch.is_grad_enabled() and not tokens.requires_grad:
+            raise GradientError(
+                f"The tokens of layer {layer!r} carry no gradient, so aligning them would train nothing of the model.\n"
+                "Either everything up to this layer is frozen: tap a later one. Or reentrant activation checkpointing "
+                "hides the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the "
+                "very module that is checkpointed."
+            )
+
+    def _target(self, call: Call, rows: Tensor | None, latents: Tensor | None) -> Tensor:
+        """What the heads' outputs are compared with, for the given rows."""
+        if self.stage == 2:
+            teacher = self._present_teacher(call.x_t.device)
+            features = teacher.features(teacher.spec.adopt(call, self.spec), rows)
+            return teacher.guide(*features)
+        assert latents is not None  # _check_batch has seen to it
+        target = latents.detach()
+        if self.target == "velocity":
+            _check_same_shape(call, latents)
+            target = velocity_target(call.x_t.detach(), target, self.time.alpha(call.t), self.time.sigma(call.t))
+        return target if rows is None else target.index_select(0, rows)
+
+    def _present_teacher(self, device: torch.device) -> CFGFeatureTeacher:
+        teacher = self.teacher
+        if teacher is None:
+            raise TeacherError(
+                f"The alignment is still on (step {self._step}, stop_step {self.stop_step}), but there is no teacher: "
+                "it "
+                "was released, or never given.\nBuild the criterion with the teacher that the run began with."
+            )
+        if device_of(teacher) != device:
+            raise PlacementError(
+                f"The teacher lies on {device_of(teacher)}, the batch on {device}: call criterion.to({str(device)!r}) "
+                "where the model is moved."
+            )
+        return teacher
+
+    def _distance(self, head: nn.Module, tokens: Tensor, target: Tensor) -> Tensor:
+        if self.stage == 1:
+            distance: Tensor = head(tokens, target)
+            return distance
+        prediction = head(tokens)
+        if prediction.shape != target.shape:
+            raise ShapeError(
+                f"The teacher gives features {tuple(target.shape)}, the student's head {tuple(prediction.shape)}: "
+                "both must "
+                "have the same samples, tokens and width.\n"
+                "Check that both are tapped at the image's tokens (tokens=), at the same resolution and patch size, "
+                "and "
+                "that the head was built for this teacher's layer."
+            )
+        return feature_alignment(prediction, target, self.distance)
+
+    def _zero(self) -> Tensor:
+        """An exact 0 that depends on every parameter: without it DDP waits for gradients that never come."""
+        return torch.stack([_run_on_no_rows(head) for head in self.heads]).sum()
+
+    def _terms(self, denoising: Tensor, alignment: Tensor, weight: float, inside: Tensor | None) -> LossTerms:
+        mean = denoising.mean()
+        device = mean.device
+        return LossTerms(
+            total=mean + (weight * alignment if weight > 0.0 else self._zero()),
+            denoising=mean.detach(),
+            alignment=alignment.detach(),
+            weight=torch.full((), weight, device=device),
+            in_window=torch.zeros((), device=device) if inside is None else inside.float().mean(),
+        )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters lie; the CPU for one without, or one on the meta device."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _widths(model: nn.Module, layer: str | Sequence[str], hidden_size: int | None) -> list[int]:
+    return [resolve_width(find_layer(model, name), name, hidden_size) for name in layer_names(layer)]
+
+
+def _run_on_no_rows(head: nn.Module) -> Tensor:
+    device = device_of(head)
+    if isinstance(head, VAEAlignmentLoss):
+        one_patch = torch.zeros(0, head.latent_channels, *head.patch_size, device=device)
+        distances: Tensor = head(torch.zeros(0, 1, head.head.in_features, device=device), one_patch)
+        return distances.sum()
+    assert isinstance(head, ProjectionHead)
+    projected: Tensor = head(torch.zeros(0, 1, head.in_features, device=device))
+    return projected.float().sum()
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise SettingError(f"{name} must be one of {quoted(choices)}; got {value!r}.")
+
+
+def _check_weight(weight: object) -> None:
+    if isinstance(weight, bool) or not isinstance(weight, float | int) or not math.isfinite(weight) or weight < 0:
+        raise SettingError(f"weight must be a finite number, 0 or more; got {weight!r}.")
+
+
+def _check_denoising(denoising: object) -> None:
+    if not isinstance(denoising, Tensor) or not denoising.is_floating_point() or denoising.ndim > 1:
+        found = tuple(denoising.shape) if isinstance(denoising, Tensor) else type(denoising).__name__
+        raise ShapeError(
+            f"The loop's own loss must be a floating tensor, a scalar or (N,); got {found}.\n"
+            "Average what is left over channels and pixels first, as the loop does before backward()."
+        )
+
+
+def _check_same_shape(call: Call, latents: Tensor) -> None:
+    if latents.shape != call.x_t.shape:
+        raise ShapeError(
+            f"The latents {tuple(latents.shape)} and the captured x_t {tuple(call.x_t.shape)} differ in shape, so x_t "
+            "cannot "
+            "be checked against them, nor a velocity be computed.\n"
+            "Pass the clean latents of this batch in the layout that the model gets; if the model gets another layout "
+            "than (N, C, H, W), switch the check off with check_interval=None."
+        )
+
+
+def _write_counters(criterion: SelfTransLoss, prefix: str, keep_vars: bool) -> None:
+    criterion.step.fill_(criterion._step)
+    criterion.calls.fill_(criterion._calls)
+
+
+def _read_counters(criterion: SelfTransLoss, incompatible: object) -> None:
+    criterion._step = int(criterion.step)
+    criterion._calls = int(criterion.calls)
+
+
+def _check_state(criterion: SelfTransLoss, state: Mapping[str, Any], prefix: str, *rest: object) -> None:
+    saved = state.get(f"{prefix}teacher_fingerprint")
+    teacher = criterion.teacher
+    if saved is not None and teacher is not None and not torch.equal(saved.cpu(), teacher.fingerprint):
+        raise TeacherError(
+            "The state was saved with another teacher: weights, layer, guidance scale or null condition differ.\n"
+            f"Saved {_hex(saved)}, this criterion's {_hex(teacher.fingerprint)}. Build the teacher as when the run "
+            "began; "
+            "to go on with another one on purpose, put this one's fingerprint into the state: "
+            "state['teacher_fingerprint'] = teacher.fingerprint."
+        )
+    saved = state.get(f"{prefix}schedule_state")
+    if saved is not None:
+        check_same_schedule(saved, criterion.schedule, criterion.weight, criterion.stop_step)
+
+
+def _hex(fingerprint: Tensor) -> str:
+    return bytes(fingerprint.tolist()).hex()[:16]

@@ -1,0 +1,398 @@
+"""Every hook of the library: recording forwards, tapping layers, stopping early.
+
+One forward of the model leaves one record. A pre-hook on the model opens it with the call's arguments, hooks on the
+layers append their raw output objects to it and do nothing else, and a post-hook on the model closes it. Everything
+more (selecting, slicing, projecting) happens later, outside the forward. Therefore recomputation in the backward pass,
+sampling and copies of the model find no open record and leave no trace; a compiled model stays one graph; and under
+reentrant checkpointing the stored object is the very one that receives the gradient.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .errors import CaptureError, SettingError
+from .names import find_layer, quoted, unwrap
+from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
+
+WhichForward: TypeAlias = Literal["first", "last"] | None
+Owner = TypeVar("Owner", "Recorder", "EarlyExit")
+
+
+class Capture(NamedTuple):
+    """What a layer returned, untouched, and the circumstances that cannot be read later."""
+
+    output: Any
+    version: int | None  # of the output in eager mode: an in-place layer behind the tap would raise it
+    autocast: torch.dtype | None  # the dtype of the autocast that the layer ran under, None without
+
+
+class Record:
+    """One forward of the model: its arguments, and what the tapped layers returned."""
+
+    __slots__ = ("args", "captures", "kwargs")
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str]) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.captures: dict[str, list[Capture]] = {layer: [] for layer in layers}
+
+    def capture(self, layer: str) -> Capture:
+        """The one capture of ``layer``.
+
+        Raises:
+            CaptureError: If the layer did not run, ran several times, or its output was changed in place afterwards.
+        """
+        captures = self.captures[layer]
+        if not captures:
+            raise CaptureError(
+                f"Layer {layer!r} did not run in the last forward, or its hook was not seen.\n"
+                "If the model was compiled and called before this library was attached, the compiled code ignores the "
+                "hook: attach before the first call, or call torch._dynamo.reset() after attaching.\n"
+                "Otherwise the model's forward skips this layer: tap one that runs in every forward."
+            )
+        if len(captures) > 1:
+            raise CaptureError(
+                f"Layer {layer!r} ran {len(captures)} times in one forward of the model, and nothing is guessed.\n"
+                "Tap a layer that runs once."
+            )
+        (capture,) = captures
+        if capture.version is not None and capture.output._version != capture.version:
+            raise CaptureError(
+                f"The output of layer {layer!r} was changed in place after the layer returned it, so what was captured "
+                "is no longer what the layer gave.\n"
+                "A later layer works in place (inplace=True, +=, mul_): make that one out of place, or tap the layer "
+                "whose output is final."
+            )
+        return capture
+
+
+class _Hook(Generic[Owner]):
+    """A hook that knows its owner and its module weakly, and turns inert in copies and pickles of the module."""
+
+    def __init__(self, owner: Owner, module: nn.Module) -> None:
+        self.owner: weakref.ref[Owner] = weakref.ref(owner)
+        self.module = weakref.ref(module)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
+        return _inert
+
+    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
+        return _make_inert, ()
+
+
+def _inert(*args: Any, **kwargs: Any) -> None:
+    """What remains of a hook in a copy of the model: nothing happens."""
+
+
+def _make_inert() -> Callable[..., None]:
+    return _inert
+
+
+class _LayerHook(_Hook["Recorder"]):
+    """Appends a layer's raw output to the open record. Traced by ``torch.compile``: keep it free of Python counters."""
+
+    def __init__(self, owner: Recorder, module: nn.Module, layer: str) -> None:
+        super().__init__(owner, module)
+        self.layer = layer
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        recorder = self.owner()
+        if recorder is None or module is not self.module():
+            return
+        record = recorder.opened
+        if record is not None:
+            version = autocast = None
+            if isinstance(output, Tensor) and not torch.compiler.is_compiling():
+                version = output._version
+            device = recorder.device_type
+            if torch.is_autocast_enabled(device):
+                autocast = torch.get_autocast_dtype(device)
+            record.captures[self.layer].append(Capture(output, version, autocast))
+
+
+class _RootHook(_Hook["Recorder"]):
+    """Calls one method of its owner around the model's forward, outside of any compiled graph."""
+
+    def __init__(self, owner: Recorder, module: nn.Module, method: str) -> None:
+        super().__init__(owner, module)
+        self.method = method
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:
+        recorder = self.owner()
+        if recorder is not None and module is self.module():
+            getattr(recorder, self.method)(module, *args)
+
+
+class Recorder:
+    """Watches one model: a record for each forward, holding the raw outputs of the named layers.
+
+    At most one record is held, whatever the loop does, so that a forgotten consumer cannot pile up graphs.
+
+    Args:
+        model: The user's model, wrapped or not.
+        layers: Dotted names, as the unwrapped model prints them.
+        training_only: Record a forward only in train mode with gradients enabled, and never inside a backward pass.
+        forward: Which of several forwards between two takes counts; None makes several an error.
+    """
+
+    def __init__(
+        self, model: nn.Module, layers: Sequence[str], *, training_only: bool, forward: WhichForward = None
+    ) -> None:
+        if forward not in (None, "first", "last"):
+            raise SettingError(f"forward must be None, 'first' or 'last'; got {forward!r}.")
+        self.layers = tuple(layers)
+        self.training_only = training_only
+        self.forward = forward
+        self.opened: Record | None = None
+        self._kept: Record | None = None
+        self._count = 0
+        self._passed_over = ""  # why the last forward left no record, for the error message
+        root = unwrap(model)
+        self._root = weakref.ref(root)
+        self.device_type = next((p.device.type for p in root.parameters()), "cpu")
+        modules = [find_layer(model, layer) for layer in self.layers]
+        _keep_out_of_graphs()
+        before, after = _RootHook(self, root, "_open"), _RootHook(self, root, "_close")
+        self._handles: list[RemovableHandle] = [
+            root.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            root.register_forward_hook(after, always_call=True),
+            *(m.register_forward_hook(_LayerHook(self, m, n)) for m, n in zip(modules, self.layers, strict=True)),
+        ]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy watches nothing."""
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return type(None), ()
+
+    @property
+    def model(self) -> nn.Module | None:
+        """The watched model, unwrapped; None once it is gone."""
+        return self._root()
+
+    def take(self) -> Record:
+        """The record of the forward since the last take, which is forgotten here.
+
+        Raises:
+            CaptureError: If there was no forward, or several and ``forward`` does not say which counts.
+        """
+        record, count = self._kept, self._count
+        self.discard()
+        if record is None:
+            raise CaptureError(
+                f"There is no forward of the model to work on{self._passed_over}.\n"
+                "Call the model itself (not model.forward) once before each call of this one"
+                f"{', in train mode with gradients enabled' if self.training_only else ''}."
+            )
+        if count > 1 and self.forward is None:
+            raise CaptureError(
+                f"The model ran {count} forwards since the last call, and nothing is guessed.\n"
+                "Call this after every forward; or say which counts with forward='first' or 'last'; or drop what a "
+                "skipped batch left with discard()."
+            )
+        return record
+
+    def discard(self) -> None:
+        """Forget what was recorded."""
+        self.opened = self._kept = None
+        self._count = 0
+
+    def detach(self) -> None:
+        """Remove every hook and forget what was recorded."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self.discard()
+
+    @property
+    def attached(self) -> bool:
+        """Whether the hooks are in place."""
+        return bool(self._handles)
+
+    def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.opened = None  # what an interrupted forward may have left
+        if self.training_only:
+            if torch._C._current_graph_task_id() != -1:  # a checkpoint of the whole model recomputes it in backward
+                return
+            if not module.training:
+                self._passed_over = ": the last one was in eval mode"
+                return
+            if not torch.is_grad_enabled():
+                self._passed_over = ": the last one ran without gradients"
+                return
+        self.opened = Record(args, kwargs, self.layers)
+
+    def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        record, self.opened = self.opened, None
+        if record is None or output is None:  # always_call: a forward that raised has no output
+            return
+        self._count += 1
+        self._passed_over = ""
+        if self._kept is None or self.forward == "last":
+            self._kept = record
+
+
+class FeatureTap:
+    """The tokens of one layer, or of several, of a model that stays as it is.
+
+    Captures every forward, whatever the mode. The tokens are part of the autograd graph. Used as a context manager it
+    removes its hooks on leaving; :meth:`detach` does the same.
+
+    Args:
+        model: Any module, wrapped or not.
+        layer: The dotted name as the unwrapped model prints it, such as ``"blocks.5"``; or several names.
+        select: Which tensor of a tuple, dict or dataclass output: an index, a key, or a callable of the output.
+        tokens: Which tokens along the second axis: a slice, or a callable from the selected tensor to (N, T, D).
+
+    Raises:
+        LayerNotFoundError: If the model has no such layer; nearest names are listed.
+
+    Example:
+        >>> import torch, selftrans_reg as st
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8))
+        >>> with st.FeatureTap(model, "0") as tap:
+        ...     out = model(torch.zeros(2, 16, 4))
+        ...     tap.pop().shape
+        torch.Size([2, 16, 8])
+    """
+
+    def __init__(
+        self, model: nn.Module, layer: str | Sequence[str], *, select: Select = None, tokens: Tokens = None
+    ) -> None:
+        check_select(select)
+        check_tokens(tokens)
+        self.layer = layer
+        self.select = select
+        self.tokens = tokens
+        self._recorder = Recorder(model, layer_names(layer), training_only=False)
+
+    def pop(self) -> Tensor | dict[str, Tensor]:
+        """The tokens of the forward since the last pop; the tap is empty afterwards.
+
+        Shape:
+            returns: (N, T, D), or a dictionary of them by layer name if several layers were named
+
+        Raises:
+            CaptureError: If there was no forward, or several; or a layer did not run, or ran more than once.
+            OutputError: If the layer's output holds several tensors and ``select`` was not given.
+        """
+        record = self._recorder.take()
+        found = {
+            name: as_tokens(record.capture(name).output, self.select, self.tokens, layer=name)
+            for name in self._recorder.layers
+        }
+        return found[self.layer] if isinstance(self.layer, str) else found
+
+    def discard(self) -> None:
+        """Forget what was captured."""
+        self._recorder.discard()
+
+    def detach(self) -> None:
+        """Remove every hook."""
+        self._recorder.detach()
+
+    def __enter__(self) -> FeatureTap:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+def layer_names(layer: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several as a tuple.
+
+    Raises:
+        SettingError: If there is none, or one twice.
+    """
+    names = (layer,) if isinstance(layer, str) or not isinstance(layer, Sequence) else tuple(layer)
+    if not names or len(set(names)) != len(names):
+        raise SettingError(f"Name at least one layer, and none twice; got {quoted(names) or 'none'}.")
+    return names
+
+
+class _Stop(BaseException):
+    """Leaves a forward at the tapped layer. No ``Exception``: a model's own ``try`` must not swallow it."""
+
+
+class _StopHook(_Hook["EarlyExit"]):
+    """Keeps the layer's output with its owner and leaves the forward, while the owner is running one."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        early_exit = self.owner()
+        if early_exit is not None and early_exit.running and module is self.module():
+            early_exit.output = output
+            raise _Stop
+
+
+class EarlyExit:
+    """Runs a model up to one layer and returns that layer's raw output.
+
+    Args:
+        model: The model, wrapped or not.
+        layer: The dotted name as the unwrapped model prints it.
+    """
+
+    def __init__(self, model: nn.Module, layer: str) -> None:
+        _keep_out_of_graphs()
+        module = find_layer(model, layer)
+        self.layer = layer
+        self.running = False
+        self.output: Any = None
+        module.register_forward_hook(_StopHook(self, module))
+
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The layer's raw output in ``model(*args, **kwargs)``, which goes no further.
+
+        Raises:
+            CaptureError: If the forward ended without running the layer.
+        """
+        self.running = True
+        try:
+            model(*args, **kwargs)
+        except _Stop:
+            return self.output
+        finally:
+            self.running = False
+            self.output = None
+        raise CaptureError(
+            f"The teacher's forward ended without running layer {self.layer!r}: name a layer that runs in every "
+            "forward."
+        )
+
+
+@contextlib.contextmanager
+def watched(
+    model: nn.Module, started: Callable[[nn.Module, tuple[Any, ...]], None], finished: Callable[[nn.Module], None]
+) -> Iterator[None]:
+    """While inside: ``started(module, args)`` and ``finished(module)`` around every module of ``model``."""
+    handles: list[RemovableHandle] = []
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(lambda m, args: started(m, args)))
+        handles.append(module.register_forward_hook(lambda m, args, output: finished(m)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """Mark the hooks that dynamo must not compile; it would, once for each new record.
+
+    Done when the first hook is made, not when the module is imported: the mark imports all of dynamo.
+    """
+    for kind in (_RootHook, _StopHook):
+        kind.__call__ = torch.compiler.disable(kind.__call__)  # type: ignore[method-assign, no-untyped-call]

@@ -1,0 +1,329 @@
+"""The frozen teacher: classifier-free-guided features of one layer, f_u + w (f_c − f_u)."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call, CallSpec, RowTensors, nested_path
+from .checkpoints import load_weights
+from .errors import NullConditionError, SettingError, ShapeError
+from .heads import check_positive, infer_width
+from .names import find_layer, nearest, quoted, unwrap
+from .taps import EarlyExit, watched
+from .time import TimeConvention, resolve
+from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
+from .truncate import truncate
+
+Null: TypeAlias = Mapping[str, Any]
+
+
+class CFGFeatureTeacher(nn.Module):
+    """A frozen model that gives the guided features of one layer.
+
+    The model runs on the condition and on the null condition, as one doubled batch, and stops at its layer:
+
+        f_g = f_u + guidance_scale · (f_c − f_u)
+
+    so 1 is the conditional feature. The combination is computed in float32. The model runs without gradients, in eval
+    mode whatever ``.train()`` says, under the autocast that is active. At the first call the modules that never run
+    are dropped and their memory is free.
+
+    Made by :func:`build_teacher`, which describes the arguments.
+
+    Shape:
+        call: the model's own arguments; x_t (N, ...), t (N,)
+        returns: (N, T, D), float32, no gradient
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        layer: str,
+        guidance_scale: float,
+        null: Null,
+        call: Mapping[str, Any] | None = None,
+        select: Select = None,
+        tokens: Tokens = None,
+        hidden_size: int | None = None,
+        time: str | TimeConvention | None = None,
+    ) -> None:
+        super().__init__()
+        check_guidance_scale(guidance_scale)
+        check_select(select)
+        check_tokens(tokens)
+        tapped = find_layer(model, layer)
+        if hidden_size is not None:
+            check_positive("hidden_size", hidden_size)
+        self.layer = layer
+        self.guidance_scale = float(guidance_scale)
+        self.select = select
+        self.tokens = tokens
+        self.hidden_size = infer_width(tapped) if hidden_size is None else hidden_size
+        self.time = None if time is None else resolve(time)
+        self.spec = CallSpec(model, call)
+        self._null = dict(_flatten_null(null, self.spec))
+        for index, value in enumerate(self._null.values()):
+            if isinstance(value, Tensor):
+                self.register_buffer(f"null_{index}", value, persistent=False)  # so that it moves with the teacher
+        self.model = model.requires_grad_(False)
+        self.eval()
+        self._exit = EarlyExit(model, layer)
+        self._prepared = False
+        self.fingerprint = fingerprint(model, layer, self.guidance_scale, self._null)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "_exit"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._exit = EarlyExit(self.model, self.layer)  # a copy's hooks are inert
+
+    def train(self, mode: bool = True) -> CFGFeatureTeacher:
+        """Stay in eval mode: a teacher drops no labels."""
+        super().train(False)
+        return self
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """The guided features (N, T, D) for the call ``model(*args, **kwargs)``."""
+        return self.guide(*self.pair(*args, **kwargs))
+
+    def pair(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """The features (f_c, f_u) of condition and null condition, each (N, T, D) in float32."""
+        return self.features(self.spec.bind(args, kwargs))
+
+    def guide(self, conditional: Tensor, unconditional: Tensor) -> Tensor:
+        """f_u + guidance_scale (f_c − f_u)."""
+        return unconditional + self.guidance_scale * (conditional - unconditional)
+
+    @torch.no_grad()
+    def features(self, call: Call, rows: Tensor | None = None, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+        """(f_c, f_u) for some rows of a call.
+
+        Args:
+            call: The whole batch's call, by this model's names.
+            rows: (n,), indices of the rows to run; None for all.
+            chunk: The largest batch in one pass, condition and null counted; None for one pass.
+
+        Raises:
+            NullConditionError: If the null condition does not fit the call.
+            CallError: If the rows of an argument cannot be taken.
+        """
+        held = RowTensors(call, self.spec.shared)
+        pairs = zip(held.tensors, self._null_tensors(call, held), strict=True)
+        if rows is not None:
+            pairs = ((c.index_select(0, rows), u.index_select(0, rows)) for c, u in pairs)  # type: ignore[assignment]
+        doubled = [torch.cat([c, u]) for c, u in pairs]
+
+        def run() -> Tensor:
+            total = len(doubled[0])
+            size = chunk or total
+            parts = [self._run(held.rebuild([d[i : i + size] for d in doubled])) for i in range(0, total, size)]
+            return torch.cat(parts).float()
+
+        if self._prepared:
+            features = run()
+        else:
+            with watched(self.model, self._check_indices, lambda module: None):
+                run()
+            features = truncate(self.model, find_layer(self.model, self.layer), run)
+            self._prepared = True
+        conditional, unconditional = features.chunk(2)
+        return conditional, unconditional
+
+    def _run(self, arguments: dict[str, Any]) -> Tensor:
+        args, kwargs = self.spec.arguments(arguments)
+        output = self._exit.run(self.model, args, kwargs)
+        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer)
+        rows = len(arguments[self.spec.x])
+        if len(tokens) != rows:
+            raise ShapeError(
+                f"The teacher's layer {self.layer!r} gives {len(tokens)} rows for a batch of {rows}: "
+                "tap a layer that keeps one row for each sample."
+            )
+        return tokens
+
+    def _null_tensors(self, call: Call, held: RowTensors) -> Iterator[Tensor]:
+        """For each row tensor of the call its null counterpart: itself where the null condition does not name it."""
+        if missing := [path for path in self._null if path not in held.paths]:
+            raise NullConditionError(
+                f"The null condition names {quoted(missing)}, but the call holds no tensor with {call.rows} rows "
+                "there; "
+                f"it holds {quoted(held.paths)}.\n"
+                f"Nearest: {quoted(nearest(missing[0], held.paths)) or 'none'}. The model must be called with the "
+                "condition that null= replaces."
+            )
+        for path, tensor in zip(held.paths, held.tensors, strict=True):
+            yield self._null_like(path, tensor, call) if path in self._null else tensor
+
+    def _null_like(self, path: str, tensor: Tensor, call: Call) -> Tensor:
+        value = self._null[path]
+        if callable(value):
+            rows = value(call.arguments)
+            if not isinstance(rows, Tensor) or rows.shape != tensor.shape:
+                found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
+                raise NullConditionError(
+                    f"The callable null condition for {path!r} returned {found}; it gets the call's arguments by name "
+                    f"and must return a tensor of the argument's shape, {tuple(tensor.shape)}."
+                )
+            return rows.to(tensor)
+        if not isinstance(value, Tensor):
+            if not tensor.is_floating_point() and not float(value).is_integer():
+                raise NullConditionError(
+                    f"The null condition {value!r} for {path!r} is no whole number, but the argument holds "
+                    f"{tensor.dtype}."
+                )
+            return torch.full_like(tensor, value)
+        value = self.get_buffer(f"null_{list(self._null).index(path)}")
+        if value.shape != tensor.shape[1:]:
+            raise NullConditionError(
+                f"The null condition for {path!r} has shape {tuple(value.shape)}; the argument is "
+                f"{tuple(tensor.shape)}, "
+                f"so without its batch axis it should be {tuple(tensor.shape[1:])}."
+            )
+        return value.to(tensor).expand_as(tensor)
+
+    def _check_indices(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if not isinstance(module, nn.Embedding) or not args or not isinstance(args[0], Tensor) or not args[0].numel():
+            return
+        low, high = (int(v) for v in args[0].aminmax())
+        if low < 0 or high >= module.num_embeddings:
+            name = next(n for n, m in self.model.named_modules() if m is module)
+            raise NullConditionError(
+                f"Index {low if low < 0 else high} would reach embedding {name!r}, which has {module.num_embeddings} "
+                f"rows (0 to {module.num_embeddings - 1}). The null condition is {self._null}.\n"
+                "A model built without label dropout has no null row: train the teacher with dropout; or name the "
+                "index of its null class."
+            )
+
+
+def build_teacher(
+    model: nn.Module,
+    checkpoint: str | PathLike[str] | Mapping[str, Any] | None,
+    *,
+    layer: str,
+    guidance_scale: float,
+    null: Null,
+    call: Mapping[str, Any] | None = None,
+    select: Select = None,
+    tokens: Tokens = None,
+    hidden_size: int | None = None,
+    time: str | TimeConvention | None = None,
+    weights: Literal["ema", "model"] = "ema",
+    example: Sequence[Any] | Mapping[str, Any] | None = None,
+) -> CFGFeatureTeacher:
+    """Load a checkpoint into ``model`` and turn it into a frozen teacher. The model is taken over: pass a copy to keep it.
+
+    Args:
+        model: A model of the checkpoint's architecture.
+        checkpoint: A ``.pt`` file of a DiT, SiT or REPA loop, a ``.safetensors`` file, a directory, a state dict, or
+            None for the weights that the model already has. Loaded strictly.
+        layer: The dotted name of the layer whose output is the feature, such as ``"blocks.7"``.
+        guidance_scale: w in f_u + w (f_c − f_u); published: 30 for SiT-B/2, 5 for text-to-image.
+        null: The null condition by argument name: a number (a class index, or 0 for a zero vector); a tensor of the
+            argument's shape without its batch axis; or a callable from the call's arguments to N rows. A nested
+            argument takes a nested mapping.
+        call: ``dict(x=..., t=...)`` names the arguments that hold x_t and t where they are not the first two;
+            ``shared=[...]`` names arguments that all samples share although their first axis looks like the batch.
+        select: Which tensor of a tuple, dict or dataclass output.
+        tokens: Which tokens are the image's: a slice or a callable.
+        hidden_size: The feature's width, where it cannot be read off the layer.
+        time: The convention that the teacher was trained with; when given, the student's must be the same.
+        weights: Which entry of a training checkpoint.
+        example: A call's arguments, ``(x_t, t, y)`` or by name: what never runs is then dropped at once, not at the
+            first call.
+
+    Raises:
+        CheckpointError: If the checkpoint is unreadable, unsafe, or does not fit the model.
+        LayerNotFoundError: If the model has no such layer.
+        NullConditionError: If the null condition is empty, misnamed, or outside its embedding (with ``example``).
+        SettingError: If the guidance scale or another setting makes no sense.
+    """
+    if weights not in ("ema", "model"):
+        raise SettingError(f"weights must be 'ema' or 'model'; got {weights!r}.")
+    # The settings are checked first: a checkpoint can take minutes to load.
+    check_guidance_scale(guidance_scale)
+    find_layer(model, layer)
+    dict(_flatten_null(null, CallSpec(model, call)))
+    load_weights(model, checkpoint, weights=weights)
+    teacher = CFGFeatureTeacher(
+        model,
+        layer=layer,
+        guidance_scale=guidance_scale,
+        null=null,
+        call=call,
+        select=select,
+        tokens=tokens,
+        hidden_size=hidden_size,
+        time=time,
+    )
+    if example is not None:
+        features = teacher(**example) if isinstance(example, Mapping) else teacher(*example)
+        if hidden_size is not None and hidden_size != features.shape[-1]:
+            raise ShapeError(f"hidden_size={hidden_size}, but layer {layer!r} gives {tuple(features.shape)}.")
+        teacher.hidden_size = features.shape[-1]
+    return teacher
+
+
+def check_guidance_scale(scale: object) -> None:
+    """Raise ``SettingError`` unless ``scale`` is a finite number, 0 or more."""
+    if isinstance(scale, bool) or not isinstance(scale, float | int) or not math.isfinite(scale) or scale < 0:
+        raise SettingError(
+            f"guidance_scale must be a finite number, 0 or more (1 is the conditional feature); got {scale!r}."
+        )
+
+
+def _flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
+    """The null condition with the path of each value, as :class:`RowTensors` names paths."""
+    if not isinstance(null, Mapping) or not null:
+        raise NullConditionError(
+            f"null= maps argument names to the null condition, such as null={{'y': 1000}}; got {null!r}."
+        )
+    for name in null:
+        spec.check_name(name, "null=", NullConditionError)
+    if overlap := {spec.x, spec.t} & set(null):
+        raise NullConditionError(f"null= names {quoted(sorted(overlap))}, which is x_t or t, not a condition.")
+
+    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping) and value:
+            for key, item in value.items():
+                yield from walk(item, nested_path(path, key))
+        elif isinstance(value, bool | int | float | Tensor) or callable(value):
+            yield path, value
+        else:
+            raise NullConditionError(
+                f"The null condition for {path!r} must be a number, a tensor without batch axis, or a callable; "
+                f"got {value!r}."
+            )
+
+    for name, value in null.items():
+        yield from walk(value, name)
+
+
+def fingerprint(model: nn.Module, layer: str, guidance_scale: float, null: Mapping[str, Any]) -> Tensor:
+    """SHA-256 of what makes the teacher the one it is, as 32 bytes in a uint8 tensor: weights, layer, scale, null."""
+    digest = hashlib.sha256()
+    settings = [layer, repr(guidance_scale), *(f"{path}={_plain(value)}" for path, value in sorted(null.items()))]
+    digest.update("\n".join(settings).encode())
+    for name, tensor in sorted(unwrap(model).state_dict().items()):
+        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(_bytes(tensor))
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return hashlib.sha256(_bytes(value)).hexdigest()
+    return "callable" if callable(value) else repr(value)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer

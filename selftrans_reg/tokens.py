@@ -1,0 +1,156 @@
+"""From what a layer returns to tokens (N, T, D): pick the tensor, flatten its grid, pick the image's tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from .errors import OutputError, SettingError, ShapeError
+
+Select: TypeAlias = int | str | Callable[[Any], Any] | None
+Tokens: TypeAlias = slice | Callable[[Tensor], Tensor] | None
+
+
+def check_select(select: object) -> None:
+    """Raise ``SettingError`` unless ``select`` is an index, a key, a callable or None."""
+    if isinstance(select, bool) or not (select is None or isinstance(select, int | str) or callable(select)):
+        raise SettingError(f"select must be an index, a key or a callable; got {select!r}.")
+
+
+def check_tokens(tokens: object) -> None:
+    """Raise ``SettingError`` unless ``tokens`` is a slice, a callable or None."""
+    if not (tokens is None or isinstance(tokens, slice) or callable(tokens)):
+        raise SettingError(f"tokens must be a slice, such as slice(1, None), or a callable; got {tokens!r}.")
+
+
+def as_tokens(output: Any, select: Select, tokens: Tokens, *, layer: str) -> Tensor:
+    """The tokens in a layer's raw output.
+
+    ``select`` picks a tensor out of a tuple, dict or dataclass; an output with a single tensor needs none. A tensor of
+    four or five axes is a convolution's, channels first, and is flattened row by row. ``tokens`` then picks the
+    image's tokens along the second axis; a callable gets the selected tensor as it is and returns (N, T, D).
+
+    Shape:
+        returns: (N, T, D)
+
+    Raises:
+        OutputError: If the output holds several tensors and no ``select`` was given, or ``select`` picks no tensor.
+        ShapeError: If what is left is not (N, T, D), or ``tokens`` leaves none.
+    """
+    tensor = _select(output, select, layer)
+    if callable(tokens):
+        tensor = tokens(tensor)
+        if not isinstance(tensor, Tensor):
+            raise OutputError(f"tokens= returned {type(tensor).__name__} for layer {layer!r}; it must return a tensor.")
+    elif tensor.ndim in (4, 5):
+        tensor = tensor.flatten(2).transpose(1, 2)  # (N, C, H, W) or (N, C, F, H, W) -> (N, T, D)
+    if tensor.ndim != 3:
+        raise ShapeError(
+            f"Layer {layer!r} gives a tensor of shape {tuple(tensor.shape)}, not tokens (N, T, D).\n"
+            "Tap a block, or pass tokens= a callable that turns the tensor into (N, T, D)."
+        )
+    if isinstance(tokens, slice):
+        sliced = tensor[:, tokens]
+        if sliced.shape[1] == 0:
+            raise ShapeError(f"tokens={tokens} leaves none of the {tensor.shape[1]} tokens of layer {layer!r}.")
+        tensor = sliced
+    return tensor
+
+
+def _select(output: Any, select: Select, layer: str) -> Tensor:
+    if select is None:
+        found = [tensor for _, tensor in _tensors(output)]
+        if len(found) == 1:
+            return found[0]
+        raise OutputError(
+            f"Layer {layer!r} returns {_kind(output)} with {len(found)} tensors, and nothing is guessed:\n"
+            f"{_listing(output)}\n"
+            "Say which with select= (an index, a key, or a callable)."
+        )
+    try:
+        if callable(select):
+            picked = select(output)
+        elif isinstance(select, str) and not isinstance(output, Mapping):
+            picked = getattr(output, select)
+        else:
+            picked = output[select]
+    except (LookupError, AttributeError, TypeError) as error:
+        raise OutputError(
+            f"select={_show(select)} does not fit the output of layer {layer!r}, {_kind(output)}: {error}.\n"
+            f"It holds:\n{_listing(output)}"
+        ) from error
+    if not isinstance(picked, Tensor):
+        raise OutputError(
+            f"select={_show(select)} picks {_kind(picked)} from the output of layer {layer!r}, not a tensor."
+        )
+    return picked
+
+
+def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor in a nested output with the path to it, as one would type it."""
+    if isinstance(value, Tensor):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _tensors(item, f"{path}[{key!r}]")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            yield from _tensors(item, f"{path}[{index}]")
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from _tensors(getattr(value, field.name), f"{path}.{field.name}")
+
+
+def _listing(output: Any) -> str:
+    return "\n".join(f"  {path or 'output'}: {tuple(t.shape)}" for path, t in _tensors(output)) or "  no tensor at all"
+
+
+def _kind(value: Any) -> str:
+    name = type(value).__name__
+    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+
+
+def _show(select: Select) -> str:
+    return getattr(select, "__name__", repr(select)) if inspect.isroutine(select) else repr(select)
+
+
+def grid_of(latents: Tensor, patch_size: tuple[int, ...]) -> tuple[int, ...]:
+    """Tokens along each axis of the latents' grid.
+
+    Args:
+        latents: (N, C, *spatial), one to three spatial axes.
+        patch_size: Latent pixels per token along each spatial axis.
+
+    Raises:
+        ShapeError: If the latents have another number of axes, or do not divide into patches.
+    """
+    spatial = latents.shape[2:]
+    if len(spatial) != len(patch_size) or any(s % p for s, p in zip(spatial, patch_size, strict=True)):
+        raise ShapeError(
+            f"Latents of shape {tuple(latents.shape)} do not divide into patches of {patch_size}.\n"
+            "Latents are (N, C, L), (N, C, H, W) or (N, C, F, H, W); patch_size counts latent pixels per token along "
+            "each of the last axes (an int for square patches)."
+        )
+    return tuple(s // p for s, p in zip(spatial, patch_size, strict=True))
+
+
+def check_grid(tokens: Tensor, grid: tuple[int, ...]) -> None:
+    """Raise ``ShapeError`` unless there is one token for each place of the grid; it says which slices would fit."""
+    count, wanted = tokens.shape[1], math.prod(grid)
+    if count == wanted:
+        return
+    shown = "×".join(map(str, grid))
+    message = f"{count} tokens do not fit the latent grid {shown}, which has {wanted}.\n"
+    if count > wanted:
+        extra = count - wanted
+        message += (
+            f"If {extra} extra tokens precede the image's, pass tokens=slice({extra}, None); "
+            f"if they follow them, tokens=slice(None, {wanted}).\n"
+        )
+    message += "Otherwise check patch_size, and that the latents are those of this batch."
+    raise ShapeError(message)
