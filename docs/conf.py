@@ -19,7 +19,10 @@ myst_heading_anchors = 3
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_custom_sections = [("Shape", "params_style")]
 
 # Names of other projects cannot be resolved without their inventories, which need a network: only ours are checked.
 nitpick_ignore_regex = [(r"py:.*", r"(?!selftrans_reg\b).*")]
+# Types that appear in signatures and are not public themselves.
+nitpick_ignore = [("py:class", "selftrans_reg.calls.Call"), ("py:class", "selftrans_reg.criterion.Settings")]

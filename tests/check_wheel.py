@@ -31,7 +31,10 @@ class ToyTransformer(nn.Module):
         self.patches = nn.Conv2d(C, WIDTH, PATCH, PATCH)
         self.time = nn.Linear(1, WIDTH)
         self.labels = nn.Embedding(CLASSES + 1, WIDTH)  # the last row is the null label
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Linear(2 * WIDTH, WIDTH))
+            for _ in range(3)
+        )
         self.final = nn.ConvTranspose2d(WIDTH, C, PATCH, PATCH)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -1,0 +1,188 @@
+"""Every code block of the README and of docs/ runs, and what the pages point to exists.
+
+How a page is run, for those who write one:
+
+- Its blocks fenced as ``python`` run from top to bottom in one namespace, as one script would, with warnings as errors,
+  the global seed set to 0 and an empty working directory. A page relies on no other page.
+- Blocks fenced as ``pycon`` are doctests in the same namespace: what they show is compared with what they print.
+- What a reader has and the test has not, such as a model or a loader, is made in an HTML comment that no reader sees.
+  It runs where it stands, and may import what ``tests/`` and ``examples/`` hold:
+
+      <!-- setup
+      loader = [(torch.randn(4, 4, 8, 8), torch.arange(4))]
+      -->
+
+- Other fences (``bash``, ``text``, ...) do not run. One that is not listed in ``NOT_RUN`` fails, an indented block too,
+  so that no Python stays untested by being fenced as something else.
+"""
+
+import doctest
+import re
+import sys
+import textwrap
+import traceback
+import types
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+import selftrans_reg
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOT_RUN = {"bash", "bibtex", "text", "{eval-rst}", "{figure}", "{image}", "{math}", "{note}", "{toctree}", "{warning}"}
+SETUP = re.compile(r"<!--[ ]*setup[ ]*\n(.*?)-->", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A piece of a page: ``kind`` is the fence's language, or ``setup``; ``line`` is that of its first line of code."""
+
+    kind: str
+    line: int
+    code: str
+
+
+def tokens_of(text: str) -> list[Token]:
+    return MarkdownIt("commonmark").parse(text)
+
+
+def blocks_of(text: str) -> list[Block]:
+    blocks = []
+    for token in tokens_of(text):
+        first = token.map[0] + 1 if token.map else 0
+        if token.type == "fence":
+            blocks.append(Block((token.info.split() or ["unnamed"])[0], first + 1, token.content))
+        elif token.type == "code_block":
+            blocks.append(Block("indented", first, token.content))
+        elif token.type == "html_block" and (found := SETUP.match(token.content.lstrip())):
+            blocks.append(Block("setup", first + 1, textwrap.dedent(found[1])))
+    return blocks
+
+
+def run_page(page: Path, text: str) -> None:
+    """Run a page's blocks in order, in a module of their own; a traceback names the page and its line."""
+    module = types.ModuleType(f"page_{re.sub(r'[^a-z0-9]', '_', page.stem.lower())}")
+    sys.modules[module.__name__] = module  # where pickle and inspect look for what a page defines
+    try:
+        for block in blocks_of(text):
+            if block.kind in {"python", "setup"}:
+                code = "\n" * (block.line - 1) + block.code
+                exec(compile(code, str(page), "exec", dont_inherit=True), module.__dict__)
+            elif block.kind == "pycon":
+                run_doctest(page, block, module.__dict__)
+    finally:
+        del sys.modules[module.__name__]
+
+
+def run_doctest(page: Path, block: Block, namespace: dict[str, object]) -> None:
+    test = doctest.DocTestParser().get_doctest(block.code, {}, page.name, str(page), block.line - 1)
+    assert test.examples, f"{page.name}:{block.line}: a pycon block without a >>> prompt runs nothing"
+    test.globs = namespace  # the constructor would copy it, and later blocks would not see this one's names
+    report: list[str] = []
+    failed, _ = doctest.DocTestRunner(verbose=False).run(test, out=report.append, clear_globs=False)
+    assert not failed, "".join(report)
+
+
+def links_of(text: str) -> list[str]:
+    inline = [child for token in tokens_of(text) for child in token.children or []]
+    targets = [str(token.attrs.get("href") or token.attrs.get("src") or "") for token in inline]
+    html = [token.content for token in [*tokens_of(text), *inline] if token.type.startswith("html_")]
+    return [target for target in [*targets, *re.findall(r'(?:href|src)="([^"]+)"', "".join(html))] if target]
+
+
+def with_code(pages: list[Path]) -> list[Path]:
+    return [page for page in pages if any(b.kind in {"python", "pycon"} for b in blocks_of(page.read_text()))]
+
+
+@pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: page.name)
+def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        run_page(page, page.read_text())
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_block_of_a_page_escapes(page: Path) -> None:
+    unknown = [b for b in blocks_of(page.read_text()) if b.kind not in NOT_RUN | {"python", "pycon", "setup"}]
+    assert not unknown, "\n".join(f"{page.name}:{b.line}: a block fenced as {b.kind!r}" for b in unknown)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_points_to_exists(page: Path) -> None:
+    local = [link.partition("#")[0] for link in links_of(page.read_text()) if not re.match(r"[a-z]+:|#", link)]
+    ours = r"(?<![\w/.-])(?:docs|examples|selftrans_reg|tests)/[\w/-]+\.(?:md|png|py|txt)\b"
+    missing = [link for link in local if not (page.parent / link).exists()]
+    missing += [path for path in re.findall(ours, page.read_text()) if not (ROOT / path).exists()]
+    assert not missing, f"{page.name} points to {missing}"
+
+
+def test_the_api_reference_has_every_public_name() -> None:
+    text = (ROOT / "docs" / "api.md").read_text()
+    assert [name for name in selftrans_reg.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+PAGE = """
+# A page
+
+<!-- setup
+hidden = 20
+-->
+
+1. In a list:
+
+   ```python
+   visible = hidden + 1
+   ```
+
+```pycon
+>>> visible
+{shown}
+>>> later = visible
+```
+
+```python
+seen.append(later)
+{last}
+```
+"""
+
+
+def test_a_page_runs_in_order_and_shares_names() -> None:
+    text = PAGE.format(shown=21, last="assert seen == [21]")
+    assert [block.kind for block in blocks_of(text)] == ["setup", "python", "pycon", "python"]
+    with pytest.raises(NameError, match="seen"):
+        run_page(Path("page.md"), text)
+    run_page(Path("page.md"), text.replace("hidden = 20", "hidden, seen = 20, []"))
+
+
+def test_a_page_fails_on_a_wrong_output_an_exception_and_a_warning() -> None:
+    text = PAGE.replace("hidden = 20", "hidden, seen = 20, []")
+    with pytest.raises(AssertionError, match=r"(?s)Expected:\s+22\s+Got:\s+21"):
+        run_page(Path("page.md"), text.format(shown=22, last=""))
+    broken = text.format(shown=21, last="1 / 0")
+    with pytest.raises(ZeroDivisionError) as caught:
+        run_page(Path("page.md"), broken)
+    frame = traceback.extract_tb(caught.tb)[-1]
+    assert (frame.filename, frame.lineno) == ("page.md", broken.splitlines().index("1 / 0") + 1)
+    with pytest.raises(UserWarning, match="stale"):
+        run_page(Path("page.md"), text.format(shown=21, last="import warnings; warnings.warn('stale', stacklevel=1)"))
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("```py\n1\n```", "py"), ("```\n1\n```", "unnamed"), ("Text\n\n    1 + 1\n", "indented")],
+)
+def test_a_block_that_would_not_run_is_seen(text: str, kind: str) -> None:
+    assert [block.kind for block in blocks_of(text)] == [kind]
+    assert kind not in NOT_RUN
+
+
+def test_links_are_found_in_markdown_and_html() -> None:
+    text = '[a](docs/a.md#part) ![b](b.png "title")\n\n<img src="c.png">\n\nText <a href="d.md">d</a>.\n'
+    assert sorted(links_of(text)) == ["b.png", "c.png", "d.md", "docs/a.md#part"]
