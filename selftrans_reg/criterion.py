@@ -11,23 +11,24 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call, CallSpec
+from .checks import check_batch, check_captured, check_denoising, check_device, check_same_shape, device_of
 from .errors import (
     CaptureError,
-    GradientError,
     OptimizerError,
-    PlacementError,
+    SelfTransError,
     SettingError,
     ShapeError,
     TeacherError,
     TimeConventionError,
 )
+from .gate import Gate, Gated, check_teacher_rows, sample_rows, to_device
 from .heads import ProjectionHead, check_positive, resolve_width
 from .losses import Distance, VAEAlignmentLoss, check_distance, feature_alignment, velocity_target
 from .names import find_layer, quoted, unwrap
 from .schedules import Schedule, check_same_schedule, check_schedule, factor, schedule_state
 from .taps import Record, Recorder, WhichForward, layer_names
 from .teacher import CFGFeatureTeacher
-from .time import TimeConvention, check_against_latents, check_times, check_window, resolve, window_mask
+from .time import TimeConvention, check_against_latents, check_times, check_window, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
 
 Target: TypeAlias = Literal["latents", "velocity"]
@@ -130,25 +131,28 @@ class SelfTransLoss(nn.Module):
         tokens: Tokens = None,
         forward: WhichForward = None,
         check_interval: int | None = 1000,
+        teacher_chunk: int | None = None,
+        teacher_rows: int | float | None = None,
     ) -> None:
         super().__init__()
         _check_choice("target", target, get_args(Target))
         _check_choice("gating", gating, get_args(Gating))
         check_distance(distance)
         _check_weight(weight)
-        check_window(window)
         check_schedule(schedule, stop_step)
         check_select(select)
         check_tokens(tokens)
-        if check_interval is not None:
-            check_positive("check_interval", check_interval)
+        for name, value in (("check_interval", check_interval), ("teacher_chunk", teacher_chunk)):
+            if value is not None:
+                check_positive(name, value)
+        check_teacher_rows(teacher_rows)
         self.heads = nn.ModuleList(heads)
         self.layers = layer_names(layer)
         self.time = resolve(time)
         self.target = target
         self.distance: Distance = distance
         self.weight = float(weight)
-        self.window = window
+        self.window = check_window(window)
         self.gating = gating
         self.schedule: Schedule = schedule
         self.stop_step = stop_step
@@ -157,6 +161,8 @@ class SelfTransLoss(nn.Module):
         self.tokens = tokens
         self.which_forward: WhichForward = forward
         self.check_interval = check_interval
+        self.teacher_chunk = teacher_chunk
+        self.teacher_rows = teacher_rows
         self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
         # The counters live here and go to the buffers only when a state dict is made: a step writes nothing.
         self._step = -1
@@ -238,6 +244,8 @@ class SelfTransLoss(nn.Module):
         hidden_features: int = 2048,
         target_size: int | None = None,
         distance: Distance = "mse",
+        teacher_chunk: int | None = None,
+        teacher_rows: int | float | None = None,
         generator: torch.Generator | None = None,
         **settings: Unpack[Settings],
     ) -> SelfTransLoss:
@@ -253,6 +261,10 @@ class SelfTransLoss(nn.Module):
             hidden_features: The head's inner width.
             target_size: The width of the teacher's features, where the teacher does not tell.
             distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
+            teacher_chunk: The largest batch that the teacher runs at once, condition and null counted, where memory
+                is short; the result is the same.
+            teacher_rows: Run teacher and head only on a random part of the rows inside the window: at most this many,
+                or this share of them. The loss and its gradient stay the same in expectation and vary more.
             generator: Source of the head's initial weights; by default a new one with seed 0.
             **settings: ``weight``, ``window``, ``stop_step``, ...: see the class.
 
@@ -284,7 +296,17 @@ class SelfTransLoss(nn.Module):
             ProjectionHead(width, target_size, hidden_features, generator=generator, device=device_of(model))
             for width in _widths(model, layer, hidden_size)
         ]
-        return cls(model, heads, layer=layer, time=time, teacher=teacher, distance=distance, **settings)
+        return cls(
+            model,
+            heads,
+            layer=layer,
+            time=time,
+            teacher=teacher,
+            distance=distance,
+            teacher_chunk=teacher_chunk,
+            teacher_rows=teacher_rows,
+            **settings,
+        )
 
     @property
     def teacher(self) -> CFGFeatureTeacher | None:
@@ -316,7 +338,7 @@ class SelfTransLoss(nn.Module):
             TeacherError: If the teacher is needed and was released.
             PlacementError: If head, teacher and tokens are not on one device.
         """
-        _check_denoising(denoising)
+        check_denoising(denoising)
         if not self.training:
             self.discard()
             nothing = denoising.new_zeros((), dtype=torch.float32)
@@ -326,18 +348,22 @@ class SelfTransLoss(nn.Module):
             self.discard()
             return self._terms(denoising, self._zero(), 0.0, None)
         record = self._watching().take()
-        call = self.spec.bind(record.args, record.kwargs)
-        self._check_batch(call, denoising, latents)
-        inside = window_mask(self.time.noise_fraction(call.t), self.window)
+        gated = record.note
+        if isinstance(gated, SelfTransError):  # the call could not be read; the place to say so is here
+            raise gated
+        self._check(gated.call, denoising, latents)
         with torch.no_grad() if self.weight == 0.0 else contextlib.nullcontext():
-            alignment = self._alignment(record, call, inside, latents)
-        return self._terms(denoising, alignment, self.weight * scale, inside)
+            alignment = self._alignment(record, gated, latents)
+        return self._terms(denoising, alignment, self.weight * scale, gated.inside)
 
     def attach(self, model: nn.Module) -> None:
         """Watch ``model``: done at construction, and needed again only for a copy or after :meth:`detach`."""
         self.detach()
         self.spec = CallSpec(model, self.call)
-        self._recorder = Recorder(model, self.layers, training_only=True, forward=self.which_forward)
+        gate = Gate(self.spec, self.time, self.window)
+        self._recorder = Recorder(
+            model, self.layers, training_only=True, forward=self.which_forward, on_open=gate.early
+        )
 
     def detach(self) -> None:
         """Remove every hook from the model."""
@@ -408,80 +434,52 @@ class SelfTransLoss(nn.Module):
             self._step = step
         return scale
 
-    def _check_batch(self, call: Call, denoising: Tensor, latents: Tensor | None) -> None:
-        if denoising.ndim == 1 and len(denoising) != call.rows:
-            raise ShapeError(
-                f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
-                "Pass the loss of that call: a scalar, or one value for each sample."
-            )
+    def _check(self, call: Call, denoising: Tensor, latents: Tensor | None) -> None:
         if latents is None and self.stage == 1:
             raise ShapeError("Stage 1 aligns with the clean latents: call criterion(loss, latents=...).")
-        if latents is not None and len(latents) != call.rows:
-            raise ShapeError(
-                f"There are {len(latents)} latents, but the model's last call had {call.rows} samples: pass the same "
-                "batch."
-            )
+        check_batch(call, denoising, latents)
         if self.check_interval is None or (self._calls > _FIRST_CHECKS and self._calls % self.check_interval):
             return
         check_times(self.time, call.t)
         if latents is not None:
-            _check_same_shape(call, latents)
+            check_same_shape(call, latents)
             check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach())
 
-    def _alignment(self, record: Record, call: Call, inside: Tensor, latents: Tensor | None) -> Tensor:
+    def _alignment(self, record: Record, gated: Gated, latents: Tensor | None) -> Tensor:
         """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32."""
+        call = gated.call
         captures = [record.capture(layer) for layer in self.layers]
-        tokens = [
-            as_tokens(capture.output, self.select, self.tokens, layer=layer)
-            for capture, layer in zip(captures, self.layers, strict=True)
-        ]
-        for layer, found in zip(self.layers, tokens, strict=True):
-            self._check_tokens(found, call, layer)
+        tokens = []
+        for layer, capture, head in zip(self.layers, captures, self.heads, strict=True):
+            tokens.append(as_tokens(capture.output, self.select, self.tokens, layer=layer))
+            check_captured(tokens[-1], call, layer, head)
         everything = self.window is None or self.gating == "released"
-        rows = None if everything else inside.nonzero().squeeze(1)
+        candidates = torch.arange(call.rows) if everything else gated.rows()
+        if len(candidates) == 0:
+            return self._zero()
+        chosen = sample_rows(candidates, self.teacher_rows, seed=self._calls)
+        rows = None if len(chosen) == call.rows else to_device(chosen, call.x_t.device)
         if rows is not None:
-            if len(rows) == 0:
-                return self._zero()
             tokens = [found.index_select(0, rows) for found in tokens]
         autocast = captures[0].autocast
         with torch.autocast(call.x_t.device.type, dtype=autocast, enabled=autocast is not None):
             target = self._target(call, rows, latents)
             distances = [self._distance(head, found, target) for head, found in zip(self.heads, tokens, strict=True)]
-        per_sample = torch.stack(distances).mean(0)
-        if self.gating == "released":
-            return inside.float().mean() * per_sample.mean()
-        return per_sample.sum() / call.rows
-
-    def _check_tokens(self, tokens: Tensor, call: Call, layer: str) -> None:
-        if len(tokens) != call.rows:
-            raise ShapeError(
-                f"Layer {layer!r} gave {len(tokens)} rows in a call of {call.rows} samples: tap a layer that keeps one "
-                "row for each sample."
-            )
-        if device_of(self) != tokens.device:
-            raise PlacementError(
-                f"The head lies on {device_of(self)}, the tokens of layer {layer!r} on {tokens.device}: call "
-                f"criterion.to({str(tokens.device)!r}) where the model is moved."
-            )
-        if torch.is_grad_enabled() and not tokens.requires_grad:
-            raise GradientError(
-                f"The tokens of layer {layer!r} carry no gradient, so aligning them would train nothing of the model.\n"
-                "Either everything up to this layer is frozen: tap a later one. Or reentrant activation checkpointing "
-                "hides the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the "
-                "very module that is checkpointed."
-            )
+        mean = torch.stack(distances).mean()  # over layers and over the chosen rows
+        # Divided by the whole batch, whatever was chosen: an average over ranks is then the global value.
+        return mean * (gated.inside.float().mean() if self.gating == "released" else len(candidates) / call.rows)
 
     def _target(self, call: Call, rows: Tensor | None, latents: Tensor | None) -> Tensor:
         """What the heads' outputs are compared with, for the given rows."""
         if self.stage == 2:
             teacher = self._present_teacher(call.x_t.device)
-            features = teacher.features(teacher.spec.adopt(call, self.spec), rows)
+            features = teacher.features(teacher.spec.adopt(call, self.spec), rows, self.teacher_chunk)
             return teacher.guide(*features)
         assert latents is not None  # _check_batch has seen to it
         target = latents.detach()
         if self.target == "velocity":
-            _check_same_shape(call, latents)
-            target = velocity_target(call.x_t.detach(), target, self.time.alpha(call.t), self.time.sigma(call.t))
+            check_same_shape(call, latents)
+            target = velocity_target(call.x_t.detach(), target, self.time.signal(call.t), self.time.noise(call.t))
         return target if rows is None else target.index_select(0, rows)
 
     def _present_teacher(self, device: torch.device) -> CFGFeatureTeacher:
@@ -492,11 +490,7 @@ class SelfTransLoss(nn.Module):
                 "it "
                 "was released, or never given.\nBuild the criterion with the teacher that the run began with."
             )
-        if device_of(teacher) != device:
-            raise PlacementError(
-                f"The teacher lies on {device_of(teacher)}, the batch on {device}: call criterion.to({str(device)!r}) "
-                "where the model is moved."
-            )
+        check_device(teacher, device, "teacher")
         return teacher
 
     def _distance(self, head: nn.Module, tokens: Tensor, target: Tensor) -> Tensor:
@@ -531,12 +525,6 @@ class SelfTransLoss(nn.Module):
         )
 
 
-def device_of(module: nn.Module) -> torch.device:
-    """Where a module's parameters lie; the CPU for one without, or one on the meta device."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "meta" else device
-
-
 def _widths(model: nn.Module, layer: str | Sequence[str], hidden_size: int | None) -> list[int]:
     return [resolve_width(find_layer(model, name), name, hidden_size) for name in layer_names(layer)]
 
@@ -560,26 +548,6 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
 def _check_weight(weight: object) -> None:
     if isinstance(weight, bool) or not isinstance(weight, float | int) or not math.isfinite(weight) or weight < 0:
         raise SettingError(f"weight must be a finite number, 0 or more; got {weight!r}.")
-
-
-def _check_denoising(denoising: object) -> None:
-    if not isinstance(denoising, Tensor) or not denoising.is_floating_point() or denoising.ndim > 1:
-        found = tuple(denoising.shape) if isinstance(denoising, Tensor) else type(denoising).__name__
-        raise ShapeError(
-            f"The loop's own loss must be a floating tensor, a scalar or (N,); got {found}.\n"
-            "Average what is left over channels and pixels first, as the loop does before backward()."
-        )
-
-
-def _check_same_shape(call: Call, latents: Tensor) -> None:
-    if latents.shape != call.x_t.shape:
-        raise ShapeError(
-            f"The latents {tuple(latents.shape)} and the captured x_t {tuple(call.x_t.shape)} differ in shape, so x_t "
-            "cannot "
-            "be checked against them, nor a velocity be computed.\n"
-            "Pass the clean latents of this batch in the layout that the model gets; if the model gets another layout "
-            "than (N, C, H, W), switch the check off with check_interval=None."
-        )
 
 
 def _write_counters(criterion: SelfTransLoss, prefix: str, keep_vars: bool) -> None:

@@ -37,14 +37,15 @@ class Capture(NamedTuple):
 
 
 class Record:
-    """One forward of the model: its arguments, and what the tapped layers returned."""
+    """One forward of the model: its arguments, what the tapped layers returned, and the owner's note on it."""
 
-    __slots__ = ("args", "captures", "kwargs")
+    __slots__ = ("args", "captures", "kwargs", "note")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str]) -> None:
         self.args = args
         self.kwargs = kwargs
         self.captures: dict[str, list[Capture]] = {layer: [] for layer in layers}
+        self.note: Any = None
 
     def capture(self, layer: str) -> Capture:
         """The one capture of ``layer``.
@@ -143,15 +144,23 @@ class Recorder:
         layers: Dotted names, as the unwrapped model prints them.
         training_only: Record a forward only in train mode with gradients enabled, and never inside a backward pass.
         forward: Which of several forwards between two takes counts; None makes several an error.
+        on_open: Called with each new record before the forward runs; what it returns is the record's note.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Sequence[str], *, training_only: bool, forward: WhichForward = None
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        *,
+        training_only: bool,
+        forward: WhichForward = None,
+        on_open: Callable[[Record], Any] | None = None,
     ) -> None:
         if forward not in (None, "first", "last"):
             raise SettingError(f"forward must be None, 'first' or 'last'; got {forward!r}.")
         self.layers = tuple(layers)
         self.training_only = training_only
+        self.on_open = on_open
         self.forward = forward
         self.opened: Record | None = None
         self._kept: Record | None = None
@@ -230,7 +239,10 @@ class Recorder:
             if not torch.is_grad_enabled():
                 self._passed_over = ": the last one ran without gradients"
                 return
-        self.opened = Record(args, kwargs, self.layers)
+        record = Record(args, kwargs, self.layers)
+        if self.on_open is not None:
+            record.note = self.on_open(record)
+        self.opened = record
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         record, self.opened = self.opened, None

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .calls import Call, CallSpec, RowTensors, nested_path
 from .checkpoints import load_weights
+from .compiled import compile_blocks, pad_rows
 from .errors import NullConditionError, SettingError, ShapeError
 from .heads import check_positive, infer_width
 from .names import find_layer, nearest, quoted, unwrap
@@ -54,6 +55,7 @@ class CFGFeatureTeacher(nn.Module):
         tokens: Tokens = None,
         hidden_size: int | None = None,
         time: str | TimeConvention | None = None,
+        compile: bool = False,  # noqa: A002
     ) -> None:
         super().__init__()
         check_guidance_scale(guidance_scale)
@@ -77,6 +79,7 @@ class CFGFeatureTeacher(nn.Module):
         self.eval()
         self._exit = EarlyExit(model, layer)
         self._prepared = False
+        self._compile = compile
         self.fingerprint = fingerprint(model, layer, self.guidance_scale, self._null)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -125,7 +128,7 @@ class CFGFeatureTeacher(nn.Module):
         def run() -> Tensor:
             total = len(doubled[0])
             size = chunk or total
-            parts = [self._run(held.rebuild([d[i : i + size] for d in doubled])) for i in range(0, total, size)]
+            parts = [self._run(held, [d[i : i + size] for d in doubled]) for i in range(0, total, size)]
             return torch.cat(parts).float()
 
         if self._prepared:
@@ -134,15 +137,19 @@ class CFGFeatureTeacher(nn.Module):
             with watched(self.model, self._check_indices, lambda module: None):
                 run()
             features = truncate(self.model, find_layer(self.model, self.layer), run)
+            if self._compile:
+                compile_blocks(self.model)
             self._prepared = True
         conditional, unconditional = features.chunk(2)
         return conditional, unconditional
 
-    def _run(self, arguments: dict[str, Any]) -> Tensor:
-        args, kwargs = self.spec.arguments(arguments)
+    def _run(self, held: RowTensors, tensors: list[Tensor]) -> Tensor:
+        rows = len(tensors[0])
+        if self._compile:
+            tensors = [pad_rows(tensor) for tensor in tensors]
+        args, kwargs = self.spec.arguments(held.rebuild(tensors))
         output = self._exit.run(self.model, args, kwargs)
-        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer)
-        rows = len(arguments[self.spec.x])
+        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer)[:rows]
         if len(tokens) != rows:
             raise ShapeError(
                 f"The teacher's layer {self.layer!r} gives {len(tokens)} rows for a batch of {rows}: "
@@ -218,8 +225,11 @@ def build_teacher(
     time: str | TimeConvention | None = None,
     weights: Literal["ema", "model"] = "ema",
     example: Sequence[Any] | Mapping[str, Any] | None = None,
+    compile: bool = False,  # noqa: A002
 ) -> CFGFeatureTeacher:
-    """Load a checkpoint into ``model`` and turn it into a frozen teacher. The model is taken over: pass a copy to keep it.
+    """Load a checkpoint into ``model`` and turn it into a frozen teacher.
+
+    The model is taken over: pass a copy to keep yours.
 
     Args:
         model: A model of the checkpoint's architecture.
@@ -239,6 +249,7 @@ def build_teacher(
         weights: Which entry of a training checkpoint.
         example: A call's arguments, ``(x_t, t, y)`` or by name: what never runs is then dropped at once, not at the
             first call.
+        compile: Compile the teacher's blocks, with a cache of their own, after the first call.
 
     Raises:
         CheckpointError: If the checkpoint is unreadable, unsafe, or does not fit the model.
@@ -263,6 +274,7 @@ def build_teacher(
         tokens=tokens,
         hidden_size=hidden_size,
         time=time,
+        compile=compile,
     )
     if example is not None:
         features = teacher(**example) if isinstance(example, Mapping) else teacher(*example)

@@ -1,0 +1,84 @@
+"""What one call of the criterion is checked for: loss, latents and tokens must be those of the captured call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from .calls import Call
+from .errors import GradientError, PlacementError, ShapeError
+
+
+def check_denoising(denoising: object) -> None:
+    """Raise ``ShapeError`` unless the loop's own loss is a floating tensor, a scalar or (N,)."""
+    if not isinstance(denoising, Tensor) or not denoising.is_floating_point() or denoising.ndim > 1:
+        found = tuple(denoising.shape) if isinstance(denoising, Tensor) else type(denoising).__name__
+        raise ShapeError(
+            f"The loop's own loss must be a floating tensor, a scalar or (N,); got {found}.\n"
+            "Average what is left over channels and pixels first, as the loop does before backward()."
+        )
+
+
+def check_batch(call: Call, denoising: Tensor, latents: Tensor | None) -> None:
+    """Raise ``ShapeError`` unless loss and latents have the captured call's number of samples."""
+    if denoising.ndim == 1 and len(denoising) != call.rows:
+        raise ShapeError(
+            f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
+            "Pass the loss of that call: a scalar, or one value for each sample."
+        )
+    if latents is not None and len(latents) != call.rows:
+        raise ShapeError(
+            f"There are {len(latents)} latents, but the model's last call had {call.rows} samples: pass the same batch."
+        )
+
+
+def check_same_shape(call: Call, latents: Tensor) -> None:
+    """Raise ``ShapeError`` unless latents and captured x_t have one shape."""
+    if latents.shape != call.x_t.shape:
+        raise ShapeError(
+            f"The latents {tuple(latents.shape)} and the captured x_t {tuple(call.x_t.shape)} differ in shape, so x_t "
+            "cannot be checked against them, nor a velocity be computed.\n"
+            "Pass the clean latents of this batch in the layout that the model gets; if the model gets another layout "
+            "than (N, C, H, W), switch the check off with check_interval=None."
+        )
+
+
+def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> None:
+    """Make sure that a head can be trained on the tokens.
+
+    Raises:
+        ShapeError: If there is not one row for each sample.
+        PlacementError: If the head lies elsewhere.
+        GradientError: If the tokens carry no gradient although gradients are enabled.
+    """
+    if len(tokens) != call.rows:
+        raise ShapeError(
+            f"Layer {layer!r} gave {len(tokens)} rows in a call of {call.rows} samples: tap a layer that keeps one "
+            "row for "
+            "each sample."
+        )
+    check_device(head, tokens.device, "head")
+    if torch.is_grad_enabled() and not tokens.requires_grad:
+        raise GradientError(
+            f"The tokens of layer {layer!r} carry no gradient, so aligning them would train nothing of the model.\n"
+            "Either everything up to this layer is frozen: tap a later one. Or reentrant activation checkpointing "
+            "hides "
+            "the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the very module "
+            "that is checkpointed."
+        )
+
+
+def check_device(module: nn.Module, device: torch.device, what: str) -> None:
+    """Raise ``PlacementError`` unless ``module`` lies on ``device``."""
+    if device_of(module) != device:
+        raise PlacementError(
+            f"The {what} lies on {device_of(module)}, the batch on {device}: call criterion.to({str(device)!r}) where "
+            "the "
+            "model is moved."
+        )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters lie; the CPU for one without, or one on the meta device."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device

@@ -1,0 +1,43 @@
+"""Compiling a teacher: block by block, with a cache of its own, on batches of a few sizes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .names import named_layers, numbered_groups
+from .truncate import Pruned
+
+# Row counts differ from step to step: padded, they need one graph of fixed and one of changing size.
+_MULTIPLE = 8
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile the forward of every numbered block that is left in ``model``; one graph serves all blocks of a class.
+
+    The forward as a whole cannot be compiled, since it is left by an exception. Where PyTorch can, the graphs get a
+    cache of their own: student, EMA copy and teacher share a class, and with it a cache of eight entries.
+    """
+    isolate = (
+        {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+    )
+    compiled: dict[type[nn.Module], Callable[..., Any]] = {}
+    for blocks in numbered_groups(named_layers(model)).values():
+        for block in blocks:
+            if isinstance(block, Pruned):
+                continue
+            kind = type(block)
+            if kind not in compiled:
+                compiled[kind] = torch.compile(kind.forward, **isolate)  # type: ignore[call-overload]
+            block.forward = functools.partial(compiled[kind], block)
+
+
+def pad_rows(tensor: Tensor) -> Tensor:
+    """The tensor with its last row repeated up to a multiple of eight rows."""
+    missing = -len(tensor) % _MULTIPLE
+    return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor
