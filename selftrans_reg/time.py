@@ -1,0 +1,301 @@
+"""Windows in noise fraction, and checks that a time convention is the one that a loop uses."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .errors import SettingError, ShapeError, TimeConventionError
+from .names import quoted
+from .time_conventions import TimeConvention, is_pair
+
+__all__ = ["TimeConvention", "check_against_latents", "check_times", "check_window", "resolve", "window_mask"]
+
+# A sum of n squared standard normals is above n + 2 √(q n) + 2 q, or below n − 2 √(q n), with a probability of at most
+# exp(−q) each (Laurent & Massart, 2000, lemma 1).
+_TAIL = 20.0
+# Statistics aside, slopes may be off by this much and the noise's power by this factor: harmless.
+_HARMLESS_RMS = 0.05
+_HARMLESS_POWER = 4.0
+# Standard deviation granted to every slope besides the noise: t and x_t may have been rounded to bfloat16.
+_ROUNDING = 0.01
+# Noise is compared on top of a noise of this standard deviation, so that samples with next to none do not count.
+_NOISE_FLOOR = 0.1
+# From this many samples on, "all at most 1" is no accident where steps up to 1000 are drawn (1e-12 for uniform ones).
+_ENOUGH = 4
+# Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
+_ROUNDED_TIME = 2**-8
+# Times and noise fractions go through float32 arithmetic before they are compared with an edge.
+_SLACK = 1e-6
+
+
+def resolve(time: object) -> TimeConvention:
+    """The convention that a ``time=`` argument means: a name or a convention.
+
+    Raises:
+        SettingError: If it is neither, or an unknown name.
+    """
+    if isinstance(time, TimeConvention):
+        return time
+    if isinstance(time, str):
+        return TimeConvention.named(time)
+    names = quoted(TimeConvention.names())
+    if time is None:
+        raise SettingError(
+            "time has no default, as t means opposite things: t = 1 is data in SiT (time='sit') and noise in REPA "
+            f"(time='repa').\nSay which your loop uses: {names}, or a TimeConvention of your own."
+        )
+    raise SettingError(f"time must be a name or a TimeConvention; got {time!r}.\nNames: {names}.")
+
+
+def check_window(window: object) -> tuple[float, float] | None:
+    """The window as two floats, or None.
+
+    Equal edges are refused: a window without width holds no sample, and weight 0 says that more plainly.
+
+    Raises:
+        SettingError: Unless it is None or two numbers with 0 <= low < high <= 1.
+    """
+    if window is None:
+        return None
+    if not is_pair(window) or not 0 <= window[0] < window[1] <= 1:
+        raise SettingError(
+            f"window must be None or (low, high) with 0 <= low < high <= 1; got {window!r}.\n"
+            "It is in noise fraction, σ / (σ + α), whatever the loop calls t: the published window is (0.4, 0.7)."
+        )
+    return float(window[0]), float(window[1])
+
+
+def window_mask(fraction: Tensor, window: tuple[float, float] | None) -> Tensor:
+    """Which samples' noise fraction lies in the window, both edges included with 1e-6 of slack.
+
+    Shape:
+        fraction: (N,)
+        returns: (N,), bool; all True for the window None
+    """
+    if window is None:
+        return torch.ones_like(fraction, dtype=torch.bool)
+    fraction = fraction.float()
+    return (fraction >= window[0] - _SLACK) & (fraction <= window[1] + _SLACK)
+
+
+@torch.no_grad()
+def check_times(time: TimeConvention, t: Tensor) -> None:
+    """Raise unless the values of t are ones that the convention knows: finite, in its domain, whole where it has steps.
+
+    Fractions given to a convention that counts up to 1000 lie inside its domain; they are refused as well, as soon as
+    four samples or more are all at most 1. One host sync.
+
+    Raises:
+        TimeConventionError: With the range found and the named conventions that such times would fit.
+    """
+    if t.numel():
+        _raise_unless_known(time, _Times(*_times(t).tolist()))
+
+
+@torch.no_grad()
+def check_against_latents(time: TimeConvention, x_t: Tensor, t: Tensor, latents: Tensor) -> None:
+    """Raise if x_t cannot be ``α(t) latents + σ(t) ε`` under the convention, or t fails ``check_times``.
+
+    Two tests, since the noise does not depend on the latents:
+
+    - The slope of x_t on the latents, a = <x_t, x> / <x, x> for each sample, is α(t) with standard deviation
+      σ(t) / |x|. With χ² the sum of the squared standardised differences over the N samples, it is an error if
+      χ² > N + 2 √(20 N) + 40 and the root mean square of a − α(t) is above 0.05.
+    - The rest, x_t − α(t) x, has the power of the noise; it is an error if over the batch it has more than 4 times that
+      or less than a quarter, beyond what chance explains. This tells noise levels (EDM) from steps.
+
+    A right convention fails with a probability below 1e-8. Computed in float32, with one host sync if all is well.
+    Samples whose latents are all zero say nothing, and values that are not finite are another's to report: both are
+    left out.
+
+    Shape:
+        x_t, latents: (N, ...), of the same shape
+        t: (N,)
+
+    Raises:
+        ShapeError: If the shapes do not fit.
+        TimeConventionError: With what was found, the named conventions that would fit, and whether latents of another
+            scale would; also if the latents of every sample are zero.
+    """
+    if x_t.shape != latents.shape or t.shape != x_t.shape[:1]:
+        raise ShapeError(
+            f"Checking time {time.name!r} needs x_t and latents of one shape (N, ...) and t (N,); "
+            f"got x_t {tuple(x_t.shape)}, latents {tuple(latents.shape)}, t {tuple(t.shape)}.\n"
+            "Pass the latents in the shape in which the model is given x_t."
+        )
+    if not t.numel():
+        return
+    x, t = latents.to(x_t.device).float().flatten(1), t.to(x_t.device)
+    given = x_t.float().flatten(1)
+    sums = _Sums(given.square().sum(1), (given * x).sum(1), x.square().sum(1), x.shape[1])
+    all_zero = (sums.latents == 0).all().float()
+    numbers = torch.cat([_times(t), _fit(time, t, sums), all_zero[None]]).tolist()
+    times, fit = _Times(*numbers[: len(_Times._fields)]), _Fit(*numbers[len(_Times._fields) : -1])
+    _raise_unless_known(time, times)
+    if numbers[-1]:
+        raise TimeConventionError(
+            f"Time {time.name!r} cannot be checked: the latents of all {len(t)} samples are zero.\n"
+            "Pass the clean latents that the loop adds noise to."
+        )
+    if fit.good():
+        return
+    others = [
+        other
+        for other in map(TimeConvention.named, TimeConvention.names())
+        if other is not time and _problem(other, times) is None
+    ]
+    fitting = [other.name for other in others if _Fit(*_fit(other, t, sums).tolist()).good()]
+    raise TimeConventionError(
+        f"time={time.name!r} contradicts what the model was given: x_t = alpha(t) * latents + sigma(t) * noise fails.\n"
+        f"Found: over {fit.samples:.0f} samples the slope of x_t on the latents is off from alpha(t) by "
+        f"{fit.mean_square**0.5:.2f} RMS (chi-squared {fit.chi2:.0f}, at most {_upper(fit.samples):.0f} expected), and "
+        f"the rest has {fit.noise_ratio():.2g} times the power of the noise.\n"
+        + (
+            f"These conventions fit: {quoted(fitting)}. Pass the one that your loop uses.\n"
+            if fitting
+            else "No other named convention fits either.\n"
+        )
+        + f"Or these are not the latents that the loop adds noise to: x_t holds {fit.scale:.3g} times as much of them "
+        + ("as expected, and at that scale they fit. " if fit.good_when_scaled() else "as expected. ")
+        + "Pass them scaled (and shifted) as the model sees them."
+    )
+
+
+class _Sums(NamedTuple):
+    """Sums over each sample, (N,), and the number of values in one: all that the tests need of x_t and latents."""
+
+    given: Tensor  # <x_t, x_t>
+    product: Tensor  # <x_t, x>
+    latents: Tensor  # <x, x>
+    size: int
+
+
+class _Fit(NamedTuple):
+    """How well a convention agrees with a batch, with the latents as given and as scaled to fit best."""
+
+    samples: float
+    values: float
+    expected_noise: float
+    chi2: float
+    mean_square: float
+    noise: float
+    scale: float
+    scaled_chi2: float
+    scaled_mean_square: float
+    scaled_noise: float
+
+    def noise_ratio(self) -> float:
+        return self.noise / self.expected_noise if self.expected_noise else math.inf
+
+    def good(self) -> bool:
+        return self._agrees(self.chi2, self.mean_square, self.noise)
+
+    def good_when_scaled(self) -> bool:
+        # Few samples are fitted by some scale in any case.
+        return self.samples >= _ENOUGH and self._agrees(self.scaled_chi2, self.scaled_mean_square, self.scaled_noise)
+
+    def _agrees(self, chi2: float, mean_square: float, noise: float) -> bool:
+        slope_is_off = chi2 > _upper(self.samples) and mean_square > _HARMLESS_RMS**2
+        excess = noise - self.expected_noise
+        # Of x_t without noise, rounding leaves less than a tenth of the floor.
+        too_noisy = (
+            noise > _HARMLESS_POWER * self.expected_noise + 0.1 * self.values
+            and excess > _upper(self.values) - self.values
+        )
+        too_clean = _HARMLESS_POWER * noise < self.expected_noise and -excess > 2 * math.sqrt(_TAIL * self.values)
+        return not (slope_is_off or too_noisy or too_clean)
+
+
+def _upper(count: float) -> float:
+    """What a sum of so many squared standard normals stays below."""
+    return count + 2 * math.sqrt(_TAIL * count) + 2 * _TAIL
+
+
+def _fit(time: TimeConvention, t: Tensor, sums: _Sums) -> Tensor:
+    """The fields of ``_Fit``, still on the device."""
+    alpha, sigma, slope = time.signal(t), time.noise(t), sums.product / sums.latents  # (N,), NaN for zero latents
+    used = slope.isfinite() & sums.given.isfinite() & sums.latents.isfinite() & alpha.isfinite() & sigma.isfinite()
+    variance = sigma.square()
+    slope_weight = 1 / (variance / sums.latents + _ROUNDING**2)
+    noise_weight = 1 / (variance + _NOISE_FLOOR**2)
+
+    def total(values: Tensor) -> Tensor:
+        return torch.where(used, values, 0.0).sum()
+
+    def misfit(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        off = (slope - factor).square()
+        rest = sums.given - 2 * factor * sums.product + factor.square() * sums.latents  # |x_t − factor x|²
+        return total(slope_weight * off), total(off) / used.sum(), total(noise_weight * rest)
+
+    scale = total(slope_weight * slope * alpha) / total(slope_weight * alpha.square())  # least squares
+    count = used.sum()
+    expected_noise = sums.size * total(noise_weight * variance)
+    numbers = [count, count * sums.size, expected_noise, *misfit(alpha), scale, *misfit(scale * alpha)]
+    return torch.stack([number.float() for number in numbers])
+
+
+class _Times(NamedTuple):
+    """What is known of a batch's t: numbers, so that one transfer brings them all."""
+
+    samples: float
+    finite: float
+    smallest: float
+    largest: float
+    whole: float
+
+
+def _times(t: Tensor) -> Tensor:
+    """The fields of ``_Times``, still on the device."""
+    t = t.float().flatten()
+    count = torch.full_like(t[0], t.numel())
+    return torch.stack([count, t.isfinite().all().float(), t.min(), t.max(), (t == t.floor()).all().float()])
+
+
+def _problem(time: TimeConvention, times: _Times) -> str | None:
+    """What is wrong with such times under a convention; None if nothing is."""
+    if not times.finite:
+        return "finite values are expected"
+    if time.discrete and not times.whole:
+        return "whole steps are expected"
+    if time.domain is None:
+        return None
+    low, high = time.domain
+    slack = 0.0 if time.discrete else _ROUNDED_TIME
+    if times.smallest < low - slack * abs(low) - _SLACK or times.largest > high + slack * abs(high) + _SLACK:
+        return f"values from {low:g} to {high:g} are expected"
+    if 1 < high < math.inf and times.largest <= 1 and not times.whole and times.samples >= _ENOUGH:
+        return f"values from {low:g} to {high:g} are expected, and none of these is above 1"
+    return None
+
+
+def _raise_unless_known(time: TimeConvention, times: _Times) -> None:
+    problem = _problem(time, times)
+    if problem is None:
+        return
+    found = f"t of {times.samples:.0f} samples from {times.smallest:g} to {times.largest:g}"
+    if not times.finite:
+        raise TimeConventionError(
+            f"Not every t is finite: {problem}; found {found}. Look at what the loop draws t from."
+        )
+    if times.smallest >= 0 and times.largest <= 1:
+        kind = "fractions"
+    elif times.smallest >= 0 and times.whole:
+        kind = "steps"
+    else:
+        kind = "neither fractions nor steps"
+    fitting = [
+        other.name for other in map(TimeConvention.named, TimeConvention.names()) if _problem(other, times) is None
+    ]
+    raise TimeConventionError(
+        f"t does not fit time={time.name!r}: {problem}.\n"
+        f"Found: {found}, which look like {kind}.\n"
+        + (
+            f"Such t fit: {quoted(fitting)}. Pass the one that your loop uses."
+            if fitting
+            else "No named convention has such t. Pass a TimeConvention of your own, or look at what the loop draws."
+        )
+    )
