@@ -1,0 +1,102 @@
+"""The method written out plainly, to compare with: functional torch code, no part of the library.
+
+Students and teachers are copies made before anything was attached, watched by one hook of PyTorch's own.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+def tapped(model: nn.Module, layer: str, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """What the model returns, and what its layer returned on the way."""
+    seen: list[Any] = []
+    handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
+    output = model(*args, **kwargs)
+    handle.remove()
+    (captured,) = seen
+    return output, captured
+
+
+def leaves(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's parameters, to differentiate with respect to."""
+    return {name: p.detach().clone().requires_grad_() for name, p in module.named_parameters()}
+
+
+def project(p: Mapping[str, Tensor], tokens: Tensor, prefix: str = "") -> Tensor:
+    """Linear SiLU Linear SiLU Linear."""
+    hidden = F.silu(F.linear(tokens, p[f"{prefix}0.weight"], p[f"{prefix}0.bias"]))
+    hidden = F.silu(F.linear(hidden, p[f"{prefix}2.weight"], p[f"{prefix}2.bias"]))
+    return F.linear(hidden, p[f"{prefix}4.weight"], p[f"{prefix}4.bias"])
+
+
+def predict_latents(p: Mapping[str, Tensor], tokens: Tensor, channels: int, patch: int, prefix: str = "") -> Tensor:
+    """Stage 1's head with its unpatchify: tokens (N, T, D) -> latents (N, C, H, W), on a square grid."""
+    projected = project(p, tokens, f"{prefix}head.")
+    normed = (projected - projected.mean(-1, keepdim=True)) / (projected.var(-1, False, keepdim=True) + 1e-6).sqrt()
+    values = F.linear(normed, p[f"{prefix}linear.weight"], p[f"{prefix}linear.bias"])  # (N, T, p·p·C)
+    side = round(values.shape[1] ** 0.5)
+    image = torch.empty(len(values), channels, side * patch, side * patch)
+    for row in range(side * patch):
+        for column in range(side * patch):
+            token = row // patch * side + column // patch
+            first = (row % patch * patch + column % patch) * channels
+            image[:, :, row, column] = values[:, token, first : first + channels]
+    return image
+
+
+def distance(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
+    """(N,), the mean over tokens and, but for the cosine, over the width."""
+    if kind == "cosine":
+        norms = prediction.square().sum(-1).sqrt() * target.square().sum(-1).sqrt()
+        return (1 - (prediction * target).sum(-1) / norms).mean(1)
+    error = prediction - target
+    if kind == "smooth_l1":
+        value = torch.where(error.abs() < 1, 0.5 * error.square(), error.abs() - 0.5)
+    else:
+        value = error.square()
+    return value.flatten(1).mean(1)
+
+
+def inside(noise_fraction: Tensor, window: tuple[float, float] | None = (0.4, 0.7)) -> Tensor:
+    """(N,), 1 or 0."""
+    if window is None:
+        return torch.ones_like(noise_fraction)
+    return ((noise_fraction >= window[0] - 1e-6) & (noise_fraction <= window[1] + 1e-6)).float()
+
+
+def guided(model: nn.Module, layer: str, scale: float, args: tuple[Any, ...], null_args: tuple[Any, ...]) -> Tensor:
+    """f_u + w (f_c − f_u) from two passes through the whole model in eval mode."""
+    model = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        conditional, unconditional = (tapped(model, layer, *a)[1] for a in (args, null_args))
+        return unconditional + scale * (conditional - unconditional)
+
+
+def assert_same_gradients(found: nn.Module, wanted: nn.Module | Mapping[str, Tensor]) -> None:
+    """Every parameter's gradient, to 1e-5; and there are gradients to compare."""
+    expected = dict(wanted.named_parameters()) if isinstance(wanted, nn.Module) else wanted
+    gradients = {name: p.grad for name, p in found.named_parameters()}
+    assert gradients.keys() == expected.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            gradient, expected[name].grad, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert any(gradient is not None and gradient.abs().max() > 1e-3 for gradient in gradients.values())
+
+
+@contextmanager
+def global_seed(seed: int) -> Iterator[None]:
+    """Fixes what models draw from PyTorch's global generator, and leaves that generator as it was."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
