@@ -1,0 +1,275 @@
+"""Published settings by model name, and the published rule for models that the paper did not train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from .errors import RecipeNotFoundError, SettingError
+from .names import find_layer, named_layers, nearest, numbered_groups, quoted, unwrap
+
+Variant: TypeAlias = Literal["paper", "released"]
+
+# Lists of blocks that one model runs one after the other, in that order: U-ViT; MDTv2, whose side blocks run only
+# while it masks; MaskDiT; diffusers' Flux and AuraFlow; Flux.
+_CHAINS = (
+    ("in_blocks", "mid_block", "out_blocks"),
+    ("en_inblocks", "en_outblocks", "de_blocks"),
+    ("blocks", "decoder_blocks"),
+    ("transformer_blocks", "single_transformer_blocks"),
+    ("joint_transformer_blocks", "single_transformer_blocks"),
+    ("double_blocks", "single_blocks"),
+)
+# In a shallower model stage 1's layer 2 would be the last.
+_MIN_DEPTH = 3
+# What `blocks` may name besides single blocks.
+_LISTS = (nn.ModuleList, nn.Sequential)
+# Halfway between S and B (12 blocks) and L (24), the sizes that the published number of epochs was given for.
+_LARGE_DEPTH = 18
+# ImageNet's 1.28 million images at batch 256.
+_STEPS_PER_EPOCH = 5_000
+_STEPS_NOTE = f"Steps are ImageNet's at batch 256, {_STEPS_PER_EPOCH:,} an epoch: scale them to your batch and data."
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Settings of both stages, each with its reason: ``print(plan)`` shows them as a table.
+
+    The three methods give keyword arguments; what only the caller knows (time, patch size, null condition) is not among
+    them. Layer names count from 0, so the paper's layer 8 is ``blocks.7``.
+
+    Attributes:
+        name: The model's.
+        depth: Its number of blocks.
+        stage1_layer: Layer that stage 1 aligns with the latents.
+        student_layer: Layer that stage 2 teaches.
+        teacher_layer: Layer of the stage-1 model that it is taught by.
+        guidance_scale: w of ``f_u + w (f_c − f_u)``.
+        window: Noise fractions in which the alignment applies; None for all.
+        weight: λ of the alignment.
+        stop_step: Step from which stage 2 goes on without it.
+        stage1_steps: Length of stage 1.
+        target: What stage 1 regresses.
+        gating: How the window applies.
+        reasons: Why, by attribute.
+        notes: What else to mind.
+    """
+
+    name: str
+    depth: int
+    stage1_layer: str
+    student_layer: str
+    teacher_layer: str
+    guidance_scale: float
+    window: tuple[float, float] | None
+    weight: float
+    stop_step: int
+    stage1_steps: int
+    target: Literal["latents", "velocity"]
+    gating: Literal["per-sample", "released"]
+    reasons: dict[str, str] = field(repr=False, compare=False)
+    notes: tuple[str, ...] = field(repr=False, compare=False)
+
+    def stage1(self) -> dict[str, Any]:
+        """Keyword arguments of ``SelfTransLoss.stage1``."""
+        return {"layer": self.stage1_layer, **self._shared(), "target": self.target}
+
+    def stage2(self) -> dict[str, Any]:
+        """Keyword arguments of ``SelfTransLoss.stage2``."""
+        return {"layer": self.student_layer, **self._shared(), "stop_step": self.stop_step}
+
+    def teacher(self) -> dict[str, Any]:
+        """Keyword arguments of ``build_teacher``."""
+        return {"layer": self.teacher_layer, "guidance_scale": self.guidance_scale}
+
+    def _shared(self) -> dict[str, Any]:
+        return {"weight": self.weight, "window": self.window, "gating": self.gating, "distance": "mse"}
+
+    def __str__(self) -> str:
+        rows = [(key, str(getattr(self, key)), reason) for key, reason in self.reasons.items()]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        table = [f"  {key:<{widths[0]}}  {value:<{widths[1]}}  {reason}" for key, value, reason in rows]
+        return "\n".join([f"{self.name}, {self.depth} blocks", *table, *(f"Note: {note}" for note in self.notes)])
+
+
+def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | Sequence[str] | None = None) -> Recipe:
+    """The published settings of a model by its name, or the published rule applied to a live model.
+
+    The rule for a depth of d blocks, counted from 1: stage 1 aligns layer 2, stage 2 teaches layer ``d // 2`` from the
+    teacher's layer ``floor(2 d / 3)``.
+
+    Args:
+        model: A name, such as ``"SiT-B/2"`` or ``"MMDiT"`` (text to image), or a model, wrapped or not, whose blocks
+            are found by looking.
+        variant: ``"paper"``, or ``"released"`` for what the authors' code computes instead: stage 1 regresses the
+            velocity, and the window scales every sample's loss by the fraction of the batch inside.
+        blocks: For a live model, the name of its list of blocks, or the names of several that run one after the other.
+
+    Raises:
+        RecipeNotFoundError: If the name is unknown (it lists all names and the nearest), or the model's blocks are not
+            certain (it lists what was seen) or fewer than 3.
+        SettingError: If an argument makes no sense.
+
+    Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
+
+    Example:
+        >>> plan = recipe("SiT-B/2")
+        >>> plan.teacher()
+        {'layer': 'blocks.7', 'guidance_scale': 30.0}
+    """
+    if variant not in ("paper", "released"):
+        raise SettingError(f"variant must be 'paper' or 'released'; got {variant!r}.")
+    if isinstance(model, nn.Module):
+        return _from_model(model, variant, blocks)
+    if not isinstance(model, str):
+        raise SettingError(f"recipe takes a model's name or a model; got {model!r}.")
+    if blocks is not None:
+        raise SettingError(f"blocks names the lists of blocks of a live model; {model!r} is a name.")
+    return _from_name(model, variant)
+
+
+# Every setting as its value and the reason for it.
+_Settings: TypeAlias = dict[str, tuple[Any, str]]
+
+_VARIANTS: dict[Variant, _Settings] = {
+    "paper": {
+        "target": ("latents", "the paper's: the clean latents"),
+        "gating": ("per-sample", "the paper's: each sample by its own t"),
+    },
+    "released": {
+        "target": ("velocity", "the released code regresses noise - latents"),
+        "gating": ("released", "the released code scales every sample by the fraction of the batch inside"),
+    },
+}
+_DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
+_PUBLISHED = {  # name -> (depth, list of blocks)
+    **{f"SiT-{size}/{patch}": (depth, "blocks") for size, depth in _DEPTHS.items() for patch in (1, 2, 4, 8)},
+    **{f"DiT-{size}/{patch}": (depth, "blocks") for size, depth in _DEPTHS.items() for patch in (2, 4, 8)},
+    **{f"LightningDiT-{size}/{patch}": (_DEPTHS[size], "blocks") for size in ("B", "L", "XL") for patch in (1, 2)},
+    "MMDiT": (24, "joint_blocks"),
+}
+
+
+def _from_name(name: str, variant: Variant) -> Recipe:
+    if name not in _PUBLISHED:
+        by_lower = {known.lower(): known for known in _PUBLISHED}
+        close = [by_lower[found] for found in nearest(name.lower(), by_lower)]
+        raise RecipeNotFoundError(
+            f"No recipe is called {name!r}.\n"
+            f"Known: {quoted(_PUBLISHED)}.\n"
+            + (f"Nearest: {quoted(close)}.\n" if close else "")
+            + "For any other model pass the model itself: recipe(model) applies the published rule."
+        )
+    depth, blocks = _PUBLISHED[name]
+    layers = [f"{blocks}.{index}" for index in range(depth)]
+    if name == "MMDiT":
+        return _plan(name, layers, variant, _text_to_image(layers), "Blocks return (text, image): add select=1.")
+    settings = _class_to_image(layers)
+    if name.startswith("LightningDiT"):
+        settings["guidance_scale"] = (10.0, "reported for LightningDiT")
+    notes = [_STEPS_NOTE]
+    if variant == "released":
+        notes.append("The released code teaches with raw weights: build_teacher(..., weights='model').")
+    return _plan(name, layers, variant, settings, *notes)
+
+
+def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] | None) -> Recipe:
+    name = type(unwrap(model)).__name__
+    layers = _find_blocks(model, blocks)
+    if len(layers) < _MIN_DEPTH:
+        raise RecipeNotFoundError(
+            f"The published rule needs at least {_MIN_DEPTH} blocks; {name} has {len(layers)}: {quoted(layers)}.\n"
+            "Choose the layers yourself."
+        )
+    note = "Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT')."
+    return _plan(name, layers, variant, _class_to_image(layers), _STEPS_NOTE, note)
+
+
+def _class_to_image(layers: list[str]) -> _Settings:
+    depth = len(layers)
+    epochs, sizes = (10, "L and XL (24 and 28 blocks)") if depth >= _LARGE_DEPTH else (20, "S and B (12 blocks)")
+    return {
+        "stage1_layer": (layers[1], "layer 2, whatever the depth"),
+        "student_layer": (layers[depth // 2 - 1], f"layer {depth // 2} = depth // 2"),
+        "teacher_layer": (layers[2 * depth // 3 - 1], f"layer {2 * depth // 3} = floor(2 depth / 3)"),
+        "guidance_scale": (30.0, "the published rule for class labels"),
+        "window": ((0.4, 0.7), "published for class labels, as noise fraction"),
+        "stop_step": (epochs * _STEPS_PER_EPOCH, f"{epochs} epochs, as published for {sizes}"),
+        "stage1_steps": (40 * _STEPS_PER_EPOCH, "40 epochs"),
+    }
+
+
+def _text_to_image(layers: list[str]) -> _Settings:
+    return {
+        "stage1_layer": (layers[3], "layer 4, published for text to image"),
+        "student_layer": (layers[11], "layer 12, likewise"),
+        "teacher_layer": (layers[15], "layer 16, likewise"),
+        "guidance_scale": (5.0, "published for text to image"),
+        "window": (None, "published for text to image: every t"),
+        "stop_step": (50_000, "published"),
+        "stage1_steps": (150_000, "published"),
+    }
+
+
+def _plan(name: str, layers: list[str], variant: Variant, settings: _Settings, *notes: str) -> Recipe:
+    settings = settings | _VARIANTS[variant] | {"weight": (0.5, "published")}
+    return Recipe(
+        name=name,
+        depth=len(layers),
+        reasons={key: reason for key, (_, reason) in settings.items()},
+        notes=notes,
+        **{key: value for key, (value, _) in settings.items()},
+    )
+
+
+def _find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[str]:
+    """The names of the blocks in the order in which the model runs them."""
+    if blocks is not None:
+        chosen = (blocks,) if isinstance(blocks, str) else tuple(blocks)
+        return [block for name in chosen for block in _members(name, find_layer(model, name))]
+    layers = named_layers(model)
+    groups = numbered_groups(layers)
+    lists = [name for name, members in groups.items() if _are_blocks(layers.get(name), members)]
+    chains = [names for first in lists for names in _chains_from(first, layers)]
+    chained = {name for names in chains for name in names}
+    candidates = [
+        [block for name in names for block in _members(name, layers[name])]
+        for names in [*chains, *([name] for name in lists if name not in chained)]
+    ]
+    candidates.sort(key=len, reverse=True)
+    # Certain only if nothing else in the model, such as a second tower, comes near in depth.
+    if not candidates or (len(candidates) > 1 and 2 * len(candidates[1]) > len(candidates[0])):
+        kinds = {name: " / ".join(sorted({_kind(member) for member in members})) for name, members in groups.items()}
+        seen = ", ".join(f"{name} ({len(members)} {kinds[name]})" for name, members in groups.items())
+        raise RecipeNotFoundError(
+            f"It is not certain which layers of {type(unwrap(model)).__name__} are its blocks.\n"
+            f"Seen: {seen or 'no numbered layers'}.\n"
+            "Say which, in the order in which they run: recipe(model, blocks='layers') or blocks=['first', 'second']; "
+            "or choose the layers yourself."
+        )
+    return candidates[0]
+
+
+def _chains_from(first: str, layers: dict[str, nn.Module]) -> list[list[str]]:
+    """The known chains that begin with this list and are there in full, side by side."""
+    parent, dot, own = first.rpartition(".")
+    chains = [[f"{parent}{dot}{part}" for part in chain] for chain in _CHAINS if chain[0] == own]
+    return [names for names in chains if all(name in layers for name in names)]
+
+
+def _members(name: str, layer: nn.Module) -> list[str]:
+    """The names of a list's blocks, or the one name of a block that stands alone."""
+    return [f"{name}.{index}" for index in range(len(layer))] if isinstance(layer, _LISTS) else [name]
+
+
+def _are_blocks(container: nn.Module | None, members: list[nn.Module]) -> bool:
+    """Whether these are blocks: a list of one class, whose members have layers of their own."""
+    alike = len({_kind(member) for member in members}) == 1
+    return isinstance(container, nn.ModuleList) and alike and any(True for _ in unwrap(members[0]).children())
+
+
+def _kind(member: nn.Module) -> str:
+    return type(unwrap(member)).__name__

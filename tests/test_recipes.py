@@ -1,0 +1,301 @@
+"""Recipes: the published settings by name, and the published rule on models of many shapes."""
+
+import inspect
+from dataclasses import fields
+
+import diffusers
+import pytest
+import torch
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from selftrans_reg import SelfTransLoss, build_teacher
+from selftrans_reg.errors import LayerNotFoundError, RecipeNotFoundError, SettingError
+from selftrans_reg.recipes import Recipe, recipe
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(2, 2)
+
+
+class OtherBlock(Block):
+    pass
+
+
+def model_of(**parts: int | nn.Module) -> nn.Module:
+    """A model with lists of so many blocks, or other modules, under these names."""
+    model = nn.Module()
+    for name, part in parts.items():
+        setattr(model, name, part if isinstance(part, nn.Module) else nn.ModuleList(Block() for _ in range(part)))
+    return model
+
+
+def layers_of(plan: Recipe) -> tuple[str, str, str]:
+    return plan.stage1_layer, plan.student_layer, plan.teacher_layer
+
+
+# --- by name
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "scale", "window", "stop_step", "stage1_steps"),
+    [
+        ("SiT-S/2", ("blocks.1", "blocks.5", "blocks.7"), 30, (0.4, 0.7), 100_000, 200_000),
+        ("SiT-B/2", ("blocks.1", "blocks.5", "blocks.7"), 30, (0.4, 0.7), 100_000, 200_000),
+        ("SiT-L/1", ("blocks.1", "blocks.11", "blocks.15"), 30, (0.4, 0.7), 50_000, 200_000),
+        ("SiT-XL/2", ("blocks.1", "blocks.13", "blocks.17"), 30, (0.4, 0.7), 50_000, 200_000),
+        ("DiT-B/8", ("blocks.1", "blocks.5", "blocks.7"), 30, (0.4, 0.7), 100_000, 200_000),
+        ("DiT-XL/2", ("blocks.1", "blocks.13", "blocks.17"), 30, (0.4, 0.7), 50_000, 200_000),
+        ("LightningDiT-XL/1", ("blocks.1", "blocks.13", "blocks.17"), 10, (0.4, 0.7), 50_000, 200_000),
+        ("MMDiT", ("joint_blocks.3", "joint_blocks.11", "joint_blocks.15"), 5, None, 50_000, 150_000),
+    ],
+)
+def test_published_settings(
+    name: str,
+    layers: tuple[str, str, str],
+    scale: float,
+    window: tuple[float, float] | None,
+    stop_step: int,
+    stage1_steps: int,
+) -> None:
+    plan = recipe(name)
+    shared = {"weight": 0.5, "window": window, "gating": "per-sample", "distance": "mse"}
+    assert plan.stage1() == {"layer": layers[0], "target": "latents", **shared}
+    assert plan.stage2() == {"layer": layers[1], "stop_step": stop_step, **shared}
+    assert plan.teacher() == {"layer": layers[2], "guidance_scale": scale}
+    assert plan.stage1_steps == stage1_steps
+    assert plan.name == name
+
+
+@pytest.mark.parametrize("name", ["SiT-B/2", "MMDiT"])
+def test_released_variant_differs_in_target_and_gating_alone(name: str) -> None:
+    paper, released = recipe(name), recipe(name, variant="released")
+    assert released.stage1() == {**paper.stage1(), "target": "velocity", "gating": "released"}
+    assert released.stage2() == {**paper.stage2(), "gating": "released"}
+    assert released.teacher() == paper.teacher()
+    assert ("raw weights" in str(released)) == (name == "SiT-B/2")
+
+
+def test_dictionaries_are_arguments_that_their_functions_take() -> None:
+    plan = recipe("SiT-B/2")
+    for function, arguments in [
+        (SelfTransLoss.stage1, plan.stage1()),
+        (SelfTransLoss.stage2, plan.stage2()),
+        (build_teacher, plan.teacher()),
+    ]:
+        parameters = inspect.signature(function).parameters
+        settings = inspect.signature(SelfTransLoss.__init__).parameters
+        assert arguments.keys() <= parameters.keys() | settings.keys()
+        assert not arguments.keys() & {"time", "patch_size", "latent_channels", "null", "model", "teacher"}
+
+
+@pytest.mark.parametrize(
+    ("name", "nearby"),
+    [("SiT-B2", "'SiT-B/2'"), ("sit-xl/2", "'SiT-XL/2'"), ("Lightning-DiT-L/2", "'LightningDiT-L/2'")],
+)
+def test_unknown_name_lists_the_known_and_the_nearest(name: str, nearby: str) -> None:
+    with pytest.raises(RecipeNotFoundError, match=f"No recipe is called '{name}'") as raised:
+        recipe(name)
+    message = str(raised.value)
+    assert nearby in message.partition("Nearest:")[2]
+    assert "Known: 'SiT-S/1'" in message
+    assert "'DiT-XL/8'" in message
+    assert "'MMDiT'" in message
+    assert "pass the model itself" in message
+
+
+def test_arguments_that_make_no_sense() -> None:
+    with pytest.raises(SettingError, match="variant must be 'paper' or 'released'; got 'code'"):
+        recipe("SiT-B/2", variant="code")
+    with pytest.raises(SettingError, match="recipe takes a model's name or a model; got 12"):
+        recipe(12)
+    with pytest.raises(SettingError, match="blocks names the lists of blocks of a live model; 'SiT-B/2' is a name"):
+        recipe("SiT-B/2", blocks="blocks")
+
+
+def test_print_shows_every_setting_with_its_reason() -> None:
+    text = str(recipe("SiT-XL/2"))
+    assert text.startswith("SiT-XL/2, 28 blocks\n")
+    lines = text.splitlines()
+    for setting in fields(Recipe):
+        if setting.name not in ("name", "depth", "reasons", "notes"):
+            (line,) = [line for line in lines if line.split()[0] == setting.name]
+            assert str(getattr(recipe("SiT-XL/2"), setting.name)) in line
+    assert "layer 18 = floor(2 depth / 3)" in text
+    assert "layer 14 = depth // 2" in text
+    assert "10 epochs, as published for L and XL" in text
+    assert "ImageNet's at batch 256" in lines[-1]
+    assert max(map(len, lines)) < 120
+
+
+# --- live models
+
+
+@pytest.mark.parametrize("depth", [3, 4, 9, 12, 17, 18, 24, 28])
+def test_rule_on_a_live_model(depth: int) -> None:
+    plan = recipe(model_of(blocks=depth))
+    one_based = (2, depth // 2, int(2 * depth / 3))
+    assert layers_of(plan) == tuple(f"blocks.{layer - 1}" for layer in one_based)
+    assert plan.depth == depth
+    assert plan.stop_step == (100_000 if depth < 18 else 50_000)
+    assert plan.guidance_scale == 30
+    assert "see recipe('MMDiT')" in str(plan)
+
+
+def test_live_model_of_a_published_depth_gets_the_published_settings() -> None:
+    live, published = recipe(model_of(blocks=28)), recipe("SiT-XL/2")
+    assert (live.stage1(), live.stage2(), live.teacher()) == (
+        published.stage1(),
+        published.stage2(),
+        published.teacher(),
+    )
+
+
+@pytest.mark.parametrize("wrap", ["data parallel", "compiled", "checkpointed"])
+def test_names_are_those_of_the_unwrapped_model(wrap: str) -> None:
+    model = model_of(blocks=6)
+    if wrap == "data parallel":
+        model = nn.DataParallel(model)
+    elif wrap == "compiled":
+        model = torch.compile(model, backend="eager")
+    else:  # every other block, as selective checkpointing does
+        for index in range(0, 6, 2):
+            model.blocks[index] = checkpoint_wrapper(model.blocks[index])
+    assert layers_of(recipe(model)) == ("blocks.1", "blocks.2", "blocks.3")
+    assert recipe(model).name == "Module"
+
+
+@pytest.mark.parametrize(
+    ("parts", "layers"),
+    [
+        # U-ViT, 13 deep: the student's layer 6, the teacher's 8
+        ({"in_blocks": 6, "mid_block": Block(), "out_blocks": 6}, ("in_blocks.1", "in_blocks.5", "out_blocks.0")),
+        ({"in_blocks": 1, "mid_block": Block(), "out_blocks": 1}, ("mid_block", "in_blocks.0", "mid_block")),
+        # MDTv2, 12 deep; the side block runs only while it masks
+        (
+            {"en_inblocks": 4, "en_outblocks": 4, "de_blocks": 4, "sideblocks": 1},
+            ("en_inblocks.1", "en_outblocks.1", "en_outblocks.3"),
+        ),
+        # MaskDiT, 28 + 8
+        (
+            {"model": model_of(blocks=28, decoder_blocks=8)},
+            ("model.blocks.1", "model.blocks.17", "model.blocks.23"),
+        ),
+        # Flux, 19 + 38
+        (
+            {"transformer_blocks": 19, "single_transformer_blocks": 38},
+            ("transformer_blocks.1", "single_transformer_blocks.8", "single_transformer_blocks.18"),
+        ),
+        ({"double_blocks": 2, "single_blocks": 4}, ("double_blocks.1", "single_blocks.0", "single_blocks.1")),
+        # refiners, heads and norms beside the blocks
+        ({"layers": 26, "noise_refiner": 2, "context_refiner": 2}, ("layers.1", "layers.12", "layers.16")),
+        (
+            {
+                "blocks": 4,
+                "norms": nn.ModuleList(nn.LayerNorm(2) for _ in range(4)),
+                "head": nn.Sequential(Block(), Block()),
+            },
+            ("blocks.1", "blocks.1", "blocks.1"),
+        ),
+    ],
+)
+def test_blocks_are_found_in_running_order(parts: dict[str, int | nn.Module], layers: tuple[str, str, str]) -> None:
+    assert layers_of(recipe(model_of(**parts))) == layers
+
+
+@pytest.mark.parametrize(
+    ("parts", "seen"),
+    [
+        ({"linear": nn.Linear(2, 2)}, "Seen: no numbered layers"),
+        (
+            {"encoder": model_of(blocks=6), "decoder": model_of(blocks=6)},
+            "encoder.blocks (6 Block), decoder.blocks (6 Block)",
+        ),
+        ({"blocks": 12, "refiner": 8}, "blocks (12 Block), refiner (8 Block)"),
+        ({"layers": nn.ModuleList([Block(), OtherBlock(), Block(), OtherBlock()])}, "layers (4 Block / OtherBlock)"),
+        ({"mlp": nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))}, "mlp (4 Linear)"),
+    ],
+)
+def test_uncertain_blocks_are_listed_and_asked_for(parts: dict[str, int | nn.Module], seen: str) -> None:
+    with pytest.raises(RecipeNotFoundError, match="It is not certain which layers of Module are its blocks") as raised:
+        recipe(model_of(**parts))
+    assert seen in str(raised.value)
+    assert "recipe(model, blocks='layers') or blocks=['first', 'second']" in str(raised.value)
+
+
+def test_blocks_may_be_named() -> None:
+    model = model_of(blocks=12, refiner=8, stem=Block())
+    assert layers_of(recipe(model, blocks="refiner")) == ("refiner.1", "refiner.3", "refiner.4")
+    plan = recipe(model, blocks=["stem", "refiner", "blocks"])
+    assert plan.depth == 21
+    assert layers_of(plan) == ("refiner.0", "blocks.0", "blocks.4")
+    with pytest.raises(LayerNotFoundError, match="no layer 'refiners'"):
+        recipe(model, blocks="refiners")
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_too_few_blocks_for_the_rule(depth: int) -> None:
+    with pytest.raises(RecipeNotFoundError, match=f"needs at least 3 blocks; Module has {depth}: 'blocks.0'"):
+        recipe(model_of(blocks=depth))
+
+
+_HEADS = {"num_attention_heads": 2, "attention_head_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "layers"),
+    [
+        (
+            "DiTTransformer2DModel",
+            {**_HEADS, "num_layers": 4, "in_channels": 4, "sample_size": 8, "num_embeds_ada_norm": 10},
+            ("transformer_blocks.1", "transformer_blocks.1", "transformer_blocks.1"),
+        ),
+        (
+            "FluxTransformer2DModel",
+            {
+                **_HEADS,
+                "num_layers": 2,
+                "num_single_layers": 3,
+                "in_channels": 16,
+                "joint_attention_dim": 24,
+                "pooled_projection_dim": 20,
+                "axes_dims_rope": (4, 6, 6),
+            },
+            ("transformer_blocks.1", "transformer_blocks.1", "single_transformer_blocks.0"),
+        ),
+        (
+            "AuraFlowTransformer2DModel",
+            {
+                **_HEADS,
+                "num_mmdit_layers": 2,
+                "num_single_dit_layers": 3,
+                "sample_size": 8,
+                "caption_projection_dim": 32,
+                "joint_attention_dim": 24,
+                "pos_embed_max_size": 64,
+            },
+            ("joint_transformer_blocks.1", "joint_transformer_blocks.1", "single_transformer_blocks.0"),
+        ),
+        (
+            "Lumina2Transformer2DModel",
+            {
+                "sample_size": 8,
+                "in_channels": 4,
+                "hidden_size": 24,
+                "num_layers": 4,
+                "num_refiner_layers": 1,
+                "num_attention_heads": 3,
+                "num_kv_heads": 1,
+                "multiple_of": 2,
+                "axes_dim_rope": (4, 2, 2),
+                "axes_lens": (32, 16, 16),
+                "cap_feat_dim": 24,
+            },
+            ("layers.1", "layers.1", "layers.1"),
+        ),
+    ],
+)
+def test_diffusers_models(name: str, settings: dict[str, object], layers: tuple[str, str, str]) -> None:
+    assert layers_of(recipe(getattr(diffusers, name)(**settings))) == layers
