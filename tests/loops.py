@@ -1,0 +1,148 @@
+"""One step of a small loop, with the library and written out without it, for the tests of what wraps a model."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from toys import ToyDiT, batch
+
+import selftrans_reg as st
+
+LAYER, TEACHER_LAYER = 1, 2
+GUIDANCE_SCALE, WEIGHT, NULL_CLASS = 3.0, 0.5, 10
+WINDOW = (0.3, 0.6)  # t of the default window where t = 1 is data
+
+
+class Batch(NamedTuple):
+    """Clean latents, what the model is called with, and the velocity that it should give."""
+
+    latents: Tensor
+    x_t: Tensor
+    t: Tensor
+    y: Tensor
+    velocity: Tensor
+
+    def rows(self, which: slice) -> "Batch":
+        return Batch(*(tensor[which] for tensor in self))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        return Batch(*(tensor.to(device) for tensor in self))
+
+
+def noisy_batch(t: list[float], seed: int = 0) -> Batch:
+    """A batch at the given times, in SiT's convention: x_t = t x + (1 - t) noise."""
+    b, times = batch(len(t), seed=seed), torch.tensor(t)
+    share = times[:, None, None, None]
+    return Batch(b["x"], share * b["x"] + (1 - share) * b["noise"], times, b["y"], b["x"] - b["noise"])
+
+
+def toy(seed: int, device: torch.device | str = "cpu") -> ToyDiT:
+    """A model that has a null class and drops no label: two runs of it are alike."""
+    model = ToyDiT(depth=3, seed=seed).to(device)
+    model.dropout = 0.0
+    return model
+
+
+def student(device: torch.device | str = "cpu") -> ToyDiT:
+    return toy(1, device)
+
+
+def new_teacher(model: nn.Module | None = None) -> st.CFGFeatureTeacher:
+    return st.build_teacher(
+        toy(2) if model is None else model,
+        None,
+        layer=f"blocks.{TEACHER_LAYER}",
+        guidance_scale=GUIDANCE_SCALE,
+        null={"y": NULL_CLASS},
+        hidden_size=16,
+    )
+
+
+def new_criterion(
+    model: nn.Module, stage: int = 2, teacher: st.CFGFeatureTeacher | None = None, **settings: object
+) -> st.SelfTransLoss:
+    settings = {"layer": f"blocks.{LAYER}", "time": "sit", "hidden_size": 16, "hidden_features": 24} | settings
+    if stage == 1:
+        return st.SelfTransLoss.stage1(model, latent_channels=4, patch_size=2, **settings)
+    return st.SelfTransLoss.stage2(model, teacher=teacher or new_teacher(), **settings)
+
+
+def denoising(model: nn.Module, b: Batch) -> Tensor:
+    """The loop's own loss, one value a sample: calls the model once."""
+    return (model(b.x_t, b.t, b.y) - b.velocity).square().mean((1, 2, 3))
+
+
+def total(model: nn.Module, criterion: nn.Module, b: Batch, **more: object) -> Tensor:
+    """The loop's step up to the total loss."""
+    return criterion(denoising(model, b), latents=b.latents, **more).total
+
+
+def plain_tokens(model: ToyDiT, b: Batch, y: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+    """The tokens behind block ``layer`` and behind the last, without a hook or a call of the model."""
+    t = torch.stack([torch.cos(3 * b.t), torch.sin(3 * b.t)], dim=1)
+    c = model.t_embedder(t) + model.y_embedder(y)
+    tokens = model.x_embedder(b.x_t).flatten(2).transpose(1, 2)
+    seen = []
+    for block in model.blocks:
+        tokens = block(tokens, c)
+        seen.append(tokens)
+    return seen[layer], tokens
+
+
+def plain_total(model: ToyDiT, criterion: st.SelfTransLoss, teacher: ToyDiT | None, b: Batch) -> Tensor:
+    """The total loss written out: of stage 2 with the teacher's whole model, of stage 1 with None."""
+    tokens, last = plain_tokens(model, b, b.y, LAYER)
+    grid, p = b.latents.shape[-1] // 2, 2
+    patches = model.final_layer(last).reshape(len(b.t), grid, grid, p, p, 4)
+    prediction = patches.permute(0, 5, 1, 3, 2, 4).reshape_as(b.latents)
+    inside = ((b.t >= WINDOW[0]) & (b.t <= WINDOW[1])).float()
+    if teacher is None:
+        loss = criterion.heads[0]
+        predicted = loss.linear(F.layer_norm(_project(loss.head, tokens), tokens.shape[-1:], eps=1e-6))
+        target = b.latents.reshape(-1, 4, grid, p, grid, p).permute(0, 2, 4, 3, 5, 1).reshape(predicted.shape)
+    else:
+        with torch.no_grad():
+            f_c, _ = plain_tokens(teacher, b, b.y, TEACHER_LAYER)
+            f_u, _ = plain_tokens(teacher, b, torch.full_like(b.y, NULL_CLASS), TEACHER_LAYER)
+        target = f_u + GUIDANCE_SCALE * (f_c - f_u)
+        predicted = _project(criterion.heads[0], tokens)
+    alignment = (inside * (predicted - target).square().mean((1, 2))).sum() / len(b.t)
+    return (prediction - b.velocity).square().mean() + WEIGHT * alignment
+
+
+def _project(head: nn.Module, tokens: Tensor) -> Tensor:
+    """The head's three Linears with SiLU in between."""
+    for i in (0, 2, 4):
+        tokens = F.linear(tokens if i == 0 else F.silu(tokens), head[i].weight, head[i].bias)
+    return tokens
+
+
+def gradients(*modules: nn.Module) -> dict[str, Tensor]:
+    """A copy of every gradient of the modules, zeros where there is none; wrappers' prefixes left out."""
+    found = {}
+    for index, module in enumerate(modules):
+        for name, parameter in module.named_parameters():
+            for prefix in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
+                name = name.replace(prefix, "")
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+            found[f"{index}.{name}"] = gradient.detach().clone()
+    return found
+
+
+def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
+    """Every tensor equal to the wanted one, up to ``tolerance`` times its largest value or 1; not all of them zero."""
+    assert found.keys() == wanted.keys()
+    assert any(tensor.any() for tensor in wanted.values())
+    errors = {name: (found[name] - tensor).abs().max() / (1 + tensor.abs().max()) for name, tensor in wanted.items()}
+    wrong = {name: error.item() for name, error in errors.items() if not error <= tolerance}
+    assert not wrong
+
+
+def plain_gradients(b: Batch, stage: int = 2) -> dict[str, Tensor]:
+    """The gradients of student and head on the whole batch in one process, from the formula written out."""
+    model = student(b.t.device)
+    criterion = new_criterion(model, stage)
+    plain_total(model, criterion, toy(2, b.t.device) if stage == 2 else None, b).backward()
+    return gradients(model, criterion)
