@@ -338,14 +338,18 @@ class SelfTransLoss(nn.Module):
             TeacherError: If the teacher is needed and was released.
             PlacementError: If head, teacher and tokens are not on one device.
         """
+        try:
+            return self._forward(denoising, latents, step)
+        finally:
+            self.discard()  # also after a call that was refused: corrected and run again, it is no second forward
+
+    def _forward(self, denoising: Tensor, latents: Tensor | None, step: int | None) -> LossTerms:
         check_denoising(denoising)
         if not self.training:
-            self.discard()
             nothing = denoising.new_zeros((), dtype=torch.float32)
             return LossTerms(denoising.mean(), denoising.detach().mean(), nothing, nothing, nothing)
         scale = self._advance(step)
         if scale == 0.0:  # past the stop step nothing is looked at any more
-            self.discard()
             return self._terms(denoising, self._zero(), 0.0, None)
         record = self._watching().take()
         gated = record.note
