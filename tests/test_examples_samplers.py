@@ -1,0 +1,176 @@
+"""The examples' samplers on Gaussian data, whose flow is known in closed form, and on their formulas."""
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+import torch
+from common.paths import PATHS, linear_path
+from common.samplers import LAST_SDE_TIME, Guidance, sample_ode, sample_sde, score_from_velocity
+from torch import Tensor
+
+from selftrans_reg.errors import SettingError
+
+MEAN, STD = 1.5, 0.5
+Y = torch.zeros(1, dtype=torch.long)
+
+
+def gaussian_velocity(path: Callable[[Tensor], tuple[Tensor, ...]] = linear_path) -> Callable[..., Tensor]:
+    """E[dx_t / dt given x_t] for data N(MEAN, STD**2): the regression of one Gaussian on another."""
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        alpha, sigma, d_alpha, d_sigma = path(t[:, None, None, None])
+        variance = alpha**2 * STD**2 + sigma**2
+        covariance = d_alpha * alpha * STD**2 + d_sigma * sigma
+        return d_alpha * MEAN + covariance / variance * (x - alpha * MEAN)
+
+    return model
+
+
+def points(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 1)
+
+
+def ode_error(method: str, steps: int) -> float:
+    start = points(-1.0, 0.3, 2.0)
+    # The flow keeps each point's quantile: z of N(0, 1) ends at MEAN + STD z.
+    end = sample_ode(gaussian_velocity(), start, Y.expand(3), steps=steps, method=method)
+    return (end - (MEAN + STD * start)).abs().max().item()
+
+
+@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
+def test_ode_converges_to_the_known_flow_at_its_order(method: str, order: int) -> None:
+    errors = [ode_error(method, steps) for steps in (64, 128, 256)]
+    assert errors[-1] < (0.02 if order == 1 else 1e-3)
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_ode_steps_equal_the_formula() -> None:
+    model = gaussian_velocity()
+
+    def v(x: float, t: float) -> float:
+        return model(points(x), torch.tensor([t], dtype=torch.float64), Y).item()
+
+    x = 0.7
+    halfway = x - 0.5 * v(x, 1.0)
+    assert sample_ode(model, points(x), Y, steps=2).item() == pytest.approx(halfway - 0.5 * v(halfway, 0.5))
+    corrected = x - 0.5 * (v(x, 1.0) + v(halfway, 0.5)) / 2
+    heun = sample_ode(model, points(x), Y, steps=2, method="heun").item()
+    assert heun == pytest.approx(corrected - 0.5 * v(corrected, 0.5))
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_score_is_that_of_the_gaussian(name: str) -> None:
+    x, t = points(-1.0, 0.5, 2.0), torch.tensor(0.6, dtype=torch.float64)
+    alpha, sigma, *_ = PATHS[name](t)
+    expected = -(x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)
+    velocity = gaussian_velocity(PATHS[name])(x, t.expand(3), Y)
+    torch.testing.assert_close(score_from_velocity(velocity, x, t, PATHS[name]), expected)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_sde_reaches_the_datas_mean_and_variance(name: str, generator: torch.Generator) -> None:
+    start = torch.randn(20_000, 1, 1, 1, generator=generator)
+    model = gaussian_velocity(PATHS[name])
+    end = sample_sde(model, start, Y.expand(20_000), steps=100, generator=generator, path=PATHS[name])
+    # 20,000 samples: standard errors 0.0035 of the mean and 0.0025 of the deviation; the rest is the step size.
+    assert end.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert end.std().item() == pytest.approx(STD, abs=0.03)
+
+
+def test_sde_steps_equal_the_formula(generator: torch.Generator) -> None:
+    model = gaussian_velocity()
+    end = sample_sde(model, points(0.7), Y, steps=3, generator=generator).item()
+    generator.manual_seed(0)
+    x = 0.7
+    times = [1.0, (1 + LAST_SDE_TIME) / 2, LAST_SDE_TIME, 0.0]
+    for i in range(3):
+        t, dt = times[i], times[i + 1] - times[i]
+        v = model(points(x), torch.tensor([t], dtype=torch.float64), Y).item()
+        ratio = -(1 - t)  # alpha / alpha'
+        score = (ratio * v - x) / (t**2 - ratio * t)
+        x = x + (v - t * score) * dt
+        if i < 2:
+            fresh = torch.randn(1, 1, 1, 1, generator=generator, dtype=torch.float64).item()
+            x += math.sqrt(2 * t) * math.sqrt(abs(dt)) * fresh
+    assert end == pytest.approx(x)
+    assert LAST_SDE_TIME == 0.04
+
+
+def test_sde_with_a_generator_a_sample_does_not_depend_on_the_batch() -> None:
+    def run(rows: list[int]) -> Tensor:
+        generators = [torch.Generator().manual_seed(row) for row in rows]
+        start = torch.cat([torch.randn(1, 1, 2, 2, generator=g) for g in generators])
+        return sample_sde(gaussian_velocity(), start, Y.expand(len(rows)), steps=5, generator=generators)
+
+    torch.testing.assert_close(run([3, 4, 5])[1:], run([4, 5]), rtol=0, atol=1e-6)
+
+
+def labelled(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """Velocity 1 for class 0 and 10 for the null class 7."""
+    return torch.where(y == 7, 10.0, 1.0)[:, None, None, None].expand_as(x)
+
+
+def test_guidance_acts_inside_its_closed_interval_only() -> None:
+    # Steps start at t = 1, 0.75, 0.5, 0.25; guided velocity 10 + 3 (1 - 10) = -17.
+    guidance = Guidance(scale=3.0, null=7, low=0.5, high=0.75)
+    end = sample_ode(labelled, points(0.0), Y, steps=4, guidance=guidance)
+    assert end.item() == pytest.approx(-0.25 * (1 - 17 - 17 + 1))
+
+
+def test_guiding_the_velocity_is_guiding_the_drift(generator: torch.Generator) -> None:
+    x, t, scale = points(0.4), torch.tensor(0.8, dtype=torch.float64), 3.0
+    velocities = points(1.0), points(-2.0)
+
+    def drift(velocity: Tensor) -> Tensor:
+        return velocity - t * score_from_velocity(velocity, x, t)
+
+    conditional, unconditional = (drift(velocity) for velocity in velocities)
+    guided = velocities[1] + scale * (velocities[0] - velocities[1])
+    torch.testing.assert_close(drift(guided), unconditional + scale * (conditional - unconditional))
+
+
+def test_scale_one_never_runs_the_null_condition() -> None:
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        assert len(x) == 1
+        assert y.item() == 0
+        return x
+
+    sample_ode(model, points(1.0), Y, steps=2, guidance=Guidance(scale=1.0, null=7))
+
+
+def test_the_model_sees_the_noises_precision_and_the_state_is_float64() -> None:
+    seen = set()
+
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        seen.add((x.dtype, t.dtype))
+        return torch.full_like(x, 1e-5)
+
+    start = torch.ones(1, 1, 1, 1)
+    end = sample_ode(model, start, Y, steps=1000)
+    assert seen == {(torch.float32, torch.float32)}
+    assert end.dtype == torch.float32
+    # A float32 state would never leave 1: one step of 1e-8 is far below its spacing there, a thousand of them are not.
+    assert end.item() == pytest.approx(1 - 1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("settings", "matches"),
+    [
+        ({"steps": 0}, ["at least 1 steps", "Found: steps=0"]),
+        ({"steps": 2, "method": "rk45"}, ["no ODE method named 'rk45'", "Known: euler, heun"]),
+        ({"steps": 2, "guidance": Guidance(2.0)}, ["scale 2.0 needs the null class", "null=num_classes"]),
+        ({"steps": 2, "guidance": Guidance(2.0, 7, 0.8, 0.2)}, ["0 <= low <= high <= 1", "low=0.8, high=0.2"]),
+    ],
+)
+def test_bad_settings_are_named(settings: dict[str, object], matches: list[str]) -> None:
+    for match in matches:
+        with pytest.raises(SettingError, match=match):
+            sample_ode(labelled, points(0.0), Y, **settings)
+
+
+def test_the_sde_needs_two_steps(generator: torch.Generator) -> None:
+    with pytest.raises(SettingError, match="at least 2 steps"):
+        sample_sde(labelled, points(0.0), Y, steps=1, generator=generator)
