@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, get_args
@@ -354,7 +355,7 @@ class SelfTransLoss(nn.Module):
         record = self._watching().take()
         gated = record.note
         if isinstance(gated, SelfTransError):  # the call could not be read; the place to say so is here
-            raise gated
+            raise copy.copy(gated)  # not itself: a raised error holds this frame, which holds it and the graph
         self._check(gated.call, denoising, latents)
         with torch.no_grad() if self.weight == 0.0 else contextlib.nullcontext():
             alignment = self._alignment(record, gated, latents)
