@@ -57,7 +57,7 @@ class CallSpec:
         self._named = [
             n for n, p in self.signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        self._spill = next((n for n, p in self.signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
+        self._takes_any = _spill(self.signature) is not None
         call = dict(call or {})
         if unknown := set(call) - set(_KEYS):
             raise SettingError(f"call= takes {quoted(_KEYS)}; got {quoted(sorted(unknown))}.")
@@ -83,7 +83,7 @@ class CallSpec:
 
     def check_name(self, name: object, where: str, error: type[Exception] = SettingError) -> None:
         """Raise ``error`` unless the model can take an argument called ``name``."""
-        if not isinstance(name, str) or (name not in self._named and self._spill is None):
+        if not isinstance(name, str) or (name not in self._named and not self._takes_any):
             raise error(
                 f"{where} names {name!r}, which {self.model_name}.forward does not take.\n"
                 f"It takes {quoted(self._named)}. Nearest: {quoted(nearest(str(name), self._named)) or 'none'}."
@@ -96,13 +96,7 @@ class CallSpec:
             CallError: If the signature does not take these arguments, or x_t or t is missing or no tensor.
             ShapeError: If t is neither a scalar nor one value for each row of x_t.
         """
-        try:
-            arguments = dict(self.signature.bind(*args, **kwargs).arguments)
-        except TypeError as error:
-            raise CallError(f"{self.model_name}.forward{self.signature} does not take this call: {error}.") from error
-        if self._spill is not None:
-            arguments.update(arguments.pop(self._spill, {}))
-        return self._call(arguments)
+        return self._call(by_name(self.signature, args, kwargs, self.model_name))
 
     def adopt(self, call: Call, source: CallSpec) -> Call:
         """The call of another model, made ready for this one: x_t and t by their names here, the rest by theirs.
@@ -111,7 +105,7 @@ class CallSpec:
             CallError: If an argument of the other model is unknown here.
         """
         rest = {name: value for name, value in call.arguments.items() if name not in (source.x, source.t)}
-        if self._spill is None and (unknown := [name for name in rest if name not in self._named]):
+        if not self._takes_any and (unknown := [name for name in rest if name not in self._named]):
             raise CallError(
                 f"The student was called with {quoted(unknown)}, which {self.model_name}.forward does not take; it "
                 f"takes {quoted(self._named)}.\n"
@@ -153,6 +147,28 @@ class CallSpec:
         known = self.signature.parameters
         bound = inspect.BoundArguments(self.signature, OrderedDict((n, v) for n, v in arguments.items() if n in known))
         return bound.args, {**bound.kwargs, **{n: v for n, v in arguments.items() if n not in known}}
+
+
+def by_name(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], model_name: str
+) -> dict[str, Any]:
+    """The arguments of ``model(*args, **kwargs)`` by the names in its signature, those in its ``**kwargs`` too.
+
+    Raises:
+        CallError: If the signature does not take them.
+    """
+    try:
+        arguments = dict(signature.bind(*args, **kwargs).arguments)
+    except TypeError as error:
+        raise CallError(f"{model_name}.forward{signature} does not take this call: {error}.") from error
+    if (spill := _spill(signature)) is not None:
+        arguments.update(arguments.pop(spill, {}))
+    return arguments
+
+
+def _spill(signature: inspect.Signature) -> str | None:
+    """What the signature calls its ``**kwargs``."""
+    return next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
 
 
 class RowTensors:

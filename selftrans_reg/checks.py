@@ -38,8 +38,9 @@ def check_same_shape(call: Call, latents: Tensor) -> None:
         raise ShapeError(
             f"The latents {tuple(latents.shape)} and the captured x_t {tuple(call.x_t.shape)} differ in shape, so x_t "
             "cannot be checked against them, nor a velocity be computed.\n"
-            "Pass the clean latents of this batch in the layout that the model gets; if the model gets another layout "
-            "than (N, C, H, W), switch the check off with check_interval=None."
+            "Pass the clean latents of this batch in the layout in which the model gets x_t: packed if that is packed, "
+            "with channel_axis= for stage 1 if its channels are not on axis 1. Where x_t holds more than the noisy "
+            "latents, as for inpainting, switch the check off with check_interval=None."
         )
 
 
@@ -65,6 +66,21 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> N
             "hides "
             "the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the very module "
             "that is checkpointed."
+        )
+
+
+def check_patches(tokens: Tensor, call: Call, layer: str) -> None:
+    """Raise ``ShapeError`` if so many tokens cannot be patches of x_t: patches divide a sample's values evenly.
+
+    For features without a latent grid to compare with; it tells text or class tokens at the usual sizes.
+    """
+    values = call.x_t[0].numel()
+    if values % tokens.shape[1]:
+        raise ShapeError(
+            f"Layer {layer!r} gave {tokens.shape[1]} tokens, which cannot be the patches of x_t "
+            f"{tuple(call.x_t.shape)}: its {values} values a sample do not divide by {tokens.shape[1]}.\n"
+            "Is it another stream, such as the text's (select=)? Are class, time or text tokens among the image's "
+            "(tokens=)? To align all of them on purpose, pass tokens=slice(None)."
         )
 
 

@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call, CallSpec
-from .checks import check_batch, check_captured, check_denoising, check_device, check_same_shape, device_of
+from .checks import (
+    check_batch,
+    check_captured,
+    check_denoising,
+    check_device,
+    check_patches,
+    check_same_shape,
+    device_of,
+)
 from .errors import (
     CaptureError,
     OptimizerError,
@@ -189,6 +197,7 @@ class SelfTransLoss(nn.Module):
         time: str | TimeConvention,
         latent_channels: int,
         patch_size: int | Sequence[int],
+        channel_axis: int = 1,
         hidden_size: int | None = None,
         hidden_features: int = 2048,
         target: Target = "latents",
@@ -206,6 +215,8 @@ class SelfTransLoss(nn.Module):
                 :class:`TimeConvention`.
             latent_channels: C of the latents.
             patch_size: Latent pixels per token along each axis.
+            channel_axis: Which axis of the latents is C: 2 for (N, F, C, H, W), and for tokens packed as (N, T, C) with
+                ``patch_size=(1,)``. The latents are given in the layout in which the model gets x_t.
             hidden_size: The layer's width, where it cannot be read off.
             hidden_features: The head's inner width.
             distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
@@ -224,6 +235,7 @@ class SelfTransLoss(nn.Module):
                 width,
                 latent_channels,
                 patch_size,
+                channel_axis=channel_axis,
                 hidden_features=hidden_features,
                 distance=distance,
                 generator=generator,
@@ -326,8 +338,8 @@ class SelfTransLoss(nn.Module):
 
         Args:
             denoising: The loop's own loss, a scalar or (N,), which is then averaged.
-            latents: The clean latents as the model sees them, (N, C, H, W). Required in stage 1; in stage 2 they only
-                serve to check the time convention.
+            latents: The clean latents as the model sees them, (N, C, H, W) or in whatever layout x_t has. Required in
+                stage 1; in stage 2 they only serve to check the time convention.
             step: The optimiser's step, counted from 0. Required with ``stop_step``.
 
         Raises:
@@ -456,8 +468,12 @@ class SelfTransLoss(nn.Module):
         captures = [record.capture(layer) for layer in self.layers]
         tokens = []
         for layer, capture, head in zip(self.layers, captures, self.heads, strict=True):
-            tokens.append(as_tokens(capture.output, self.select, self.tokens, layer=layer))
+            tokens.append(
+                as_tokens(capture.output, self.select, self.tokens, layer=layer, arguments=lambda: call.arguments)
+            )
             check_captured(tokens[-1], call, layer, head)
+            if self.stage == 2 and self.tokens is None:  # stage 1 compares with the latents' grid
+                check_patches(tokens[-1], call, layer)
         everything = self.window is None or self.gating == "released"
         candidates = torch.arange(call.rows) if everything else gated.rows()
         if len(candidates) == 0:
@@ -537,7 +553,7 @@ def _widths(model: nn.Module, layer: str | Sequence[str], hidden_size: int | Non
 def _run_on_no_rows(head: nn.Module) -> Tensor:
     device = device_of(head)
     if isinstance(head, VAEAlignmentLoss):
-        one_patch = torch.zeros(0, head.latent_channels, *head.patch_size, device=device)
+        one_patch = torch.zeros(0, head.latent_channels, *head.patch_size, device=device).movedim(1, head.channel_axis)
         distances: Tensor = head(torch.zeros(0, 1, head.head.in_features, device=device), one_patch)
         return distances.sum()
     assert isinstance(head, ProjectionHead)

@@ -101,6 +101,9 @@ class VAEAlignmentLoss(nn.Module):
         latent_channels: C, the channels of the VAE's latents (4 for the usual SD-VAE).
         patch_size: Latent pixels per token along each axis (2 for SiT-XL/2): an int for square patches of (N, C, H, W)
             latents, or one number for each spatial axis, one to three of them.
+        channel_axis: Which axis of the latents is C. All others but the batch are the grid's, in order: 1 for
+            (N, C, H, W), 2 for videos (N, F, C, H, W), and 2 with ``patch_size=(1,)`` for latents packed to one row a
+            token, (N, T, C), as Flux gets them.
         hidden_features: The inner width of the head.
         distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
         generator: Source of the initial weights, as in :class:`ProjectionHead`.
@@ -108,7 +111,8 @@ class VAEAlignmentLoss(nn.Module):
 
     Shape:
         tokens: (N, T, D), T = H * W / patch_size**2, row by row
-        latents: (N, C, H, W), scaled as the model sees them; or (N, C, L), (N, C, F, H, W)
+        latents: (N, C, H, W), scaled as the model sees them; or (N, C, L), (N, C, F, H, W); C where ``channel_axis``
+            says
         returns: (N,), float32, one value a sample, the mean over tokens and values
 
     Raises:
@@ -130,6 +134,7 @@ class VAEAlignmentLoss(nn.Module):
         latent_channels: int,
         patch_size: int | Sequence[int],
         *,
+        channel_axis: int = 1,
         hidden_features: int = 2048,
         distance: Distance = "mse",
         generator: torch.Generator | None = None,
@@ -137,14 +142,21 @@ class VAEAlignmentLoss(nn.Module):
     ) -> None:
         super().__init__()
         check_positive("latent_channels", latent_channels)
+        check_positive("channel_axis", channel_axis)
         check_distance(distance)
         patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
         if len(patch) not in _PATCHIFY:
             raise SettingError(f"patch_size must be an int, or one for each of 1 to 3 axes; got {patch_size!r}.")
         for size in patch:
             check_positive("patch_size", size)
+        if channel_axis > len(patch) + 1:
+            raise SettingError(
+                f"channel_axis={channel_axis} is no axis of latents with {len(patch)} spatial axes: they have "
+                f"{len(patch) + 2} axes, counted from 0, the batch."
+            )
         self.latent_channels = latent_channels
         self.patch_size = patch
+        self.channel_axis = channel_axis
         self.distance: Distance = distance
         generator = generator or torch.Generator().manual_seed(0)
         self.head = ProjectionHead(hidden_size, hidden_size, hidden_features, generator=generator, device=device)
@@ -161,20 +173,21 @@ class VAEAlignmentLoss(nn.Module):
         return result
 
     def patchify(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """The latents' patches, (N, C, H, W) -> (N, T, p·p·C), one for each of ``tokens``.
+        """The latents' patches, (N, C, H, W) -> (N, T, p·p·C), one for each of ``tokens``, row by row.
 
         Raises:
             ShapeError: If latents and tokens do not fit.
         """
-        if latents.ndim < 3 or latents.shape[1] != self.latent_channels:
+        axis = self.channel_axis
+        if latents.ndim <= axis or latents.shape[axis] != self.latent_channels:
             raise ShapeError(
-                f"Latents of shape {tuple(latents.shape)} do not have the {self.latent_channels} channels that the "
-                "loss "
-                "was built for; the layout is (N, C, H, W).\n"
-                "Pass the VAE's latents as the model sees them, or build the loss with their latent_channels."
+                f"Latents of shape {tuple(latents.shape)} do not have, on axis {axis}, the {self.latent_channels} "
+                "channels that the loss was built for.\n"
+                "Pass the VAE's latents as the model sees them, or build the loss with their latent_channels and "
+                "channel_axis: (N, C, H, W) has its channels on axis 1."
             )
-        check_grid(tokens, grid_of(latents, self.patch_size))
+        check_grid(tokens, grid_of(latents, self.patch_size, axis))
         if len(latents) != len(tokens):
             raise ShapeError(f"{len(latents)} latents for the tokens of {len(tokens)} samples: pass the same batch.")
         pattern, letters = _PATCHIFY[len(self.patch_size)]
-        return rearrange(latents, pattern, **dict(zip(letters, self.patch_size, strict=True)))
+        return rearrange(latents.movedim(axis, 1), pattern, **dict(zip(letters, self.patch_size, strict=True)))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from .calls import by_name
 from .errors import CaptureError, SettingError
 from .names import find_layer, quoted, unwrap
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
@@ -264,7 +266,8 @@ class FeatureTap:
         model: Any module, wrapped or not.
         layer: The dotted name as the unwrapped model prints it, such as ``"blocks.5"``; or several names.
         select: Which tensor of a tuple, dict or dataclass output: an index, a key, or a callable of the output.
-        tokens: Which tokens along the second axis: a slice, or a callable from the selected tensor to (N, T, D).
+        tokens: Which tokens along the second axis: a slice, or a callable from the selected tensor to (N, T, D), which
+            gets the call's arguments by name too if it has a second parameter.
 
     Raises:
         LayerNotFoundError: If the model has no such layer; nearest names are listed.
@@ -286,6 +289,8 @@ class FeatureTap:
         self.layer = layer
         self.select = select
         self.tokens = tokens
+        root = unwrap(model)
+        self._model_name, self._signature = type(root).__name__, inspect.signature(root.forward)
         self._recorder = Recorder(model, layer_names(layer), training_only=False)
 
     def pop(self) -> Tensor | dict[str, Tensor]:
@@ -299,8 +304,12 @@ class FeatureTap:
             OutputError: If the layer's output holds several tensors and ``select`` was not given.
         """
         record = self._recorder.take()
+
+        def arguments() -> dict[str, Any]:
+            return by_name(self._signature, record.args, record.kwargs, self._model_name)
+
         found = {
-            name: as_tokens(record.capture(name).output, self.select, self.tokens, layer=name)
+            name: as_tokens(record.capture(name).output, self.select, self.tokens, layer=name, arguments=arguments)
             for name in self._recorder.layers
         }
         return found[self.layer] if isinstance(self.layer, str) else found

@@ -147,9 +147,10 @@ class CFGFeatureTeacher(nn.Module):
         rows = len(tensors[0])
         if self._compile:
             tensors = [pad_rows(tensor) for tensor in tensors]
-        args, kwargs = self.spec.arguments(held.rebuild(tensors))
+        arguments = held.rebuild(tensors)
+        args, kwargs = self.spec.arguments(arguments)
         output = self._exit.run(self.model, args, kwargs)
-        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer)[:rows]
+        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: arguments)[:rows]
         if len(tokens) != rows:
             raise ShapeError(
                 f"The teacher's layer {self.layer!r} gives {len(tokens)} rows for a batch of {rows}: "

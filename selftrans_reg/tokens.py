@@ -13,7 +13,7 @@ from torch import Tensor
 from .errors import OutputError, SettingError, ShapeError
 
 Select: TypeAlias = int | str | Callable[[Any], Any] | None
-Tokens: TypeAlias = slice | Callable[[Tensor], Tensor] | None
+Tokens: TypeAlias = slice | Callable[..., Tensor] | None  # of the tensor, or of the tensor and the call's arguments
 
 
 def check_select(select: object) -> None:
@@ -28,12 +28,16 @@ def check_tokens(tokens: object) -> None:
         raise SettingError(f"tokens must be a slice, such as slice(1, None), or a callable; got {tokens!r}.")
 
 
-def as_tokens(output: Any, select: Select, tokens: Tokens, *, layer: str) -> Tensor:
+def as_tokens(
+    output: Any, select: Select, tokens: Tokens, *, layer: str, arguments: Callable[[], Mapping[str, Any]]
+) -> Tensor:
     """The tokens in a layer's raw output.
 
     ``select`` picks a tensor out of a tuple, dict or dataclass; an output with a single tensor needs none. A tensor of
     four or five axes is a convolution's, channels first, and is flattened row by row. ``tokens`` then picks the
-    image's tokens along the second axis; a callable gets the selected tensor as it is and returns (N, T, D).
+    image's tokens along the second axis; a callable gets the selected tensor as it is and returns (N, T, D). Where the
+    image's place depends on the call, as behind captions of different lengths, the callable takes the call's arguments
+    by name as its second parameter.
 
     Shape:
         returns: (N, T, D)
@@ -44,7 +48,7 @@ def as_tokens(output: Any, select: Select, tokens: Tokens, *, layer: str) -> Ten
     """
     tensor = _select(output, select, layer)
     if callable(tokens):
-        tensor = tokens(tensor)
+        tensor = tokens(tensor, arguments()) if _takes_arguments(tokens) else tokens(tensor)
         if not isinstance(tensor, Tensor):
             raise OutputError(f"tokens= returned {type(tensor).__name__} for layer {layer!r}; it must return a tensor.")
     elif tensor.ndim in (4, 5):
@@ -60,6 +64,16 @@ def as_tokens(output: Any, select: Select, tokens: Tokens, *, layer: str) -> Ten
             raise ShapeError(f"tokens={tokens} leaves none of the {tensor.shape[1]} tokens of layer {layer!r}.")
         tensor = sliced
     return tensor
+
+
+def _takes_arguments(tokens: Callable[..., Tensor]) -> bool:
+    """Whether a callable has a second parameter that must be given by position."""
+    try:
+        parameters = inspect.signature(tokens).parameters.values()
+    except ValueError:  # some of C's functions do not tell: they know nothing of calls
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
 
 
 def _select(output: Any, select: Select, layer: str) -> Tensor:
@@ -119,22 +133,23 @@ def _show(select: Select) -> str:
     return getattr(select, "__name__", repr(select)) if inspect.isroutine(select) else repr(select)
 
 
-def grid_of(latents: Tensor, patch_size: tuple[int, ...]) -> tuple[int, ...]:
+def grid_of(latents: Tensor, patch_size: tuple[int, ...], channel_axis: int = 1) -> tuple[int, ...]:
     """Tokens along each axis of the latents' grid.
 
     Args:
         latents: (N, C, *spatial), one to three spatial axes.
         patch_size: Latent pixels per token along each spatial axis.
+        channel_axis: Where C is instead.
 
     Raises:
         ShapeError: If the latents have another number of axes, or do not divide into patches.
     """
-    spatial = latents.shape[2:]
+    spatial = [size for axis, size in enumerate(latents.shape) if axis not in (0, channel_axis)]
     if len(spatial) != len(patch_size) or any(s % p for s, p in zip(spatial, patch_size, strict=True)):
         raise ShapeError(
             f"Latents of shape {tuple(latents.shape)} do not divide into patches of {patch_size}.\n"
-            "Latents are (N, C, L), (N, C, H, W) or (N, C, F, H, W); patch_size counts latent pixels per token along "
-            "each of the last axes (an int for square patches)."
+            "Latents are (N, C, L), (N, C, H, W) or (N, C, F, H, W), or have C where channel_axis says; patch_size "
+            "counts latent pixels per token along each of the other axes (an int for square patches of two)."
         )
     return tuple(s // p for s, p in zip(spatial, patch_size, strict=True))
 
@@ -150,7 +165,13 @@ def check_grid(tokens: Tensor, grid: tuple[int, ...]) -> None:
         extra = count - wanted
         message += (
             f"If {extra} extra tokens precede the image's, pass tokens=slice({extra}, None); "
-            f"if they follow them, tokens=slice(None, {wanted}).\n"
+            f"if they follow them, tokens=slice(None, {wanted}); if k precede and the rest follow, "
+            f"tokens=slice(k, k + {wanted}).\n"
+            "Otherwise this may be another stream, such as the text's (select=), or another patch_size."
         )
-    message += "Otherwise check patch_size, and that the latents are those of this batch."
+    else:
+        message += (
+            "This may be another stream, such as the text's (select=); a masked encoder's layer, which sees a part of "
+            "the image; or another patch_size."
+        )
     raise ShapeError(message)
