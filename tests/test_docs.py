@@ -115,11 +115,13 @@ def test_no_block_of_a_page_escapes(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_points_to_exists(page: Path) -> None:
-    local = [link.partition("#")[0] for link in links_of(page.read_text()) if not re.match(r"[a-z]+:|#", link)]
-    ours = r"(?<![\w/.-])(?:docs|examples|selftrans_reg|tests)/[\w/-]+\.(?:md|png|py|txt)\b"
-    missing = [link for link in local if not (page.parent / link).exists()]
-    missing += [path for path in re.findall(ours, page.read_text()) if not (ROOT / path).exists()]
-    assert not missing, f"{page.name} points to {missing}"
+    text = page.read_text()
+    local = {link.partition("#")[0] for link in links_of(text) if not re.match(r"[a-z]+:|#", link)}
+    ours = set(re.findall(r"(?<![\w/.-])(?:docs|examples|selftrans_reg|tests)/[\w/-]+\.(?:md|png|py|txt)\b", text))
+    missing = {link for link in local if not (page.parent / link).exists()} | {
+        p for p in ours if not (ROOT / p).exists()
+    }
+    assert not missing, f"{page.name} points to {sorted(missing)}"
 
 
 def test_the_api_reference_has_every_public_name() -> None:
