@@ -170,7 +170,7 @@ class Recorder:
         self._passed_over = ""  # why the last forward left no record, for the error message
         root = unwrap(model)
         self._root = weakref.ref(root)
-        self.device_type = next((p.device.type for p in root.parameters()), "cpu")
+        self.device_type = "cpu"
         modules = [find_layer(model, layer) for layer in self.layers]
         _keep_out_of_graphs()
         before, after = _RootHook(self, root, "_open"), _RootHook(self, root, "_close")
@@ -232,6 +232,8 @@ class Recorder:
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.opened = None  # what an interrupted forward may have left
+        device_type = next((p.device.type for p in module.parameters()), "cpu")  # now: the model may have been moved
+        self.device_type = device_type if torch.amp.is_autocast_available(device_type) else "cpu"
         if self.training_only:
             if torch._C._current_graph_task_id() != -1:  # a checkpoint of the whole model recomputes it in backward
                 return
