@@ -43,7 +43,9 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     def walk(module: nn.Module, name: str) -> None:
         found.setdefault(name, module)
-        for child_name, child in module.named_children():
+        for child_name, child in module._modules.items():  # named_children leaves out a shared module's other names
+            if child is None:
+                continue
             child_path = name if _looks_through(module, child_name) else f"{name}.{child_name}" if name else child_name
             walk(child, child_path)
 
