@@ -73,6 +73,12 @@ def velocity_loss(
     return (model(x_t, t, y) - velocity).square().flatten(1).mean(1)
 
 
+def denoising_loss(model: nn.Module, latents: Tensor, y: Tensor, path: Path = linear_path) -> Tensor:
+    """The loss of a REPA loop: t uniform in [0, 1] and the noise drawn here, then `velocity_loss`; (N,)."""
+    t = torch.rand(len(latents), device=latents.device, dtype=latents.dtype)
+    return velocity_loss(model, latents, y, t, torch.randn_like(latents), path)
+
+
 class Transport:
     """The loss of a SiT loop, in SiT's own convention: t = 1 is data, and t and the noise are drawn inside.
 

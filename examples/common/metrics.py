@@ -1,0 +1,127 @@
+"""How far samples are from data: the Fréchet distance between features of a classifier trained on the same images."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.linalg import eigh, eigvalsh
+from torch import Tensor, nn
+
+from common.data import shuffled_batches
+from common.training import endless, progress
+from selftrans_reg.errors import ShapeError
+
+_BATCH_SIZE = 64
+_FEATURE_BATCH = 512
+
+
+class SmallClassifier(nn.Module):
+    """A convolutional classifier of small grey or colour images; its features feed the Fréchet distance.
+
+    Shape:
+        images: (N, C, H, W) in [-1, 1]; returns: (N, num_classes) logits
+    """
+
+    def __init__(self, num_classes: int, image_channels: int = 1, feature_size: int = 64) -> None:
+        super().__init__()
+        self.features = nn.Sequential(
+            nn.Conv2d(image_channels, 16, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(16, 32, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.Conv2d(32, 64, 3, stride=2, padding=1),
+            nn.SiLU(),
+            nn.AdaptiveAvgPool2d(4),
+            nn.Flatten(),
+            nn.Linear(64 * 16, feature_size),
+            nn.SiLU(),
+        )
+        self.head = nn.Linear(feature_size, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Classify the images."""
+        return self.head(self.features(images))
+
+
+def train_classifier(
+    classifier: SmallClassifier, images: Tensor, labels: Tensor, *, steps: int, lr: float = 2e-3, seed: int = 0
+) -> None:
+    """Train by cross-entropy with a one-cycle learning rate; the classifier ends in eval mode, frozen."""
+    device = classifier.head.weight.device
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    batches = endless(shuffled_batches(images, labels, batch_size=_BATCH_SIZE, seed=seed))
+    classifier.train()
+    for _ in progress(range(steps), "classifier"):
+        batch, target = next(batches)
+        loss = F.cross_entropy(classifier(batch.to(device)), target.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    classifier.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def accuracy(classifier: SmallClassifier, images: Tensor, labels: Tensor) -> float:
+    """Fraction of the images that get their label."""
+    device = classifier.head.weight.device
+    hits = [
+        (classifier(chunk.to(device)).argmax(1).cpu() == target.cpu()).sum()
+        for chunk, target in zip(images.split(_FEATURE_BATCH), labels.split(_FEATURE_BATCH), strict=True)
+    ]
+    return int(torch.stack(hits).sum()) / len(labels)
+
+
+@torch.no_grad()
+def classifier_features(classifier: SmallClassifier, images: Tensor) -> NDArray[np.float64]:
+    """The classifier's last hidden layer, (N, feature_size), float64."""
+    device = classifier.head.weight.device
+    chunks = [classifier.features(chunk.to(device)).cpu() for chunk in images.split(_FEATURE_BATCH)]
+    return torch.cat(chunks).double().numpy()
+
+
+class FeatureStatistics(NamedTuple):
+    """Mean (D,) and covariance (D, D) of a set of features, float64."""
+
+    mean: NDArray[np.float64]
+    covariance: NDArray[np.float64]
+
+
+def feature_statistics(features: NDArray[np.floating]) -> FeatureStatistics:
+    """Mean and covariance (with N - 1 below) of features (N, D).
+
+    Raises:
+        ShapeError: If there are not at least two rows of features.
+    """
+    if features.ndim != 2 or len(features) < 2:
+        raise ShapeError(
+            f"Statistics need features (N, D) with N >= 2.\nFound: {features.shape}.\n"
+            "Pass one row of features for each image."
+        )
+    features = features.astype(np.float64)
+    return FeatureStatistics(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
+
+
+def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
+    """Squared 2-Wasserstein distance of two Gaussians: ``|m - n|^2 + tr(A + B - 2 (A B)^(1/2))``.
+
+    The trace of the root is the sum of the roots of the eigenvalues of ``A^(1/2) B A^(1/2)``, which is symmetric: no
+    complex root and no failure on a singular covariance.
+
+    Raises:
+        ShapeError: If the two have features of different width.
+
+    Reference: Dowson and Landau, 1982; Heusel et al., 2017, https://arxiv.org/abs/1706.08500
+    """
+    if a.mean.shape != b.mean.shape:
+        raise ShapeError(
+            f"The Fréchet distance needs features of one width.\nFound: {len(a.mean)} and {len(b.mean)}.\n"
+            "Compute both sets of statistics with one extractor."
+        )
+    values, vectors = eigh(a.covariance)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(eigvalsh(root @ b.covariance @ root).clip(0)).sum()
+    return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
