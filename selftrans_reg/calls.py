@@ -69,6 +69,8 @@ class CallSpec:
             raise SettingError(f"x_t and t cannot both be the argument {self.x!r}: name the other one in call=.")
         for name in self.shared:
             self.check_name(name, "call=dict(shared=...)")
+        if own := self.shared & {self.x, self.t}:
+            raise SettingError(f"call=dict(shared=...) names {quoted(sorted(own))}: x_t or t, which are never shared.")
 
     def _name_of(self, key: str, call: Mapping[str, Any], position: int) -> str:
         if key in call:
