@@ -1,0 +1,174 @@
+"""From a layer's raw output to tokens (N, T, D)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from selftrans_reg import SettingError, ShapeError
+from selftrans_reg.errors import OutputError
+from selftrans_reg.tokens import as_tokens, check_grid, check_select, check_tokens, grid_of
+
+TEXT, IMAGE = torch.randn(2, 5, 8), torch.randn(2, 16, 8)
+
+
+@dataclass
+class Output:
+    hidden_states: Tensor
+    context: Tensor | None = None
+
+
+def tokens_of(output: Any, select: Any = None, tokens: Any = None) -> Tensor:
+    return as_tokens(output, select, tokens, layer="blocks.1", arguments=lambda: {"length": 5})
+
+
+@pytest.mark.parametrize(
+    "output", [IMAGE, (IMAGE,), [None, IMAGE], {"a": IMAGE, "b": 3}, Output(IMAGE), ({"deep": [IMAGE]}, "text")]
+)
+def test_an_output_with_one_tensor_needs_no_select(output: Any) -> None:
+    assert tokens_of(output) is IMAGE
+
+
+@pytest.mark.parametrize(
+    ("output", "select"),
+    [
+        ((TEXT, IMAGE), 1),
+        ((TEXT, IMAGE), -1),
+        ({"text": TEXT, "image": IMAGE}, "image"),
+        ({0: TEXT, 1: IMAGE}, 1),
+        (Output(IMAGE, TEXT), "hidden_states"),
+        ((TEXT, [IMAGE]), lambda output: output[1][0]),
+    ],
+)
+def test_select_picks_by_index_key_field_or_callable(output: Any, select: Any) -> None:
+    assert tokens_of(output, select) is IMAGE
+
+
+def test_an_ambiguous_output_is_listed_as_one_would_index_it() -> None:
+    with pytest.raises(OutputError) as error:
+        tokens_of(({"text": TEXT}, [IMAGE, "x"], Output(IMAGE)))
+    for part in (
+        "Layer 'blocks.1' returns a tuple with 3 tensors, and nothing is guessed:\n",
+        "  [0]['text']: (2, 5, 8)\n",
+        "  [1][0]: (2, 16, 8)\n",
+        "  [2].hidden_states: (2, 16, 8)\n",
+        "Say which with select= (an index, a key, or a callable).",
+    ):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("output", [None, (), "text", ({},)])
+def test_an_output_without_a_tensor_says_so(output: Any) -> None:
+    with pytest.raises(OutputError, match=r"with 0 tensors, and nothing is guessed:\n  no tensor at all\n"):
+        tokens_of(output)
+
+
+@pytest.mark.parametrize(
+    ("select", "parts"),
+    [
+        (2, ["select=2 does not fit the output of layer 'blocks.1', a tuple", "out of range", "[1]: (2, 16, 8)"]),
+        ("image", ["select='image' does not fit", "It holds:\n  [0]: (2, 5, 8)"]),
+        (lambda output: output["a"], ["select=<lambda> does not fit"]),
+        (lambda output: len(output), ["select=<lambda> picks an int", "not a tensor"]),
+    ],
+)
+def test_a_select_that_does_not_fit_is_refused(select: Any, parts: list[str]) -> None:
+    with pytest.raises(OutputError) as error:
+        tokens_of((TEXT, IMAGE), select)
+    for part in parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (2, 8, 3, 4, 4)])
+def test_a_grid_of_channels_is_flattened_row_by_row(shape: tuple[int, ...]) -> None:
+    grid = torch.randn(shape)
+    found = tokens_of(grid)
+    assert found.shape == (2, math.prod(shape[2:]), 8)
+    torch.testing.assert_close(found[:, 1], grid.flatten(2)[:, :, 1])
+    torch.testing.assert_close(found[1, -1], grid[(1, slice(None), *(size - 1 for size in shape[2:]))])
+
+
+def test_tokens_slices_the_second_axis_or_is_called_with_the_tensor_as_it_is() -> None:
+    torch.testing.assert_close(tokens_of(IMAGE, tokens=slice(1, None)), IMAGE[:, 1:])
+    torch.testing.assert_close(tokens_of(IMAGE, tokens=lambda x: x[:, ::2]), IMAGE[:, ::2])
+    grid = torch.randn(2, 4, 4, 8)  # channels last: the callable knows
+    torch.testing.assert_close(tokens_of(grid, tokens=lambda x: x.flatten(1, 2)), grid.reshape(2, 16, 8))
+
+
+def test_a_callable_with_two_parameters_gets_the_calls_arguments() -> None:
+    found = tokens_of(torch.cat([TEXT, IMAGE], 1), tokens=lambda x, arguments: x[:, arguments["length"] :])
+    torch.testing.assert_close(found, IMAGE)
+    torch.testing.assert_close(tokens_of(IMAGE, tokens=lambda x, start=3: x[:, start:]), IMAGE[:, 3:])
+
+
+@pytest.mark.parametrize(
+    ("tensor", "tokens", "error", "parts"),
+    [
+        (
+            IMAGE[0, 0],
+            None,
+            ShapeError,
+            ["'blocks.1' gives a tensor of shape (8,), not tokens (N, T, D)", "Tap a block"],
+        ),
+        (IMAGE[:, 0], None, ShapeError, ["shape (2, 8)", "a callable that turns the tensor into (N, T, D)"]),
+        (IMAGE, slice(16, None), ShapeError, ["tokens=slice(16, None, None) leaves none of the 16 tokens of layer"]),
+        (IMAGE, lambda x: x[:, 0], ShapeError, ["shape (2, 8)"]),
+        (IMAGE, lambda x: [x], OutputError, ["tokens= returned list for layer 'blocks.1'; it must return a tensor"]),
+    ],
+)
+def test_what_is_left_must_be_tokens(tensor: Tensor, tokens: Any, error: type[Exception], parts: list[str]) -> None:
+    with pytest.raises(error) as caught:
+        tokens_of(tensor, tokens=tokens)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize("select", [True, 1.5, [0]])
+def test_a_select_of_another_kind_is_refused(select: Any) -> None:
+    with pytest.raises(SettingError, match="select must be an index, a key or a callable; got"):
+        check_select(select)
+
+
+@pytest.mark.parametrize("tokens", [1, "image", (1, None)])
+def test_tokens_of_another_kind_is_refused(tokens: Any) -> None:
+    with pytest.raises(SettingError, match=r"tokens must be a slice, such as slice\(1, None\), or a callable; got"):
+        check_tokens(tokens)
+
+
+@pytest.mark.parametrize(
+    ("shape", "patch", "grid"),
+    [((2, 4, 8, 6), (2, 2), (4, 3)), ((2, 4, 9), (3,), (3,)), ((2, 4, 3, 8, 6), (1, 2, 2), (3, 4, 3))],
+)
+def test_the_grid_counts_patches_along_each_axis(
+    shape: tuple[int, ...], patch: tuple[int, ...], grid: tuple[int, ...]
+) -> None:
+    assert grid_of(torch.zeros(shape), patch) == grid
+
+
+@pytest.mark.parametrize(("shape", "patch"), [((2, 4, 8, 7), (2, 2)), ((2, 4, 8), (2, 2)), ((2, 4, 3, 8, 8), (2, 2))])
+def test_latents_that_do_not_divide_into_patches_are_refused(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
+    with pytest.raises(ShapeError) as error:
+        grid_of(torch.zeros(shape), patch)
+    assert f"Latents of shape {shape} do not divide into patches of {patch}." in str(error.value)
+    assert "patch_size counts latent pixels per token" in str(error.value)
+
+
+def test_too_many_tokens_name_the_slices_that_would_fit() -> None:
+    with pytest.raises(ShapeError) as error:
+        check_grid(torch.zeros(2, 18, 8), (4, 4))
+    for part in ("18 tokens do not fit the latent grid 4×4, which has 16", "tokens=slice(2, None)"):
+        assert part in str(error.value)
+    assert "tokens=slice(None, 16)" in str(error.value)
+
+
+def test_too_few_tokens_name_what_it_may_be() -> None:
+    with pytest.raises(ShapeError) as error:
+        check_grid(torch.zeros(2, 8, 8), (4, 4))
+    for part in ("8 tokens do not fit the latent grid 4×4, which has 16", "select=", "patch_size"):
+        assert part in str(error.value)
+    assert "slice(" not in str(error.value)
