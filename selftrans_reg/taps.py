@@ -34,7 +34,7 @@ class Capture(NamedTuple):
     """What a layer returned, untouched, and the circumstances that cannot be read later."""
 
     output: Any
-    version: int | None  # of the output in eager mode: an in-place layer behind the tap would raise it
+    versions: tuple[int, ...] | None  # of its tensors in eager mode: an in-place layer behind the tap raises them
     autocast: torch.dtype | None  # the dtype of the autocast that the layer ran under, None without
 
 
@@ -69,7 +69,7 @@ class Record:
                 "Tap a layer that runs once."
             )
         (capture,) = captures
-        if capture.version is not None and capture.output._version != capture.version:
+        if capture.versions is not None and capture.versions != _versions(capture.output):
             raise CaptureError(
                 f"The output of layer {layer!r} was changed in place after the layer returned it, so what was captured "
                 "is no longer what the layer gave.\n"
@@ -77,6 +77,12 @@ class Record:
                 "whose output is final."
             )
         return capture
+
+
+def _versions(output: Any) -> tuple[int, ...]:
+    """How often each tensor of an output was changed in place; those of inference mode do not count it."""
+    parts = output if isinstance(output, tuple | list) else (output,)
+    return tuple(part._version for part in parts if isinstance(part, Tensor) and not part.is_inference())
 
 
 class _Hook(Generic[Owner]):
@@ -114,13 +120,10 @@ class _LayerHook(_Hook["Recorder"]):
             return
         record = recorder.opened
         if record is not None:
-            version = autocast = None
-            if isinstance(output, Tensor) and not torch.compiler.is_compiling():
-                version = output._version
+            versions = None if torch.compiler.is_compiling() else _versions(output)
             device = recorder.device_type
-            if torch.is_autocast_enabled(device):
-                autocast = torch.get_autocast_dtype(device)
-            record.captures[self.layer].append(Capture(output, version, autocast))
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            record.captures[self.layer].append(Capture(output, versions, autocast))
 
 
 class _RootHook(_Hook["Recorder"]):
@@ -293,7 +296,7 @@ class FeatureTap:
         self.tokens = tokens
         root = unwrap(model)
         self._model_name, self._signature = type(root).__name__, inspect.signature(root.forward)
-        self._recorder = Recorder(model, layer_names(layer), training_only=False)
+        self._recorder: Recorder | None = Recorder(model, layer_names(layer), training_only=False)
 
     def pop(self) -> Tensor | dict[str, Tensor]:
         """The tokens of the forward since the last pop; the tap is empty afterwards.
@@ -302,9 +305,15 @@ class FeatureTap:
             returns: (N, T, D), or a dictionary of them by layer name if several layers were named
 
         Raises:
-            CaptureError: If there was no forward, or several; or a layer did not run, or ran more than once.
+            CaptureError: If there was no forward, or several; or a layer did not run, or ran more than once; or the
+                tap was detached, or is a copy of one.
             OutputError: If the layer's output holds several tensors and ``select`` was not given.
         """
+        if self._recorder is None or not self._recorder.attached:
+            raise CaptureError(
+                "This tap watches no model: it was detached, as on leaving its with block, or is a copy of one that "
+                "does.\nPop before leaving the block; for another model make a new FeatureTap."
+            )
         record = self._recorder.take()
 
         def arguments() -> dict[str, Any]:
@@ -312,17 +321,20 @@ class FeatureTap:
 
         found = {
             name: as_tokens(record.capture(name).output, self.select, self.tokens, layer=name, arguments=arguments)
-            for name in self._recorder.layers
+            for name in layer_names(self.layer)
         }
         return found[self.layer] if isinstance(self.layer, str) else found
 
     def discard(self) -> None:
         """Forget what was captured."""
-        self._recorder.discard()
+        if self._recorder is not None:
+            self._recorder.discard()
 
     def detach(self) -> None:
         """Remove every hook."""
-        self._recorder.detach()
+        if self._recorder is not None:
+            self._recorder.detach()
+        self._recorder = None
 
     def __enter__(self) -> FeatureTap:
         return self
