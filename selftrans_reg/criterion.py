@@ -457,8 +457,9 @@ class SelfTransLoss(nn.Module):
         check_batch(call, denoising, latents)
         if self.check_interval is None or (self._calls > _FIRST_CHECKS and self._calls % self.check_interval):
             return
-        check_times(self.time, call.t)
-        if latents is not None:
+        if latents is None:
+            check_times(self.time, call.t)
+        else:
             check_same_shape(call, latents)
             check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach())
 

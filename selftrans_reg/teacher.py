@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .calls import Call, CallSpec, RowTensors, nested_path
 from .checkpoints import load_weights
 from .compiled import compile_blocks, pad_rows
-from .errors import NullConditionError, SettingError, ShapeError
+from .errors import NullConditionError, SettingError, ShapeError, TeacherError
 from .heads import check_positive, infer_width
 from .names import find_layer, nearest, quoted, unwrap
 from .taps import EarlyExit, watched
@@ -123,7 +123,7 @@ class CFGFeatureTeacher(nn.Module):
         pairs = zip(held.tensors, self._null_tensors(call, held), strict=True)
         if rows is not None:
             pairs = ((c.index_select(0, rows), u.index_select(0, rows)) for c, u in pairs)  # type: ignore[assignment]
-        doubled = [torch.cat([c, u]) for c, u in pairs]
+        doubled = [self._as_weights(torch.cat([c, u])) for c, u in pairs]
 
         def run() -> Tensor:
             total = len(doubled[0])
@@ -135,28 +135,36 @@ class CFGFeatureTeacher(nn.Module):
             features = run()
         else:
             with watched(self.model, self._check_indices, lambda module: None):
-                run()
-            features = truncate(self.model, find_layer(self.model, self.layer), run)
+                features = run()
+            self._check_repeatable(features, run())
+            truncate(self.model, find_layer(self.model, self.layer), run)
             if self._compile:
                 compile_blocks(self.model)
             self._prepared = True
         conditional, unconditional = features.chunk(2)
         return conditional, unconditional
 
+    def _as_weights(self, tensor: Tensor) -> Tensor:
+        """In the weights' dtype, unless autocast sees to it: a student in bfloat16 is called with bfloat16."""
+        if not tensor.is_floating_point() or torch.is_autocast_enabled(tensor.device.type):
+            return tensor
+        return tensor.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), tensor.dtype))
+
     def _run(self, held: RowTensors, tensors: list[Tensor]) -> Tensor:
-        rows = len(tensors[0])
+        wanted = len(tensors[0])
         if self._compile:
             tensors = [pad_rows(tensor) for tensor in tensors]
+        rows = len(tensors[0])
         arguments = held.rebuild(tensors)
         args, kwargs = self.spec.arguments(arguments)
         output = self._exit.run(self.model, args, kwargs)
-        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: arguments)[:rows]
+        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: arguments)
         if len(tokens) != rows:
             raise ShapeError(
                 f"The teacher's layer {self.layer!r} gives {len(tokens)} rows for a batch of {rows}: "
                 "tap a layer that keeps one row for each sample."
             )
-        return tokens
+        return tokens[:wanted]
 
     def _null_tensors(self, call: Call, held: RowTensors) -> Iterator[Tensor]:
         """For each row tensor of the call its null counterpart: itself where the null condition does not name it."""
@@ -197,6 +205,16 @@ class CFGFeatureTeacher(nn.Module):
                 f"so without its batch axis it should be {tuple(tensor.shape[1:])}."
             )
         return value.to(tensor).expand_as(tensor)
+
+    def _check_repeatable(self, first: Tensor, second: Tensor) -> None:
+        # Far above what the order of a sum changes, far below what a mask does.
+        if (first - second).norm() > 0.01 * first.norm():
+            raise TeacherError(
+                f"The teacher gives other features at layer {self.layer!r} each time that it sees the same call: "
+                "something in it is random even in eval mode, such as a mask on the encoder's tokens.\n"
+                "Switch that off for the teacher: call=dict(fixed=dict(mask_ratio=0.0)), or what the argument is "
+                "called."
+            )
 
     def _check_indices(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if not isinstance(module, nn.Embedding) or not args or not isinstance(args[0], Tensor) or not args[0].numel():
@@ -242,7 +260,8 @@ def build_teacher(
             argument's shape without its batch axis; or a callable from the call's arguments to N rows. A nested
             argument takes a nested mapping.
         call: ``dict(x=..., t=...)`` names the arguments that hold x_t and t where they are not the first two;
-            ``shared=[...]`` names arguments that all samples share although their first axis looks like the batch.
+            ``shared=[...]`` names arguments that all samples share although their first axis looks like the batch;
+            ``fixed=dict(mask_ratio=0.0)`` gives the teacher other values than the student's call had.
         select: Which tensor of a tuple, dict or dataclass output.
         tokens: Which tokens are the image's: a slice or a callable.
         hidden_size: The feature's width, where it cannot be read off the layer.
