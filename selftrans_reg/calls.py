@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .errors import CallError, SettingError, ShapeError
 from .names import nearest, quoted, unwrap
 
-_KEYS = ("x", "t", "shared")
+_KEYS = ("x", "t", "shared", "fixed")
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class CallSpec:
 
     Args:
         model: The model, wrapped or not.
-        call: Optional names: ``x`` and ``t`` where they are not the first two arguments, and ``shared``, a sequence of
-            arguments that hold nothing by row although their first axis looks like it.
+        call: Optional names: ``x`` and ``t`` where they are not the first two arguments; ``shared``, a sequence of
+            arguments that hold nothing by row although their first axis looks like it; and ``fixed``, values that
+            replace those of a call, such as ``dict(mask_ratio=0.0)``.
 
     Raises:
         SettingError: If ``call`` has other keys, or names that the signature does not have.
@@ -71,6 +72,11 @@ class CallSpec:
             self.check_name(name, "call=dict(shared=...)")
         if own := self.shared & {self.x, self.t}:
             raise SettingError(f"call=dict(shared=...) names {quoted(sorted(own))}: x_t or t, which are never shared.")
+        self.fixed = dict(call.get("fixed", {}))
+        for name in self.fixed:
+            self.check_name(name, "call=dict(fixed=...)")
+        if own := frozenset(self.fixed) & {self.x, self.t}:
+            raise SettingError(f"call=dict(fixed=...) names {quoted(sorted(own))}: x_t or t, which differ by call.")
 
     def _name_of(self, key: str, call: Mapping[str, Any], position: int) -> str:
         if key in call:
@@ -116,6 +122,7 @@ class CallSpec:
         return self._call({self.x: call.arguments[source.x], self.t: call.arguments[source.t], **rest})
 
     def _call(self, arguments: dict[str, Any]) -> Call:
+        arguments = arguments | self.fixed
         for key, name in (("x", self.x), ("t", self.t)):
             if name not in arguments:
                 raise CallError(
