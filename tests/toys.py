@@ -1,13 +1,20 @@
 """One small diffusion transformer whose options make it look like the backbones that people have.
 
+:class:`ToyDiT` is the whole model. The classes below it change what a backbone's own code changes, and no more: the
+names and the order of the arguments, what is returned, what its blocks are called and return, which tokens stand beside
+the image's, how time and null condition are given.
+
 Its weights are not zero-initialised: adaLN-Zero would make every check of a gradient pass for nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class ToyBlock(nn.Module):
@@ -30,6 +37,27 @@ class ToyBlock(nn.Module):
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x) * (1 + scale2) + shift2)))
 
 
+class JointBlock(ToyBlock):
+    """A block over text and image together: ``(context, x, c)`` -> (context, x)."""
+
+    def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        context, x = super().forward(torch.cat([context, x], dim=1), c).tensor_split([context.shape[1]], dim=1)
+        return context, x
+
+
+class ConvBlock(nn.Module):
+    """A U-Net's block: maps (N, D, H, W) in and out, nothing normalised that would tell D."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1)
+        self.modulation = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        return x + self.conv2(F.silu(self.conv1(F.silu(x)) * (1 + self.modulation(c)[:, :, None, None])))
+
+
 class ToyDiT(nn.Module):
     """SiT in small: ``(x, t, y)`` -> (N, C, H, W), labels dropped inside in train mode.
 
@@ -41,6 +69,12 @@ class ToyDiT(nn.Module):
         num_classes: Classes; the null class is the last row of the table, present if ``dropout`` is above 0.
         dropout: Probability of the null class in train mode.
         seed: Of the weights.
+        lists: Instead of ``blocks``, names of lists of blocks with their lengths, in the order in which they run; of
+            length 0 is a single block.
+        block: The class of the blocks.
+        out_channels: Channels of the output; C by default.
+        t_max: The largest t; 1000 for a model that is given steps.
+        checkpointing: Recompute every block in the backward pass, reentrantly.
     """
 
     def __init__(
@@ -52,33 +86,250 @@ class ToyDiT(nn.Module):
         num_classes: int = 10,
         dropout: float = 0.1,
         seed: int = 0,
+        *,
+        lists: Mapping[str, int] | None = None,
+        block: type[nn.Module] = ToyBlock,
+        out_channels: int | None = None,
+        t_max: float = 1.0,
+        checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.channels, self.patch_size, self.num_classes, self.dropout = channels, patch_size, num_classes, dropout
+        self.out_channels, self.t_max, self.checkpointing = out_channels or channels, t_max, checkpointing
+        self.lists = {"blocks": depth} if lists is None else dict(lists)
         self.x_embedder = nn.Conv2d(channels, width, patch_size, patch_size)
         self.t_embedder = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
-        self.y_embedder = nn.Embedding(num_classes + (dropout > 0), width)
-        self.blocks = nn.ModuleList(ToyBlock(width) for _ in range(depth))
-        self.final_layer = nn.Linear(width, patch_size**2 * channels)
+        self.add_condition(width)
+        for name, length in self.lists.items():
+            self.add_module(name, nn.ModuleList(block(width) for _ in range(length)) if length else block(width))
+        self.final_layer = nn.Linear(width, patch_size**2 * self.out_channels)
+        self.draw_weights(seed)
+        self.dropped: Tensor | None = None  # which labels the last forward in train mode dropped
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return self.to_image(self.through_blocks(self.to_tokens(x), self.condition(t, y)), x)
+
+    def add_condition(self, width: int) -> None:
+        self.y_embedder = nn.Embedding(self.num_classes + (self.dropout > 0), width)
+
+    def draw_weights(self, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             scale = 0.5 if parameter.ndim == 1 else parameter[0].numel() ** -0.5
             parameter.data = scale * torch.randn(parameter.shape, generator=generator)
-        self.dropped: Tensor | None = None  # which labels the last forward in train mode dropped
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        n, _, height, width = x.shape
+    def to_tokens(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) -> (N, T, D)."""
+        return self.x_embedder(x).flatten(2).transpose(1, 2)
+
+    def embed_t(self, t: Tensor) -> Tensor:
+        t = t.float() / self.t_max
+        return self.t_embedder(torch.stack([torch.cos(3 * t), torch.sin(3 * t)], dim=1))
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """(N, D), from time and labels, some of them dropped in train mode."""
         if self.training and self.dropout > 0:
-            self.dropped = torch.rand(n, device=y.device) < self.dropout
+            self.dropped = torch.rand(len(y), device=y.device) < self.dropout
             y = torch.where(self.dropped, self.num_classes, y)
-        t = t.float()
-        c = self.t_embedder(torch.stack([torch.cos(3 * t), torch.sin(3 * t)], dim=1)) + self.y_embedder(y)
-        tokens = self.x_embedder(x).flatten(2).transpose(1, 2)
-        for block in self.blocks:
-            tokens = block(tokens, c)
-        p, q = self.patch_size, self.channels
+        return self.embed_t(t) + self.y_embedder(y)
+
+    def named_blocks(self, *names: str) -> list[nn.Module]:
+        """The blocks of these lists in order; of all of them by default."""
+        found = []
+        for name in names or self.lists:
+            member = getattr(self, name)
+            found += list(member) if isinstance(member, nn.ModuleList) else [member]
+        return found
+
+    def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
+        for block in self.named_blocks():
+            tokens = checkpoint(block, tokens, c, use_reentrant=True) if self.checkpointing else block(tokens, c)
+        return tokens
+
+    def to_image(self, tokens: Tensor, x: Tensor) -> Tensor:
+        """(N, T, D) -> (N, C', H, W), of the size of ``x``."""
+        n, _, height, width = x.shape
+        p, q = self.patch_size, self.out_channels
         patches = self.final_layer(tokens).reshape(n, height // p, width // p, p, p, q)
         return patches.permute(0, 5, 1, 3, 2, 4).reshape(n, q, height, width)
+
+
+class ToyREPA(ToyDiT):
+    """Returns its projected features besides: (output, [zs])."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        tokens = self.through_blocks(self.to_tokens(x), self.condition(t, y))
+        return self.to_image(tokens, x), [tokens[..., :3]]
+
+
+class ToySRA(ToyDiT):
+    """Takes one argument more, and returns (output, feature, labels)."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, ad: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        tokens = self.through_blocks(self.to_tokens(x), self.condition(t, y))
+        return self.to_image(tokens, x), tokens, y
+
+
+class ToyMMDiT(ToyDiT):
+    """Text to image: ``(x, t, context)``, joint blocks that return (text, image), text dropped in the dataset."""
+
+    context_size = 6
+
+    def __init__(self, depth: int = 4, seed: int = 0) -> None:
+        super().__init__(seed=seed, lists={"joint_blocks": depth}, block=JointBlock)
+
+    def add_condition(self, width: int) -> None:
+        self.context_embedder = nn.Linear(self.context_size, width)
+
+    def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
+        tokens, text, c = self.to_tokens(x), self.context_embedder(context), self.embed_t(t)
+        for block in self.joint_blocks:
+            text, tokens = block(text, tokens, c)
+        return self.to_image(tokens, x)
+
+
+class ToyPixArt(ToyDiT):
+    """``(x, timestep, y, mask)``: captions (N, 1, L, D'); the null caption is a buffer, used inside in train mode."""
+
+    caption_shape = (5, 6)
+
+    def add_condition(self, width: int) -> None:
+        self.y_embedder = nn.Module()
+        self.y_embedder.register_buffer("y_embedding", torch.linspace(-1, 1, 30).reshape(self.caption_shape))
+        self.caption_embedder = nn.Linear(self.caption_shape[1], width)
+
+    def forward(self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        if self.training:
+            dropped = torch.rand(len(y)) < self.dropout
+            y = torch.where(dropped[:, None, None, None], self.y_embedder.y_embedding, y)
+        weights = mask / mask.sum(1, keepdim=True)  # (N, L)
+        caption = (weights[:, :, None] * self.caption_embedder(y[:, 0])).sum(1)
+        return self.to_image(self.through_blocks(self.to_tokens(x), self.embed_t(timestep) + caption), x)
+
+
+class ToyUViT(ToyDiT):
+    """``(x, timesteps, y)``; long skips from in_blocks to out_blocks; the blocks see [label, time, image tokens].
+
+    The null label is a row of its own, given by the loop.
+    """
+
+    def __init__(self, seed: int = 0) -> None:
+        lists = {"in_blocks": 2, "mid_block": 0, "out_blocks": 2}
+        super().__init__(seed=seed, lists=lists, t_max=999.0)
+
+    def forward(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
+        time, label = self.embed_t(timesteps), self.y_embedder(y)
+        tokens = torch.cat([label[:, None], time[:, None], self.to_tokens(x)], dim=1)
+        skips = []
+        for block in self.in_blocks:
+            tokens = block(tokens, time)
+            skips.append(tokens)
+        tokens = self.mid_block(tokens, time)
+        for block in self.out_blocks:
+            tokens = block(tokens + skips.pop(), time)
+        return self.to_image(tokens[:, 2:], x)
+
+
+class ToyMDT(ToyDiT):
+    """``(x, t, y, enable_mask)``: with the mask the encoder sees some of the tokens, in random order."""
+
+    def __init__(self, seed: int = 0) -> None:
+        lists = {"en_inblocks": 2, "en_outblocks": 2, "de_blocks": 1, "sideblocks": 1}
+        super().__init__(seed=seed, lists=lists, t_max=1000.0, out_channels=8)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, enable_mask: bool = False) -> Tensor:
+        tokens, c = self.to_tokens(x), self.condition(t, y)
+        full = tokens
+        if enable_mask:
+            kept = (
+                torch.rand(tokens.shape[:2]).argsort(1)[:, : tokens.shape[1] // 2, None].expand(-1, -1, full.shape[2])
+            )
+            tokens = tokens.gather(1, kept)
+        for block in self.named_blocks("en_inblocks", "en_outblocks"):
+            tokens = block(tokens, c)
+        if enable_mask:
+            tokens = self.sideblocks[0](full.scatter(1, kept, tokens), c)
+        return self.to_image(self.de_blocks[0](tokens, c), x)
+
+
+class ToyMaskDiTNet(ToyDiT):
+    """The network inside MaskDiT: one-hot labels; the encoder sees [cls, some tokens], the decoder every token."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed=seed, lists={"blocks": 3, "decoder_blocks": 2})
+
+    def add_condition(self, width: int) -> None:
+        self.y_embedder = nn.Linear(self.num_classes, width)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor, mask_ratio: float) -> Tensor:
+        tokens, c = self.to_tokens(x), self.embed_t(c_noise) + self.y_embedder(class_labels)
+        n, count, width = tokens.shape
+        kept = torch.rand(n, count).argsort(1)[:, : round(count * (1 - mask_ratio))].sort(1).values
+        kept = kept[:, :, None].expand(-1, -1, width)
+        seen = torch.cat([self.cls_token.expand(n, -1, -1), tokens.gather(1, kept)], dim=1)
+        for block in self.blocks:
+            seen = block(seen, c)
+        tokens = torch.zeros_like(tokens).scatter(1, kept, seen[:, 1:])
+        for block in self.decoder_blocks:
+            tokens = block(tokens, c)
+        return self.to_image(tokens, x)
+
+
+class ToyUNet(ToyDiT):
+    """The network inside EDM2: blocks in dictionaries, maps (N, D, H, W) between them, one-hot labels."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed=seed, lists={})
+
+    def add_condition(self, width: int) -> None:
+        self.y_embedder = nn.Linear(self.num_classes, width)
+        self.enc = nn.ModuleDict({f"4x4_block{i}": ConvBlock(width) for i in range(3)})
+        self.dec = nn.ModuleDict({f"4x4_block{i}": ConvBlock(width) for i in range(2)})
+
+    def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor) -> Tensor:
+        maps, c = self.x_embedder(x), self.embed_t(c_noise) + self.y_embedder(class_labels)
+        for block in [*self.enc.values(), *self.dec.values()]:
+            maps = block(maps, c)
+        return self.to_image(maps.flatten(2).transpose(1, 2), x)
+
+
+class Preconditioned(nn.Module):
+    """EDM's preconditioning of a network, for latents of standard deviation ``data_std``."""
+
+    data_std: float
+
+    def denoised(self, net: nn.Module, x: Tensor, sigma: Tensor, *args: Tensor | float) -> Tensor:
+        sigma = sigma.reshape(-1, 1, 1, 1)
+        total = sigma.square() + self.data_std**2
+        out = net(x / total.sqrt(), sigma.flatten().log() / 4, *args)
+        return self.data_std**2 / total * x + sigma * self.data_std / total.sqrt() * out
+
+
+class ToyMaskDiT(Preconditioned):
+    """``(x, sigma, class_labels, mask_ratio)`` -> {"x": image}; the null condition is a zero vector."""
+
+    data_std = 1.0
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.model = ToyMaskDiTNet(seed)
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor, mask_ratio: float = 0.0) -> dict[str, Tensor]:
+        return {"x": self.denoised(self.model, x, sigma, class_labels, mask_ratio)}
+
+
+class ToyEDM2(Preconditioned):
+    """``(x, sigma, class_labels)`` -> image; the null condition is a zero vector."""
+
+    data_std = 0.5
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.unet = ToyUNet(seed)
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
+        return self.denoised(self.unet, x, sigma, class_labels)
 
 
 def batch(n: int = 8, channels: int = 4, size: int = 8, num_classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
