@@ -228,11 +228,6 @@ class Recorder:
         self._handles.clear()
         self.discard()
 
-    @property
-    def attached(self) -> bool:
-        """Whether the hooks are in place."""
-        return bool(self._handles)
-
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.opened = None  # what an interrupted forward may have left
         device_type = next((p.device.type for p in module.parameters()), "cpu")  # now: the model may have been moved
@@ -309,7 +304,7 @@ class FeatureTap:
                 tap was detached, or is a copy of one.
             OutputError: If the layer's output holds several tensors and ``select`` was not given.
         """
-        if self._recorder is None or not self._recorder.attached:
+        if self._recorder is None:
             raise CaptureError(
                 "This tap watches no model: it was detached, as on leaving its with block, or is a copy of one that "
                 "does.\nPop before leaving the block; for another model make a new FeatureTap."
