@@ -18,7 +18,7 @@ _MULTIPLE = 8
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile the forward of every numbered block that is left in ``model``; one graph serves all blocks of a class.
+    """Compile the forward of every block in a ``ModuleList`` of ``model``; one graph serves all blocks of a class.
 
     The forward as a whole cannot be compiled, since it is left by an exception. Where PyTorch can, the graphs get a
     cache of their own: student, EMA copy and teacher share a class, and with it a cache of eight entries.
@@ -27,10 +27,11 @@ def compile_blocks(model: nn.Module) -> None:
         {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
     )
     compiled: dict[type[nn.Module], Callable[..., Any]] = {}
-    for blocks in numbered_groups(named_layers(model)).values():
+    layers = named_layers(model)
+    for name, blocks in numbered_groups(layers).items():
         for block in blocks:
-            if isinstance(block, Pruned):
-                continue
+            if isinstance(block, Pruned) or not isinstance(layers.get(name), nn.ModuleList):
+                continue  # a Sequential's members are numbered too, but small
             kind = type(block)
             if kind not in compiled:
                 compiled[kind] = torch.compile(kind.forward, **isolate)  # type: ignore[call-overload]

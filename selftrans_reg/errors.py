@@ -54,7 +54,7 @@ class PrunedModuleError(SelfTransError, RuntimeError):
 
 
 class TeacherError(SelfTransError, RuntimeError):
-    """The teacher is not the one that the run began with, was released, is random, or is the student itself."""
+    """The teacher is another than the run began with, was released, is the student, or gives random features."""
 
 
 class PlacementError(SelfTransError, RuntimeError):
