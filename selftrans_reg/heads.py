@@ -97,11 +97,13 @@ def linear(
 def infer_width(layer: nn.Module) -> int | None:
     """The width of a layer's output tokens where its parts leave no doubt, else None.
 
-    A Linear tells by itself. In a transformer block the residual width is the one that is normalised, enters a Linear
+    A Linear tells by itself, a Sequential by its last module. In a transformer block the residual width is the one that is normalised, enters a Linear
     and leaves a Linear; the MLP's inner width is not normalised, and a head's width (qk-norm) enters no Linear.
     """
     if isinstance(layer, nn.Linear):
         return layer.out_features
+    if isinstance(layer, nn.Sequential) and len(layer):
+        return infer_width(layer[-1])
     linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
     normalised = {m.normalized_shape[-1] for m in layer.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)}
     widths = normalised & {m.in_features for m in linears} & {m.out_features for m in linears}
