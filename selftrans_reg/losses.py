@@ -144,8 +144,8 @@ class VAEAlignmentLoss(nn.Module):
         check_positive("latent_channels", latent_channels)
         check_positive("channel_axis", channel_axis)
         check_distance(distance)
-        patch = (patch_size, patch_size) if isinstance(patch_size, int) else tuple(patch_size)
-        if len(patch) not in _PATCHIFY:
+        patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
+        if not isinstance(patch, Sequence) or len(patch) not in _PATCHIFY:
             raise SettingError(f"patch_size must be an int, or one for each of 1 to 3 axes; got {patch_size!r}.")
         for size in patch:
             check_positive("patch_size", size)
@@ -155,7 +155,7 @@ class VAEAlignmentLoss(nn.Module):
                 f"{len(patch) + 2} axes, counted from 0, the batch."
             )
         self.latent_channels = latent_channels
-        self.patch_size = patch
+        self.patch_size = tuple(patch)
         self.channel_axis = channel_axis
         self.distance: Distance = distance
         generator = generator or torch.Generator().manual_seed(0)
