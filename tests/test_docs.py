@@ -31,6 +31,7 @@ from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
 import selftrans_reg
+from selftrans_reg import errors
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -127,6 +128,14 @@ def test_what_a_page_points_to_exists(page: Path) -> None:
 def test_the_api_reference_has_every_public_name() -> None:
     text = (ROOT / "docs" / "api.md").read_text()
     assert [name for name in selftrans_reg.__all__ if not re.search(rf"\b{name}\b", text)] == []
+
+
+def test_the_page_of_errors_has_every_error() -> None:
+    text = (ROOT / "docs" / "errors.md").read_text()
+    names = [
+        name for name, value in vars(errors).items() if isinstance(value, type) and value is not errors.SelfTransError
+    ]
+    assert [name for name in names if f"`{name}`" not in text] == []
 
 
 PAGE = """
