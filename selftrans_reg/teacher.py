@@ -123,7 +123,10 @@ class CFGFeatureTeacher(nn.Module):
         pairs = zip(held.tensors, self._null_tensors(call, held), strict=True)
         if rows is not None:
             pairs = ((c.index_select(0, rows), u.index_select(0, rows)) for c, u in pairs)  # type: ignore[assignment]
-        doubled = [self._as_weights(torch.cat([c, u])) for c, u in pairs]
+        doubled = [
+            self._as_weights(torch.cat([c, u]), exact=path == self.spec.t)
+            for path, (c, u) in zip(held.paths, pairs, strict=True)
+        ]
 
         def run() -> Tensor:
             total = len(doubled[0])
@@ -144,11 +147,15 @@ class CFGFeatureTeacher(nn.Module):
         conditional, unconditional = features.chunk(2)
         return conditional, unconditional
 
-    def _as_weights(self, tensor: Tensor) -> Tensor:
-        """In the weights' dtype, unless autocast sees to it: a student in bfloat16 is called with bfloat16."""
+    def _as_weights(self, tensor: Tensor, exact: bool) -> Tensor:
+        """In the weights' dtype, unless autocast sees to it: a student in bfloat16 is called with bfloat16.
+
+        If it must stay ``exact`` it is never rounded: models embed t in float32 whatever their weights.
+        """
         if not tensor.is_floating_point() or torch.is_autocast_enabled(tensor.device.type):
             return tensor
-        return tensor.to(next((p.dtype for p in self.model.parameters() if p.is_floating_point()), tensor.dtype))
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), tensor.dtype)
+        return tensor.to(torch.promote_types(tensor.dtype, dtype) if exact else dtype)
 
     def _run(self, held: RowTensors, tensors: list[Tensor]) -> Tensor:
         wanted = len(tensors[0])
@@ -189,7 +196,7 @@ class CFGFeatureTeacher(nn.Module):
                     f"The callable null condition for {path!r} returned {found}; it gets the call's arguments by name "
                     f"and must return a tensor of the argument's shape, {tuple(tensor.shape)}."
                 )
-            return rows.to(tensor)
+            return _cast(path, rows, tensor)
         if not isinstance(value, Tensor):
             if not tensor.is_floating_point() and not float(value).is_integer():
                 raise NullConditionError(
@@ -204,7 +211,7 @@ class CFGFeatureTeacher(nn.Module):
                 f"{tuple(tensor.shape)}, "
                 f"so without its batch axis it should be {tuple(tensor.shape[1:])}."
             )
-        return value.to(tensor).expand_as(tensor)
+        return _cast(path, value, tensor).expand_as(tensor)
 
     def _check_repeatable(self, first: Tensor, second: Tensor) -> None:
         # Far above what the order of a sum changes, far below what a mask does.
@@ -348,6 +355,15 @@ def fingerprint(model: nn.Module, layer: str, guidance_scale: float, null: Mappi
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
+    """The null condition in the argument's dtype and place."""
+    if null.is_floating_point() and not argument.is_floating_point():
+        raise NullConditionError(
+            f"The null condition for {path!r} holds {null.dtype}, but the argument {argument.dtype}: it would be cut off."
+        )
+    return null.to(argument)
 
 
 def _plain(value: Any) -> str:
