@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 from torch import Tensor, nn
 
@@ -97,8 +99,10 @@ def linear(
 def infer_width(layer: nn.Module) -> int | None:
     """The width of a layer's output tokens where its parts leave no doubt, else None.
 
-    A Linear tells by itself, a Sequential by its last module. In a transformer block the residual width is the one that is normalised, enters a Linear
-    and leaves a Linear; the MLP's inner width is not normalised, and a head's width (qk-norm) enters no Linear.
+    A Linear tells by itself, a Sequential by its last module. In a transformer block the residual width is the one
+    that is normalised, enters a Linear and leaves at least two, the attention's last and the MLP's; the MLP's inner
+    width is not normalised, a head's width (qk-norm) enters no Linear, and in a final layer at most one Linear gives
+    it, that of the condition.
     """
     if isinstance(layer, nn.Linear):
         return layer.out_features
@@ -106,8 +110,9 @@ def infer_width(layer: nn.Module) -> int | None:
         return infer_width(layer[-1])
     linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
     normalised = {m.normalized_shape[-1] for m in layer.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)}
-    widths = normalised & {m.in_features for m in linears} & {m.out_features for m in linears}
-    return widths.pop() if len(widths) == 1 else None
+    given = Counter(m.out_features for m in linears)
+    widths = [width for width in normalised & {m.in_features for m in linears} if given[width] > 1]
+    return widths[0] if len(widths) == 1 else None
 
 
 def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
