@@ -33,7 +33,16 @@ class Path(NamedTuple):
 
 
 def _ddpm(betas: Tensor) -> Path:
-    alpha_bar = (1 - betas.double()).cumprod(0)
+    return _table((1 - betas.double()).cumprod(0))
+
+
+def _cogvideox() -> Path:
+    alpha_bar = (1 - _scaled_linear(0.012)).cumprod(0)
+    root = (alpha_bar / (3 - 2 * alpha_bar)).sqrt()  # the signal-to-noise ratio divided by 3
+    return _table(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
+
+
+def _table(alpha_bar: Tensor) -> Path:
     return Path(0, 999, lambda t: (alpha_bar[t].sqrt().float(), (1 - alpha_bar[t]).sqrt().float()), steps=True)
 
 
@@ -56,6 +65,7 @@ PATHS = {
     "uvit": Path(0, 999, _uvit),
     "edm": Path(0.02, 2, lambda t: (torch.ones_like(t), t), data_std=0.5),
     "maskdit": Path(0.02, 4, lambda t: (torch.ones_like(t), t)),
+    "cogvideox": _cogvideox(),
     "hunyuandit-1.2": _ddpm(_scaled_linear(0.018)),
     "stable-audio": Path(0, 1, lambda t: (torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t))),
 }
