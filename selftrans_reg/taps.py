@@ -61,6 +61,8 @@ class Record:
                 f"Layer {layer!r} did not run in the last forward, or its hook was not seen.\n"
                 "If the model was compiled and called before this library was attached, the compiled code ignores the "
                 "hook: attach before the first call, or call torch._dynamo.reset() after attaching.\n"
+                "If one compiled function serves several layers, it ignores the hook of one of them: compile the model "
+                "or its modules instead, or set torch._dynamo.config.skip_nnmodule_hook_guards = False beforehand.\n"
                 "Otherwise the model's forward skips this layer: tap one that runs in every forward."
             )
         if len(captures) > 1:
@@ -123,7 +125,18 @@ class _LayerHook(_Hook["Recorder"]):
             versions = None if torch.compiler.is_compiling() else _versions(output)
             device = recorder.device_type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            record.captures[self.layer].append(Capture(output, versions, autocast))
+            capture = Capture(output, versions, autocast)
+            if torch.compiler.is_compiling():
+                # Dynamo lets nothing out of a checkpointed region, since eager code would repeat it in backward, and
+                # leaves the whole model uncompiled. A capture must not be repeated: this lets it out.
+                let_out = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
+                let_out(_append, record.captures[self.layer], capture)
+            else:
+                _append(record.captures[self.layer], capture)
+
+
+def _append(captures: list[Capture], capture: Capture) -> None:
+    captures.append(capture)
 
 
 class _RootHook(_Hook["Recorder"]):
@@ -239,7 +252,7 @@ class Recorder:
                 self._passed_over = ": the last one was in eval mode"
                 return
             if not torch.is_grad_enabled():
-                self._passed_over = ": the last one ran without gradients"
+                self._passed_over = ": the last one ran without gradients, as in a checkpoint with use_reentrant=True"
                 return
         record = Record(args, kwargs, self.layers)
         if self.on_open is not None:

@@ -1,5 +1,6 @@
 """One step of a small loop, with the library and written out without it, for the tests of what wraps a model."""
 
+import re
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ import selftrans_reg as st
 
 LAYER, TEACHER_LAYER = 1, 2
 GUIDANCE_SCALE, WEIGHT, NULL_CLASS = 3.0, 0.5, 10
+_WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.")
 WINDOW = (0.3, 0.6)  # t of the default window where t = 1 is data
 
 
@@ -123,11 +125,9 @@ def gradients(*modules: nn.Module) -> dict[str, Tensor]:
     found = {}
     for index, module in enumerate(modules):
         for name, parameter in module.named_parameters():
-            for prefix in ("module.", "_orig_mod.", "_checkpoint_wrapped_module."):
-                name = name.replace(prefix, "")
             gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
             gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-            found[f"{index}.{name}"] = gradient.detach().clone()
+            found[f"{index}.{_WRAPPER.sub('', name)}"] = gradient.detach().clone()
     return found
 
 

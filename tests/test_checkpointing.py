@@ -1,0 +1,182 @@
+"""Activation checkpointing: the gradients of the formula where the capture can carry them, an error where it cannot."""
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from loops import (
+    assert_same,
+    denoising,
+    gradients,
+    new_criterion,
+    noisy_batch,
+    plain_gradients,
+    student,
+    total,
+)
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, checkpoint_wrapper
+from torch.utils.checkpoint import checkpoint
+from toys import ToyDiT
+
+from selftrans_reg import FeatureTap
+from selftrans_reg.errors import CaptureError, GradientError
+
+TIMES = [0.35, 0.5, 0.1, 0.9]
+REENTRANT = pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+
+
+class CheckpointedSegments(nn.ModuleList):
+    """Blocks which a model's own loop over them runs checkpointed, ``size`` at a time."""
+
+    def __init__(self, blocks: nn.ModuleList, size: int, reentrant: bool) -> None:
+        super().__init__(blocks._modules.values())
+        self.size, self.reentrant = size, reentrant
+
+    def __iter__(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        blocks = list(self._modules.values())
+        return iter([self.segment(blocks[i : i + self.size]) for i in range(0, len(blocks), self.size)])
+
+    def segment(self, blocks: list[nn.Module]) -> Callable[[Tensor, Tensor], Tensor]:
+        def run(x: Tensor, c: Tensor) -> Tensor:
+            for block in blocks:
+                x = block(x, c)
+            return x
+
+        return lambda x, c: checkpoint(run, x, c, use_reentrant=self.reentrant)
+
+
+def in_segments(size: int, reentrant: bool, device: torch.device) -> ToyDiT:
+    model = student(device)
+    model.blocks = CheckpointedSegments(model.blocks, size, reentrant)
+    return model
+
+
+def in_wrappers(reentrant: bool, device: torch.device) -> ToyDiT:
+    model = student(device)
+    kind = CheckpointImpl.REENTRANT if reentrant else CheckpointImpl.NO_REENTRANT
+    model.blocks = nn.ModuleList(checkpoint_wrapper(block, checkpoint_impl=kind) for block in model.blocks)
+    return model
+
+
+MODELS = {
+    "each block by the model's loop": lambda reentrant, device: in_segments(1, reentrant, device),
+    "each block in a wrapper": in_wrappers,
+    # The tapped block is the last of its segment: what it returns is what the checkpoint returns.
+    "segments that end at the layer": lambda reentrant, device: in_segments(2, reentrant, device),
+}
+
+
+@REENTRANT
+@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("kind", MODELS)
+def test_gradients_are_those_of_the_formula(kind: str, stage: int, reentrant: bool, device: torch.device) -> None:
+    b = noisy_batch(TIMES).to(device)
+    model = MODELS[kind](reentrant, device)
+    criterion = new_criterion(model, stage)
+    for _ in range(2):  # the second step must not see what the first one's recomputation left
+        model.zero_grad()
+        criterion.zero_grad()
+        total(model, criterion, b).backward()
+        assert_same(gradients(model, criterion), plain_gradients(b, stage))
+
+
+@pytest.mark.parametrize("kind", ["inner module", "middle of a segment"])
+def test_without_reentrance_any_layer_carries_a_gradient(kind: str, device: torch.device) -> None:
+    b = noisy_batch(TIMES).to(device)
+    layer = {"inner module": "blocks.1.fc2", "middle of a segment": "blocks.0"}[kind]
+    found = []
+    for model in (student(device), in_segments(2, False, device)):
+        criterion = new_criterion(model, layer=layer)
+        total(model, criterion, b).backward()
+        found.append(gradients(model, criterion))
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    ("size", "layer"),
+    [(1, "blocks.1.fc2"), (2, "blocks.0"), (3, "blocks.1")],
+    ids=["inner", "first of 2", "second of 3"],
+)
+def test_inside_a_reentrant_segment_is_an_error(size: int, layer: str) -> None:
+    b = noisy_batch(TIMES)
+    model = in_segments(size, True, torch.device("cpu"))
+    criterion = new_criterion(model, layer=layer)
+    with pytest.raises(GradientError, match=f"layer '{layer}' carry no gradient") as error:
+        total(model, criterion, b)
+    assert error.match("use_reentrant=False, or tap the very module that is checkpointed")
+
+
+def test_the_wrong_gradient_that_the_error_prevents() -> None:
+    """Without the check the block before an inner tap would get the denoising loss's gradient alone."""
+    b = noisy_batch(TIMES)
+    model = in_segments(1, True, torch.device("cpu"))
+    with FeatureTap(model, "blocks.1.fc2") as tap:
+        denoising(model, b)
+        assert not tap.pop().requires_grad
+
+
+def test_the_backward_pass_records_nothing() -> None:
+    b = noisy_batch(TIMES)
+    model = in_segments(1, True, torch.device("cpu"))
+    ran: list[nn.Module] = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: ran.append(module))
+    criterion = new_criterion(model)
+    total(model, criterion, b).backward()
+    assert len(ran) == 2  # the forward, and the recomputation
+    with pytest.raises(CaptureError, match="There is no forward"):
+        criterion(torch.zeros(()), latents=b.latents)
+
+
+@REENTRANT
+def test_the_whole_model_in_a_checkpoint(reentrant: bool) -> None:
+    b = noisy_batch(TIMES)
+    model = student()
+    criterion = new_criterion(model)
+    x_t = b.x_t.clone().requires_grad_()  # what a reentrant checkpoint needs to have a gradient at all
+    output = checkpoint(model, x_t, b.t, b.y, use_reentrant=reentrant)
+    loss = (output - b.velocity).square().mean()
+    if reentrant:  # the forward ran without gradients, and the one in backward comes too late
+        with pytest.raises(CaptureError, match="the last one ran without gradients") as error:
+            criterion(loss, latents=b.latents)
+        assert error.match("use_reentrant=True")
+        loss.backward()
+    else:
+        criterion(loss, latents=b.latents).total.backward()
+        assert_same(gradients(model, criterion), plain_gradients(b))
+    with pytest.raises(CaptureError, match="There is no forward"):
+        criterion(loss.detach(), latents=b.latents)
+
+
+# Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that pytest undoes.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "reentrant"),
+    [
+        ("each block by the model's loop", False),
+        ("each block by the model's loop", True),
+        ("each block in a wrapper", False),
+        ("segments that end at the layer", True),
+    ],
+)
+def test_compiled_is_one_graph(kind: str, reentrant: bool, device: torch.device) -> None:
+    b = noisy_batch(TIMES).to(device)
+    model = MODELS[kind](reentrant, device)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    criterion = new_criterion(compiled)
+    for _ in range(2):
+        model.zero_grad()
+        criterion.zero_grad()
+        total(compiled, criterion, b).backward()
+        assert_same(gradients(model, criterion), plain_gradients(b))
+
+
+def test_compiled_inside_a_segment_there_is_no_error_to_raise() -> None:
+    """Compiled code recomputes in a way of its own, so that what lies inside carries its gradient even if reentrant."""
+    b = noisy_batch(TIMES)
+    found = []
+    for model in (student(), torch.compile(in_segments(2, True, torch.device("cpu")), backend="aot_eager")):
+        criterion = new_criterion(model, layer="blocks.0")
+        total(model, criterion, b).backward()
+        found.append(gradients(model, criterion))
+    assert_same(found[1], found[0])
