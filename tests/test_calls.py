@@ -77,7 +77,7 @@ def test_a_time_is_one_value_a_row(t: object) -> None:
 @pytest.mark.parametrize(
     ("call", "parts"),
     [
-        ({"z": "x"}, ["call= takes 'x', 't', 'shared'; got 'z'"]),
+        ({"z": "x"}, ["call= takes 'x', 't', 'shared'", "; got 'z'"]),
         (
             {"x": "noisy"},
             ["call=dict(x=...) names 'noisy'", "Positional.forward does not take", "'x', 't', 'y', 'mask'"],
