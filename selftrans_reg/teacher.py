@@ -351,9 +351,9 @@ def fingerprint(model: nn.Module, layer: str, guidance_scale: float, null: Mappi
     digest = hashlib.sha256()
     settings = [layer, repr(guidance_scale), *(f"{path}={_plain(value)}" for path, value in sorted(null.items()))]
     digest.update("\n".join(settings).encode())
-    for name, tensor in sorted(unwrap(model).state_dict().items()):
-        digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(_bytes(tensor))
+    for name, value in sorted(unwrap(model).state_dict().items()):
+        if isinstance(value, Tensor):  # a module's extra state may be anything
+            digest.update(f"\n{name} {_plain(value)}".encode())
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
@@ -368,10 +368,7 @@ def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Tensor):
-        return hashlib.sha256(_bytes(value)).hexdigest()
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
     return "callable" if callable(value) else repr(value)
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
