@@ -1,0 +1,72 @@
+"""A teacher whose blocks are compiled."""
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from toys import ToyDiT, batch
+
+import selftrans_reg as st
+from selftrans_reg.compiled import pad_rows
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
+    """Counts graphs and runs them eagerly: what a graph computes is the backend's business."""
+    counter = CompileCounterWithBackend("eager")
+    compile_with_torch = torch.compile
+
+    @functools.wraps(compile_with_torch)  # the options that this version knows are read off the signature
+    def compile_and_count(function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return compile_with_torch(function, backend=counter, **options)
+
+    monkeypatch.setattr(torch, "compile", compile_and_count)
+    torch._dynamo.reset()
+    return counter
+
+
+def new_teacher(model: ToyDiT, **settings: bool) -> st.CFGFeatureTeacher:
+    return st.build_teacher(
+        copy.deepcopy(model), None, layer="blocks.2", guidance_scale=3.0, null={"y": 10}, **settings
+    )
+
+
+def test_compiled_teacher_gives_the_same_features_from_few_graphs(counter: CompileCounterWithBackend) -> None:
+    model = ToyDiT(depth=6)
+    eager, compiled = new_teacher(model), new_teacher(model, compile=True)
+    b = batch(32)
+    for rows in (32, 9, 10, 11, 3, 30, 5, 7, 13, 1, 17):
+        call = [b[name][:rows] for name in ("x", "t", "y")]
+        features = compiled(*call)
+        assert len(features) == rows
+        torch.testing.assert_close(features, eager(*call), rtol=1e-5, atol=1e-5)
+    # One graph for all blocks at the first size, and those of changing size; six blocks would need many more alone.
+    assert 1 <= counter.frame_count <= 3
+
+
+def test_compiled_teacher_leaves_the_students_cache_alone(counter: CompileCounterWithBackend) -> None:
+    """The blocks of both share one class, but not one cache, here of as many graphs as the teacher fills."""
+    teacher = new_teacher(ToyDiT(depth=4), compile=True)
+    b = batch(16)
+    for rows in (16, 9, 3, 13):
+        teacher(b["x"][:rows], b["t"][:rows], b["y"][:rows])
+    filled = counter.frame_count
+    with torch._dynamo.config.patch(recompile_limit=filled, fail_on_recompile_limit_hit=True):
+        student = ToyDiT(depth=4, seed=1)
+        for block in student.blocks:
+            block.compile(fullgraph=True)
+        student(b["x"], b["t"], b["y"]).sum().backward()
+    assert counter.frame_count == filled + 1
+
+
+@pytest.mark.parametrize(("rows", "padded"), [(1, 8), (8, 8), (9, 16), (16, 16)])
+def test_padding_repeats_the_last_row(rows: int, padded: int) -> None:
+    tensor = torch.arange(rows * 2.0).reshape(rows, 2)
+    result = pad_rows(tensor)
+    assert len(result) == padded
+    assert torch.equal(result[:rows], tensor)
+    assert (result[rows:] == tensor[-1]).all()
