@@ -1,0 +1,421 @@
+"""The frozen teacher: guided features, null conditions, its fingerprint."""
+
+from __future__ import annotations
+
+import copy
+import io
+from typing import Any
+
+import plain
+import pytest
+import torch
+from plain import TOLERANCE
+from torch import Tensor, nn
+from toys import ToyDiT, batch
+
+import selftrans_reg as st
+from selftrans_reg.errors import CaptureError, LayerNotFoundError, NullConditionError, SettingError, ShapeError
+
+B = batch(6)
+CALL = (B["x"], B["t"], B["y"])
+NULL_CALL = (B["x"], B["t"], torch.full((6,), 10))
+
+
+def teacher_of(model: nn.Module, **settings: Any) -> st.CFGFeatureTeacher:
+    return st.build_teacher(model, None, **{"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}} | settings)
+
+
+class TestGuidance:
+    @pytest.mark.parametrize("scale", [0, 1, 1.5, 30.0])
+    def test_features_are_f_u_plus_w_times_the_difference(self, scale: float) -> None:
+        model = ToyDiT()
+        expected = plain.guided(model, "blocks.2", scale, CALL, NULL_CALL)
+        teacher = teacher_of(model, guidance_scale=scale)
+        for _ in range(2):  # the first call drops modules
+            found = teacher(*CALL)
+            assert found.dtype == torch.float32
+            assert not found.requires_grad
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1, scale))
+
+    def test_pair_gives_both_sides_and_guide_combines_them(self) -> None:
+        model = ToyDiT()
+        reference = copy.deepcopy(model).eval()
+        teacher = teacher_of(model)
+        conditional, unconditional = teacher.pair(*CALL)
+        torch.testing.assert_close(conditional, plain.tapped(reference, "blocks.2", *CALL)[1].detach(), **TOLERANCE)
+        torch.testing.assert_close(
+            unconditional, plain.tapped(reference, "blocks.2", *NULL_CALL)[1].detach(), **TOLERANCE
+        )
+        assert (conditional - unconditional).abs().max() > 0.1
+        torch.testing.assert_close(teacher.guide(conditional, unconditional), teacher(*CALL), **TOLERANCE)
+
+    @pytest.mark.parametrize("chunk", [1, 5, 6, 12, 100])
+    def test_one_doubled_batch_equals_passes_of_any_size(self, chunk: int) -> None:
+        teacher = teacher_of(ToyDiT())
+        expected = teacher.pair(*CALL)
+        sizes: list[int] = []
+        teacher.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+        found = teacher.features(teacher.spec.bind(CALL, {}), chunk=chunk)
+        torch.testing.assert_close(found, expected, **TOLERANCE)
+        assert sum(sizes) == 12
+        assert max(sizes) == min(chunk, 12)
+
+    @pytest.mark.parametrize("rows", [[0], [4, 1], [0, 1, 2, 3, 4, 5]])
+    def test_rows_of_a_batch_are_those_of_the_whole(self, rows: list[int]) -> None:
+        teacher = teacher_of(ToyDiT())
+        expected = [side[rows] for side in teacher.pair(*CALL)]
+        found = teacher.features(teacher.spec.bind(CALL, {}), torch.tensor(rows))
+        torch.testing.assert_close(list(found), expected, **TOLERANCE)
+
+    def test_keyword_arguments_are_the_same_call(self) -> None:
+        teacher = teacher_of(ToyDiT())
+        expected = teacher(*CALL)
+        torch.testing.assert_close(teacher(y=B["y"], t=B["t"], x=B["x"]), expected, rtol=0, atol=0)
+        torch.testing.assert_close(teacher(B["x"], B["t"], y=B["y"]), expected, rtol=0, atol=0)
+
+    def test_a_scalar_time_is_shared(self) -> None:
+        class Scalar(ToyDiT):
+            def forward(self, x: Tensor, t: float, y: Tensor) -> Tensor:
+                return super().forward(x, torch.full((len(x),), t), y)
+
+        rows = torch.full((6,), 0.3)
+        expected = plain.guided(ToyDiT(), "blocks.2", 3.0, (B["x"], rows, B["y"]), (B["x"], rows, NULL_CALL[2]))
+        torch.testing.assert_close(teacher_of(Scalar())(B["x"], 0.3, B["y"]), expected, **TOLERANCE)
+
+    def test_it_runs_under_the_autocast_that_is_active(self) -> None:
+        teacher = teacher_of(ToyDiT())
+        expected = teacher(*CALL)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            found = teacher(*CALL)
+        assert found.dtype == torch.float32
+        assert not torch.equal(found, expected)
+        torch.testing.assert_close(found, expected, rtol=0.1, atol=0.2)
+
+    def test_the_time_is_not_rounded_to_the_weights_precision(self) -> None:
+        seen: list[Tensor] = []
+        teacher = teacher_of(ToyDiT().to(torch.bfloat16))
+        teacher.model.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
+        with pytest.raises(RuntimeError):  # the toy's own embedding of a float32 time
+            teacher(*CALL)
+        torch.testing.assert_close(seen[0], B["t"].repeat(2), rtol=0, atol=0)
+
+
+class TestFrozen:
+    def test_it_takes_the_model_over_frozen_and_in_eval_mode_for_good(self) -> None:
+        model = ToyDiT().train()
+        teacher = teacher_of(model)
+        assert teacher.model is model
+        nn.ModuleDict({"trainer": teacher}).train()
+        teacher.train(True)
+        assert not any(module.training for module in teacher.modules())
+        assert not any(p.requires_grad for p in teacher.parameters())
+
+    def test_labels_are_not_dropped_and_calls_are_repeatable(self) -> None:
+        teacher = teacher_of(ToyDiT(dropout=0.9))
+        torch.testing.assert_close(teacher(*CALL), teacher(*CALL), rtol=0, atol=0)
+        assert teacher.model.dropped is None
+
+    @pytest.mark.usefixtures("global_rng_untouched")
+    def test_building_and_calling_draw_nothing_from_the_global_generator(self) -> None:
+        with plain.global_seed(0):
+            model = ToyDiT()
+        teacher_of(model)(*CALL)
+
+    def test_a_model_that_is_random_in_eval_mode_is_refused(self) -> None:
+        class Masked(ToyDiT):
+            def forward(self, x: Tensor, t: Tensor, y: Tensor, mask_ratio: float = 0.5) -> Tensor:
+                return super().forward(x * (torch.rand(x.shape) >= mask_ratio), t, y)
+
+        with plain.global_seed(0), pytest.raises(st.SelfTransError) as error:
+            teacher_of(Masked())(*CALL)
+        assert "gives other features at layer 'blocks.2' each time" in str(error.value)
+        assert "call=dict(fixed=dict(mask_ratio=0.0))" in str(error.value)
+        with plain.global_seed(0):
+            fixed = teacher_of(Masked(), call={"fixed": {"mask_ratio": 0.0}})(*CALL)
+        torch.testing.assert_close(fixed, plain.guided(ToyDiT(), "blocks.2", 3.0, CALL, NULL_CALL), **TOLERANCE)
+
+    @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+    @pytest.mark.parametrize("after", ["building", "its first call"])
+    def test_a_copy_works_by_itself(self, how: str, after: str) -> None:
+        teacher = teacher_of(ToyDiT())
+        expected = copy.deepcopy(teacher)(*CALL)
+        if after == "its first call":
+            teacher(*CALL)
+        if how == "deepcopy":
+            other = copy.deepcopy(teacher)
+        else:
+            file = io.BytesIO()
+            torch.save(teacher, file)
+            other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+        del teacher
+        torch.testing.assert_close(other(*CALL), expected, **TOLERANCE)
+        assert not other.train().training
+        assert not list(other.model.blocks[3].parameters())  # truncated too
+
+    def test_it_moves_as_a_module(self, device: torch.device) -> None:
+        teacher = teacher_of(ToyDiT(), null={"y": torch.tensor(10)})
+        expected = teacher(*CALL)
+        found = teacher.to(device)(*(value.to(device) for value in CALL))
+        torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-3)
+
+
+class Conditioned(ToyDiT):
+    """Takes what a text model takes: an embedding, and a nested mapping with another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text = nn.Linear(5, 16)
+        nn.init.normal_(self.text.weight, generator=torch.Generator().manual_seed(3))
+        nn.init.zeros_(self.text.bias)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor, more: dict[str, Any] | None = None) -> Tensor:
+        bias = self.text(text).mean(1)
+        if more is not None:
+            bias = bias + more["pooled"][0]
+        return super().forward(x + bias[:, :4, None, None], t, y)
+
+
+G = torch.Generator().manual_seed(5)
+TEXT, POOLED = torch.randn(6, 3, 5, generator=G), torch.randn(6, 16, generator=G)
+NO_TEXT, NO_POOLED = torch.randn(3, 5, generator=G), torch.randn(16, generator=G)
+
+
+class TestNull:
+    @pytest.mark.parametrize(
+        ("null", "text", "y"),
+        [
+            ({"y": 10}, TEXT, torch.full((6,), 10)),
+            ({"y": torch.tensor(10)}, TEXT, torch.full((6,), 10)),
+            ({"y": 10.0}, TEXT, torch.full((6,), 10)),
+            ({"text": 0}, torch.zeros_like(TEXT), B["y"]),
+            ({"text": NO_TEXT}, NO_TEXT.expand(6, 3, 5), B["y"]),
+            ({"text": NO_TEXT.double()}, NO_TEXT.expand(6, 3, 5), B["y"]),
+            ({"text": lambda call: call["text"] * call["t"][:, None, None]}, TEXT * B["t"][:, None, None], B["y"]),
+            ({"text": NO_TEXT, "y": lambda call: (call["y"] + 1) % 10}, NO_TEXT.expand(6, 3, 5), (B["y"] + 1) % 10),
+        ],
+    )
+    def test_each_kind_of_null_condition_is_what_the_second_half_sees(
+        self, null: dict[str, Any], text: Tensor, y: Tensor
+    ) -> None:
+        model = Conditioned()
+        args, null_args = (*CALL, TEXT), (B["x"], B["t"], y, text)
+        expected = plain.guided(model, "blocks.2", 3.0, args, null_args)
+        torch.testing.assert_close(teacher_of(model, null=null)(*args), expected, **TOLERANCE)
+
+    def test_a_callable_sees_the_whole_batch_though_only_some_rows_are_run(self) -> None:
+        model, args = Conditioned(), (*CALL, TEXT)
+        null = {"text": lambda call: call["text"].mean(0).expand(6, 3, 5)}
+        expected = plain.guided(model, "blocks.2", 3.0, args, (*CALL, TEXT.mean(0).expand(6, 3, 5)))
+        teacher, rows = teacher_of(model, null=null), torch.tensor([1, 4])
+        found = teacher.guide(*teacher.features(teacher.spec.bind(args, {}), rows))
+        torch.testing.assert_close(found, expected[rows], **TOLERANCE)
+
+    def test_a_nested_argument_takes_a_nested_mapping(self) -> None:
+        model, more = Conditioned(), {"pooled": [POOLED], "size": (64, 64)}
+        args = (*CALL, TEXT, more)
+        null_args = (*CALL, torch.zeros_like(TEXT), {"pooled": [NO_POOLED.expand(6, 16)]})
+        expected = plain.guided(model, "blocks.2", 3.0, args, null_args)
+        teacher = teacher_of(model, null={"text": 0, "more": {"pooled": {0: NO_POOLED}}})
+        torch.testing.assert_close(teacher(*args), expected, **TOLERANCE)
+
+    @pytest.mark.parametrize("null", [None, {}, "y", 1000])
+    def test_no_null_condition_is_refused(self, null: Any) -> None:
+        with pytest.raises(NullConditionError) as error:
+            teacher_of(ToyDiT(), null=null)
+        assert f"null= maps argument names to the null condition, such as null={{'y': 1000}}; got {null!r}." in str(
+            error.value
+        )
+
+    @pytest.mark.parametrize(
+        ("null", "parts"),
+        [
+            ({"labels": 10}, ["null= names 'labels', which ToyDiT.forward does not take", "It takes 'x', 't', 'y'"]),
+            ({"yy": 10}, ["names 'yy'", "Nearest: 'y'"]),
+            ({"t": 0}, ["null= names 't', which is x_t or t, not a condition"]),
+            ({"y": None}, ["null condition for 'y' must be a number, a tensor without batch axis", "got None"]),
+            ({"y": [10]}, ["null condition for 'y' must be a number", "got [10]"]),
+            ({"y": {}}, ["null condition for 'y' must be a number", "got {}"]),
+        ],
+    )
+    def test_a_misnamed_or_meaningless_null_condition_is_refused_at_once(
+        self, null: dict[str, Any], parts: list[str]
+    ) -> None:
+        with pytest.raises(NullConditionError) as error:
+            teacher_of(ToyDiT(), null=null)
+        for part in parts:
+            assert part in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("null", "more", "parts"),
+        [
+            (
+                {"more": 0},
+                None,
+                ["names 'more', but the call holds no tensor with 6 rows there", "'x', 't', 'y', 'text'"],
+            ),
+            (
+                {"more": {"poolde": 0}},
+                {"pooled": [POOLED]},
+                ["names \"more['poolde']\", but the call holds no tensor", "Nearest: \"more['pooled'][0]\""],
+            ),
+            (
+                {"y": 2.5},
+                None,
+                ["The null condition 2.5 for 'y' is no whole number, but the argument holds torch.int64"],
+            ),
+            ({"y": torch.tensor(2.5)}, None, ["for 'y' holds torch.float32, but the argument torch.int64", "cut off"]),
+            ({"y": lambda call: call["y"] / 2}, None, ["for 'y' holds torch.float32, but the argument torch.int64"]),
+            ({"y": torch.full((6,), 10)}, None, ["for 'y' has shape (6,); the argument is (6,), so without its batch"]),
+            ({"text": torch.zeros(1, 3, 5)}, None, ["for 'text' has shape (1, 3, 5)", "it should be (3, 5)"]),
+            ({"text": torch.zeros(5)}, None, ["for 'text' has shape (5,)", "it should be (3, 5)"]),
+            ({"text": lambda call: call["text"][:1]}, None, ["for 'text' returned (1, 3, 5)", "(6, 3, 5)"]),
+            ({"text": lambda call: 0}, None, ["for 'text' returned int; it gets the call's arguments by name"]),
+        ],
+    )
+    def test_a_null_condition_that_does_not_fit_the_call_is_refused(
+        self, null: dict[str, Any], more: Any, parts: list[str]
+    ) -> None:
+        with pytest.raises(NullConditionError) as error:
+            teacher_of(Conditioned(), null=null)(*CALL, TEXT, more)
+        for part in parts:
+            assert part in str(error.value)
+
+    @pytest.mark.parametrize(("null", "found"), [(10, 10), (1000, 1000), (-1, -1)])
+    @pytest.mark.parametrize("when", ["first call", "example"])
+    def test_an_index_outside_its_embedding_is_refused_before_it_is_looked_up(
+        self, null: int, found: int, when: str
+    ) -> None:
+        model = ToyDiT(dropout=0.0)  # ten classes and no null row
+        looked_up: list[int] = []
+        model.y_embedder.register_forward_hook(lambda module, args, output: looked_up.append(1))
+        with pytest.raises(NullConditionError) as error:
+            teacher_of(model, null={"y": null}, example=CALL if when == "example" else None)(*CALL)
+        for part in (
+            f"Index {found} would reach embedding 'y_embedder', which has 10 rows (0 to 9)",
+            f"The null condition is {{'y': {null}}}",
+            "A model built without label dropout has no null row",
+        ):
+            assert part in str(error.value)
+        assert looked_up == []
+
+
+class TestSettings:
+    @pytest.mark.parametrize("scale", [-1, float("nan"), float("inf"), "30", None, True])
+    def test_a_guidance_scale_that_makes_no_sense_is_refused(self, scale: Any) -> None:
+        with pytest.raises(SettingError) as error:
+            teacher_of(ToyDiT(), guidance_scale=scale)
+        assert "guidance_scale must be a finite number, 0 or more (1 is the conditional feature)" in str(error.value)
+        assert f"got {scale!r}." in str(error.value)
+
+    @pytest.mark.parametrize(
+        ("settings", "error", "part"),
+        [
+            ({"layer": "block.2"}, LayerNotFoundError, "ToyDiT has no layer 'block.2'"),
+            ({"layer": 8}, SettingError, "got 8"),
+            ({"hidden_size": 0}, SettingError, "hidden_size must be a positive integer; got 0"),
+            ({"weights": "best"}, SettingError, "weights must be 'ema' or 'model'; got 'best'"),
+            ({"time": "siT"}, SettingError, "Unknown time convention 'siT'"),
+            ({"call": {"x": "image"}}, SettingError, "names 'image'"),
+            ({"select": 0.5}, SettingError, "select must be"),
+            ({"tokens": 16}, SettingError, "tokens must be"),
+        ],
+    )
+    def test_other_settings_too(self, settings: dict[str, Any], error: type[Exception], part: str) -> None:
+        with pytest.raises(error) as caught:
+            teacher_of(ToyDiT(), **settings)
+        assert part in str(caught.value)
+
+    def test_the_settings_are_checked_before_anything_is_loaded(self) -> None:
+        with pytest.raises(SettingError, match="guidance_scale"):
+            st.build_teacher(ToyDiT(), "no/such/file.pt", layer="blocks.2", guidance_scale=-1, null={"y": 10})
+
+    def test_a_wrong_width_is_found_with_an_example(self) -> None:
+        with pytest.raises(ShapeError, match=r"hidden_size=24, but layer 'blocks\.2' gives \(6, 16, 16\)"):
+            teacher_of(ToyDiT(), hidden_size=24, example=CALL)
+
+    def test_a_layer_with_other_rows_is_refused(self) -> None:
+        class Doubling(ToyDiT):
+            def __init__(self) -> None:
+                super().__init__()
+                self.blocks[2].register_forward_hook(lambda module, args, output: torch.cat([output, output]))
+
+        with pytest.raises(ShapeError) as error:
+            teacher_of(Doubling())(*CALL)
+        assert "layer 'blocks.2' gives 24 rows for a batch of 12" in str(error.value)
+
+    def test_a_layer_that_never_runs_is_refused(self) -> None:
+        class Shallow(ToyDiT):
+            def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+                return x
+
+        with pytest.raises(CaptureError, match=r"ended without running layer 'blocks\.2'"):
+            teacher_of(Shallow())(*CALL)
+
+    def test_a_state_dict_is_loaded_strictly(self) -> None:
+        other = ToyDiT(seed=3)
+        teacher = st.build_teacher(ToyDiT(), other.state_dict(), layer="blocks.2", guidance_scale=3.0, null={"y": 10})
+        torch.testing.assert_close(teacher(*CALL), plain.guided(other, "blocks.2", 3.0, CALL, NULL_CALL), **TOLERANCE)
+        state = {name: value for name, value in other.state_dict().items() if "blocks.1" not in name}
+        with pytest.raises(st.SelfTransError, match=r"blocks\.1\.qkv\.weight"):
+            st.build_teacher(ToyDiT(), state, layer="blocks.2", guidance_scale=3.0, null={"y": 10})
+
+
+class TestFingerprint:
+    def test_equal_teachers_have_equal_fingerprints_whatever_happens_to_them(self) -> None:
+        one, two = teacher_of(ToyDiT()), teacher_of(ToyDiT())
+        assert one.fingerprint.shape == (32,)
+        assert torch.equal(one.fingerprint, two.fingerprint)
+        two(*CALL)
+        assert torch.equal(one.fingerprint, copy.deepcopy(two).to(torch.bfloat16).fingerprint)
+        assert torch.equal(one.fingerprint, teacher_of(torch.compile(ToyDiT(), backend="eager")).fingerprint)
+
+    @pytest.mark.parametrize(
+        "changed",
+        [
+            {"layer": "blocks.1"},
+            {"guidance_scale": 3.5},
+            {"null": {"y": 9}},
+            {"null": {"y": torch.tensor(10)}},
+            {"null": {"y": lambda call: call["y"]}},
+        ],
+    )
+    def test_other_settings_give_another(self, changed: dict[str, Any]) -> None:
+        assert not torch.equal(teacher_of(ToyDiT()).fingerprint, teacher_of(ToyDiT(), **changed).fingerprint)
+
+    @pytest.mark.parametrize("name", [name for name, _ in ToyDiT(depth=1).named_parameters()])
+    def test_the_smallest_change_of_any_weight_gives_another(self, name: str) -> None:
+        model = ToyDiT(depth=1)
+        before = teacher_of(copy.deepcopy(model), layer="blocks.0").fingerprint
+        with torch.no_grad():
+            flat = model.get_parameter(name).view(-1)
+            flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0))
+        assert not torch.equal(before, teacher_of(model, layer="blocks.0").fingerprint)
+
+    def test_tensor_nulls_count_by_value_and_shape(self) -> None:
+        prints = [
+            teacher_of(Conditioned(), null={"text": null}).fingerprint
+            for null in (torch.zeros(3, 5), torch.zeros(5, 3), torch.ones(3, 5), torch.zeros(3, 5))
+        ]
+        assert torch.equal(prints[0], prints[3])
+        assert len({tuple(p.tolist()) for p in prints}) == 3
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+    def test_any_precision_and_scalar_or_empty_buffers_can_be_hashed(self, dtype: torch.dtype) -> None:
+        model = ToyDiT().to(dtype)
+        model.register_buffer("scale", torch.tensor(0.18215))
+        model.register_buffer("empty", torch.zeros(0, 4))
+        assert teacher_of(model).fingerprint.any()
+
+    def test_state_that_is_no_tensor_is_left_out(self) -> None:
+        class WithExtra(ToyDiT):
+            def get_extra_state(self) -> dict[str, int]:
+                return {"version": 1}
+
+            def set_extra_state(self, state: dict[str, int]) -> None: ...
+
+        assert torch.equal(teacher_of(WithExtra()).fingerprint, teacher_of(ToyDiT()).fingerprint)
+
+
+def test_state_holds_the_models_weights_only() -> None:
+    teacher = teacher_of(ToyDiT(), null={"y": torch.tensor(10)})
+    assert set(teacher.state_dict()) == {f"model.{name}" for name in ToyDiT().state_dict()}
