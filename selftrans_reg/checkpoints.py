@@ -137,14 +137,14 @@ def load_weights(
         )
     entry, chosen = _choose_entry(content, weights, where)
     where = where if entry is None else f"{where}, entry {entry!r},"
-    own = _own_tensors(model)
+    own = own_tensors(model)
     saved = _plain_keys(chosen, where)
     heads = [head for head in _HEADS if not any(map(head.fullmatch, own))]
     left_out = tuple(key for key in saved if any(head.fullmatch(key) for head in heads))
     for key in left_out:
         del saved[key]
-    _check_fit(model, own, saved, where)
-    _check_values(own, saved, where)
+    check_fit(model, own, saved, where)
+    check_values(own, saved, where)
     with torch.no_grad():
         for key, value in saved.items():
             own[key].copy_(value)
@@ -334,7 +334,7 @@ def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 class _BoundedFile(io.FileIO):
-    """A file of which zipfile cannot read a directory of any length that the file announces."""
+    """A file that refuses long reads: zipfile reads a whole directory at once, as long as the file says it is."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is not None and size > _MAX_PICKLE:
@@ -469,10 +469,10 @@ def _plain_keys(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{where} has the key {str(key)[:100]!r}, a {type(key).__name__}; a state dict's are strings."
             )
-        defect = _defect(value)
-        if defect:
-            raise CheckpointError(f"{where} has under {key[:100]!r} {defect}; weights are dense tensors with data.")
-        name = _plain(key)
+        problem = defect(value)
+        if problem:
+            raise CheckpointError(f"{where} has under {key[:100]!r} {problem}; weights are dense tensors with data.")
+        name = plain_key(key)
         if name in plain:
             raise CheckpointError(
                 f"{where} has the weights {name[:100]!r} twice, under different prefixes of wrappers."
@@ -483,11 +483,12 @@ def _plain_keys(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     return plain
 
 
-def _plain(key: str) -> str:
+def plain_key(key: str) -> str:
+    """``key`` without the prefixes that wrappers put into it."""
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
-def _defect(value: object) -> str | None:
+def defect(value: object) -> str | None:
     """What keeps ``value`` from being weights, in words."""
     if type(value) not in (Tensor, nn.Parameter):
         return f"a {type(value).__name__}"
@@ -502,7 +503,7 @@ def _defect(value: object) -> str | None:
     return None
 
 
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+def own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The model's own parameters and persistent buffers, by keys without wrappers' prefixes."""
     kind = type(model).__name__
     owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -513,10 +514,10 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
         elif id(value) not in owned or type(value) not in (Tensor, nn.Parameter):
             # Copying into what a hook of state_dict() made up, or into one rank's shard, would load nothing or a part.
             problem = "is no plain tensor of its own: load the weights before the model is sharded or converted"
-        elif _plain(key) in own:
+        elif plain_key(key) in own:
             problem = "has the same name as another once the wrappers' prefixes are gone: rename the module"
         else:
-            own[_plain(key)] = value
+            own[plain_key(key)] = value
             continue
         raise CheckpointError(f"{kind} cannot take weights: its {key!r} {problem}.")
     return own
@@ -525,7 +526,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 # --- Fit -------------------------------------------------------------------------------------------------------------
 
 
-def _check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
     """Refuse unless the keys are the same, tied ones once at least, and shapes and kinds of dtype agree."""
     buffers = {id(buffer) for buffer in model.buffers()}
     loaded = {id(own[key]) for key in saved if key in own}
@@ -571,7 +572,7 @@ def _nearest(key: str, candidates: Sequence[str]) -> str:
     return quoted(nearest(key[:100], [name for name in candidates[:300] if len(name) <= 100])) or "none"
 
 
-def _check_values(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+def check_values(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
     """Refuse weights that are not finite in the model's dtype, and tied weights that were saved with other values."""
     first: dict[int, str] = {}
     for key, value in saved.items():
