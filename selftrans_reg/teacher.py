@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .calls import Call, CallSpec, RowTensors, nested_path
 from .checkpoints import load_weights
 from .compiled import compile_blocks, pad_rows
-from .errors import NullConditionError, SettingError, ShapeError, TeacherError
+from .errors import NullConditionError, SelfTransError, SettingError, ShapeError, TeacherError
 from .heads import check_positive, infer_width
 from .names import find_layer, nearest, quoted, unwrap
 from .taps import EarlyExit, watched
@@ -164,7 +164,17 @@ class CFGFeatureTeacher(nn.Module):
         rows = len(tensors[0])
         arguments = held.rebuild(tensors)
         args, kwargs = self.spec.arguments(arguments)
-        output = self._exit.run(self.model, args, kwargs)
+        try:
+            output = self._exit.run(self.model, args, kwargs)
+        except SelfTransError:
+            raise
+        except Exception as error:
+            error.add_note(
+                f"This was the teacher on {rows} rows, condition and null condition one behind the other. Taken for "
+                f"one row a sample: {quoted(held.paths)}. If all samples share one of these, say so: "
+                "call=dict(shared=[...])."
+            )
+            raise
         tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: arguments)
         if len(tokens) != rows:
             raise ShapeError(

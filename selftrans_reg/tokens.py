@@ -166,7 +166,8 @@ def check_grid(tokens: Tensor, grid: tuple[int, ...]) -> None:
         message += (
             f"If {extra} extra tokens precede the image's, pass tokens=slice({extra}, None); "
             f"if they follow them, tokens=slice(None, {wanted}); if k precede and the rest follow, "
-            f"tokens=slice(k, k + {wanted}).\n"
+            f"tokens=slice(k, k + {wanted}); if their place differs by sample, a callable that also takes the call's "
+            "arguments.\n"
             "Otherwise this may be another stream, such as the text's (select=), or another patch_size."
         )
     else:
