@@ -169,10 +169,9 @@ class Backbone:
 
     def stage1(self, model: nn.Module, **settings: Any) -> st.SelfTransLoss:
         """The criterion of stage 1, attached to ``model``."""
-        grid = {"latent_channels": self.shape[self.channel_axis - 1], "patch_size": self.patch_size}
-        return st.SelfTransLoss.stage1(
-            model, **grid, channel_axis=self.channel_axis, **self._settings(self.shallow) | settings
-        )
+        channels = self.shape[self.channel_axis - 1]
+        grid = {"latent_channels": channels, "patch_size": self.patch_size, "channel_axis": self.channel_axis}
+        return st.SelfTransLoss.stage1(model, **self._settings(self.shallow) | grid | settings)
 
     def make_teacher(self, model: nn.Module, **settings: Any) -> st.CFGFeatureTeacher:
         """A teacher that takes ``model`` over."""
