@@ -178,6 +178,13 @@ class VAEAlignmentLoss(nn.Module):
         Raises:
             ShapeError: If latents and tokens do not fit.
         """
+        self.check_fit(latents, tokens)
+        pattern, letters = _PATCHIFY[len(self.patch_size)]
+        latents = latents.movedim(self.channel_axis, 1)
+        return rearrange(latents, pattern, **dict(zip(letters, self.patch_size, strict=True)))
+
+    def check_fit(self, latents: Tensor, tokens: Tensor) -> None:
+        """Raise ``ShapeError`` unless there is one token for each patch of the latents."""
         axis = self.channel_axis
         if latents.ndim <= axis or latents.shape[axis] != self.latent_channels:
             raise ShapeError(
@@ -189,5 +196,3 @@ class VAEAlignmentLoss(nn.Module):
         check_grid(tokens, grid_of(latents, self.patch_size, axis))
         if len(latents) != len(tokens):
             raise ShapeError(f"{len(latents)} latents for the tokens of {len(tokens)} samples: pass the same batch.")
-        pattern, letters = _PATCHIFY[len(self.patch_size)]
-        return rearrange(latents.movedim(axis, 1), pattern, **dict(zip(letters, self.patch_size, strict=True)))
