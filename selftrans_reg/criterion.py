@@ -473,8 +473,13 @@ class SelfTransLoss(nn.Module):
                 as_tokens(capture.output, self.select, self.tokens, layer=layer, arguments=lambda: call.arguments)
             )
             check_captured(tokens[-1], call, layer, head)
-            if self.stage == 2 and self.tokens is None:  # stage 1 compares with the latents' grid
+            if isinstance(head, VAEAlignmentLoss):
+                assert latents is not None  # _check has seen to it
+                head.check_fit(latents, tokens[-1])
+            elif self.tokens is None:  # there is no latent grid to compare with
                 check_patches(tokens[-1], call, layer)
+        if self.stage == 2:
+            self._present_teacher(call.x_t.device)
         everything = self.window is None or self.gating == "released"
         candidates = torch.arange(call.rows) if everything else gated.rows()
         if len(candidates) == 0:
@@ -497,7 +502,7 @@ class SelfTransLoss(nn.Module):
             teacher = self._present_teacher(call.x_t.device)
             features = teacher.features(teacher.spec.adopt(call, self.spec), rows, self.teacher_chunk)
             return teacher.guide(*features)
-        assert latents is not None  # _check_batch has seen to it
+        assert latents is not None  # _check has seen to it
         target = latents.detach()
         if self.target == "velocity":
             check_same_shape(call, latents)
