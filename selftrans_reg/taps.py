@@ -216,10 +216,10 @@ class Recorder:
         record, count = self._kept, self._count
         self.discard()
         if record is None:
+            mode = ", in train mode with gradients enabled" if self.training_only else ""
             raise CaptureError(
                 f"There is no forward of the model to work on{self._passed_over}.\n"
-                "Call the model itself (not model.forward) once before each call of this one"
-                f"{', in train mode with gradients enabled' if self.training_only else ''}."
+                f"Call the model itself (not model.forward) once before each call of this one{mode}."
             )
         if count > 1 and self.forward is None:
             raise CaptureError(
