@@ -224,8 +224,7 @@ class RowTensors:
             if isinstance(value, list) and len(value) == self._n > 1 and not found and name not in self._shared:
                 raise CallError(
                     f"Argument {path!r} is a list of {self._n} entries, one for each sample by the look of it, and "
-                    "rows "
-                    "can only be taken from tensors.\n"
+                    "rows can only be taken from tensors.\n"
                     f"Pass a tensor with {self._n} rows; or, if all samples share the list, "
                     f"call=dict(shared=[{name!r}])."
                 )
@@ -235,8 +234,7 @@ class RowTensors:
         if self._n > 1 and tensor.ndim > 0 and tensor.shape[0] > self._n and tensor.shape[0] % self._n == 0:
             raise CallError(
                 f"Argument {path!r} has shape {tuple(tensor.shape)}: its first axis is {tensor.shape[0] // self._n} "
-                "times "
-                f"the batch of {self._n}, as in a doubled or packed batch, from which rows cannot be taken.\n"
+                f"times the batch of {self._n}, as in a doubled or packed batch, from which rows cannot be taken.\n"
                 f"If all samples share it, pass call=dict(shared=[{name!r}]); else call the model with one row a "
                 "sample."
             )

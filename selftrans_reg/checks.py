@@ -54,18 +54,16 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> N
     """
     if len(tokens) != call.rows:
         raise ShapeError(
-            f"Layer {layer!r} gave {len(tokens)} rows in a call of {call.rows} samples: tap a layer that keeps one "
-            "row for "
-            "each sample."
+            f"Layer {layer!r} gave {len(tokens)} rows in a call of {call.rows} samples: tap a layer that keeps one row "
+            "for each sample."
         )
     check_device(head, tokens.device, "head")
     if torch.is_grad_enabled() and not tokens.requires_grad:
         raise GradientError(
             f"The tokens of layer {layer!r} carry no gradient, so aligning them would train nothing of the model.\n"
             "Either everything up to this layer is frozen: tap a later one. Or reentrant activation checkpointing "
-            "hides "
-            "the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the very module "
-            "that is checkpointed."
+            "hides the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the very "
+            "module that is checkpointed."
         )
 
 
@@ -89,8 +87,7 @@ def check_device(module: nn.Module, device: torch.device, what: str) -> None:
     if device_of(module) != device:
         raise PlacementError(
             f"The {what} lies on {device_of(module)}, the batch on {device}: call criterion.to({str(device)!r}) where "
-            "the "
-            "model is moved."
+            "the model is moved."
         )
 
 

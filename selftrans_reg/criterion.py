@@ -408,8 +408,7 @@ class SelfTransLoss(nn.Module):
         if missing:
             raise OptimizerError(
                 f"The optimiser does not hold {len(missing)} of the criterion's {len(list(self.parameters()))} "
-                "parameters: "
-                f"{quoted(missing[:4])}{', …' if len(missing) > 4 else ''}.\n"
+                f"parameters: {quoted(missing[:4])}{', …' if len(missing) > 4 else ''}.\n"
                 "Build it from [*model.parameters(), *criterion.parameters()], after wrapping and moving both."
             )
 
@@ -514,8 +513,7 @@ class SelfTransLoss(nn.Module):
         if teacher is None:
             raise TeacherError(
                 f"The alignment is still on (step {self._step}, stop_step {self.stop_step}), but there is no teacher: "
-                "it "
-                "was released, or never given.\nBuild the criterion with the teacher that the run began with."
+                "it was released, or never given.\nBuild the criterion with the teacher that the run began with."
             )
         check_device(teacher, device, "teacher")
         return teacher
@@ -527,12 +525,10 @@ class SelfTransLoss(nn.Module):
         prediction = head(tokens)
         if prediction.shape != target.shape:
             raise ShapeError(
-                f"The teacher gives features {tuple(target.shape)}, the student's head {tuple(prediction.shape)}: "
-                "both must "
-                "have the same samples, tokens and width.\n"
+                f"The teacher gives features {tuple(target.shape)}, the student's head {tuple(prediction.shape)}: both "
+                "must have the same samples, tokens and width.\n"
                 "Check that both are tapped at the image's tokens (tokens=), at the same resolution and patch size, "
-                "and "
-                "that the head was built for this teacher's layer."
+                "and that the head was built for this teacher's layer."
             )
         return feature_alignment(prediction, target, self.distance)
 
@@ -594,8 +590,7 @@ def _check_state(criterion: SelfTransLoss, state: Mapping[str, Any], prefix: str
         raise TeacherError(
             "The state was saved with another teacher: weights, layer, guidance scale or null condition differ.\n"
             f"Saved {_hex(saved)}, this criterion's {_hex(teacher.fingerprint)}. Build the teacher as when the run "
-            "began; "
-            "to go on with another one on purpose, put this one's fingerprint into the state: "
+            "began; to go on with another one on purpose, put this one's fingerprint into the state: "
             "state['teacher_fingerprint'] = teacher.fingerprint."
         )
     saved = state.get(f"{prefix}schedule_state")

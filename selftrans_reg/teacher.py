@@ -188,8 +188,7 @@ class CFGFeatureTeacher(nn.Module):
         if missing := [path for path in self._null if path not in held.paths]:
             raise NullConditionError(
                 f"The null condition names {quoted(missing)}, but the call holds no tensor with {call.rows} rows "
-                "there; "
-                f"it holds {quoted(held.paths)}.\n"
+                f"there; it holds {quoted(held.paths)}.\n"
                 f"Nearest: {quoted(nearest(missing[0], held.paths)) or 'none'}. The model must be called with the "
                 "condition that null= replaces."
             )
@@ -218,8 +217,7 @@ class CFGFeatureTeacher(nn.Module):
         if value.shape != tensor.shape[1:]:
             raise NullConditionError(
                 f"The null condition for {path!r} has shape {tuple(value.shape)}; the argument is "
-                f"{tuple(tensor.shape)}, "
-                f"so without its batch axis it should be {tuple(tensor.shape[1:])}."
+                f"{tuple(tensor.shape)}, so without its batch axis it should be {tuple(tensor.shape[1:])}."
             )
         return _cast(path, value, tensor).expand_as(tensor)
 
@@ -371,7 +369,8 @@ def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
     """The null condition in the argument's dtype and place."""
     if null.is_floating_point() and not argument.is_floating_point():
         raise NullConditionError(
-            f"The null condition for {path!r} holds {null.dtype}, but the argument {argument.dtype}: it would be cut off."
+            f"The null condition for {path!r} holds {null.dtype}, but the argument {argument.dtype}: it would be cut "
+            "off."
         )
     return null.to(argument)
 
