@@ -175,12 +175,11 @@ class TestVAEAlignment:
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("sigma", [1.0, 0.5, 1e-3])
-def test_the_velocity_target_is_noise_minus_latents(sigma: float) -> None:
+@pytest.mark.parametrize(("alpha", "sigma"), [(0.0, 1.0), (0.5, 0.5), (0.8, 0.6), (1.0, 5.0), (0.999, 1e-3)])
+def test_the_velocity_target_is_noise_minus_latents_on_every_path(alpha: float, sigma: float) -> None:
     x, noise = normal(4, 3, 8, 8), normal(4, 3, 8, 8, seed=1)
-    s = torch.full((4,), sigma)
-    found = velocity_target((1 - sigma) * x + sigma * noise, x, 1 - s, s)
-    torch.testing.assert_close(found, noise - x, rtol=1e-5, atol=1e-6 / sigma)
+    found = velocity_target(alpha * x + sigma * noise, x, torch.full((4,), alpha), torch.full((4,), sigma))
+    torch.testing.assert_close(found, noise - x, rtol=1e-5, atol=1e-6 / min(sigma, 1.0))
 
 
 def test_the_velocity_target_without_any_noise_is_finite() -> None:

@@ -380,6 +380,29 @@ class TestTheTeachersSide:
             criterion(loss, step=3)
 
 
+class TestACheckpoint:
+    @pytest.mark.parametrize("key", ["blocks.2.qkv.weight", "final_layer.bias"])
+    def test_a_missing_key(self, key: str) -> None:
+        state = ToyDiT().state_dict()
+        del state[key]
+        with pytest.raises(st.CheckpointError) as error:
+            st.build_teacher(ToyDiT(), state, layer="blocks.2", guidance_scale=3.0, null={"y": 10})
+        check(error, "ToyDiT", re.escape(key), "(?i)missing")
+
+    def test_an_extra_key(self) -> None:
+        state = ToyDiT(depth=5).state_dict()
+        with pytest.raises(st.CheckpointError) as error:
+            st.build_teacher(ToyDiT(depth=4), state, layer="blocks.2", guidance_scale=3.0, null={"y": 10})
+        check(error, "ToyDiT", r"blocks\.4\.qkv\.weight")
+
+    def test_another_shape(self) -> None:
+        with pytest.raises(st.CheckpointError) as error:
+            st.build_teacher(
+                ToyDiT(), ToyDiT(num_classes=7).state_dict(), layer="blocks.2", guidance_scale=3.0, null={"y": 10}
+            )
+        check(error, r"y_embedder\.weight", r"\(8, 16\)", r"\(11, 16\)")
+
+
 class TestTheOptimizer:
     def test_a_head_that_is_not_in_it(self) -> None:
         model = ToyDiT()
