@@ -223,11 +223,23 @@ def patches(latents: Tensor, patch_size: tuple[int, ...], channel_axis: int) -> 
     return parts.reshape(n, math.prod(split[::2]), -1)
 
 
-def plain_stage1(p: Mapping[str, Tensor], tokens: Tensor, backbone: Backbone, batch: Batch) -> Tensor:
-    """(N,), the distance of stage 1 with the head's parameters ``p``."""
-    projected = F.layer_norm(plain.project(p, tokens, "heads.0.head."), p["heads.0.head.0.weight"].shape[1:], eps=1e-6)
-    predicted = F.linear(projected, p["heads.0.linear.weight"], p["heads.0.linear.bias"])
-    return plain.distance(predicted, patches(batch.latents, backbone.patch_size, backbone.channel_axis))
+def plain_alignment(
+    backbone: Backbone,
+    teacher: nn.Module | None,
+    p: Mapping[str, Tensor],
+    tokens: Tensor,
+    batch: Batch,
+    head: str = "heads.0.",
+) -> Tensor:
+    """The alignment with a head's parameters in ``p``: of stage 2 with a teacher, of stage 1 without one."""
+    if teacher is None:
+        projected = plain.project(p, tokens, f"{head}head.")
+        normed = F.layer_norm(projected, projected.shape[-1:], eps=1e-6)
+        predicted = F.linear(normed, p[f"{head}linear.weight"], p[f"{head}linear.bias"])
+        target = patches(batch.latents, backbone.patch_size, backbone.channel_axis)
+    else:
+        predicted, target = plain.project(p, tokens, head), backbone.plain_guided(teacher, batch.arguments)
+    return (batch.inside * plain.distance(predicted, target)).sum() / len(batch.inside)
 
 
 def assert_step_is_plain(backbone: Backbone, stage: int) -> None:
@@ -245,12 +257,7 @@ def assert_step_is_plain(backbone: Backbone, stage: int) -> None:
     p = plain.leaves(criterion)
     with plain.global_seed(3):
         losses, tokens = backbone.plain_losses(reference, batch, layer)
-    if stage == 1:
-        distances = plain_stage1(p, tokens, backbone, batch)
-    else:
-        target = backbone.plain_guided(reference_teacher, batch.arguments)
-        distances = plain.distance(plain.project(p, tokens, "heads.0."), target)
-    alignment = (batch.inside * distances).sum() / len(batch.inside)
+    alignment = plain_alignment(backbone, None if stage == 1 else reference_teacher, p, tokens, batch)
     (losses.mean() + 0.5 * alignment).backward(retain_graph=True)
 
     assert 0 < batch.inside.sum() < len(batch.inside)

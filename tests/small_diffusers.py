@@ -144,9 +144,20 @@ _EMPTY = {"encoder_hidden_states": EMPTY_TEXT}
 _EMPTY_MASKED = _EMPTY | {"encoder_attention_mask": EMPTY_MASK}
 _EMPTY_POOLED = _EMPTY | {"pooled_projections": torch.zeros(20)}
 
+_dit = small("DiTTransformer2DModel", **_BLOCKS, **_IMAGE, in_channels=4, out_channels=8, num_embeds_ada_norm=10)
+
+
+def _dropping_dit(seed: int) -> nn.Module:
+    """Each block drops labels on its own; here so often that one batch shows it."""
+    model = _dit(seed)
+    for block in model.transformer_blocks:
+        block.norm1.emb.class_embedder.dropout_prob = 0.5
+    return model
+
+
 SMALL_DIFFUSERS = {
     "DiT": _attached(
-        small("DiTTransformer2DModel", **_BLOCKS, **_IMAGE, in_channels=4, out_channels=8, num_embeds_ada_norm=10),
+        _dropping_dit,
         (4, 8, 8),
         "ddpm",
         _labels,
