@@ -6,6 +6,7 @@ ratio to the step without the method, the same ratio of counted operations, and 
     python examples/benchmarks/overhead.py                              # CPU: 12 blocks, width 384, 64 tokens
     python examples/benchmarks/overhead.py --size SiT-XL/2 --device cuda --autocast --compile
     python examples/benchmarks/overhead.py --sweep                      # how the cost grows
+    python examples/benchmarks/overhead.py --rows                       # what sampling rows adds to the variance
     python examples/benchmarks/overhead.py --report                     # redraw docs/cost.md from the results
 """
 
@@ -44,7 +45,6 @@ WINDOW = (0.4, 0.7)
 WEIGHT = 0.5
 WARM_UP = 3
 VARIANTS = ("no method", "taps only", "stage 1", "stage 2", "released way", "swapped weights")
-BEGIN, END = "<!-- overhead: begin -->", "<!-- overhead: end -->"
 
 
 @dataclass(frozen=True)
@@ -280,8 +280,10 @@ class Bench:
         """Operations of one step: matrix products and attention, forward and backward."""
         # The counter sees neither into compiled code nor into every device's fused attention.
         eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
-        with eager, plain, FlopCounterMode(display=False) as counter:
-            self.step(variant, batch)
+        with eager, plain:
+            self.step(variant, batch)  # uncounted: a teacher's first call also looks for what it never runs
+            with FlopCounterMode(display=False) as counter:
+                self.step(variant, batch)
         return counter.get_total_flops()
 
     def measure(self, repeats: int, title: str) -> dict[str, dict[str, float]]:
@@ -361,10 +363,15 @@ def run(name: str, shape: Shape, args: argparse.Namespace, chosen: set[str]) -> 
         "parameters": teacher_size(shape),
         "variants": bench.measure(args.repeats, name),
     }
-    args.results.parent.mkdir(parents=True, exist_ok=True)
-    with args.results.open("a") as file:
-        file.write(json.dumps(result) + "\n")
+    append(args.results, result)
     return result
+
+
+def append(path: Path, result: dict[str, Any]) -> None:
+    """Add one result to the results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(result) + "\n")
 
 
 def ratios(result: dict[str, Any]) -> list[tuple[str, float, float, float]]:
@@ -422,6 +429,62 @@ def sweep(args: argparse.Namespace) -> None:
             run(f"sweep {axis}", shape, args, {"no method", "stage 2"})
 
 
+def row_sampling(args: argparse.Namespace) -> None:
+    """What ``teacher_rows`` adds to the variance of the alignment's gradient, measured and by the formula.
+
+    k of n rows, drawn without replacement, give a gradient whose mean squared distance from that of all n rows is
+    (n − k) / (k (n − 1)) times the mean squared distance of one row's gradient from their average.
+    """
+    shape = Shape(depth=6, width=192, heads=3, batch=64, student=3, teacher=4)
+    bench = Bench(shape, args, {"no method"})
+    model = bench.variants[0].model
+    batch = Batch.draw(shape, torch.Generator().manual_seed(0), args.device)
+    teacher = st.build_teacher(copy.deepcopy(model), None, layer="blocks.3", guidance_scale=30.0, null={"y": 1000})
+    inside = ((batch.t >= WINDOW[0]) & (batch.t <= WINDOW[1])).nonzero().squeeze(1)
+
+    def gradient(criterion: st.SelfTransLoss, rows: Tensor) -> Tensor:
+        """The alignment's gradient at the model's parameters, for some rows of the batch."""
+        model.zero_grad()
+        model(batch.x_t[rows], batch.t[rows], batch.y[rows])
+        criterion(torch.zeros((), device=args.device)).total.backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    def criterion(**settings: Any) -> st.SelfTransLoss:
+        return st.SelfTransLoss.stage2(model, layer="blocks.2", teacher=teacher, time="repa", **settings)
+
+    n = len(inside)
+    model.y_embedder.dropout_prob = 0.0  # a row's gradient then does not depend on the forward that it is in
+    with criterion() as whole:
+        full = gradient(whole, inside)
+        spread = torch.stack([(gradient(whole, inside[i : i + 1]) - full).square().sum() for i in range(n)]).mean()
+    for k in sorted({1, n // 4, n // 2, 3 * n // 4}):
+        with criterion(teacher_rows=k) as some:
+            errors = [(gradient(some, inside) - full).square().sum() for _ in range(args.repeats)]
+        result = {
+            "name": "teacher_rows",
+            "rows": k,
+            "inside": n,
+            "measured": float(torch.stack(errors).mean() / full.square().sum()),
+            "formula": float((n - k) / (k * (n - 1)) * spread / full.square().sum()),
+            "repeats": args.repeats,
+            "command": "python examples/benchmarks/overhead.py " + " ".join(sys.argv[1:]),
+            "commit": commit(),
+        }
+        append(args.results, result)
+
+
+def row_table(results: list[dict[str, Any]]) -> str:
+    """The variance that sampling rows adds, as a Markdown table."""
+    lines = ["| rows of those inside | measured | formula |", "|---|---|---|"]
+    lines += [f"| {r['rows']} of {r['inside']} | {r['measured']:.3f} | {r['formula']:.3f} |" for r in results]
+    first = results[0]
+    return (
+        "Mean squared distance of the alignment's gradient from that of all rows inside, over the squared norm of the "
+        f"latter; {first['repeats']} draws, a model at its start, commit {first['commit']}:\n\n"
+        f"    {first['command']}\n\n" + "\n".join(lines) + "\n"
+    )
+
+
 def draw(results: list[dict[str, Any]], path: Path) -> None:
     """The sweep as a picture: measured and counted ratio along each axis."""
     import matplotlib
@@ -452,17 +515,26 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 def report(results_file: Path) -> None:
     """Write the latest result of each kind into docs/cost.md, and draw the sweep."""
-    results: dict[tuple[str, ...], dict[str, Any]] = {}
+    latest: dict[str, dict[str, Any]] = {}
     for line in results_file.read_text().splitlines():
         result = json.loads(line)
-        key = (result["name"], json.dumps(result["shape"]), str(result["compiled"]), result["hardware"])
-        results[key] = result
+        kind = [result.get(key) for key in ("name", "shape", "rows", "compiled", "hardware")]
+        latest[json.dumps(kind)] = result
+    found = list(latest.values())
+    rows = [r for r in found if r["name"] == "teacher_rows"]
+    sweeps = [r for r in found if r["name"].startswith("sweep")]
+    steps = [r for r in found if r not in rows and r not in sweeps]
     page = ROOT / "docs" / "cost.md"
-    before, _, rest = page.read_text().partition(BEGIN)
-    _, _, after = rest.partition(END)
-    tables = "\n".join(describe(r) for r in results.values() if not r["name"].startswith("sweep"))
-    page.write_text(f"{before}{BEGIN}\n\n{tables}\n{END}{after}")
-    draw(list(results.values()), ROOT / "docs" / "images" / "overhead.png")
+    text = between(page.read_text(), "overhead", "\n".join(describe(r) for r in steps))
+    page.write_text(between(text, "rows", row_table(rows)))
+    draw(sweeps, ROOT / "docs" / "images" / "overhead.png")
+
+
+def between(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between its marks ``<!-- name: begin -->`` and ``<!-- name: end -->``."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{content}\n{end}{rest.partition(end)[2]}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -477,6 +549,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--sweep", action="store_true", help="how the cost grows with depth, tokens, batch and window")
+    parser.add_argument("--rows", action="store_true", help="the variance that teacher_rows adds")
     parser.add_argument("--results", type=Path, default=RESULTS, help="results are appended to this file")
     parser.add_argument("--report", action="store_true", help="redraw the docs from the results, measure nothing")
     args = parser.parse_args(argv)
@@ -486,6 +559,8 @@ def main(argv: list[str] | None = None) -> None:
         report(args.results)
     elif args.sweep:
         sweep(args)
+    elif args.rows:
+        row_sampling(args)
     else:
         tiny = Shape(3, 32, 2, 4, 8, 2, 2)
         shape = {"cpu": Shape(batch=args.batch), "tiny": tiny}.get(args.size) or published(args.size, args.batch)
