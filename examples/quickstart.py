@@ -43,7 +43,19 @@ WARMUP_STEPS = 50
 EMA_DECAY = 0.99  # short, because the steps are few
 PICTURE_TIME = 0.5  # the middle of the window
 SAMPLE_BATCH = 250
+STAGE1_FILE = "stage1.pt"
 WAYS = {"plain": "as is", "stage1": "stage 1", "self": "Self-Transcendence"}
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``least`` on."""
+
+    def number(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"must be {least} or more; got {text}")
+        return int(text)
+
+    return number
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -52,8 +64,8 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=900, help="of each of the three runs")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=at_least(1), default=900, help="of each of the three runs")
+    parser.add_argument("--batch-size", type=at_least(1), default=16)
     parser.add_argument("--lr", type=float, default=3e-3, help="high, because the steps are few")
     parser.add_argument("--hidden-size", type=int, default=96)
     parser.add_argument("--depth", type=int, default=6)
@@ -67,10 +79,10 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
         "--stop-fraction", type=float, default=0.5, help="of stage 2's steps, after which guidance ends"
     )
     parser.add_argument("--head-features", type=int, default=256, help="width inside the projection head")
-    parser.add_argument("--vae-steps", type=int, default=150)
-    parser.add_argument("--classifier-steps", type=int, default=300)
-    parser.add_argument("--samples", type=int, default=1000, help="for the Fréchet distance, of each way")
-    parser.add_argument("--sampler-steps", type=int, default=16, help="Euler steps, without guidance")
+    parser.add_argument("--vae-steps", type=at_least(2), default=150)
+    parser.add_argument("--classifier-steps", type=at_least(2), default=300)
+    parser.add_argument("--samples", type=at_least(2), default=1000, help="for the Fréchet distance, of each way")
+    parser.add_argument("--sampler-steps", type=at_least(1), default=16, help="Euler steps, without guidance")
     return parser.parse_args(argv)
 
 
@@ -126,11 +138,11 @@ def stage1_criterion(run: argparse.Namespace, model: SiT) -> st.SelfTransLoss:
     )
 
 
-def new_teacher(run: argparse.Namespace) -> st.CFGFeatureTeacher:
-    """The averaged model of the stage-1 run, as the teacher of stage 2."""
+def new_teacher(run: argparse.Namespace, checkpoint: Path | None) -> st.CFGFeatureTeacher:
+    """The teacher of stage 2: the averaged model of a checkpoint."""
     return st.build_teacher(
         new_sit(run),
-        run.out / "stage1.pt",
+        checkpoint,
         layer=run.teacher_layer,
         guidance_scale=run.guidance_scale,
         null={"y": NUM_DIGIT_CLASSES},
@@ -138,12 +150,12 @@ def new_teacher(run: argparse.Namespace) -> st.CFGFeatureTeacher:
     )
 
 
-def stage2_criterion(run: argparse.Namespace, model: SiT) -> st.SelfTransLoss:
+def stage2_criterion(run: argparse.Namespace, model: SiT, teacher: st.CFGFeatureTeacher) -> st.SelfTransLoss:
     """Stage 2: a layer of a new model against the teacher's guided features."""
     return st.SelfTransLoss.stage2(
         model,
         layer=run.student_layer,
-        teacher=new_teacher(run),
+        teacher=teacher,
         time=TIME,
         hidden_features=run.head_features,
         weight=run.weight,
@@ -151,12 +163,20 @@ def stage2_criterion(run: argparse.Namespace, model: SiT) -> st.SelfTransLoss:
     )
 
 
-# What each way of training adds to the loss.
-CRITERIA: dict[str, Callable[[argparse.Namespace, SiT], st.SelfTransLoss | None]] = {
-    "plain": lambda run, model: None,
-    "stage1": stage1_criterion,
-    "self": stage2_criterion,
-}
+def criterion_of(run: argparse.Namespace, way: str, model: SiT) -> st.SelfTransLoss | None:
+    """What a way of training adds to the loss."""
+    if way == "plain":
+        return None
+    if way == "stage1":
+        return stage1_criterion(run, model)
+    return stage2_criterion(run, model, new_teacher(run, run.out / STAGE1_FILE))
+
+
+def check_settings(run: argparse.Namespace) -> None:
+    """Build everything once, so that a wrong layer or scale is named before minutes have gone."""
+    model = new_sit(run)
+    stage1_criterion(run, model).detach()
+    stage2_criterion(run, model, new_teacher(run, checkpoint=None)).detach()
 
 
 def trained(run: argparse.Namespace, way: str, data: LatentData) -> dict[str, Any]:
@@ -164,7 +184,7 @@ def trained(run: argparse.Namespace, way: str, data: LatentData) -> dict[str, An
 
     def make() -> dict[str, Any]:
         model = new_sit(run)
-        criterion = CRITERIA[way](run, model)
+        criterion = criterion_of(run, way, model)
         settings = TrainSettings(steps=run.steps, lr=run.lr, warmup_steps=WARMUP_STEPS, ema_decay=EMA_DECAY)
         batches = data.batches(batch_size=run.batch_size, seed=run.seed)
         torch.manual_seed(run.seed)  # from here on the three draw the same times, noise and dropped labels
@@ -204,9 +224,9 @@ def feature_panels(
     One basis for all four: the components of f_c over all the given images. The student's tokens pass through its
     projection head, which brings them into the teacher's space.
     """
-    teacher, student = new_teacher(run), new_sit(run).eval()
+    teacher, student = new_teacher(run, run.out / STAGE1_FILE), new_sit(run).eval()
     student.load_state_dict(checkpoint["ema"])
-    criterion = stage2_criterion(run, student)
+    criterion = stage2_criterion(run, student, teacher)
     criterion.load_state_dict(checkpoint["criterion"])
 
     latents = encode_moments(vae, data.images)[0].to(run.device) * vae.config.scaling_factor
@@ -256,6 +276,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Run every phase that is not finished; return what `results.json` holds."""
     begin = time.perf_counter(), time.process_time()
     run = options(argv)
+    check_settings(run)
     open_run_folder(run.out, {name: value for name, value in vars(run).items() if name not in ("out", "device")})
     train_set, held_out = digits(IMAGE_SIZE)
     vae = trained_vae(run, train_set.images)
@@ -284,7 +305,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows["held-out digits: the floor"] = score(held_out.images, held_out.labels)
 
     top = {name: tile(grey_to_rgb(samples[way][:50]), 10) for way, name in WAYS.items()}
-    save_panels([top, feature_panels(run, runs["self"], vae, held_out)], run.out / "quickstart.png")
+    samples_heading = f"Samples after {run.steps} steps: the same noise and the same labels for all three"
+    tokens_heading = (
+        f"Tokens as colours: the first three principal components of $f_c$ over {len(held_out.labels)} noisy digits, "
+        "less the mean at each position. One basis for all four"
+    )
+    picture = {samples_heading: top, tokens_heading: feature_panels(run, runs["self"], vae, held_out)}
+    save_panels(picture, run.out / "quickstart.png")
     results = {
         "rows": rows,
         "classifier_accuracy": rows["held-out digits: the floor"]["accuracy"],

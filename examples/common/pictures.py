@@ -66,10 +66,17 @@ class ColourBasis:
         return colours.unflatten(1, (side, side)).float().cpu()
 
 
-def save_panels(rows: list[dict[str, NDArray[np.float32]]], path: Path) -> None:
-    """Write rows of titled pictures, pixels square and unsmoothed, as one PNG."""
-    figure = plt.figure(figsize=(12, 2.6 * len(rows)), layout="constrained")
-    for part, row in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows, strict=True):
+def save_panels(rows: dict[str, dict[str, NDArray[np.float32]]], path: Path) -> None:
+    """Write rows of pictures, pixels square and unsmoothed, as one PNG.
+
+    Args:
+        rows: A heading for each row, and for each of its pictures a title.
+        path: The file.
+    """
+    figure = plt.figure(figsize=(12, 2.7 * len(rows)), layout="constrained")
+    parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
+    for part, (heading, row) in zip(parts, rows.items(), strict=True):
+        part.suptitle(heading, fontsize=10)
         for axes, (title, picture) in zip(part.subplots(1, len(row), squeeze=False)[0], row.items(), strict=True):
             axes.imshow(picture, interpolation="nearest")
             axes.set_title(title, fontsize=9)
