@@ -9,28 +9,21 @@ the stage-1 run. Writes a table, a picture and every checkpoint to ``--out``; wh
 
 import argparse
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common.data import NUM_DIGIT_CLASSES, LabelledImages, LatentData, digits
-from common.metrics import (
-    SmallClassifier,
-    accuracy,
-    classifier_features,
-    feature_statistics,
-    frechet_distance,
-    train_classifier,
-)
+from common.metrics import accuracy, classifier_features, feature_statistics, frechet_distance, trained_classifier
+from common.options import at_least
 from common.paths import denoising_loss, interpolate, linear_path
 from common.pictures import ColourBasis, grey_to_rgb, save_panels, tile
 from common.run_folder import finished_or_made, open_run_folder, write_json
 from common.samplers import sample_ode
 from common.sit import SiT
 from common.training import TrainSettings, progress, train
-from common.vae import DOWNSAMPLING, LATENT_CHANNELS, decode, encode_moments, load_vae, new_vae, save_vae, train_vae
+from common.vae import DOWNSAMPLING, LATENT_CHANNELS, decode, encode_moments, trained_vae
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor
@@ -45,17 +38,6 @@ PICTURE_TIME = 0.5  # the middle of the window
 SAMPLE_BATCH = 250
 STAGE1_FILE = "stage1.pt"
 WAYS = {"plain": "as is", "stage1": "stage 1", "self": "Self-Transcendence"}
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from ``least`` on."""
-
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more; got {text}")
-        return int(text)
-
-    return number
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -84,30 +66,6 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--samples", type=at_least(2), default=1000, help="for the Fréchet distance, of each way")
     parser.add_argument("--sampler-steps", type=at_least(1), default=16, help="Euler steps, without guidance")
     return parser.parse_args(argv)
-
-
-def trained_vae(run: argparse.Namespace, images: Tensor) -> AutoencoderKL:
-    """The VAE of the run's folder, trained now if it is not there."""
-    folder = run.out / "vae"
-    if not folder.exists():
-        torch.manual_seed(run.seed)
-        vae = new_vae(IMAGE_SIZE).to(run.device)
-        train_vae(vae, images, steps=run.vae_steps, seed=run.seed)
-        save_vae(vae, folder)
-    return load_vae(folder).to(run.device)
-
-
-def trained_classifier(run: argparse.Namespace, data: LabelledImages) -> SmallClassifier:
-    """The classifier in whose features distances are taken, trained now if it is not there."""
-    torch.manual_seed(run.seed)
-    classifier = SmallClassifier(NUM_DIGIT_CLASSES).to(run.device)
-
-    def make() -> dict[str, Any]:
-        train_classifier(classifier, data.images, data.labels, steps=run.classifier_steps, seed=run.seed)
-        return classifier.state_dict()
-
-    classifier.load_state_dict(finished_or_made(run.out / "classifier.pt", make))
-    return classifier.eval()
 
 
 def new_sit(run: argparse.Namespace) -> SiT:
@@ -253,23 +211,31 @@ def feature_panels(
     }
 
 
-def table(results: dict[str, Any]) -> str:
-    """The results as the script prints them."""
-    lines = [f"{'':<36}{'Fréchet distance':>17}{'label seen':>12}{'s / step':>10}{'s in all':>10}"]
-    for name, row in results["rows"].items():
-        line = f"{name:<36}{row['frechet_distance']:>17.2f}{row['accuracy']:>12.1%}"
-        if "seconds" in row:
-            line += f"{row['seconds_per_step']:>10.3f}{row['seconds']:>10.1f}"
-        lines.append(line)
-    return "\n".join(lines)
-
-
 def compared(name: str, row: dict[str, float], plain: dict[str, float]) -> str:
     """One sentence on a way of training against the plain one, whichever is better."""
     change = row["frechet_distance"] / plain["frechet_distance"] - 1
     verdict = "higher (worse)" if change > 0 else "lower (better)"
     times = row["seconds"] / plain["seconds"]
     return f"{name}: distance {abs(change):.0%} {verdict} than as is, at {times:.2f} times its seconds. One seed only."
+
+
+def report(results: dict[str, Any]) -> str:
+    """The results as the script prints them, whoever wins."""
+    rows = results["rows"]
+    lines = ["", f"{'':<36}{'Fréchet distance':>17}{'label seen':>12}{'s / step':>10}{'s in all':>10}"]
+    for name, row in rows.items():
+        line = f"{name:<36}{row['frechet_distance']:>17.2f}{row['accuracy']:>12.1%}"
+        if "seconds" in row:
+            line += f"{row['seconds_per_step']:>10.3f}{row['seconds']:>10.1f}"
+        lines.append(line)
+    lines += [
+        "",
+        f"{results['steps']:,} steps and {results['samples']:,} samples each; distances are from the training digits, in "
+        "a classifier's features.",
+        "Label seen: how often that classifier finds the class that was asked for. Seconds in all include stage 1.",
+    ]
+    lines += [compared(WAYS[way], rows[WAYS[way]], rows[WAYS["plain"]]) for way in ("stage1", "self")]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -279,8 +245,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     check_settings(run)
     open_run_folder(run.out, {name: value for name, value in vars(run).items() if name not in ("out", "device")})
     train_set, held_out = digits(IMAGE_SIZE)
-    vae = trained_vae(run, train_set.images)
-    classifier = trained_classifier(run, train_set)
+    vae = trained_vae(run.out / "vae", train_set.images, steps=run.vae_steps, seed=run.seed, device=run.device)
+    classifier = trained_classifier(
+        run.out / "classifier.pt", train_set, steps=run.classifier_steps, seed=run.seed, device=run.device
+    )
     mean, std = (moment.to(run.device) for moment in encode_moments(vae, train_set.images))
     data = LatentData(mean, std, train_set.labels.to(run.device), vae.config.scaling_factor)
     reference = feature_statistics(classifier_features(classifier, train_set.images))
@@ -314,25 +282,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     save_panels(picture, run.out / "quickstart.png")
     results = {
         "rows": rows,
-        "classifier_accuracy": rows["held-out digits: the floor"]["accuracy"],
         "steps": run.steps,
         "samples": run.samples,
-        "wall_seconds": time.perf_counter() - begin[0],
-        "cpu_seconds": time.process_time() - begin[1],
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
+        "this_call": {
+            "wall_seconds": time.perf_counter() - begin[0],
+            "cpu_seconds": time.process_time() - begin[1],
+            "device": run.device,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+        },
     }
     write_json(results, run.out / "results.json")
-    print(f"\n{table(results)}\n")
-    print(
-        f"{run.samples:,} samples of each way and {len(held_out.labels)} held-out digits, each against the "
-        f"{len(train_set.labels):,} training digits, in the features of a classifier "
-        f"({results['classifier_accuracy']:.1%} right on held-out digits)."
-    )
-    print("Seconds in all count stage 1 for Self-Transcendence; VAE and classifier are common to all.")
-    for way in ("stage1", "self"):
-        print(compared(WAYS[way], rows[WAYS[way]], rows[WAYS["plain"]]))
-    print(f"This call took {results['wall_seconds']:.0f} s. Everything is in {run.out}.")
+    print(report(results))
+    print(f"This call took {results['this_call']['wall_seconds']:.0f} s. Everything is in {run.out}.")
     return results
 
 

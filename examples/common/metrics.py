@@ -1,6 +1,7 @@
 """How far samples are from data: the Fréchet distance between features of a classifier trained on the same images."""
 
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -9,7 +10,8 @@ from numpy.typing import NDArray
 from scipy.linalg import eigh, eigvalsh
 from torch import Tensor, nn
 
-from common.data import shuffled_batches
+from common.data import LabelledImages, shuffled_batches
+from common.run_folder import finished_or_made
 from common.training import endless, progress
 from selftrans_reg.errors import ShapeError
 
@@ -62,6 +64,19 @@ def train_classifier(
         optimizer.step()
         schedule.step()
     classifier.eval().requires_grad_(False)
+
+
+def trained_classifier(path: Path, data: LabelledImages, *, steps: int, seed: int, device: str) -> SmallClassifier:
+    """The classifier saved at the path; if there is none yet, one is trained on the data, from the seed, and saved."""
+    torch.manual_seed(seed)
+    classifier = SmallClassifier(int(data.labels.max()) + 1, data.images.shape[1]).to(device)
+
+    def make() -> dict[str, Any]:
+        train_classifier(classifier, data.images, data.labels, steps=steps, seed=seed)
+        return classifier.state_dict()
+
+    classifier.load_state_dict(finished_or_made(path, make))
+    return classifier.eval().requires_grad_(False)
 
 
 @torch.no_grad()

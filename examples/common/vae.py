@@ -84,6 +84,18 @@ def load_vae(folder: Path) -> AutoencoderKL:
     return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
 
 
+def trained_vae(folder: Path, images: Tensor, *, steps: int, seed: int, device: str) -> AutoencoderKL:
+    """The VAE saved in the folder; if there is none yet, one is trained on the images, from the seed, and saved."""
+    if folder.exists():
+        print(f"{folder}: finished before")
+    else:
+        torch.manual_seed(seed)
+        vae = new_vae(images.shape[-1], images.shape[1]).to(device)
+        train_vae(vae, images, steps=steps, seed=seed)
+        save_vae(vae, folder)
+    return load_vae(folder).to(device)
+
+
 def _chunks(tensor: Tensor) -> Iterator[Tensor]:
     yield from tensor.split(_DECODE_BATCH)
 
