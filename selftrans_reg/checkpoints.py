@@ -71,8 +71,7 @@ _SAFE_OPCODES = frozenset([
 _MAX_PICKLE = 4 << 20  # of a zip archive's directory too
 _MAX_OPCODES = 400_000
 _MAX_CALLS = 40_000  # two a tensor
-_MAX_JSON = 2 << 20
-_MAX_SAFETENSORS_HEADER = 4 << 20
+_MAX_JSON = 2 << 20  # of a safetensors header too
 _MAX_TUPLE_DEPTH = 32  # hashing a tuple nested a million deep overflows the interpreter's stack
 _MAX_LONG = 1 << 72  # longer integers can be chosen to collide in a dictionary, which then takes quadratic time
 
@@ -195,9 +194,9 @@ def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
                 f"{file} is no whole safetensors file: it has {size} bytes and announces a header of {length}. "
                 "Copy or download it again."
             )
-        if length > _MAX_SAFETENSORS_HEADER:
+        if length > _MAX_JSON:
             raise CheckpointError(
-                f"{file} has a header of {length} bytes; at most {_MAX_SAFETENSORS_HEADER} are read. "
+                f"{file} has a header of {length} bytes; at most {_MAX_JSON} are read. "
                 "Save the weights alone, without long metadata."
             )
         return safetensors.torch.load_file(file)

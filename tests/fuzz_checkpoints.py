@@ -154,7 +154,7 @@ def size_bombs() -> dict[str, bytes]:
 
 
 def _many_tensors_header() -> bytes:
-    tensors = {f"{k}": {"dtype": "U8", "shape": [], "data_offsets": [k, k + 1]} for k in range(80_000)}
+    tensors = {f"{k}": {"dtype": "U8", "shape": [], "data_offsets": [k, k + 1]} for k in range(33_500)}
     header = json.dumps(tensors, separators=(",", ":")).encode()
     return struct.pack("<Q", len(header)) + header + bytes(len(tensors))
 
@@ -376,7 +376,7 @@ def odd_dictionary(corpus: Corpus, rng: random.Random) -> Mapping[Any, Any]:
     state: dict[Any, Any] = dict(corpus.state)
     for _ in range(rng.randint(1, 3)):
         key = rng.choice(list(state))
-        tensor = state[key] if isinstance(state[key], Tensor) else torch.ones(3)
+        tensor = state[key].detach() if isinstance(state[key], Tensor) else torch.ones(3)
         state[key] = rng.choice([
             None, 1, "x", [tensor], tensor.numpy(), tensor.to("meta"), tensor[None], tensor.flatten()[:0],
             tensor * torch.nan, tensor.to(torch.complex64), tensor.to(torch.int8), tensor.bool(), tensor.half(),
