@@ -230,8 +230,8 @@ def report(results: dict[str, Any]) -> str:
         lines.append(line)
     lines += [
         "",
-        f"{results['steps']:,} steps and {results['samples']:,} samples each; distances are from the training digits, in "
-        "a classifier's features.",
+        f"{results['steps']:,} steps and {results['samples']:,} samples each; distances are from the training digits, "
+        "in a classifier's features.",
         "Label seen: how often that classifier finds the class that was asked for. Seconds in all include stage 1.",
     ]
     lines += [compared(WAYS[way], rows[WAYS[way]], rows[WAYS["plain"]]) for way in ("stage1", "self")]
