@@ -344,7 +344,7 @@ class TestLayers:
             step1(MDT, layer="sideblocks.0")
 
     def test_a_width_that_cannot_be_told(self) -> None:
-        with refused(errors.SettingError, r"'unet\.enc\.4x4_block1' \(ConvBlock\)", "Pass hidden_size="):
+        with refused(errors.SettingError, r"'unet\.enc\.16x16_block1' \(ConvBlock\)", "Pass hidden_size="):
             step1(EDM2, hidden_size=None)
 
     @pytest.mark.parametrize("hidden_size", [8, 32])

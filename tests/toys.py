@@ -279,13 +279,13 @@ class ToyMaskDiTNet(ToyDiT):
 class ToyUNet(ToyDiT):
     """The network inside EDM2: blocks in dictionaries, maps (N, D, H, W) between them, one-hot labels."""
 
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__(seed=seed, lists={})
+    def __init__(self, seed: int = 0, patch_size: int = 2) -> None:
+        super().__init__(seed=seed, patch_size=patch_size, lists={})
 
     def add_condition(self, width: int) -> None:
         self.y_embedder = nn.Linear(self.num_classes, width)
-        self.enc = nn.ModuleDict({f"4x4_block{i}": ConvBlock(width) for i in range(3)})
-        self.dec = nn.ModuleDict({f"4x4_block{i}": ConvBlock(width) for i in range(2)})
+        self.enc = nn.ModuleDict({f"16x16_block{i}": ConvBlock(width) for i in range(3)})
+        self.dec = nn.ModuleDict({f"16x16_block{i}": ConvBlock(width) for i in range(2)})
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor) -> Tensor:
         maps, c = self.x_embedder(x), self.embed_t(c_noise) + self.y_embedder(class_labels)
@@ -324,9 +324,9 @@ class ToyEDM2(Preconditioned):
 
     data_std = 0.5
 
-    def __init__(self, seed: int = 0) -> None:
+    def __init__(self, seed: int = 0, patch_size: int = 2) -> None:
         super().__init__()
-        self.unet = ToyUNet(seed)
+        self.unet = ToyUNet(seed, patch_size)
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
         return self.denoised(self.unet, x, sigma, class_labels)
