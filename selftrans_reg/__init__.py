@@ -6,6 +6,7 @@ classifier-free-guided features, and one loss object that combines them in an ex
 Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 """
 
+from .artefacts import strip
 from .criterion import LossTerms, SelfTransLoss
 from .errors import ArtefactError as ArtefactError
 from .errors import CallError as CallError
@@ -47,4 +48,5 @@ __all__ = [
     "build_teacher",
     "feature_alignment",
     "recipe",
+    "strip",
 ]

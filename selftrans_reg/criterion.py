@@ -6,7 +6,9 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, get_args
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +41,9 @@ from .taps import Record, Recorder, WhichForward, layer_names
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention, check_against_latents, check_times, check_window, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
+
+if TYPE_CHECKING:
+    from .hub import Source
 
 Target: TypeAlias = Literal["latents", "velocity"]
 Gating: TypeAlias = Literal["per-sample", "released"]
@@ -319,6 +324,101 @@ class SelfTransLoss(nn.Module):
             teacher_chunk=teacher_chunk,
             teacher_rows=teacher_rows,
             **settings,
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        model: nn.Module,
+        teacher: CFGFeatureTeacher | None = None,
+        *,
+        select: Select = None,
+        tokens: Tokens = None,
+        time: TimeConvention | None = None,
+        **source: Unpack[Source],
+    ) -> SelfTransLoss:
+        """The criterion that was saved in a folder or pushed to the hub: its next step is the one that it would be.
+
+        Args:
+            name: The folder, or the repository ``"owner/name"`` on the hub.
+            model: The model to watch, with weights of that moment, which the loop keeps.
+            teacher: The teacher of stage 2; None in stage 1, and allowed past the ``stop_step``.
+            select: The function, if it was one: functions cannot be saved.
+            tokens: The function, if it was one.
+            time: The time convention, if it was not a named one.
+            **source: For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Raises:
+            ArtefactError: If there is no such criterion; if its files are broken, unsafe or of a later version; if it
+                does not fit the model; or if a function is needed.
+            TeacherError: If the teacher is not the one that the run began with, or is needed and missing.
+            SettingError: If something is passed that was saved.
+        """
+        from .hub import fetch
+        from .pretrained import load_criterion
+
+        return load_criterion(cls, fetch(name, **source), model, teacher, select, tokens, time)
+
+    def save_pretrained(
+        self, directory: str | PathLike[str], *, source: str | None = None, licence: str | None = None
+    ) -> None:
+        """Save heads, settings, counters and a model card, for :meth:`from_pretrained`.
+
+        Model, teacher and optimiser are saved by the loop. Functions (``select``, ``tokens``, a time convention of your
+        own) are saved by name only, and loading asks for them. An older criterion in the folder is replaced,
+        atomically; an edited ``README.md`` stays. In a distributed run, call this on one rank.
+
+        Args:
+            directory: The folder; made if there is none.
+            source: The run that it comes from, in words or as an address.
+            licence: Of the weights.
+
+        Raises:
+            ArtefactError: If the folder holds something else, something cannot be saved, or the disk is full.
+        """
+        from .pretrained import save_criterion
+
+        save_criterion(self, Path(directory), source, licence, Path(directory).name)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload criterion",
+        source: str | None = None,
+        licence: str | None = None,
+    ) -> str:
+        """Save as :meth:`save_pretrained` does and upload that to the hub.
+
+        Args:
+            repository: ``"owner/name"``; created if there is none.
+            private: Whether a new repository is private.
+            token: An access token that may write; by default the stored one.
+            revision: The branch; created if there is none.
+            commit_message: Of the upload.
+            source: As for :meth:`save_pretrained`.
+            licence: As for :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArtefactError: If something cannot be saved, or the hub refuses.
+        """
+        from .hub import push
+        from .pretrained import save_criterion
+
+        return push(
+            repository,
+            lambda folder: save_criterion(self, folder, source, licence, repository),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
         )
 
     @property

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import Any, Literal, TypeAlias
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,10 @@ from .taps import EarlyExit, watched
 from .time import TimeConvention, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
 from .truncate import truncate
+
+if TYPE_CHECKING:
+    from .hub import Source
+    from .pretrained import Details
 
 Null: TypeAlias = Mapping[str, Any]
 
@@ -71,6 +76,7 @@ class CFGFeatureTeacher(nn.Module):
         self.hidden_size = infer_width(tapped) if hidden_size is None else hidden_size
         self.time = None if time is None else resolve(time)
         self.spec = CallSpec(model, call)
+        self.null = null
         self._null = dict(_flatten_null(null, self.spec))
         for index, value in enumerate(self._null.values()):
             if isinstance(value, Tensor):
@@ -81,6 +87,8 @@ class CFGFeatureTeacher(nn.Module):
         self._prepared = False
         self._compile = compile
         self.fingerprint = fingerprint(model, layer, self.guidance_scale, self._null)
+        self.architecture = architecture(model)
+        self.provenance: dict[str, Any] = {}  # where it comes from, for those with whom it is shared
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key != "_exit"}
@@ -88,6 +96,103 @@ class CFGFeatureTeacher(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._exit = EarlyExit(self.model, self.layer)  # a copy's hooks are inert
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | PathLike[str],
+        model: nn.Module | Callable[[], nn.Module],
+        *,
+        null: Null | None = None,
+        select: Select = None,
+        tokens: Tokens = None,
+        time: TimeConvention | None = None,
+        compile: bool = False,  # noqa: A002
+        **source: Unpack[Source],
+    ) -> CFGFeatureTeacher:
+        """The teacher that was saved in a folder or pushed to the hub, with the same features.
+
+        Args:
+            name: The folder, or the repository ``"owner/name"`` on the hub.
+            model: A model of the class and settings that the teacher was saved from, which is taken over; or a
+                function of no arguments that makes one. Its weights are replaced; they keep the dtypes that were saved.
+            null: The part of the null condition that is functions, which cannot be saved, as :func:`build_teacher` took
+                it.
+            select: The function, if it was one.
+            tokens: The function, if it was one.
+            time: The time convention, if it was not a named one.
+            compile: As for :func:`build_teacher`.
+            **source: For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
+
+        Raises:
+            ArtefactError: If there is no such teacher; if its files are broken, unsafe or of a later version; if it
+                does not fit the model, which is then as it was; or if a function is needed.
+            SettingError: If something is passed that was saved.
+        """
+        from .hub import fetch
+        from .pretrained import load_teacher
+
+        return load_teacher(cls, fetch(name, **source), model, null, select, tokens, time, compile)
+
+    def save_pretrained(self, directory: str | PathLike[str], **details: Unpack[Details]) -> None:
+        """Save weights, settings and a model card, for :meth:`from_pretrained`.
+
+        What the first call has dropped is not saved; before it the whole model is. Functions (a null condition,
+        ``select``, ``tokens``, a time convention of your own) are saved by name only, and loading asks for them. An
+        older teacher in the folder is replaced, atomically; an edited ``README.md`` stays. In a distributed run, call
+        this on one rank.
+
+        Args:
+            directory: The folder; made if there is none.
+            **details: What the teacher cannot know, all optional: ``source``, the run that it comes from, in words or
+                as an address; ``step``, at which the weights were taken; ``latent_scale`` and ``latent_shape``, the
+                factor on the VAE's latents and their (C, H, W); ``licence`` of the weights. They are kept in
+                ``teacher.provenance``.
+
+        Raises:
+            ArtefactError: If the folder holds something else, something cannot be saved, or the disk is full.
+        """
+        from .pretrained import save_teacher
+
+        save_teacher(self, Path(directory), details, Path(directory).name)
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload teacher",
+        **details: Unpack[Details],
+    ) -> str:
+        """Save as :meth:`save_pretrained` does and upload that to the hub.
+
+        Args:
+            repository: ``"owner/name"``; created if there is none.
+            private: Whether a new repository is private.
+            token: An access token that may write; by default the stored one.
+            revision: The branch; created if there is none.
+            commit_message: Of the upload.
+            **details: As for :meth:`save_pretrained`.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArtefactError: If something cannot be saved, or the hub refuses.
+        """
+        from .hub import push
+        from .pretrained import save_teacher
+
+        return push(
+            repository,
+            lambda folder: save_teacher(self, folder, details, repository),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )
 
     def train(self, mode: bool = True) -> CFGFeatureTeacher:
         """Stay in eval mode: a teacher drops no labels."""
@@ -295,10 +400,8 @@ def build_teacher(
     if weights not in ("ema", "model"):
         raise SettingError(f"weights must be 'ema' or 'model'; got {weights!r}.")
     # The settings are checked first: a checkpoint can take minutes to load.
-    check_guidance_scale(guidance_scale)
-    find_layer(model, layer)
-    dict(_flatten_null(null, CallSpec(model, call)))
-    load_weights(model, checkpoint, weights=weights)
+    check_settings(model, layer=layer, guidance_scale=guidance_scale, null=null, call=call)
+    report = load_weights(model, checkpoint, weights=weights)
     teacher = CFGFeatureTeacher(
         model,
         layer=layer,
@@ -311,12 +414,25 @@ def build_teacher(
         time=time,
         compile=compile,
     )
+    if report.source is not None:
+        teacher.provenance["source"] = Path(report.source).name  # no paths: they would tell of the machine
+    if report.step is not None:
+        teacher.provenance["step"] = report.step
     if example is not None:
         features = teacher(**example) if isinstance(example, Mapping) else teacher(*example)
         if hidden_size is not None and hidden_size != features.shape[-1]:
             raise ShapeError(f"hidden_size={hidden_size}, but layer {layer!r} gives {tuple(features.shape)}.")
         teacher.hidden_size = features.shape[-1]
     return teacher
+
+
+def check_settings(
+    model: nn.Module, *, layer: str, guidance_scale: float, null: Null, call: Mapping[str, Any] | None
+) -> None:
+    """Raise what building a teacher with these settings would raise, and leave the model as it is."""
+    check_guidance_scale(guidance_scale)
+    find_layer(model, layer)
+    dict(_flatten_null(null, CallSpec(model, call)))
 
 
 def check_guidance_scale(scale: object) -> None:
@@ -363,6 +479,13 @@ def fingerprint(model: nn.Module, layer: str, guidance_scale: float, null: Mappi
         if isinstance(value, Tensor):  # a module's extra state may be anything
             digest.update(f"\n{name} {_plain(value)}".encode())
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def architecture(model: nn.Module) -> str:
+    """SHA-256 of the keys and shapes of the model's weights, in hexadecimal."""
+    state = unwrap(model).state_dict()
+    lines = [f"{key} {tuple(value.shape)}" for key, value in sorted(state.items()) if isinstance(value, Tensor)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:

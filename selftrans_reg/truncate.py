@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .errors import PrunedModuleError
+from .names import named_layers, unwrap
 from .taps import watched
 
 
@@ -90,6 +91,20 @@ def truncate(model: nn.Module, layer: nn.Module, run: Callable[[], Tensor]) -> T
             stacklevel=2,
         )
     return reference
+
+
+def dropped_names(model: nn.Module) -> list[str]:
+    """The names of the modules that a truncated model has lost."""
+    return [name for name, module in named_layers(model).items() if isinstance(module, Pruned)]
+
+
+def drop(model: nn.Module, names: Iterable[str]) -> None:
+    """Replace the modules of these names, where the model has them, by a :class:`Pruned`."""
+    layers = named_layers(model)
+    for name in names:
+        if name in layers:
+            parent, _, child = name.rpartition(".")
+            unwrap(layers[parent] if parent else model)._modules[child] = Pruned(name, [])
 
 
 def _never_started(

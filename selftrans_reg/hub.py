@@ -1,0 +1,119 @@
+"""Artefacts on the Hugging Face hub, by huggingface_hub's own functions.
+
+Of a repository the two files of the format are downloaded and nothing else, so that no code can come with them.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TypedDict
+
+from .artefacts import CARD, CONFIG, WEIGHTS, version
+from .errors import ArtefactError
+
+_LIBRARY = "selftrans-reg"
+
+
+class Source(TypedDict, total=False):
+    """Where on the hub, and how to get there; :func:`fetch` describes each."""
+
+    revision: str | None
+    token: str | bool | None
+    cache_dir: str | PathLike[str] | None
+    local_files_only: bool
+
+
+def fetch(
+    name: str | PathLike[str],
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | PathLike[str] | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of an artefact: a local one, or a copy in the cache of a repository ``"owner/name"`` on the hub.
+
+    A local folder of that name comes first. ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_TOKEN`` mean what
+    huggingface_hub says.
+
+    Args:
+        name: A folder or a repository.
+        revision: The repository's branch, tag or commit.
+        token: An access token for private repositories; True for the stored one, False for none.
+        cache_dir: Where copies are kept.
+        local_files_only: Take the copy that is there, and ask nobody.
+
+    Raises:
+        ArtefactError: If there is no such folder, or the repository cannot be read.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if revision is not None:
+            raise ArtefactError(f"{str(folder)!r} is a local folder, which has no revision {revision!r}: leave it out.")
+        return folder
+    repository = fspath(name)
+    is_repository = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
+    if not is_repository or (revision is None and folder.parent.is_dir()):
+        raise ArtefactError(
+            f"There is no folder {repository!r}.\n"
+            "A repository on the hub is named 'owner/name'; if there is a folder called like its owner here, name a "
+            "revision too, such as revision='main'."
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        copy = snapshot_download(
+            repository,
+            revision=revision,
+            token=token,
+            cache_dir=None if cache_dir is None else Path(cache_dir),
+            local_files_only=local_files_only,
+            allow_patterns=[CONFIG, WEIGHTS],
+            library_name=_LIBRARY,
+            library_version=version(),
+        )
+    except Exception as error:  # its own, of the HTTP library, of the file system
+        raise ArtefactError(f"{repository!r} cannot be read from the hub: {type(error).__name__}: {error}") from error
+    return Path(copy)
+
+
+def push(
+    repository: str,
+    save: Callable[[Path], None],
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """Upload what ``save`` writes, creating the repository if there is none; the address of the commit.
+
+    A ``README.md`` that the repository already has stays.
+
+    Raises:
+        ArtefactError: If the hub refuses, or cannot be reached.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token, library_name=_LIBRARY, library_version=version())
+    with tempfile.TemporaryDirectory() as folder:
+        save(Path(folder))
+        try:
+            created = api.create_repo(repository, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(created.repo_id, branch=revision, exist_ok=True)
+            has_card = api.file_exists(created.repo_id, CARD, revision=revision)
+            commit = api.upload_folder(
+                repo_id=created.repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                ignore_patterns=[CARD] if has_card else None,
+            )
+        except Exception as error:
+            raise ArtefactError(f"The upload to {repository!r} failed: {type(error).__name__}: {error}") from error
+    return commit.commit_url
