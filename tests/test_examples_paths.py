@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common.paths import PATHS, Transport, interpolate, path_named, velocity_loss
+from common.paths import PATHS, Transport, denoising_loss, interpolate, path_named, velocity_loss
 from torch import Tensor, nn
 
 from selftrans_reg.errors import SettingError
@@ -56,6 +56,19 @@ def test_velocity_loss_equals_the_plain_formula(name: str, generator: torch.Gene
             x_t, velocity = a * latents[i] + b * noise[i], math.pi / 2 * (a * noise[i] - b * latents[i])
         expected = ((0.5 * x_t + s - i - velocity) ** 2).sum() / velocity.numel()
         torch.testing.assert_close(actual[i], expected)
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_denoising_loss_draws_uniform_times_then_the_noise(name: str, generator: torch.Generator) -> None:
+    latents, y = torch.randn(64, 2, 4, 4, generator=generator), torch.arange(64) % 3
+    model = Affine()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        actual = denoising_loss(model, latents, y, PATHS[name])
+        torch.manual_seed(0)
+        t, noise = torch.rand(64), torch.randn_like(latents)
+    assert torch.equal(model.seen[1], t)
+    torch.testing.assert_close(actual, velocity_loss(model, latents, y, t, noise, PATHS[name]))
 
 
 @pytest.mark.parametrize("name", PATHS)
