@@ -113,6 +113,14 @@ class TestTheModelStaysAsItIs:
         assert len(set(losses)) == 4
         assert all(torch.equal(p, q) for p, q in zip(with_it.parameters(), without.parameters(), strict=True))
 
+    @pytest.mark.parametrize("make", [stage1, stage2])
+    def test_with_weight_0_the_alignment_is_measured_without_a_graph(self, make: type) -> None:
+        model, b, projected = student(), batch(), []
+        criterion = make(model, weight=0.0)
+        criterion.heads[0].register_forward_hook(lambda module, args, output: projected.append(output.requires_grad))
+        criterion(denoise(model, b), latents=b["x"])
+        assert projected[0] is False
+
     @pytest.mark.parametrize("leave", ["detach", "with"])
     def test_leaving_removes_every_hook(self, leave: str) -> None:
         model = ToyDiT()
