@@ -7,6 +7,8 @@ from torch import Tensor, nn
 
 from .calls import Call
 from .errors import GradientError, PlacementError, ShapeError
+from .heads import ProjectionHead
+from .losses import VAEAlignmentLoss
 
 
 def check_denoising(denoising: object) -> None:
@@ -48,7 +50,7 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> N
     """Make sure that a head can be trained on the tokens.
 
     Raises:
-        ShapeError: If there is not one row for each sample.
+        ShapeError: If there is not one row for each sample, or the head reads another width.
         PlacementError: If the head lies elsewhere.
         GradientError: If the tokens carry no gradient although gradients are enabled.
     """
@@ -56,6 +58,13 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> N
         raise ShapeError(
             f"Layer {layer!r} gave {len(tokens)} rows in a call of {call.rows} samples: tap a layer that keeps one row "
             "for each sample."
+        )
+    assert isinstance(head, ProjectionHead | VAEAlignmentLoss)
+    if tokens.shape[-1] != head.in_features:
+        raise ShapeError(
+            f"Layer {layer!r} gave tokens of width {tokens.shape[-1]}, but the head reads {head.in_features}.\n"
+            f"Build the criterion with hidden_size={tokens.shape[-1]}; or, if the layer's maps are not (N, D, H, W), turn "
+            "them into (N, T, D) with tokens= a callable."
         )
     check_device(head, tokens.device, "head")
     if torch.is_grad_enabled() and not tokens.requires_grad:

@@ -163,6 +163,11 @@ class VAEAlignmentLoss(nn.Module):
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = linear(hidden_size, math.prod(patch) * latent_channels, generator, device)
 
+    @property
+    def in_features(self) -> int:
+        """D, the width of the tokens."""
+        return self.head.in_features
+
     def forward(self, tokens: Tensor, latents: Tensor) -> Tensor:
         """The distance for each sample; see the class."""
         return feature_alignment(self.predict(tokens), self.patchify(latents, tokens), self.distance)

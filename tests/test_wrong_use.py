@@ -184,7 +184,7 @@ class TestTokens:
             step2(small)
 
     def test_maps_whose_channels_are_not_first(self) -> None:
-        with refused(errors.ShapeError, r"reads tokens of width 16, but got \(\d, 64, 4\)", "hidden_size=4"):
+        with refused(errors.ShapeError, "tokens of width 4, but the head reads 16", r"\(N, D, H, W\)", "callable"):
             step1(EDM2, select=lambda maps: maps.movedim(1, -1))
 
 
@@ -349,7 +349,7 @@ class TestLayers:
 
     @pytest.mark.parametrize("hidden_size", [8, 32])
     def test_another_width(self, hidden_size: int) -> None:
-        with refused(errors.ShapeError, f"width {hidden_size}, but got", "hidden_size=16"):
+        with refused(errors.ShapeError, f"tokens of width 16, but the head reads {hidden_size}", "hidden_size=16"):
             step1(SIT, hidden_size=hidden_size)
 
     def test_a_layer_by_its_number(self) -> None:
