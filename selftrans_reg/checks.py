@@ -63,8 +63,8 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> N
     if tokens.shape[-1] != head.in_features:
         raise ShapeError(
             f"Layer {layer!r} gave tokens of width {tokens.shape[-1]}, but the head reads {head.in_features}.\n"
-            f"Build the criterion with hidden_size={tokens.shape[-1]}; or, if the layer's maps are not (N, D, H, W), turn "
-            "them into (N, T, D) with tokens= a callable."
+            f"Build the criterion with hidden_size={tokens.shape[-1]}; or, if the layer's maps are not (N, D, H, W), "
+            "turn them into (N, T, D) with tokens= a callable."
         )
     check_device(head, tokens.device, "head")
     if torch.is_grad_enabled() and not tokens.requires_grad:
