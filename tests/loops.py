@@ -50,7 +50,7 @@ def student(device: torch.device | str = "cpu") -> ToyDiT:
     return toy(1, device)
 
 
-def new_teacher(model: nn.Module | None = None) -> st.CFGFeatureTeacher:
+def new_teacher(model: nn.Module | None = None, **settings: object) -> st.CFGFeatureTeacher:
     return st.build_teacher(
         toy(2) if model is None else model,
         None,
@@ -58,6 +58,7 @@ def new_teacher(model: nn.Module | None = None) -> st.CFGFeatureTeacher:
         guidance_scale=GUIDANCE_SCALE,
         null={"y": NULL_CLASS},
         hidden_size=16,
+        **settings,
     )
 
 

@@ -1,0 +1,206 @@
+"""torch.compile in every way that people use it: right gradients, no graph more than without the library."""
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from loops import (
+    Batch,
+    assert_same,
+    denoising,
+    gradients,
+    new_criterion,
+    new_teacher,
+    noisy_batch,
+    plain_gradients,
+    student,
+    total,
+)
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from toys import ToyDiT
+
+from selftrans_reg.errors import CaptureError
+
+TIMES = [0.35, 0.5, 0.1, 0.9]
+
+OPTIONS = {"backend": "aot_eager", "fullgraph": True}
+
+# Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that pytest undoes.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def whole(model: ToyDiT, **options: object) -> nn.Module:
+    return torch.compile(model, **options)
+
+
+def in_place(model: ToyDiT, **options: object) -> nn.Module:
+    model.compile(**options)
+    return model
+
+
+def per_block(model: ToyDiT, **options: object) -> nn.Module:
+    for block in model.blocks:
+        block.compile(**options)
+    return model
+
+
+WAYS = {"whole": whole, "in place": in_place, "per block": per_block}
+
+
+def ten_steps(model: nn.Module, loss: Callable[[], Tensor], b: Batch) -> tuple[dict[str, Tensor], list[int]]:
+    """The gradients of the last step, and how many graphs there were after each: a step trains and then samples."""
+    graphs = []
+    for _ in range(10):
+        model.zero_grad()
+        loss().backward()
+        model.eval()
+        with torch.no_grad():
+            model(b.x_t, b.t, b.y)
+        model.train()
+        graphs.append(counters["stats"]["unique_graphs"])
+    return gradients(model), graphs
+
+
+@functools.cache
+def without_the_library(way: str, device: torch.device) -> tuple[dict[str, Tensor], list[int]]:
+    b = noisy_batch(TIMES).to(device)
+    model = WAYS[way](student(device), **OPTIONS)
+    try:
+        return ten_steps(model, lambda: denoising(model, b).mean(), b)
+    finally:
+        torch.compiler.reset()
+        counters.clear()
+
+
+@pytest.mark.parametrize("attached", ["before", "after"])
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_and_graphs(way: str, attached: str, device: torch.device) -> None:
+    bare_gradients, bare_graphs = without_the_library(way, device)
+    b = noisy_batch(TIMES).to(device)
+    model = student(device)
+    criterion = new_criterion(model) if attached == "before" else None
+    compiled = WAYS[way](model, **OPTIONS)
+    criterion = criterion or new_criterion(compiled)
+    found, graphs = ten_steps(compiled, lambda: total(compiled, criterion, b), b)
+    assert_same(found, {name: tensor for name, tensor in plain_gradients(b).items() if name.startswith("0.")})
+    criterion.weight = 0.0  # it only measures: the gradients are, to the bit, what they were without it
+    found, graphs_then = ten_steps(compiled, lambda: total(compiled, criterion, b), b)
+    assert_same(found, bare_gradients, tolerance=0.0)
+    assert graphs + graphs_then == [bare_graphs[0]] * 20 == bare_graphs * 2
+
+
+@pytest.mark.parametrize("way", ["whole", "in place"])
+def test_attached_after_the_first_compiled_call_is_an_error(way: str) -> None:
+    b = noisy_batch(TIMES)
+    model = WAYS[way](student(), backend="eager")
+    denoising(model, b)
+    criterion = new_criterion(model)
+    with pytest.raises(CaptureError, match=r"Layer 'blocks\.1' did not run in the last forward") as error:
+        total(model, criterion, b)
+    assert error.match("compiled and called before this library was attached")
+    assert error.match(r"attach before the first call, or call torch\._dynamo\.reset\(\) after attaching")
+    torch._dynamo.reset()
+    total(model, criterion, b).backward()
+    assert_same(gradients(model, criterion), plain_gradients(b))
+
+
+def test_blocks_compiled_one_by_one_may_be_tapped_at_any_time() -> None:
+    b = noisy_batch(TIMES)
+    model = per_block(student(), backend="eager")
+    denoising(model, b)
+    criterion = new_criterion(model)
+    total(model, criterion, b).backward()
+    assert_same(gradients(model, criterion), plain_gradients(b))
+
+
+def run_block(block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+    return block(x, c)
+
+
+class Through(nn.ModuleList):
+    """Blocks that a model's loop finds inside a function."""
+
+    def __init__(self, blocks: nn.ModuleList, function: Callable[..., Tensor]) -> None:
+        super().__init__(blocks._modules.values())
+        self.function = function
+
+    def __iter__(self) -> Iterator[Callable[..., Tensor]]:
+        return iter([lambda x, c, block=block: self.function(block, x, c) for block in self._modules.values()])
+
+
+def test_one_compiled_function_for_all_blocks_is_an_error_that_names_the_setting() -> None:
+    b = noisy_batch(TIMES)
+
+    def attached() -> tuple[nn.Module, nn.Module]:
+        torch.compiler.reset()
+        model = student()
+        model.blocks = Through(model.blocks, torch.compile(run_block, backend="eager"))
+        return model, new_criterion(model)
+
+    model, criterion = attached()
+    with pytest.raises(CaptureError, match="one compiled function serves several layers") as error:
+        total(model, criterion, b)
+    assert error.match("skip_nnmodule_hook_guards = False")
+    with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+        model, criterion = attached()
+        total(model, criterion, b).backward()
+    assert_same(gradients(model, criterion), plain_gradients(b))
+
+
+@pytest.fixture
+def _eager_backend() -> Iterator[None]:
+    torch.compiler.set_default_backend("eager")
+    yield
+    torch.compiler.set_default_backend(None)
+
+
+@pytest.mark.usefixtures("_eager_backend")
+def test_a_compiled_teacher_leaves_the_students_cache_alone() -> None:
+    """Student and teacher share a class, so a code object, and what PyTorch caches for it; here two graphs at most."""
+    model = per_block(student())
+    criterion = new_criterion(model, teacher=new_teacher(compile=True))
+    with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
+        for inside in (4, 1, 3, 0, 2):  # the teacher's batch has another size each time
+            b = noisy_batch([0.4] * inside + [0.9] * (4 - inside))
+            model.zero_grad()
+            criterion.zero_grad()
+            total(model, criterion, b).backward()
+            assert_same(gradients(model, criterion), plain_gradients(b))
+            with torch.no_grad():
+                model.eval()(b.x_t, b.t, b.y)
+            model.train()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor's own
+@pytest.mark.parametrize("way", ["whole", "per block"])
+def test_inductor(way: str, device: torch.device) -> None:
+    b = noisy_batch(TIMES).to(device)
+    model = WAYS[way](student(device), fullgraph=True)
+    criterion = new_criterion(model)
+    total(model, criterion, b).backward()
+    # Its fused kernels sum in another order.
+    assert_same(gradients(model, criterion), plain_gradients(b), tolerance=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_reduce_overhead() -> None:
+    b = noisy_batch(TIMES).to("cuda")
+    model = torch.compile(student("cuda"), mode="reduce-overhead", fullgraph=True)
+    criterion = new_criterion(model)
+    for _ in range(4):  # two warm-ups, one recording, one replay
+        torch.compiler.cudagraph_mark_step_begin()
+        model.zero_grad()
+        criterion.zero_grad()
+        total(model, criterion, b).backward()
+        assert_same(gradients(model, criterion), plain_gradients(b), tolerance=1e-5)
