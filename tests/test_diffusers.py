@@ -6,6 +6,7 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import plain
 import pytest
 import torch
 from backbones import Backbone, assert_step_is_plain
@@ -72,3 +73,16 @@ def test_a_width_is_right_or_asked_for_at_every_layer(backbone: Backbone, built:
     if asked:
         with pytest.raises(st.SelfTransError, match=r"cannot be read off(?s:.*)Pass hidden_size="):
             backbone.stage1(built, hidden_size=None)
+
+
+def test_a_tap_alone_gives_the_images_tokens(backbone: Backbone, built: nn.Module) -> None:
+    arguments = backbone.batch(3).arguments
+    reads = {key: value for key, value in backbone.reads.items() if key in ("select", "tokens")}
+    with st.FeatureTap(built, backbone.shallow, **reads) as tap, torch.random.fork_rng():
+        torch.manual_seed(0)
+        backbone.call(built, arguments)
+        found = tap.pop()
+        torch.manual_seed(0)
+        _, captured = plain.tapped(built, backbone.shallow, **arguments)
+    assert torch.equal(found, backbone.pick(captured, arguments))
+    assert found.requires_grad
