@@ -246,7 +246,7 @@ def damaged_pickle(corpus: Corpus, rng: random.Random) -> Path:
     records = dict(corpus.records)
     data = bytearray(records.pop("data.pkl"))
     for _ in range(rng.randint(1, 3)):
-        if rng.random() < 0.7:
+        if data and rng.random() < 0.7:
             data[rng.randrange(len(data))] = rng.randrange(256)
         else:
             data = bytearray(damaged(bytes(data), rng))
@@ -376,7 +376,7 @@ def odd_dictionary(corpus: Corpus, rng: random.Random) -> Mapping[Any, Any]:
     state: dict[Any, Any] = dict(corpus.state)
     for _ in range(rng.randint(1, 3)):
         key = rng.choice(list(state))
-        tensor = state[key].detach() if isinstance(state[key], Tensor) else torch.ones(3)
+        tensor = corpus.state.get(key, torch.ones(3))
         state[key] = rng.choice([
             None, 1, "x", [tensor], tensor.numpy(), tensor.to("meta"), tensor[None], tensor.flatten()[:0],
             tensor * torch.nan, tensor.to(torch.complex64), tensor.to(torch.int8), tensor.bool(), tensor.half(),
