@@ -115,18 +115,26 @@ def check_run(folder: Path) -> None:
 
     save_file(model.state_dict(), folder / "stage1.safetensors")
     null = {"y": CLASSES}
-    teachers = [
+    in_memory, from_disk = (
         st.build_teacher(ToyTransformer(), weights, layer="blocks.1", guidance_scale=30.0, null=null)
         for weights in (model.state_dict(), folder / "stage1.safetensors")
-    ]
+    )
     t, y = torch.full((N,), 0.5), torch.arange(N)
-    from_memory, from_file = (teacher(latents, t, y=y) for teacher in teachers)
+    from_memory, from_file = in_memory(latents, t, y=y), from_disk(latents, t, y=y)
     check(from_memory.shape == (N, (SIZE // PATCH) ** 2, WIDTH), f"the teacher returns {tuple(from_memory.shape)}")
     check(torch.equal(from_memory, from_file), "the teacher differs between a state dict and its file")
 
     student = ToyTransformer()
-    stage2 = st.SelfTransLoss.stage2(student, layer="blocks.0", teacher=teachers[1], time="sit", stop_step=10)
+    stage2 = st.SelfTransLoss.stage2(student, layer="blocks.0", teacher=from_disk, time="sit", stop_step=10)
     check(step(student, stage2, latents, number=0).alignment.item() > 0, "the teacher's term is 0 inside its window")
+
+    from_disk.save_pretrained(folder / "teacher")
+    again = st.CFGFeatureTeacher.from_pretrained(folder / "teacher", model=ToyTransformer)
+    check(torch.equal(again(latents, t, y=y), from_file), "the teacher differs after save_pretrained")
+    stage2.save_pretrained(folder / "criterion")
+    resumed = st.SelfTransLoss.from_pretrained(folder / "criterion", model=ToyTransformer(), teacher=again)
+    for name, value in stage2.state_dict().items():
+        check(torch.equal(value, resumed.state_dict()[name]), f"{name} differs after save_pretrained")
 
 
 if __name__ == "__main__":

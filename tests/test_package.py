@@ -110,3 +110,9 @@ def test_every_error_of_the_package_is_in_its_module() -> None:
     classes = [value for module in MODULES for value in vars(module).values() if inspect.isclass(value)]
     ours = [c for c in classes if issubclass(c, Exception) and c.__module__.startswith("selftrans_reg")]
     assert [c.__name__ for c in ours if c.__module__ != "selftrans_reg.errors"] == []
+
+
+@pytest.mark.parametrize("error", [error for error in ERRORS if error is not errors.SelfTransError])
+def test_every_error_can_happen(error: type) -> None:
+    sources = [path.read_text() for path in PACKAGE.rglob("*.py") if path.name != "errors.py"]
+    assert any(re.search(rf"\b{error.__name__}\(", source) for source in sources)
