@@ -405,6 +405,7 @@ class EarlyExit:
         try:
             model(*args, **kwargs)
         except _Stop:
+            _reshard(model)
             return self.output
         finally:
             self.running = False
@@ -413,6 +414,13 @@ class EarlyExit:
             f"The teacher's forward ended without running layer {self.layer!r}: name a layer that runs in every "
             "forward."
         )
+
+
+def _reshard(model: nn.Module) -> None:
+    """Do what FSDP2's own hooks would have done, had the forward ended: each rank keeps its part of the weights."""
+    for module in model.modules():
+        if hasattr(type(module), "reshard"):
+            module.reshard()
 
 
 @contextlib.contextmanager

@@ -500,6 +500,7 @@ def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Tensor):
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2 holds a part on each rank
         flat = value.detach().cpu().contiguous().reshape(-1)
         data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"

@@ -42,6 +42,8 @@ def _prepare() -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
     warnings.simplefilter("error")
+    # Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that "error" undoes.
+    warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
 
 
 def _in_group(function: Callable[..., Any], rank: int, folder: str, args: tuple[object, ...]) -> None:
