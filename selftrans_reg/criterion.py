@@ -35,7 +35,7 @@ from .errors import (
 from .gate import Gate, Gated, check_teacher_rows, sample_rows, to_device
 from .heads import ProjectionHead, check_positive, resolve_width
 from .losses import Distance, VAEAlignmentLoss, check_distance, feature_alignment, velocity_target
-from .names import find_layer, quoted, unwrap
+from .names import find_layer, quoted, sharded_parts, unwrap
 from .schedules import Schedule, check_same_schedule, check_schedule, factor, schedule_state
 from .taps import Record, Recorder, WhichForward, layer_names
 from .teacher import CFGFeatureTeacher
@@ -582,6 +582,9 @@ class SelfTransLoss(nn.Module):
         everything = self.window is None or self.gating == "released"
         candidates = torch.arange(call.rows) if everything else gated.rows()
         if len(candidates) == 0:
+            if self.teacher is not None and sharded_parts(self.teacher):
+                # On other ranks it runs, and gathers its weights from all of them: they wait for this one.
+                self._target(call, torch.zeros(1, dtype=torch.long, device=call.x_t.device), latents)
             return self._zero()
         chosen = sample_rows(candidates, self.teacher_rows, seed=self._calls)
         rows = None if len(chosen) == call.rows else to_device(chosen, call.x_t.device)

@@ -33,6 +33,11 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
+def sharded_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` that FSDP2 shards (``fully_shard``), known by the method that it gives them."""
+    return [module for module in model.modules() if hasattr(type(module), "reshard")]
+
+
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of the unwrapped model by the name that it prints, wrappers' prefixes left out.
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls import by_name
 from .errors import CaptureError, SettingError
-from .names import find_layer, quoted, unwrap
+from .names import find_layer, quoted, sharded_parts, unwrap
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
 
 WhichForward: TypeAlias = Literal["first", "last"] | None
@@ -256,8 +257,19 @@ class Recorder:
                 return
         record = Record(args, kwargs, self.layers)
         if self.on_open is not None:
-            record.note = self.on_open(record)
+            cast = None if self._came_first(module) else _reduced_precision(args, kwargs)
+            record.note = self.on_open(record) if cast is None else _not_first(cast)
         self.opened = record
+
+    def _came_first(self, module: nn.Module) -> bool:
+        """Whether no hook of another's ran before this recorder's, which from now on comes first."""
+        hooks = module._forward_pre_hooks
+        first = self._handles[0].id
+        before = itertools.takewhile(lambda key: key != first, hooks)
+        if all(isinstance(hooks[key], _RootHook) for key in before):
+            return True
+        hooks.move_to_end(first, last=False)  # type: ignore[attr-defined]  # it is an OrderedDict
+        return False
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         record, self.opened = self.opened, None
@@ -267,6 +279,21 @@ class Recorder:
         self._passed_over = ""
         if self._kept is None or self.forward == "last":
             self._kept = record
+
+
+def _reduced_precision(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
+    """The half precision that an argument of the call has, None if none has."""
+    found = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
+    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), None)
+
+
+def _not_first(cast: torch.dtype) -> CaptureError:
+    return CaptureError(
+        f"The model's arguments were {cast} when this library saw them, and another hook had seen them before: with "
+        "fully_shard and a mixed-precision policy that hook rounds them, t too, which decides what is inside the "
+        "window.\nAttach after the model was sharded: call criterion.attach(model) after fully_shard or "
+        "accelerator.prepare."
+    )
 
 
 class FeatureTap:
@@ -405,7 +432,8 @@ class EarlyExit:
         try:
             model(*args, **kwargs)
         except _Stop:
-            _reshard(model)
+            for part in sharded_parts(model):  # as FSDP2's own hooks do where a forward ends
+                part.reshard()  # type: ignore[operator]
             return self.output
         finally:
             self.running = False
@@ -414,13 +442,6 @@ class EarlyExit:
             f"The teacher's forward ended without running layer {self.layer!r}: name a layer that runs in every "
             "forward."
         )
-
-
-def _reshard(model: nn.Module) -> None:
-    """Do what FSDP2's own hooks would have done, had the forward ended: each rank keeps its part of the weights."""
-    for module in model.modules():
-        if hasattr(type(module), "reshard"):
-            module.reshard()
 
 
 @contextlib.contextmanager

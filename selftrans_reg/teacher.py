@@ -17,7 +17,7 @@ from .checkpoints import load_weights
 from .compiled import compile_blocks, pad_rows
 from .errors import NullConditionError, SelfTransError, SettingError, ShapeError, TeacherError
 from .heads import check_positive, infer_width
-from .names import find_layer, nearest, quoted, unwrap
+from .names import find_layer, nearest, quoted, sharded_parts, unwrap
 from .taps import EarlyExit, watched
 from .time import TimeConvention, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
@@ -223,7 +223,14 @@ class CFGFeatureTeacher(nn.Module):
         Raises:
             NullConditionError: If the null condition does not fit the call.
             CallError: If the rows of an argument cannot be taken.
+            SettingError: If ``chunk`` is given and the model is sharded.
         """
+        if chunk is not None and sharded_parts(self.model):
+            raise SettingError(
+                f"teacher_chunk={chunk} does not go with a sharded teacher: ranks with different numbers of rows would "
+                "run it different numbers of times, and wait for each other forever.\n"
+                "Leave teacher_chunk out, or keep the teacher whole on each rank."
+            )
         held = RowTensors(call, self.spec.shared)
         pairs = zip(held.tensors, self._null_tensors(call, held), strict=True)
         if rows is not None:
@@ -502,6 +509,6 @@ def _plain(value: Any) -> str:
     if isinstance(value, Tensor):
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2 holds a part on each rank
         flat = value.detach().cpu().contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stubs hide the buffer
+        data = memoryview(flat.view(torch.uint8).numpy())
         return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
     return "callable" if callable(value) else repr(value)
