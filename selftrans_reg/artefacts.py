@@ -1,9 +1,9 @@
 """Our own format: a folder with ``config.json``, ``model.safetensors`` and ``README.md``, written atomically.
 
-``config.json`` states the SHA-256 of the weights that belong to it. New weights are written beside the old ones; the
-one rename that replaces ``config.json`` is then the moment at which the new artefact takes the old one's place; and
-the weights get their usual name at last. At every moment in between the folder holds one artefact, whole: readers take
-the file of weights that has the stated hash.
+``config.json`` states the SHA-256 of the weights that belong to it. A save first writes all three files into a folder
+of its own inside; the one rename that replaces ``config.json`` is then the moment at which the new artefact takes the
+old one's place; and the weights follow. At every moment in between there is one artefact, whole: readers take
+whichever file of weights has the stated hash.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +31,7 @@ Kind: TypeAlias = Literal["teacher", "criterion"]
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT_VERSION = 1
 
-_NEW_WEIGHTS = "model.new.safetensors"  # from before config.json is replaced until just after
+_STAGING = ".selftrans_reg_save"  # there while a save is under way, or after one that was interrupted
 _MAX_CARD = 1 << 20
 # The last line of a card. While the digest is that of the lines above it, nobody has edited the card.
 _SEAL = "<!-- Written by selftrans-reg, and replaced by its next save unless edited. sha256: {} -->\n"
@@ -68,7 +69,7 @@ def read_artefact(folder: Path, kind: Kind, fields: Mapping[str, Field]) -> tupl
         ArtefactError: If a file is missing, broken, from another version or of another kind, if an entry is unknown,
             missing or of the wrong type, or if the weights are not those that ``config.json`` was written for.
     """
-    with artefact_errors():
+    with _artefact_errors():
         if not (folder / CONFIG).is_file():
             there = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else []
             raise ArtefactError(
@@ -86,14 +87,15 @@ def _read_config(folder: Path, kind: Kind, fields: Mapping[str, Field]) -> dict[
     install = f"It was written by selftrans-reg {version}: pip install 'selftrans-reg>={version}'."
     if config["format_version"] > FORMAT_VERSION:
         raise ArtefactError(
-            f"{path} has format version {config['format_version']}; selftrans-reg {version()} reads up to "
+            f"{path} has format version {config['format_version']}; selftrans-reg {library_version()} reads up to "
             f"{FORMAT_VERSION}.\n{install}"
         )
     if config["kind"] != kind:
         raise ArtefactError(f"{path} is a saved {config['kind']}, not a {kind}: load it with that class.")
     if unknown := sorted(config.keys() - COMMON_FIELDS.keys() - fields.keys()):
         names = quoted([name[:100] for name in unknown[:8]])
-        raise ArtefactError(f"{path} has entries that selftrans-reg {version()} does not know: {names}.\n{install}")
+        known = f"selftrans-reg {library_version()}"
+        raise ArtefactError(f"{path} has entries that {known} does not know: {names}.\n{install}")
     if missing := sorted(fields.keys() - config.keys()):
         raise ArtefactError(f"{path} lacks {quoted(missing)}: it is incomplete. Copy or download it again.")
     _check_config(config, fields, str(path))
@@ -115,10 +117,10 @@ def _read_header(folder: Path) -> dict[str, Any]:
 
 
 def _weights_with(folder: Path, sha256: str) -> Path:
-    # The usual name twice: a save beside this one may give it to the new weights between the first two looks.
-    for name in (WEIGHTS, _NEW_WEIGHTS, WEIGHTS):
-        if (folder / name).is_file() and _digest(folder / name) == sha256:
-            return folder / name
+    # The usual place twice: a save beside this one may move the new weights there between the first two looks.
+    for path in (folder / WEIGHTS, folder / _STAGING / WEIGHTS, folder / WEIGHTS):
+        if path.is_file() and _digest(path) == sha256:
+            return path
     raise ArtefactError(
         f"{folder / WEIGHTS} {'is not the file' if (folder / WEIGHTS).is_file() else 'is missing, the file'} that "
         f"{CONFIG} was written for (SHA-256 {sha256[:16]}…).\nCopy or download the two together again."
@@ -131,7 +133,7 @@ def _digest(path: Path) -> str:
 
 
 @contextmanager
-def artefact_errors() -> Iterator[None]:
+def _artefact_errors() -> Iterator[None]:
     """Say of what the readers of foreign files find wrong that it is wrong in an artefact."""
     try:
         yield
@@ -170,28 +172,30 @@ def write_artefact(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _check_place(folder, kind)
-        new_weights, new_config, new_card = folder / _NEW_WEIGHTS, folder / f"{CONFIG}.tmp", folder / f"{CARD}.tmp"
+        staging = folder / _STAGING
+        if staging.exists():
+            shutil.rmtree(staging)
         try:
-            save_file(plain, new_weights, metadata={"format": "pt"})
-            config = {"kind": kind, "format_version": FORMAT_VERSION, "library_version": version()}
-            config |= {"sha256": _digest(new_weights), **settings}
-            new_config.write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+            staging.mkdir()
+            save_file(plain, staging / WEIGHTS, metadata={"format": "pt"})
+            config = {"kind": kind, "format_version": FORMAT_VERSION, "library_version": library_version()}
+            config |= {"sha256": _digest(staging / WEIGHTS), **settings}
+            (staging / CONFIG).write_text(json.dumps(config, indent=2, allow_nan=False) + "\n", encoding="utf-8")
             text = card()
-            new_card.write_text(text + _SEAL.format(_text_digest(text)), encoding="utf-8")
-            for path in (new_weights, new_config, new_card, folder):
+            (staging / CARD).write_text(text + _SEAL.format(_text_digest(text)), encoding="utf-8")
+            (staging / WEIGHTS).chmod((staging / CONFIG).stat().st_mode)  # safetensors lets nobody else read its file
+            for path in (*staging.iterdir(), staging, folder):
                 _flush(path)
         except BaseException:
-            for path in (new_weights, new_config, new_card):
-                path.unlink(missing_ok=True)
+            shutil.rmtree(staging, ignore_errors=True)
             raise
-        new_config.replace(folder / CONFIG)  # the new artefact is the folder's from here on
+        (staging / CONFIG).replace(folder / CONFIG)  # the new artefact is the folder's from here on
         _flush(folder)
-        new_weights.replace(folder / WEIGHTS)
+        (staging / WEIGHTS).replace(folder / WEIGHTS)
         if _is_ours(folder / CARD):
-            new_card.replace(folder / CARD)
-        else:
-            new_card.unlink()
+            (staging / CARD).replace(folder / CARD)
         _flush(folder)
+        shutil.rmtree(staging)
     except (OSError, SafetensorError) as error:
         raise ArtefactError(
             f"The {kind} could not be written to {str(folder)!r}: {error}.\n"
@@ -234,9 +238,9 @@ def _check_place(folder: Path, kind: Kind) -> None:
         ) from error
     if config["kind"] != kind:
         raise ArtefactError(f"{str(folder)!r} holds a saved {config['kind']}; it was not touched. Save elsewhere.")
-    new_weights = folder / _NEW_WEIGHTS
-    if new_weights.is_file() and _digest(new_weights) == config["sha256"]:
-        new_weights.replace(folder / WEIGHTS)
+    staged = folder / _STAGING / WEIGHTS
+    if staged.is_file() and _digest(staged) == config["sha256"]:
+        staged.replace(folder / WEIGHTS)
 
 
 def _is_ours(card: Path) -> bool:
@@ -264,7 +268,7 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def version() -> str:
+def library_version() -> str:
     """The version of this library."""
     from . import __version__  # not at the top: the package's own import leads here
 

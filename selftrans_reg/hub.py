@@ -12,7 +12,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import TypedDict
 
-from .artefacts import CARD, CONFIG, WEIGHTS, version
+from .artefacts import CARD, CONFIG, WEIGHTS, library_version
 from .errors import ArtefactError
 
 _LIBRARY = "selftrans-reg"
@@ -74,7 +74,7 @@ def fetch(
             local_files_only=local_files_only,
             allow_patterns=[CONFIG, WEIGHTS],
             library_name=_LIBRARY,
-            library_version=version(),
+            library_version=library_version(),
         )
     except Exception as error:  # its own, of the HTTP library, of the file system
         raise ArtefactError(f"{repository!r} cannot be read from the hub: {type(error).__name__}: {error}") from error
@@ -99,7 +99,7 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(token=token, library_name=_LIBRARY, library_version=version())
+    api = HfApi(token=token, library_name=_LIBRARY, library_version=library_version())
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
         try:

@@ -14,18 +14,18 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .artefacts import artefact_errors, read_artefact, strip, write_artefact
+from .artefacts import read_artefact, strip, write_artefact
 from .calls import CallSpec
 from .cards import criterion_card, teacher_card
 from .checkpoints import check_fit, check_values, own_tensors
 from .criterion import SelfTransLoss
-from .errors import ArtefactError, SelfTransError, SettingError, TeacherError, TimeConventionError
+from .errors import ArtefactError, CheckpointError, SelfTransError, SettingError, TeacherError, TimeConventionError
 from .fields import CRITERION_FIELDS, TEACHER_FIELDS, is_text, is_unsaved
 from .heads import ProjectionHead
 from .losses import VAEAlignmentLoss
 from .names import quoted, unwrap
 from .schedules import schedule_state
-from .teacher import CFGFeatureTeacher, Null, check_settings
+from .teacher import CFGFeatureTeacher, Null, architecture, check_settings
 from .time import TimeConvention
 from .tokens import Select, Tokens
 from .truncate import drop, dropped_names
@@ -49,7 +49,7 @@ class Details(TypedDict, total=False):
 def save_teacher(teacher: CFGFeatureTeacher, folder: Path, details: Details, name: str) -> None:
     """Write a teacher; ``name`` is what its card calls it."""
     weights = strip(teacher.model)
-    first: dict[int, str] = {}  # of tied weights one is saved: loading ties them as the model does
+    first: dict[object, str] = {}  # of tied weights one is saved: loading ties them as the model does
     tensors = {key: value for key, value in weights.items() if first.setdefault(_identity(value), key) == key}
     if taken := [key for key in tensors if key.startswith(_NULL_PREFIX)]:
         raise ArtefactError(f"The model has weights under {taken[0]!r}, a name kept for the null condition: rename it.")
@@ -104,7 +104,9 @@ def load_teacher(
     made = model if isinstance(model, nn.Module) else model()
     if not isinstance(made, nn.Module):
         raise SettingError(f"model= takes a model, or a function that makes one; it made {type(made).__name__}.")
-    with _fitting(where, f"{type(unwrap(made)).__name__} (it was saved from {config['backbone']['class']})"):
+    same = architecture(made) == config["backbone"]["fingerprint"]
+    origin = f"It was saved from {config['backbone']['class']}, of {'the same' if same else 'other'} keys and shapes."
+    with _fitting(where, made, origin):
         own = {k: v for k, v in own_tensors(made).items() if not any(_is_in(k, gone) for gone in dropped)}
         check_fit(made, own, saved, where)
         check_values(own, saved, where)
@@ -113,7 +115,7 @@ def load_teacher(
         )
     drop(made, dropped)
     _assign(made, saved)
-    with _fitting(where, type(made).__name__):
+    with _fitting(where, made, origin):
         teacher = cls(
             made,
             layer=config["layer"],
@@ -156,7 +158,9 @@ def _restored_null(
         *above, last = entry["path"]
         value = entry.get("value")
         if "tensor" in entry:
-            value = tensors.pop(entry["tensor"]).clone() if entry["tensor"].startswith(_NULL_PREFIX) else None
+            if not entry["tensor"].startswith(_NULL_PREFIX) or entry["tensor"] not in tensors:
+                raise ArtefactError(f"{where} lacks its null condition's tensor {entry['tensor'][:100]!r}.")
+            value = tensors.pop(entry["tensor"]).clone()
         elif "unsaved" in entry:
             value = extra.pop((*above, last), None)
             if value is None:
@@ -239,7 +243,7 @@ def load_criterion(
         "window": config["window"] and tuple(config["window"]),
         "hidden_size": sizes[0] if len(set(sizes)) == 1 else None,  # else they were read off the layers
     }
-    with _fitting(where, type(unwrap(model)).__name__):
+    with _fitting(where, model):
         if stage == 1:
             settings |= {key: config[key] for key in ("latent_channels", "patch_size", "channel_axis", "target")}
             criterion = cls.stage1(model, **settings)
@@ -385,18 +389,20 @@ def _is_in(key: str, module: str) -> bool:
     return key == module or key.startswith(f"{module}.")
 
 
-def _identity(value: Tensor) -> int:
-    """The same number for the same tensor under another key."""
-    return hash((value.data_ptr(), value.shape, value.stride())) if value.numel() else id(value)
+def _identity(value: Tensor) -> object:
+    """The same for the same tensor under another key."""
+    return (value.data_ptr(), value.shape, value.stride()) if value.numel() else id(value)
 
 
 @contextmanager
-def _fitting(where: str, model_name: str) -> Iterator[None]:
-    """Say that an artefact does not fit, where a model refuses its settings or weights."""
+def _fitting(where: str, model: nn.Module, origin: str = "") -> Iterator[None]:
+    """Say that an artefact does not fit, and ``origin``, where a model refuses its settings or weights."""
     try:
-        with artefact_errors():
-            yield
+        yield
     except (ArtefactError, TeacherError, TimeConventionError):
         raise
+    except CheckpointError as error:  # which says so already
+        raise ArtefactError(f"{error}\n{origin}") from error
     except SelfTransError as error:
-        raise ArtefactError(f"{where} does not fit {model_name}; nothing was loaded.\n{error}") from error
+        name = type(unwrap(model)).__name__
+        raise ArtefactError(f"{where} does not fit {name}; nothing was loaded.\n{error}\n{origin}".rstrip()) from error

@@ -1,0 +1,585 @@
+"""Teachers and criteria that are saved and come back: what is in the files, what is the same, what is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny_artefacts import (
+    FILES,
+    TinyDiT,
+    assert_says,
+    call,
+    config_of,
+    load_teacher,
+    make_criterion,
+    make_teacher,
+    names_in,
+    refusal,
+    rewrite,
+    take_step,
+)
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import selftrans_reg as st
+from selftrans_reg.artefacts import FORMAT_VERSION
+from selftrans_reg.errors import ArtefactError, PrunedModuleError, SettingError, TeacherError
+
+
+@pytest.fixture
+def teacher() -> st.CFGFeatureTeacher:
+    return make_teacher()
+
+
+@pytest.fixture
+def saved(teacher: st.CFGFeatureTeacher, tmp_path: Path) -> Path:
+    teacher.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+# --- Teacher: what is in the files -----------------------------------------------------------------------------------
+
+KEPT = ["blocks.0.0", "blocks.1.0", "text_embedder", "x_embedder"]
+
+
+def test_a_teacher_is_three_files_without_what_it_never_runs(saved: Path) -> None:
+    assert names_in(saved) == FILES
+    weights = {f"{name}.{kind}" for name in KEPT for kind in ("weight", "bias")} | {"pos_embed", "y_embedder.weight"}
+    tensors = load_file(saved / "model.safetensors")
+    assert set(tensors) == weights | {"null_condition.1"}
+    source = TinyDiT(seed=1).state_dict()
+    assert all(torch.equal(tensors[key], source[key]) for key in weights)
+    assert torch.equal(tensors["null_condition.1"], torch.tensor([0.5, -1.0, 0.1]))
+
+
+def test_the_config_of_a_teacher(teacher: st.CFGFeatureTeacher, tmp_path: Path) -> None:
+    teacher.save_pretrained(
+        tmp_path, source="run 17", step=9, latent_scale=0.18215, latent_shape=(2, 4, 4), licence="mit"
+    )
+    shapes = {key: tuple(value.shape) for key, value in TinyDiT().state_dict().items()}
+    lines = "\n".join(f"{key} {shapes[key]}" for key in sorted(shapes))
+    assert config_of(tmp_path) == {
+        "kind": "teacher",
+        "format_version": FORMAT_VERSION,
+        "library_version": st.__version__,
+        "sha256": hashlib.sha256((tmp_path / "model.safetensors").read_bytes()).hexdigest(),
+        "layer": "blocks.1",
+        "guidance_scale": 3.0,
+        "null": [{"path": ["y"], "value": 5}, {"path": ["text"], "tensor": "null_condition.1"}],
+        "call": {"x": "x", "t": "t", "shared": [], "fixed": {}},
+        "select": None,
+        "tokens": None,
+        "time": "repa",
+        "hidden_size": 4,
+        "dropped": ["blocks.2", "final_layer"],
+        "backbone": {"class": "TinyDiT", "fingerprint": hashlib.sha256(lines.encode()).hexdigest()},
+        "fingerprint": bytes(teacher.fingerprint.tolist()).hex(),
+        "source": "run 17",
+        "step": 9,
+        "latent_scale": 0.18215,
+        "latent_shape": [2, 4, 4],
+        "licence": "mit",
+    }
+
+
+def test_a_checkpoints_name_and_step_are_kept_unless_said_otherwise(tmp_path: Path) -> None:
+    torch.save({"ema": TinyDiT().state_dict(), "steps": 700}, tmp_path / "0700.pt")
+    settings = {"layer": "blocks.1", "guidance_scale": 2.0, "null": {"y": 5}, "hidden_size": 4}
+    teacher = st.build_teacher(TinyDiT(), tmp_path / "0700.pt", **settings)
+    assert teacher.provenance == {"source": "0700.pt", "step": 700}
+    teacher.save_pretrained(tmp_path / "a")
+    teacher.save_pretrained(tmp_path / "b", source="run 17", latent_scale=0.5)
+    assert [config_of(tmp_path / name)["source"] for name in "ab"] == ["0700.pt", "run 17"]
+    loaded = load_teacher(tmp_path / "b")
+    assert loaded.provenance == {"source": "run 17", "step": 700, "latent_scale": 0.5}
+
+
+def test_the_card_says_what_it_is_and_its_code_loads_it(
+    teacher: st.CFGFeatureTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teacher.save_pretrained(tmp_path / "mine", source="https://example.org/17", licence="CC BY-NC 4.0", step=9)
+    card = (tmp_path / "mine" / "README.md").read_text()
+    for part in (
+        *('---\nlibrary_name: selftrans-reg\nlicense: "other"\n', "| layer | blocks.1 |", "| guidance scale | 3.0 |"),
+        *("| null condition | y: 5, text: a tensor |", "| time convention | repa |", "| training step | 9 |"),
+        *("Trained in: https://example.org/17.", "CC BY-NC 4.0.", "@misc{sun2026selftranscendence", "2601.07773"),
+    ):
+        assert part in card, part
+    code = card.split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, Any] = {"TinyDiT": TinyDiT}
+    exec(code, namespace)
+    assert torch.equal(namespace["teacher"].fingerprint, teacher.fingerprint)
+
+
+# --- Teacher: what comes back ----------------------------------------------------------------------------------------
+
+
+def first_label(arguments: dict[str, Any]) -> Tensor:
+    return torch.zeros_like(arguments["y"])
+
+
+class Streams(nn.Module):
+    """A block with two outputs, of which the first is the tokens with one class token ahead."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = self.linear(tokens)
+        return torch.cat([tokens[:, :1], tokens], dim=1), tokens
+
+
+class Nested(TinyDiT):
+    """Takes its conditions as a dictionary, under other names of x_t and t, and has blocks of two streams."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        generator = torch.Generator().manual_seed(seed + 100)
+        self.streams = Streams()
+        for p in self.streams.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
+
+    def forward(self, cond: dict[str, Any], sample: Tensor, time: Tensor, ratio: float = 1.0) -> Tensor:  # type: ignore[override]
+        tokens = self.x_embedder(sample).flatten(2).transpose(1, 2) + time[:, None, None] + ratio
+        tokens = tokens + (self.y_embedder(cond["y"]) + self.text_embedder(cond["texts"][0]))[:, None]
+        _, tokens = self.streams(tokens)
+        return self.final_layer(tokens)
+
+
+FLIP = functools.partial(torch.flip, dims=[1])
+MINE = st.TimeConvention("mine", alpha=lambda t: 1 - t, sigma=lambda t: t)
+TEACHERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings, and what loading asks for
+    "as it is": ({}, {}),
+    "before its first call": ({"example": None}, {}),
+    "without a time convention": ({"time": None}, {}),
+    "a null condition of one number": ({"null": {"text": 0.25}}, {}),
+    "a null condition of a boolean": ({"null": {"y": True}}, {}),
+    "a callable null condition": (
+        {"null": {"text": torch.ones(3), "y": first_label}},
+        {"null": {"y": first_label}},
+    ),
+    "a slice of the tokens": ({"tokens": slice(1, None)}, {}),
+    "a function for the tokens": ({"tokens": FLIP}, {"tokens": FLIP}),
+    "a selecting function": ({"select": nn.Identity()}, {"select": nn.Identity()}),
+    "a time convention of one's own": ({"time": MINE}, {"time": MINE}),
+}
+
+
+@pytest.mark.parametrize("which", TEACHERS)
+def test_a_loaded_teacher_gives_the_same_features_and_is_known_as_the_same(which: str, tmp_path: Path) -> None:
+    settings, given = TEACHERS[which]
+    teacher = make_teacher(**settings)
+    teacher.save_pretrained(tmp_path)
+    model = TinyDiT(seed=5)
+    loaded = load_teacher(tmp_path, model, **given)
+    assert loaded.model is model
+    assert torch.equal(loaded.fingerprint, teacher.fingerprint)
+    for seed in (1, 2):
+        assert torch.equal(loaded(**call(seed)), teacher(**call(seed)))
+    keys = ("layer", "guidance_scale", "hidden_size", "time", "architecture")
+    assert [getattr(loaded, key) for key in keys] == [getattr(teacher, key) for key in keys]
+    assert not loaded.training
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_a_nested_call_comes_back(tmp_path: Path) -> None:
+    def halves(arguments: dict[str, Any]) -> Tensor:
+        return arguments["cond"]["texts"][0] / 2
+
+    teacher = st.build_teacher(
+        Nested(seed=1),
+        None,
+        layer="streams",
+        guidance_scale=2.0,
+        null={"cond": {"y": 5, "texts": {0: halves}}},
+        call={"x": "sample", "t": "time", "fixed": {"ratio": 0.5}, "shared": ["ratio"]},
+        select=0,
+        tokens=slice(1, None),
+        hidden_size=4,
+    )
+    b = call()
+    arguments = {"cond": {"y": b["y"], "texts": [b["text"]]}, "sample": b["x"], "time": b["t"]}
+    expected = teacher(**arguments)
+    teacher.save_pretrained(tmp_path)
+    with pytest.raises(ArtefactError) as error:
+        load_teacher(tmp_path, Nested)
+    assert_says(error, "null={'cond': {'texts': {0: ...}}}", "halves")
+    loaded = load_teacher(tmp_path, Nested, null={"cond": {"texts": {0: halves}}})
+    assert torch.equal(loaded(**arguments), expected)
+
+
+@pytest.mark.parametrize("make", ["class", "function", "model"])
+def test_the_model_is_given_as_a_class_a_function_or_itself(
+    make: str, saved: Path, teacher: st.CFGFeatureTeacher
+) -> None:
+    models: dict[str, Any] = {"class": TinyDiT, "function": lambda: TinyDiT(4, 3, seed=2), "model": TinyDiT(seed=3)}
+    assert torch.equal(load_teacher(saved, models[make])(**call(1)), teacher(**call(1)))
+
+
+@pytest.mark.parametrize("dtypes", ["bfloat16", "float64", "mixed"])
+def test_the_weights_keep_the_dtypes_in_which_they_were_saved(dtypes: str, tmp_path: Path) -> None:
+    teacher = make_teacher()
+    if dtypes == "mixed":
+        teacher.model.y_embedder.to(torch.float64)
+        teacher.model.x_embedder.to(torch.float32)
+    else:
+        teacher.to(getattr(torch, dtypes))
+    teacher.save_pretrained(tmp_path)
+    loaded = load_teacher(tmp_path)
+    expected = {name: p.dtype for name, p in teacher.model.named_parameters()}
+    assert {name: p.dtype for name, p in loaded.model.named_parameters()} == expected
+    arguments = {k: v if dtypes == "mixed" or k == "y" else v.to(getattr(torch, dtypes)) for k, v in call(1).items()}
+    if dtypes == "mixed":
+        assert all(torch.equal(p, q) for p, q in zip(loaded.parameters(), teacher.parameters(), strict=True))
+    else:
+        assert torch.equal(loaded(**arguments), teacher(**arguments))
+
+
+def test_what_is_in_no_state_dict_follows_the_dtype_of_the_weights(tmp_path: Path) -> None:
+    class WithTable(TinyDiT):
+        def __init__(self, seed: int = 0) -> None:
+            super().__init__(seed=seed)
+            self.register_buffer("pos_embed", torch.arange(16.0).reshape(1, 4, 4) / 7, persistent=False)
+
+    settings = {"layer": "blocks.1", "guidance_scale": 2.0, "null": {"y": 5}, "hidden_size": 4}
+    teacher = st.build_teacher(WithTable(seed=1), None, **settings).to(torch.bfloat16)
+    teacher.save_pretrained(tmp_path)
+    arguments = {key: value if key == "y" else value.bfloat16() for key, value in call(1).items()}
+    assert torch.equal(load_teacher(tmp_path, WithTable)(**arguments), teacher(**arguments))
+
+
+def test_a_loaded_teacher_is_saved_again_as_the_same(saved: Path, tmp_path: Path) -> None:
+    loaded = load_teacher(saved)
+    loaded.save_pretrained(tmp_path / "again")
+    assert config_of(tmp_path / "again") == config_of(saved)
+    loaded(**call())
+    loaded.save_pretrained(tmp_path / "later")
+    assert config_of(tmp_path / "later") == config_of(saved)
+
+
+def test_nothing_of_a_loaded_teacher_depends_on_its_file(saved: Path, teacher: st.CFGFeatureTeacher) -> None:
+    loaded = load_teacher(saved)
+    (saved / "model.safetensors").write_bytes(bytes((saved / "model.safetensors").stat().st_size))
+    assert torch.equal(loaded(**call(1)), teacher(**call(1)))
+
+
+def test_what_was_dropped_says_so_when_used(saved: Path) -> None:
+    loaded = load_teacher(saved)
+    with pytest.raises(PrunedModuleError, match=r"'blocks\.2' of the teacher was used, but it was dropped"):
+        loaded.model(**call())
+
+
+def test_a_teacher_of_tied_weights_is_saved_once_and_tied_again(tmp_path: Path) -> None:
+    class Tied(TinyDiT):
+        def __init__(self, seed: int = 0) -> None:
+            super().__init__(seed=seed)
+            self.blocks[1][0].weight = self.blocks[0][0].weight
+
+    settings = {"layer": "blocks.1", "guidance_scale": 2.0, "null": {"y": 5}, "hidden_size": 4}
+    teacher = st.build_teacher(Tied(seed=1), None, **settings)
+    expected = teacher(**call())
+    teacher.save_pretrained(tmp_path)
+    assert "blocks.1.0.weight" not in load_file(tmp_path / "model.safetensors")
+    loaded = load_teacher(tmp_path, Tied)
+    assert loaded.model.blocks[1][0].weight is loaded.model.blocks[0][0].weight
+    assert torch.equal(loaded(**call()), expected)
+    with pytest.raises(ArtefactError) as error:
+        load_teacher(tmp_path, TinyDiT)
+    assert_says(error, "Missing", "blocks.1.0.weight")
+
+
+def test_a_wrapped_teacher_is_saved_under_plain_keys(tmp_path: Path) -> None:
+    model = TinyDiT(seed=1)
+    model.blocks[0] = checkpoint_wrapper(model.blocks[0])
+    settings = {"layer": "blocks.1", "guidance_scale": 2.0, "null": {"y": 5}, "hidden_size": 4}
+    teacher = st.build_teacher(model, None, **settings)
+    expected = teacher(**call())
+    teacher.save_pretrained(tmp_path)
+    assert "blocks.0.0.weight" in load_file(tmp_path / "model.safetensors")
+    assert torch.equal(load_teacher(tmp_path)(**call()), expected)
+
+    def wrapped() -> nn.Module:
+        other = TinyDiT()
+        other.blocks[0], other.blocks[2] = checkpoint_wrapper(other.blocks[0]), checkpoint_wrapper(other.blocks[2])
+        return other
+
+    assert torch.equal(load_teacher(tmp_path, wrapped)(**call()), expected)
+
+
+def test_a_criterion_knows_the_loaded_teacher_of_its_run_and_refuses_another(saved: Path, tmp_path: Path) -> None:
+    make_criterion(2, TinyDiT(), make_teacher()).save_pretrained(tmp_path / "criterion")
+    st.SelfTransLoss.from_pretrained(tmp_path / "criterion", model=TinyDiT(), teacher=load_teacher(saved))
+    make_teacher(guidance_scale=4.0).save_pretrained(tmp_path / "other")
+    model = TinyDiT()
+    with pytest.raises(TeacherError, match="saved with another teacher"):
+        st.SelfTransLoss.from_pretrained(tmp_path / "criterion", model, load_teacher(tmp_path / "other"))
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+# --- Teacher: what is refused ----------------------------------------------------------------------------------------
+
+
+class Renamed(TinyDiT):
+    def __init__(self) -> None:
+        super().__init__()
+        self.x_embed, self.x_embedder = self.x_embedder, nn.Identity()
+
+
+def test_weights_that_do_not_fit_are_listed_with_the_nearest_and_nothing_is_loaded(saved: Path) -> None:
+    assert_says(
+        refusal(saved, Renamed()),
+        *("does not fit Renamed; nothing was loaded", "Missing, of the model's 10 (2)", "Extra, not in the model (2)"),
+        "It was saved from TinyDiT, of other keys and shapes.",
+        *("x_embedder.weight (4, 2, 2, 2); nearest: 'x_embed.weight'", "x_embed.weight (4, 2, 2, 2); nearest: 'x_emb"),
+    )
+    assert_says(refusal(saved, TinyDiT(width=6)), "Of another shape", "blocks.0.0.weight: saved (4, 4), model (6, 6)")
+    assert_says(refusal(saved, TinyDiT(depth=4)), "Missing, of the model's", "blocks.3.0.weight (4, 4)")
+    assert_says(refusal(saved, TinyDiT(depth=1)), "Extra", "blocks.1.0.weight")
+
+
+def test_a_model_that_lacks_only_what_was_dropped_fits(saved: Path, teacher: st.CFGFeatureTeacher) -> None:
+    assert torch.equal(load_teacher(saved, TinyDiT(depth=2))(**call(1)), teacher(**call(1)))
+
+
+def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    tensors["y_embedder.weight"][2, 1] = torch.nan
+    assert_says(refusal(rewrite(saved, tensors), TinyDiT()), "1 of 24 values", "'y_embedder.weight'", "not finite")
+
+
+def test_a_model_that_takes_other_arguments_is_refused(saved: Path) -> None:
+    class Other(TinyDiT):
+        def forward(self, sample: Tensor, t: Tensor, y: Tensor, text: Tensor) -> Tensor:
+            return super().forward(sample, t, y, text)
+
+    assert_says(
+        refusal(saved, Other()),
+        "does not fit Other",
+        "from TinyDiT, of the same keys and shapes",
+        "names 'x', which Other.forward does not take",
+    )
+
+
+def test_a_factory_that_makes_no_model_is_refused(saved: Path) -> None:
+    with pytest.raises(SettingError, match="it made dict"):
+        load_teacher(saved, dict)
+
+
+@pytest.mark.parametrize(
+    "which", ["a callable null condition", "a selecting function", "a time convention of one's own"]
+)
+def test_functions_are_asked_for_by_name(which: str, tmp_path: Path) -> None:
+    settings, given = TEACHERS[which]
+    make_teacher(**settings).save_pretrained(tmp_path)
+    names = {"null": "null={'y': ...} (it was 'first_label')", "select": "select=... (it was 'Identity')"}
+    wanted = names | {"time": "time=... (it was 'mine')"}
+    assert_says(refusal(tmp_path, TinyDiT()), "no file can hold. Pass them:", *(wanted[key] for key in given))
+
+
+def test_what_was_saved_cannot_be_replaced(saved: Path) -> None:
+    for given, part in (
+        ({"tokens": slice(1, None)}, "was saved with tokens=None, which is kept"),
+        ({"select": 1}, "was saved with select=None"),
+        ({"time": MINE}, "was saved with time='repa'"),
+        ({"null": {"y": 4}}, "null= also names [('y',)]"),
+        ({"null": 4}, "null= maps argument names"),
+    ):
+        with pytest.raises(SettingError) as error:
+            load_teacher(saved, **given)
+        assert_says(error, part)
+
+
+def test_another_time_convention_is_no_answer(tmp_path: Path) -> None:
+    make_teacher(time=MINE).save_pretrained(tmp_path)
+    with pytest.raises(SettingError, match="another time convention: 'mine'"):
+        load_teacher(tmp_path, time=st.TimeConvention.named("sit"))
+
+
+def test_what_json_cannot_hold_is_refused_when_saving(tmp_path: Path) -> None:
+    def fails(teacher: st.CFGFeatureTeacher, error: type[Exception], *parts: str, **details: Any) -> None:
+        with pytest.raises(error) as caught:
+            teacher.save_pretrained(tmp_path / "new", **details)
+        assert_says(caught, *parts)
+        assert not (tmp_path / "new").exists()
+
+    fails(make_teacher(call={"fixed": {"text": torch.ones(4, 3)}}, null={"y": 5}), ArtefactError, "'call' should be")
+    fails(
+        make_teacher(), ArtefactError, "This teacher cannot be saved: 'step' should be an integer, 0 or more", step=-1
+    )
+    fails(make_teacher(), ArtefactError, "'source' should be one line of text", source="two\nlines")
+    fails(make_teacher(), SettingError, "A saved teacher has no 'licens'", licens="mit")
+    fails(make_teacher().to("meta"), ArtefactError, "a tensor on the meta device")
+
+    class Reserved(TinyDiT):
+        def __init__(self) -> None:
+            super().__init__()
+            self.null_condition = nn.Linear(1, 1)
+
+    teacher = st.build_teacher(Reserved(), None, layer="blocks.0", guidance_scale=1.0, null={"y": 5})
+    fails(teacher, ArtefactError, "'null_condition.weight', a name kept for the null condition")
+
+
+# --- Criterion -------------------------------------------------------------------------------------------------------
+
+CRITERIA: dict[str, tuple[int, dict[str, Any]]] = {
+    "stage 1": (1, {}),
+    "velocity, other settings": (
+        1,
+        {
+            **{"target": "velocity", "distance": "smooth_l1", "weight": 0.3, "window": (0.45, 0.65)},
+            **{"gating": "released", "schedule": "cosine", "stop_step": 9, "check_interval": None, "forward": "last"},
+        },
+    ),
+    "stage 2": (2, {}),
+    "two layers": (2, {"layer": ["blocks.0", "blocks.1"], "distance": "cosine", "call": {"t": "t"}}),
+    "sampled rows, a decaying weight": (
+        2,
+        {"teacher_rows": 2, "teacher_chunk": 3, "schedule": "linear", "stop_step": 12, "window": None},
+    ),
+    "a share of the rows, some of the tokens": (2, {"teacher_rows": 0.5, "tokens": slice(None), "select": None}),
+}
+
+
+def build_criterion(which: str, model: nn.Module) -> st.SelfTransLoss:
+    stage, settings = CRITERIA[which]
+    return make_criterion(stage, model, make_teacher() if stage == 2 else None, **settings)
+
+
+@pytest.mark.parametrize("which", CRITERIA)
+def test_the_next_step_is_the_one_that_would_have_been(which: str, tmp_path: Path) -> None:
+    model = TinyDiT()
+    criterion = build_criterion(which, model)
+    for step in range(3):
+        take_step(model, criterion, step)
+    criterion.save_pretrained(tmp_path)
+    resumed_model = copy.deepcopy(model)
+    teacher = make_teacher() if criterion.stage == 2 else None
+    resumed = st.SelfTransLoss.from_pretrained(tmp_path, model=resumed_model, teacher=teacher)
+    for step in range(3, 6):
+        expected = take_step(model, criterion, step)
+        found = take_step(resumed_model, resumed, step)
+        assert expected[2].item() > 0
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+# Of latents that are no (N, C, H, W), which the steps above have.
+CRITERIA_OF_OTHERS = {"packed": (1, {"channel_axis": 2, "patch_size": (1,)}), "videos": (1, {"patch_size": (1, 2, 2)})}
+
+
+@pytest.mark.parametrize("which", [*CRITERIA, *CRITERIA_OF_OTHERS])
+def test_every_setting_of_a_criterion_comes_back(which: str, tmp_path: Path) -> None:
+    stage, settings = (CRITERIA | CRITERIA_OF_OTHERS)[which]
+    criterion = make_criterion(stage, TinyDiT(), make_teacher() if stage == 2 else None, **settings)
+    criterion.save_pretrained(tmp_path)
+    resumed = st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), criterion.teacher)
+    compared = (
+        set(vars(criterion)) - {key for key in vars(criterion) if key.startswith("_")} - {"spec", "call", "training"}
+    )
+    assert {"weight", "window", "gating", "which_forward", "check_interval", "teacher_rows", "layers"} <= compared
+    assert {key: getattr(resumed, key) for key in compared} == {key: getattr(criterion, key) for key in compared}
+    assert [vars(resumed.spec)[key] for key in ("x", "t", "shared", "fixed")] == [
+        vars(criterion.spec)[key] for key in ("x", "t", "shared", "fixed")
+    ]
+    assert repr(resumed) == repr(criterion)
+    for mine, other in zip(criterion.heads, resumed.heads, strict=True):
+        plain = {key: value for key, value in vars(mine).items() if not key.startswith("_")}
+        assert plain == {key: vars(other)[key] for key in plain}
+    assert all(torch.equal(a, b) for a, b in zip(criterion.parameters(), resumed.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_criterion_is_three_files_without_model_or_teacher(stage: int, tmp_path: Path) -> None:
+    criterion = make_criterion(stage, TinyDiT(), make_teacher() if stage == 2 else None)
+    criterion.save_pretrained(tmp_path)
+    assert names_in(tmp_path) == FILES
+    head = "heads.0.head" if stage == 1 else "heads.0"
+    expected = {f"{head}.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
+    expected |= {"heads.0.linear.weight", "heads.0.linear.bias"} if stage == 1 else set()
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert set(tensors) == expected | {"step", "calls", "schedule_state", "teacher_fingerprint"}
+    assert (tmp_path / "model.safetensors").stat().st_size < 3000
+    config = config_of(tmp_path)
+    assert config["kind"] == "criterion"
+    assert config["stage"] == stage
+    assert config["hidden_sizes"] == [4]
+    assert config["target_size"] == (None if stage == 1 else 4)
+    assert config["patch_size"] == ([2, 2] if stage == 1 else None)
+    card = (tmp_path / "README.md").read_text()
+    assert f"| stage | {stage} |" in card
+    assert f'from_pretrained("{tmp_path.name}", model=model{", teacher=teacher" if stage == 2 else ""})' in card
+
+
+def test_a_head_keeps_its_dtype_and_the_teacher_its_own(tmp_path: Path) -> None:
+    criterion = make_criterion(2, TinyDiT(), make_teacher())
+    criterion.heads.to(torch.float64)
+    criterion.save_pretrained(tmp_path)
+    teacher = make_teacher()
+    resumed = st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), teacher)
+    assert {p.dtype for p in resumed.parameters()} == {torch.float64}
+    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
+
+
+def test_layers_of_different_widths_come_back_where_they_can_be_read_off(tmp_path: Path) -> None:
+    class TwoWidths(TinyDiT):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks[0] = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 4))
+
+    layers = ["blocks.0.0", "blocks.0.1"]
+    criterion = st.SelfTransLoss.stage1(
+        TwoWidths(), layer=layers, time="repa", latent_channels=2, patch_size=2, hidden_features=6
+    )
+    criterion.save_pretrained(tmp_path)
+    assert config_of(tmp_path)["hidden_sizes"] == [7, 4]
+    resumed = st.SelfTransLoss.from_pretrained(tmp_path, TwoWidths())
+    assert [head.head.in_features for head in resumed.heads] == [7, 4]
+    model = TinyDiT()
+    with pytest.raises(ArtefactError):
+        st.SelfTransLoss.from_pretrained(tmp_path, model)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_past_the_stop_step_no_teacher_is_needed_and_before_it_one_is(tmp_path: Path) -> None:
+    model = TinyDiT()
+    criterion = make_criterion(2, model, make_teacher(), stop_step=2)
+    take_step(model, criterion, 0)
+    criterion.save_pretrained(tmp_path)
+    with pytest.raises(TeacherError, match=r"still needs its teacher \(step 0, stop_step 2\)"):
+        st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT())
+    take_step(model, criterion, 1)
+    criterion.save_pretrained(tmp_path)
+    resumed = st.SelfTransLoss.from_pretrained(tmp_path, model=(other := TinyDiT()))
+    assert take_step(other, resumed, 2)[3].item() == 0.0
+    assert torch.equal(resumed.state_dict()["teacher_fingerprint"], make_teacher().fingerprint)
+    assert resumed.state_dict()["step"] == 2
+
+
+def test_a_teacher_is_refused_in_stage_1(tmp_path: Path) -> None:
+    make_criterion(1, TinyDiT()).save_pretrained(tmp_path)
+    with pytest.raises(SettingError, match="stage 1, which has no teacher"):
+        st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), make_teacher())
+
+
+def test_a_criterions_functions_are_asked_for(tmp_path: Path) -> None:
+    settings = {"select": nn.Identity(), "tokens": FLIP, "time": MINE}
+    make_criterion(1, TinyDiT(), **settings).save_pretrained(tmp_path)
+    with pytest.raises(ArtefactError) as error:
+        st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT())
+    assert_says(error, "select=... (it was 'Identity')", "tokens=... (it was 'partial')", "time=... (it was 'mine')")
+    resumed = st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), **settings)
+    assert [resumed.select, resumed.tokens, resumed.time] == list(settings.values())
+
+
+def test_heads_of_ones_own_are_not_saved(tmp_path: Path) -> None:
+    criterion = st.SelfTransLoss(TinyDiT(), [nn.Linear(4, 4)], layer="blocks.0", time="repa")
+    with pytest.raises(ArtefactError, match=r"made by stage1\(\) or stage2\(\)"):
+        criterion.save_pretrained(tmp_path)

@@ -1,0 +1,133 @@
+"""A tiny model, its teacher and criterion, and what the tests of saved artefacts share."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import selftrans_reg as st
+from selftrans_reg.errors import ArtefactError
+
+FILES = ["README.md", "config.json", "model.safetensors"]
+
+
+class TinyDiT(nn.Module):
+    """``(x, t, y, text)`` -> (N, C, H, W), C = 2, with blocks of one Linear; files of old versions hold its weights."""
+
+    def __init__(self, width: int = 4, depth: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        self.x_embedder = nn.Conv2d(2, width, 2, 2)
+        self.y_embedder = nn.Embedding(6, width)  # the last row is the null label
+        self.text_embedder = nn.Linear(3, width)
+        self.register_buffer("pos_embed", torch.zeros(1, 4, width))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(depth))
+        self.final_layer = nn.Linear(width, 8)
+        generator = torch.Generator().manual_seed(seed)
+        for tensor in self.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator))
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor) -> Tensor:
+        tokens = self.x_embedder(x).flatten(2).transpose(1, 2) + self.pos_embed  # (N, 4, D)
+        tokens = tokens + (self.y_embedder(y) + self.text_embedder(text) + t[:, None])[:, None]
+        for block in self.blocks:
+            tokens = tokens + block(tokens)
+        return self.final_layer(tokens).transpose(1, 2).reshape(len(x), 2, 4, 4)
+
+
+def call(seed: int = 0, n: int = 4) -> dict[str, Tensor]:
+    """The arguments of a call of :class:`TinyDiT`; t is inside the window."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        "x": torch.randn(n, 2, 4, 4, generator=g),
+        "t": 0.4 + 0.3 * torch.rand(n, generator=g),
+        "y": torch.arange(n) % 5,
+        "text": torch.randn(n, 3, generator=g),
+    }
+
+
+def make_teacher(**settings: Any) -> st.CFGFeatureTeacher:
+    defaults: dict[str, Any] = {
+        "layer": "blocks.1",
+        "guidance_scale": 3.0,
+        "null": {"y": 5, "text": torch.tensor([0.5, -1.0, 0.1])},
+        "time": "repa",
+        "hidden_size": 4,
+        "example": call(),
+    }
+    return st.build_teacher(TinyDiT(seed=1), None, **(defaults | settings))
+
+
+def make_criterion(
+    stage: int, model: nn.Module, teacher: st.CFGFeatureTeacher | None = None, **settings: Any
+) -> st.SelfTransLoss:
+    defaults = {"layer": "blocks.0", "time": "repa", "hidden_size": 4, "hidden_features": 6}
+    if stage == 1:
+        return st.SelfTransLoss.stage1(model, **({"latent_channels": 2, "patch_size": 2} | defaults | settings))
+    return st.SelfTransLoss.stage2(model, teacher=teacher, **(defaults | settings))
+
+
+def take_step(model: nn.Module, criterion: st.SelfTransLoss, step: int) -> tuple[Tensor, ...]:
+    """One step of SGD; the terms and every gradient."""
+    arguments = call(seed=step, n=8)
+    latents = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(step + 50))
+    t = arguments["t"][:, None, None, None]
+    arguments["x"] = (1 - t) * latents + t * arguments["x"]
+    terms = criterion(model(**arguments).square().mean(), latents=latents, step=step)
+    parameters = [*model.parameters(), *criterion.parameters()]
+    for p in parameters:
+        p.grad = None
+    terms.total.backward()
+    gradients = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in parameters]
+    with torch.no_grad():
+        for p in parameters:
+            if p.grad is not None:
+                p -= 0.05 * p.grad
+    return (*terms, *gradients)
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def load_teacher(name: str | Path, model: Any = TinyDiT, **given: Any) -> st.CFGFeatureTeacher:
+    return st.CFGFeatureTeacher.from_pretrained(name, model, **given)
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
+    return content
+
+
+def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **entries: Any) -> Path:
+    """Change entries of config.json, or the weights with a hash that fits."""
+    if tensors is not None:
+        save_file(tensors, folder / "model.safetensors")
+        entries["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    (folder / "config.json").write_text(json.dumps(config_of(folder) | entries))
+    return folder
+
+
+def assert_says(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
+    for part in parts:
+        assert part in str(error.value), f"{part!r} is not in:\n{error.value}"
+
+
+def refusal(folder: Path, model: nn.Module, **given: Any) -> pytest.ExceptionInfo[BaseException]:
+    """The ArtefactError of loading into ``model``, which has to be as it was."""
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ArtefactError) as error:
+        load_teacher(folder, model, **given)
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert all(p.requires_grad for p in model.parameters())
+    assert model.training
+    return error
