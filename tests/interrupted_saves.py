@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 from collections.abc import Callable
@@ -52,47 +53,62 @@ def die_at(operation: int) -> None:
     sys.addaudithook(hook)
 
 
-def scale_in(folder: Path) -> float:
-    """The guidance scale of the teacher in ``folder``, once its features are known to be those of that scale."""
+def numbered(number: int) -> st.CFGFeatureTeacher:
+    """A teacher with weights and a setting of its own."""
+    return make_teacher(seed=number, guidance_scale=float(number))
+
+
+def number_in(folder: Path) -> int:
+    """Which teacher is in ``folder``, once its features are known to be those of that number."""
     teacher = st.CFGFeatureTeacher.from_pretrained(folder, model=TinyDiT)
-    expected = make_teacher(guidance_scale=teacher.guidance_scale)
-    assert torch.equal(teacher(**call(3)), expected(**call(3)))
-    return teacher.guidance_scale
+    number = int(teacher.guidance_scale)
+    assert torch.equal(teacher(**call(3)), numbered(number)(**call(3)))
+    return number
 
 
 def kill(folder: Path) -> dict[str, object]:
-    """Save teacher after teacher over the last one, killed ever later, until one save gets to its end."""
-    make_teacher(guidance_scale=1.0).save_pretrained(folder)
-    held, outcomes = 1.0, []
+    """Save over an older teacher, killed ever later, until the save gets to its end."""
+    numbered(1).save_pretrained(folder / "before")
+    return killed_ever_later(folder, folder / "before", 1)
+
+
+def twice(folder: Path) -> dict[str, object]:
+    """The same over what the last killed save left that had replaced config.json, and no more than that."""
+    kill(folder)
+    left = [path for path in folder.iterdir() if (path / ".selftrans_reg_save" / "model.safetensors").exists()]
+    half = next(path for path in left if number_in(path) == 2)
+    return killed_ever_later(folder / "again", half, 2, new=3)
+
+
+def killed_ever_later(folder: Path, before: Path, old: int, new: int = 2) -> dict[str, object]:
+    """Which teacher is there after a save over a copy of ``before`` was killed at its first operation, second, ..."""
+    teacher, outcomes = numbered(new), []
     for operation in range(1, 100):
-        teacher = make_teacher(guidance_scale=operation + 1.0)
-        exit_code = killed_save(teacher, folder, operation)
-        found = scale_in(folder)
-        assert found in (held, operation + 1.0), f"neither the old nor the new teacher after operation {operation}"
-        outcomes.append("old" if found == held else "new")
-        held = found
+        place = Path(shutil.copytree(before, folder / str(operation)))
+        exit_code = killed_save(teacher, place, operation)
+        outcomes.append({old: "old", new: "new"}[number_in(place)])
         if exit_code == 0:
-            return {"outcomes": outcomes, "files": names_in(folder)}
+            return {"outcomes": outcomes, "files": names_in(place)}
         assert exit_code == -signal.SIGKILL, exit_code
     raise AssertionError("the save never ended")
 
 
 def first(folder: Path) -> dict[str, object]:
     """The same with nothing there before, and a save to the end after each interruption."""
-    teacher = make_teacher(guidance_scale=2.0)
+    teacher = numbered(2)
     outcomes = []
     for operation in range(1, 100):
         place = folder / str(operation)
         exit_code = killed_save(teacher, place, operation)
         try:
-            assert scale_in(place) == 2.0
+            assert number_in(place) == 2
             outcomes.append("new")
         except ArtefactError as error:
             outcomes.append("none" if "There is no" in str(error) else str(error))
         if exit_code == 0:
             return {"outcomes": outcomes, "files": names_in(place)}
         teacher.save_pretrained(place)
-        assert scale_in(place) == 2.0
+        assert number_in(place) == 2
         assert names_in(place) == FILES, names_in(place)
     raise AssertionError("the save never ended")
 
@@ -109,9 +125,9 @@ def killed_save(teacher: st.CFGFeatureTeacher, folder: Path, operation: int) -> 
 
 def full(folder: Path) -> dict[str, object]:
     """Save over an older teacher with ever more room for each file, until there is enough."""
-    make_teacher(guidance_scale=1.0).save_pretrained(folder)
+    numbered(1).save_pretrained(folder)
     largest = max(path.stat().st_size for path in folder.iterdir())
-    new = make_teacher(guidance_scale=2.0)
+    new = numbered(2)
     for refused, limit in enumerate(range(0, 2 * largest, 200)):
 
         def save(limit: int = limit) -> None:
@@ -124,10 +140,10 @@ def full(folder: Path) -> dict[str, object]:
 
         status = in_a_child(save)
         if status == 0:
-            assert scale_in(folder) == 2.0
+            assert number_in(folder) == 2
             return {"refused": refused, "files": names_in(folder)}
         assert os.waitstatus_to_exitcode(status) == 3, status
-        assert scale_in(folder) == 1.0
+        assert number_in(folder) == 1
         assert names_in(folder) == FILES, names_in(folder)
     raise AssertionError("the save never fitted")
 
@@ -135,4 +151,4 @@ def full(folder: Path) -> dict[str, object]:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     place = Path(sys.argv[1])
-    print(json.dumps({"kill": kill(place / "kill"), "first": first(place / "first"), "full": full(place / "full")}))
+    print(json.dumps({part.__name__: part(place / part.__name__) for part in (kill, twice, first, full)}))

@@ -111,12 +111,13 @@ def test_a_save_that_is_killed_or_finds_the_disk_full_leaves_a_whole_artefact(tm
     done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
-    for old, outcomes in (("old", report["kill"]["outcomes"]), ("none", report["first"]["outcomes"])):
+    for part, old in (("kill", "old"), ("twice", "old"), ("first", "none")):
+        outcomes = report[part]["outcomes"]
         assert outcomes.count(old) >= 8
         assert outcomes.count("new") >= 3
         assert outcomes == [old] * outcomes.count(old) + ["new"] * outcomes.count("new")  # from one moment on
     assert report["full"]["refused"] >= 5
-    assert [part["files"] for part in report.values()] == [FILES] * 3
+    assert [part["files"] for part in report.values()] == [FILES] * 4
 
 
 def test_whoever_may_read_one_file_may_read_the_others(saved: Path) -> None:

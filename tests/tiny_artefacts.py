@@ -53,7 +53,7 @@ def call(seed: int = 0, n: int = 4) -> dict[str, Tensor]:
     }
 
 
-def make_teacher(**settings: Any) -> st.CFGFeatureTeacher:
+def make_teacher(seed: int = 1, **settings: Any) -> st.CFGFeatureTeacher:
     defaults: dict[str, Any] = {
         "layer": "blocks.1",
         "guidance_scale": 3.0,
@@ -62,7 +62,7 @@ def make_teacher(**settings: Any) -> st.CFGFeatureTeacher:
         "hidden_size": 4,
         "example": call(),
     }
-    return st.build_teacher(TinyDiT(seed=1), None, **(defaults | settings))
+    return st.build_teacher(TinyDiT(seed=seed), None, **(defaults | settings))
 
 
 def make_criterion(
