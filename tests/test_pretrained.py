@@ -297,6 +297,21 @@ def test_a_teacher_of_tied_weights_is_saved_once_and_tied_again(tmp_path: Path) 
     assert_says(error, "Missing", "blocks.1.0.weight")
 
 
+@pytest.mark.parametrize(
+    "parts", [lambda w: w.unbind(), lambda w: w.transpose(1, 2).unbind()], ids=["views", "strided"]
+)
+def test_weights_that_are_parts_of_one_tensor_are_saved_as_their_own(parts: Any, tmp_path: Path) -> None:
+    model = TinyDiT(seed=1)
+    both = torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(0))
+    model.blocks[0][0].weight.data, model.blocks[1][0].weight.data = parts(both)
+    settings = {"layer": "blocks.1", "guidance_scale": 2.0, "null": {"y": 5}, "hidden_size": 4}
+    teacher = st.build_teacher(model, None, **settings)
+    teacher.save_pretrained(tmp_path)
+    loaded = load_teacher(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), teacher.parameters(), strict=True))
+    torch.testing.assert_close(loaded(**call()), teacher(**call()))
+
+
 def test_a_wrapped_teacher_is_saved_under_plain_keys(tmp_path: Path) -> None:
     model = TinyDiT(seed=1)
     model.blocks[0] = checkpoint_wrapper(model.blocks[0])
