@@ -46,7 +46,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=at_least(1), default=900, help="of each of the three runs")
+    parser.add_argument("--steps", type=at_least(1), default=700, help="of each of the three runs")
     parser.add_argument("--batch-size", type=at_least(1), default=16)
     parser.add_argument("--lr", type=float, default=3e-3, help="high, because the steps are few")
     parser.add_argument("--hidden-size", type=int, default=96)
@@ -64,7 +64,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vae-steps", type=at_least(2), default=150)
     parser.add_argument("--classifier-steps", type=at_least(2), default=300)
     parser.add_argument("--samples", type=at_least(2), default=1000, help="for the Fréchet distance, of each way")
-    parser.add_argument("--sampler-steps", type=at_least(1), default=16, help="Euler steps, without guidance")
+    parser.add_argument("--sampler-steps", type=at_least(1), default=12, help="Euler steps, without guidance")
     return parser.parse_args(argv)
 
 
@@ -179,7 +179,7 @@ def feature_panels(
 ) -> dict[str, NDArray[np.float32]]:
     """What teacher and student see in nine noisy digits: three principal components of their tokens as colours.
 
-    One basis for all four: the components of f_c over all the given images. The student's tokens pass through its
+    One basis for all four: the components of f_g over all the given images. The student's tokens pass through its
     projection head, which brings them into the teacher's space.
     """
     teacher, student = new_teacher(run, run.out / STAGE1_FILE), new_sit(run).eval()
@@ -199,15 +199,16 @@ def feature_panels(
         projected = criterion.heads[0](tap.pop())  # (N, T, D)
 
     rows = torch.stack([(data.labels == label).nonzero()[0, 0] for label in range(9)])
-    basis = ColourBasis(f_c)
+    f_g = teacher.guide(f_c, f_u)
+    basis = ColourBasis(f_g)
     guided = f"$f_g = f_u + {run.guidance_scale:g}\\,(f_c - f_u)$"
     return {
         "held-out digits": tile(grey_to_rgb(data.images[rows]), 3),
         f"the same at t = {PICTURE_TIME}, decoded": tile(grey_to_rgb(decode(vae, x_t[rows])), 3),
         f"teacher's $f_c$ ({run.teacher_layer})": tile(basis.colours(f_c)[rows], 3),
         "teacher's $f_u$": tile(basis.colours(f_u)[rows], 3),
-        guided: tile(basis.colours(teacher.guide(f_c, f_u))[rows], 3),
-        f"student's {run.student_layer}, projected": tile(basis.colours(projected)[rows], 3),
+        guided: tile(basis.colours(f_g)[rows], 3),
+        f"student ({run.student_layer}), projected": tile(basis.colours(projected)[rows], 3),
     }
 
 
@@ -275,8 +276,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     top = {name: tile(grey_to_rgb(samples[way][:50]), 10) for way, name in WAYS.items()}
     samples_heading = f"Samples after {run.steps} steps: the same noise and the same labels for all three"
     tokens_heading = (
-        f"Tokens as colours: the first three principal components of $f_c$ over {len(held_out.labels)} noisy digits, "
-        "less the mean at each position. One basis for all four"
+        f"Tokens as colours: three principal components of $f_g$ over {len(held_out.labels)} noisy digits, each map "
+        "less its mean at each position. One basis and one range for all four"
     )
     picture = {samples_heading: top, tokens_heading: feature_panels(run, runs["self"], vae, held_out)}
     save_panels(picture, run.out / "quickstart.png")

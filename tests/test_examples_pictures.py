@@ -45,12 +45,17 @@ def test_colours_are_the_principal_components_without_the_positions_mean(generat
         assert 0.015 < clipped < 0.025  # a hundredth at each end
 
 
-def test_one_basis_serves_other_tokens_without_being_moved(generator: torch.Generator) -> None:
-    tokens = torch.randn(50, 4, 5, generator=generator)
+def test_one_basis_and_one_range_serve_other_tokens(generator: torch.Generator) -> None:
+    tokens = torch.randn(2000, 4, 5, generator=generator)
     basis = ColourBasis(tokens)
-    shifted = basis.colours(tokens + 100 * basis.directions[:, 0].float())
-    assert (shifted[..., 0] == 1).all()
-    torch.testing.assert_close(shifted[..., 1], basis.colours(tokens)[..., 1], atol=1e-3, rtol=0)
+    offset = torch.randn(4, 5, generator=generator)
+    torch.testing.assert_close(basis.colours(tokens + offset), basis.colours(tokens), atol=1e-4, rtol=0)
+    faint = basis.colours(tokens / 4)  # a quarter of the contrast, about the same middle
+    middle = -basis.low / (basis.high - basis.low)
+    unclipped = basis.colours(tokens).double() - middle
+    inside = (unclipped.abs() < 0.4).all(-1)
+    assert inside.float().mean() > 0.5
+    torch.testing.assert_close(faint.double()[inside] - middle, unclipped[inside] / 4, atol=1e-5, rtol=0)
 
 
 def test_panels_are_written(tmp_path: Path) -> None:

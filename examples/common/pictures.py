@@ -1,5 +1,7 @@
 """Pictures: grids of images, and tokens as colours on one shared basis."""
 
+import math
+
 import matplotlib
 
 matplotlib.use("Agg")  # pictures are written to files: no window, and no display needed
@@ -36,8 +38,8 @@ def grey_to_rgb(images: Tensor) -> Tensor:
 class ColourBasis:
     """Three principal directions of some tokens, and the range that they fill: what the three colours mean.
 
-    Tokens are first freed of the mean that the basis's tokens have at their position: position is what tokens differ
-    in most, and it is the same in every image.
+    All tokens, the basis's and those that are drawn, are first freed of their own mean at each position: position is
+    what tokens differ in most, and it is the same in every image.
 
     Args:
         tokens: (N, T, D), what the basis is taken from.
@@ -46,13 +48,11 @@ class ColourBasis:
     _OUTLIERS = 0.01  # this fraction at each end of a component is cut off, or a few tokens would take all the contrast
 
     def __init__(self, tokens: Tensor) -> None:
-        self.mean = tokens.double().mean(0)  # (T, D)
-        centred = (tokens.double() - self.mean).flatten(0, 1)
+        centred = _centred(tokens).flatten(0, 1)
         _, _, directions = torch.linalg.svd(centred, full_matrices=False)
         self.directions = directions[:3].T  # (D, 3)
-        components = centred @ self.directions
         quantiles = torch.tensor([self._OUTLIERS, 1 - self._OUTLIERS], dtype=torch.float64, device=tokens.device)
-        self.low, self.high = torch.quantile(components, quantiles, dim=0)
+        self.low, self.high = torch.quantile(centred @ self.directions, quantiles, dim=0)
 
     def colours(self, tokens: Tensor) -> Tensor:
         """Red, green and blue from the three components, clipped to the basis's range.
@@ -60,10 +60,14 @@ class ColourBasis:
         Shape:
             tokens: (N, T, D), T a square; returns: (N, sqrt(T), sqrt(T), 3), values in [0, 1]
         """
-        components = (tokens.double() - self.mean) @ self.directions
-        side = round(components.shape[1] ** 0.5)
+        components = _centred(tokens) @ self.directions
+        side = math.isqrt(components.shape[1])
         colours = ((components - self.low) / (self.high - self.low)).clamp(0, 1)
         return colours.unflatten(1, (side, side)).float().cpu()
+
+
+def _centred(tokens: Tensor) -> Tensor:
+    return tokens.double() - tokens.double().mean(0)
 
 
 def save_panels(rows: dict[str, dict[str, NDArray[np.float32]]], path: Path) -> None:
