@@ -25,10 +25,10 @@ from .errors import SettingError as SettingError
 from .errors import ShapeError as ShapeError
 from .errors import TeacherError as TeacherError
 from .errors import TimeConventionError as TimeConventionError
+from .feature_tap import FeatureTap
 from .heads import ProjectionHead
 from .losses import VAEAlignmentLoss, feature_alignment
 from .recipes import Recipe, recipe
-from .taps import FeatureTap
 from .teacher import CFGFeatureTeacher, build_teacher
 from .time import TimeConvention
 

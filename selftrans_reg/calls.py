@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .names import nearest, quoted, unwrap
 _KEYS = ("x", "t", "shared", "fixed")
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Call:
     """The arguments of one call by name; ``x_t`` and ``t`` among them.
 
@@ -25,11 +26,13 @@ class Call:
         arguments: Every argument that was passed, by the name in the model's signature.
         x_t: (N, ...), the noisy latents.
         t: (N,), the time as the model was given it; a scalar is repeated for every row.
+        shared: Names of arguments that hold nothing by row, whatever they look like.
     """
 
     arguments: Mapping[str, Any]
     x_t: Tensor
     t: Tensor
+    shared: frozenset[str]
 
     @property
     def rows(self) -> int:
@@ -104,7 +107,7 @@ class CallSpec:
             CallError: If the signature does not take these arguments, or x_t or t is missing or no tensor.
             ShapeError: If t is neither a scalar nor one value for each row of x_t.
         """
-        return self._call(by_name(self.signature, args, kwargs, self.model_name))
+        return self._call(by_name(self.signature, args, kwargs, self.model_name), self.shared)
 
     def adopt(self, call: Call, source: CallSpec) -> Call:
         """The call of another model, made ready for this one: x_t and t by their names here, the rest by theirs.
@@ -119,9 +122,10 @@ class CallSpec:
                 f"takes {quoted(self._named)}.\n"
                 "The teacher sees the student's own call: it must take the same conditions under the same names."
             )
-        return self._call({self.x: call.arguments[source.x], self.t: call.arguments[source.t], **rest})
+        arguments = {self.x: call.arguments[source.x], self.t: call.arguments[source.t], **rest}
+        return self._call(arguments, self.shared | call.shared)
 
-    def _call(self, arguments: dict[str, Any]) -> Call:
+    def _call(self, arguments: dict[str, Any], shared: frozenset[str]) -> Call:
         arguments = arguments | self.fixed
         for key, name in (("x", self.x), ("t", self.t)):
             if name not in arguments:
@@ -142,14 +146,14 @@ class CallSpec:
                 f"Argument {self.t!r} of {self.model_name} should be the time t; got {_describe(t)}.\n"
                 "Say which argument is t: call=dict(t=...)."
             )
-        times = t if isinstance(t, Tensor) else torch.tensor(float(t), device=x_t.device)
+        times = t if isinstance(t, Tensor) else torch.full((), float(t), device=x_t.device)
         if times.numel() not in (1, rows):
             raise ShapeError(
                 f"Argument {self.t!r} of {self.model_name} has shape {tuple(times.shape)}; the time is a scalar or one "
                 f"value for each of the {rows} rows of {self.x!r} {tuple(x_t.shape)}.\n"
                 "If t is another argument, pass call=dict(t=...)."
             )
-        return Call(arguments, x_t, times.reshape(-1).expand(rows))
+        return Call(arguments, x_t, times.reshape(-1).expand(rows), shared)
 
     def arguments(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments by name as ``(args, kwargs)`` of a call."""
@@ -188,16 +192,15 @@ class RowTensors:
 
     Args:
         call: The call.
-        shared: Names of arguments that are shared whatever they look like.
 
     Raises:
         CallError: If a tensor's first axis is a multiple of N, or a list holds one unequal tensor for each sample.
     """
 
-    def __init__(self, call: Call, shared: frozenset[str]) -> None:
+    def __init__(self, call: Call) -> None:
         self._arguments = call.arguments
         self._n = call.rows
-        self._shared = shared
+        self._shared = call.shared
         found = [item for name, value in call.arguments.items() for item in self._find(value, name, name)]
         self.paths = [path for path, _ in found]  # where each tensor is, as one would type it
         self.tensors = [tensor for _, tensor in found]
@@ -219,6 +222,9 @@ class RowTensors:
         elif isinstance(value, Mapping):
             for key, item in value.items():
                 yield from self._find(item, name, nested_path(path, key))
+        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+            for field in dataclasses.fields(value):
+                yield from self._find(getattr(value, field.name), name, nested_path(path, field.name))
         elif isinstance(value, list | tuple):
             found = [f for i, item in enumerate(value) for f in self._find(item, name, nested_path(path, i))]
             if isinstance(value, list) and len(value) == self._n > 1 and not found and name not in self._shared:
@@ -243,7 +249,18 @@ class RowTensors:
         if isinstance(value, Tensor):
             return next(replacements) if self._is_row(value, name) else value
         if isinstance(value, Mapping):
-            return {key: self._replace(item, name, replacements) for key, item in value.items()}
+            replaced = {key: self._replace(item, name, replacements) for key, item in value.items()}
+            if not isinstance(value, MutableMapping):
+                return replaced
+            clone = copy.copy(value)  # of its own kind: a model may ask it for attributes
+            for key, item in replaced.items():
+                clone[key] = item
+            return clone
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            twin = copy.copy(value)
+            for field in dataclasses.fields(value):
+                object.__setattr__(twin, field.name, self._replace(getattr(value, field.name), name, replacements))
+            return twin
         if isinstance(value, list | tuple):
             items = [self._replace(item, name, replacements) for item in value]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)

@@ -379,7 +379,7 @@ def _pickle_in_archive(file: Path) -> bytes:
 
 _RESAVE = (
     "\nIf you trust the file, save its weights alone, where it was made:\n"
-    "    state = torch.load(path, map_location='cpu', weights_only=False)['ema']  # this runs the file's code\n"
+    "    state = torch.load(path, map_location='cpu', weights_only=False)['ema']  # or ['model']; runs its code\n"
     "    torch.save(state, 'weights.pt')"
 )
 

@@ -22,7 +22,12 @@ def check_denoising(denoising: object) -> None:
 
 
 def check_batch(call: Call, denoising: Tensor, latents: Tensor | None) -> None:
-    """Raise ``ShapeError`` unless loss and latents have the captured call's number of samples."""
+    """Make sure that loss and latents are those of the captured call.
+
+    Raises:
+        ShapeError: If they have another number of samples.
+        PlacementError: If the latents lie elsewhere.
+    """
     if denoising.ndim == 1 and len(denoising) != call.rows:
         raise ShapeError(
             f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
@@ -32,6 +37,8 @@ def check_batch(call: Call, denoising: Tensor, latents: Tensor | None) -> None:
         raise ShapeError(
             f"There are {len(latents)} latents, but the model's last call had {call.rows} samples: pass the same batch."
         )
+    if latents is not None and latents.device != call.x_t.device:
+        raise PlacementError(f"The latents lie on {latents.device}, x_t on {call.x_t.device}: move them there.")
 
 
 def check_same_shape(call: Call, latents: Tensor) -> None:

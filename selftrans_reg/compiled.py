@@ -32,6 +32,9 @@ def compile_blocks(model: nn.Module) -> None:
         for block in blocks:
             if isinstance(block, Pruned) or not isinstance(layers.get(name), nn.ModuleList):
                 continue  # a Sequential's members are numbered too, but small
+            if "forward" in vars(block):  # patched for this block alone, as by accelerate's hooks
+                block.forward = torch.compile(block.forward, **isolate)  # type: ignore[call-overload]
+                continue
             kind = type(block)
             if kind not in compiled:
                 compiled[kind] = torch.compile(kind.forward, **isolate)  # type: ignore[call-overload]

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypedDict, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +50,8 @@ Gating: TypeAlias = Literal["per-sample", "released"]
 
 # Checks that read values off the device run in this many first calls, then at the chosen interval.
 _FIRST_CHECKS = 3
+# A larger weight is a slip, and would not fit into the state dict's integers.
+_MAX_WEIGHT = 1_000_000
 
 
 class LossTerms(NamedTuple):
@@ -60,7 +62,8 @@ class LossTerms(NamedTuple):
         denoising: The loop's own loss, averaged.
         alignment: The alignment, averaged over the whole batch with samples outside the window counted as 0.
         weight: What the alignment was multiplied with at this step.
-        in_window: The fraction of the batch inside the window.
+        in_window: The fraction of the batch inside the window; 0 in eval mode and from ``stop_step`` on, where nobody
+            looks.
     """
 
     total: Tensor
@@ -181,13 +184,16 @@ class SelfTransLoss(nn.Module):
         # The counters live here and go to the buffers only when a state dict is made: a step writes nothing.
         self._step = -1
         self._calls = 0
-        self.register_buffer("step", torch.tensor(-1))
-        self.register_buffer("calls", torch.tensor(0))
-        self.register_buffer("schedule_state", schedule_state(schedule, self.weight, stop_step))
-        self.register_buffer(
-            "teacher_fingerprint",
-            torch.zeros(32, dtype=torch.uint8) if teacher is None else teacher.fingerprint.clone(),
-        )
+        self._checking = False
+        self._checks = 0  # of this process, not saved: a resumed run is checked anew
+        buffers = {
+            "step": torch.tensor(-1),
+            "calls": torch.tensor(0),
+            "schedule_state": schedule_state(schedule, self.weight, stop_step),
+            "teacher_fingerprint": torch.zeros(32, dtype=torch.uint8) if teacher is None else teacher.fingerprint,
+        }
+        for name, buffer in buffers.items():  # with the heads: NCCL broadcasts no buffers of the CPU
+            self.register_buffer(name, buffer.clone().to(device_of(self)))
         self.register_state_dict_pre_hook(_write_counters)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(_read_counters)  # type: ignore[no-untyped-call]
@@ -297,7 +303,7 @@ class SelfTransLoss(nn.Module):
         if teacher is not None:
             if unwrap(teacher.model) is unwrap(model):
                 raise TeacherError("The teacher holds the student itself: build it from a copy of the model.")
-            if teacher.time is not None and teacher.time.name != resolve(time).name:
+            if teacher.time is not None and teacher.time != resolve(time):
                 raise TimeConventionError(
                     f"The teacher was built for the time convention {teacher.time.name!r}, the student's is "
                     f"{resolve(time).name!r}; both see the same x_t and t, so they must agree."
@@ -468,6 +474,7 @@ class SelfTransLoss(nn.Module):
         gated = record.note
         if isinstance(gated, SelfTransError):  # the call could not be read; the place to say so is here
             raise copy.copy(gated)  # not itself: a raised error holds this frame, which holds it and the graph
+        record.check_arguments()
         self._check(gated.call, denoising, latents)
         with torch.no_grad() if self.weight == 0.0 else contextlib.nullcontext():
             alignment = self._alignment(record, gated, latents)
@@ -542,20 +549,28 @@ class SelfTransLoss(nn.Module):
 
     def _advance(self, step: int | None) -> float:
         """Count the call and give the schedule's factor at this step, 0 from the stop step on."""
-        if step is not None and (isinstance(step, bool) or not isinstance(step, int) or step < 0):
-            raise SettingError(f"step must be an integer, 0 or more; got {step!r}.")
+        if step is not None:
+            step = _checked_step(step)
         scale = factor(self.schedule, step, self.stop_step)
         self._calls += 1
         if step is not None:
             self._step = step
         return scale
 
+    def _checks_values(self) -> bool:
+        """Whether this call checks what has to be read off the device."""
+        if self.check_interval is None:
+            return False
+        return self._checks < _FIRST_CHECKS or self._calls % self.check_interval == 0
+
     def _check(self, call: Call, denoising: Tensor, latents: Tensor | None) -> None:
         if latents is None and self.stage == 1:
             raise ShapeError("Stage 1 aligns with the clean latents: call criterion(loss, latents=...).")
         check_batch(call, denoising, latents)
-        if self.check_interval is None or (self._calls > _FIRST_CHECKS and self._calls % self.check_interval):
+        self._checking = self._checks_values()
+        if not self._checking:
             return
+        self._checks += 1
         if latents is None:
             check_times(self.time, call.t)
         else:
@@ -602,7 +617,8 @@ class SelfTransLoss(nn.Module):
         """What the heads' outputs are compared with, for the given rows."""
         if self.stage == 2:
             teacher = self._present_teacher(call.x_t.device)
-            features = teacher.features(teacher.spec.adopt(call, self.spec), rows, self.teacher_chunk)
+            adopted = teacher.spec.adopt(call, self.spec)
+            features = teacher.features(adopted, rows, self.teacher_chunk, check_indices=self._checking)
             return teacher.guide(*features)
         assert latents is not None  # _check has seen to it
         target = latents.detach()
@@ -671,9 +687,16 @@ def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
         raise SettingError(f"{name} must be one of {quoted(choices)}; got {value!r}.")
 
 
+def _checked_step(step: object) -> int:
+    """An integer, such as NumPy's too, as Python's."""
+    if isinstance(step, SupportsIndex) and not isinstance(step, bool | Tensor) and operator.index(step) >= 0:
+        return operator.index(step)
+    raise SettingError(f"step must be an integer, 0 or more; got {step!r}.")
+
+
 def _check_weight(weight: object) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, float | int) or not math.isfinite(weight) or weight < 0:
-        raise SettingError(f"weight must be a finite number, 0 or more; got {weight!r}.")
+    if isinstance(weight, bool) or not isinstance(weight, float | int) or not 0 <= weight <= _MAX_WEIGHT:
+        raise SettingError(f"weight must be a number from 0 to {_MAX_WEIGHT}; got {weight!r}.")
 
 
 def _write_counters(criterion: SelfTransLoss, prefix: str, keep_vars: bool) -> None:

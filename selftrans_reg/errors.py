@@ -49,8 +49,11 @@ class NullConditionError(SelfTransError, ValueError):
     """A null condition that is missing, misnamed, of the wrong shape, or outside its embedding."""
 
 
-class PrunedModuleError(SelfTransError, RuntimeError):
-    """A module of a truncated teacher was used although its first call never ran it."""
+class PrunedModuleError(SelfTransError, RuntimeError, AttributeError):
+    """A module of a truncated teacher was used although its first call never ran it.
+
+    An AttributeError too, so that ``hasattr`` on every module of a model, as wrappers do it, goes on.
+    """
 
 
 class TeacherError(SelfTransError, RuntimeError):

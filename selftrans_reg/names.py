@@ -95,6 +95,8 @@ def _summary(layers: dict[str, nn.Module]) -> str:
     parts = []
     for group, members in numbered_groups(layers).items():
         kinds = sorted({type(m).__name__ for m in members})
+        if len(kinds) > 1 and group and not isinstance(layers[group], nn.ModuleList):
+            continue  # the parts of a small Sequential, such as an embedder's: no blocks
         prefix = f"{group}." if group else ""
         parts.append(f"{prefix}0 … {prefix}{len(members) - 1} ({len(members)} {' / '.join(kinds)})")
     return ", ".join(parts or [name for name in layers if "." not in name] or ["no layers at all"])

@@ -21,11 +21,12 @@ from .checkpoints import check_fit, check_values, own_tensors
 from .criterion import SelfTransLoss
 from .errors import ArtefactError, CheckpointError, SelfTransError, SettingError, TeacherError, TimeConventionError
 from .fields import CRITERION_FIELDS, TEACHER_FIELDS, is_text, is_unsaved
+from .fingerprints import architecture
 from .heads import ProjectionHead
 from .losses import VAEAlignmentLoss
 from .names import quoted, unwrap
 from .schedules import schedule_state
-from .teacher import CFGFeatureTeacher, Null, architecture, check_settings
+from .teacher import CFGFeatureTeacher, Null, check_settings
 from .time import TimeConvention
 from .tokens import Select, Tokens
 from .truncate import drop, dropped_names

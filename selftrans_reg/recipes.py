@@ -243,7 +243,7 @@ def _find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[s
     # Certain only if nothing else in the model, such as a second tower, comes near in depth.
     if not candidates or (len(candidates) > 1 and 2 * len(candidates[1]) > len(candidates[0])):
         kinds = {name: " / ".join(sorted({_kind(member) for member in members})) for name, members in groups.items()}
-        seen = ", ".join(f"{name} ({len(members)} {kinds[name]})" for name, members in groups.items())
+        seen = ", ".join(f"{name or 'at the top'} ({len(members)} {kinds[name]})" for name, members in groups.items())
         raise RecipeNotFoundError(
             f"It is not certain which layers of {type(unwrap(model)).__name__} are its blocks.\n"
             f"Seen: {seen or 'no numbered layers'}.\n"

@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from types import TracebackType
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from .calls import by_name
 from .errors import CaptureError, SettingError
 from .names import find_layer, quoted, sharded_parts, unwrap
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
+from .tokens import tensors_in
 
 WhichForward: TypeAlias = Literal["first", "last"] | None
 Owner = TypeVar("Owner", "Recorder", "EarlyExit")
@@ -42,13 +39,24 @@ class Capture(NamedTuple):
 class Record:
     """One forward of the model: its arguments, what the tapped layers returned, and the owner's note on it."""
 
-    __slots__ = ("args", "captures", "kwargs", "note")
+    __slots__ = ("args", "captures", "kwargs", "note", "versions")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str]) -> None:
         self.args = args
         self.kwargs = kwargs
+        self.versions = _versions((args, kwargs))
         self.captures: dict[str, list[Capture]] = {layer: [] for layer in layers}
         self.note: Any = None
+
+    def check_arguments(self) -> None:
+        """Raise ``CaptureError`` if an argument of the call was changed in place since: it is to be read again."""
+        if _versions((self.args, self.kwargs)) != self.versions:
+            raise CaptureError(
+                "An argument of the model's call was changed in place after the call began, so what the student was "
+                "called with can no longer be read.\n"
+                "Change it out of place, in the model (as a label that is dropped) or in the loop (as x_t that is "
+                "reused), or call the criterion first."
+            )
 
     def capture(self, layer: str) -> Capture:
         """The one capture of ``layer``.
@@ -82,10 +90,9 @@ class Record:
         return capture
 
 
-def _versions(output: Any) -> tuple[int, ...]:
-    """How often each tensor of an output was changed in place; those of inference mode do not count it."""
-    parts = output if isinstance(output, tuple | list) else (output,)
-    return tuple(part._version for part in parts if isinstance(part, Tensor) and not part.is_inference())
+def _versions(value: Any) -> tuple[int, ...]:
+    """How often each tensor of a nested value was changed in place; those of inference mode do not count it."""
+    return tuple(tensor._version for _, tensor in tensors_in(value) if not tensor.is_inference())
 
 
 class _Hook(Generic[Owner]):
@@ -196,6 +203,7 @@ class Recorder:
             root.register_forward_hook(after, always_call=True),
             *(m.register_forward_hook(_LayerHook(self, m, n)) for m, n in zip(modules, self.layers, strict=True)),
         ]
+        weakref.finalize(self, _remove, self._handles).atexit = False  # a dropped owner leaves no hooks behind
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy watches nothing."""
@@ -223,10 +231,10 @@ class Recorder:
                 f"Call the model itself (not model.forward) once before each call of this one{mode}."
             )
         if count > 1 and self.forward is None:
+            choice = "say which counts with forward='first' or 'last'; or " if self.training_only else ""
             raise CaptureError(
                 f"The model ran {count} forwards since the last call, and nothing is guessed.\n"
-                "Call this after every forward; or say which counts with forward='first' or 'last'; or drop what a "
-                "skipped batch left with discard()."
+                f"Call this after every forward; or {choice}drop what a skipped batch left with discard()."
             )
         return record
 
@@ -237,18 +245,16 @@ class Recorder:
 
     def detach(self) -> None:
         """Remove every hook and forget what was recorded."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
         self.discard()
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.opened = None  # what an interrupted forward may have left
         device_type = next((p.device.type for p in module.parameters()), "cpu")  # now: the model may have been moved
         self.device_type = device_type if torch.amp.is_autocast_available(device_type) else "cpu"
+        if torch._C._current_graph_task_id() != -1:  # a checkpoint of the whole model recomputes it in backward
+            return
         if self.training_only:
-            if torch._C._current_graph_task_id() != -1:  # a checkpoint of the whole model recomputes it in backward
-                return
             if not module.training:
                 self._passed_over = ": the last one was in eval mode"
                 return
@@ -281,6 +287,12 @@ class Recorder:
             self._kept = record
 
 
+def _remove(handles: list[RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()
+    handles.clear()
+
+
 def _reduced_precision(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
     """The half precision that an argument of the call has, None if none has."""
     found = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
@@ -294,90 +306,6 @@ def _not_first(cast: torch.dtype) -> CaptureError:
         "window.\nAttach after the model was sharded: call criterion.attach(model) after fully_shard or "
         "accelerator.prepare."
     )
-
-
-class FeatureTap:
-    """The tokens of one layer, or of several, of a model that stays as it is.
-
-    Captures every forward, whatever the mode. The tokens are part of the autograd graph. Used as a context manager it
-    removes its hooks on leaving; :meth:`detach` does the same.
-
-    Args:
-        model: Any module, wrapped or not.
-        layer: The dotted name as the unwrapped model prints it, such as ``"blocks.5"``; or several names.
-        select: Which tensor of a tuple, dict or dataclass output: an index, a key, or a callable of the output.
-        tokens: Which tokens along the second axis: a slice, or a callable from the selected tensor to (N, T, D), which
-            gets the call's arguments by name too if it has a second parameter.
-
-    Raises:
-        LayerNotFoundError: If the model has no such layer; nearest names are listed.
-
-    Example:
-        >>> import torch, selftrans_reg as st
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 8))
-        >>> with st.FeatureTap(model, "0") as tap:
-        ...     out = model(torch.zeros(2, 16, 4))
-        ...     tap.pop().shape
-        torch.Size([2, 16, 8])
-    """
-
-    def __init__(
-        self, model: nn.Module, layer: str | Sequence[str], *, select: Select = None, tokens: Tokens = None
-    ) -> None:
-        check_select(select)
-        check_tokens(tokens)
-        self.layer = layer
-        self.select = select
-        self.tokens = tokens
-        root = unwrap(model)
-        self._model_name, self._signature = type(root).__name__, inspect.signature(root.forward)
-        self._recorder: Recorder | None = Recorder(model, layer_names(layer), training_only=False)
-
-    def pop(self) -> Tensor | dict[str, Tensor]:
-        """The tokens of the forward since the last pop; the tap is empty afterwards.
-
-        Shape:
-            returns: (N, T, D), or a dictionary of them by layer name if several layers were named
-
-        Raises:
-            CaptureError: If there was no forward, or several; or a layer did not run, or ran more than once; or the
-                tap was detached, or is a copy of one.
-            OutputError: If the layer's output holds several tensors and ``select`` was not given.
-        """
-        if self._recorder is None:
-            raise CaptureError(
-                "This tap watches no model: it was detached, as on leaving its with block, or is a copy of one that "
-                "does.\nPop before leaving the block; for another model make a new FeatureTap."
-            )
-        record = self._recorder.take()
-
-        def arguments() -> dict[str, Any]:
-            return by_name(self._signature, record.args, record.kwargs, self._model_name)
-
-        found = {
-            name: as_tokens(record.capture(name).output, self.select, self.tokens, layer=name, arguments=arguments)
-            for name in layer_names(self.layer)
-        }
-        return found[self.layer] if isinstance(self.layer, str) else found
-
-    def discard(self) -> None:
-        """Forget what was captured."""
-        if self._recorder is not None:
-            self._recorder.discard()
-
-    def detach(self) -> None:
-        """Remove every hook."""
-        if self._recorder is not None:
-            self._recorder.detach()
-        self._recorder = None
-
-    def __enter__(self) -> FeatureTap:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.detach()
 
 
 def layer_names(layer: str | Sequence[str]) -> tuple[str, ...]:
@@ -446,11 +374,13 @@ class EarlyExit:
 
 @contextlib.contextmanager
 def watched(
-    model: nn.Module, started: Callable[[nn.Module, tuple[Any, ...]], None], finished: Callable[[nn.Module], None]
+    modules: Iterable[nn.Module],
+    started: Callable[[nn.Module, tuple[Any, ...]], None],
+    finished: Callable[[nn.Module], None] = _inert,
 ) -> Iterator[None]:
-    """While inside: ``started(module, args)`` and ``finished(module)`` around every module of ``model``."""
+    """While inside: ``started(module, args)`` and ``finished(module)`` around every call of ``modules``."""
     handles: list[RemovableHandle] = []
-    for module in model.modules():
+    for module in modules:
         handles.append(module.register_forward_pre_hook(lambda m, args: started(m, args)))
         handles.append(module.register_forward_hook(lambda m, args, output: finished(m)))
     try:

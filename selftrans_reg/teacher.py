@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -16,8 +15,9 @@ from .calls import Call, CallSpec, RowTensors, nested_path
 from .checkpoints import load_weights
 from .compiled import compile_blocks, pad_rows
 from .errors import NullConditionError, SelfTransError, SettingError, ShapeError, TeacherError
+from .fingerprints import architecture, fingerprint
 from .heads import check_positive, infer_width
-from .names import find_layer, nearest, quoted, sharded_parts, unwrap
+from .names import find_layer, nearest, quoted, sharded_parts
 from .taps import EarlyExit, watched
 from .time import TimeConvention, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
@@ -86,7 +86,10 @@ class CFGFeatureTeacher(nn.Module):
         self._exit = EarlyExit(model, layer)
         self._prepared = False
         self._compile = compile
-        self.fingerprint = fingerprint(model, layer, self.guidance_scale, self._null)
+        settings = {"layer": layer, "guidance_scale": self.guidance_scale, "select": select, "tokens": tokens}
+        settings |= {f"fixed {name}": value for name, value in self.spec.fixed.items()}
+        settings |= {f"null {path}": value for path, value in self._null.items()}
+        self.fingerprint = fingerprint(model, settings)
         self.architecture = architecture(model)
         self.provenance: dict[str, Any] = {}  # where it comes from, for those with whom it is shared
 
@@ -212,13 +215,17 @@ class CFGFeatureTeacher(nn.Module):
         return unconditional + self.guidance_scale * (conditional - unconditional)
 
     @torch.no_grad()
-    def features(self, call: Call, rows: Tensor | None = None, chunk: int | None = None) -> tuple[Tensor, Tensor]:
+    def features(
+        self, call: Call, rows: Tensor | None = None, chunk: int | None = None, *, check_indices: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """(f_c, f_u) for some rows of a call.
 
         Args:
             call: The whole batch's call, by this model's names.
             rows: (n,), indices of the rows to run; None for all.
             chunk: The largest batch in one pass, condition and null counted; None for one pass.
+            check_indices: Compare indices with the embeddings that they reach, as always at the first call. It waits
+                for the device.
 
         Raises:
             NullConditionError: If the null condition does not fit the call.
@@ -231,7 +238,7 @@ class CFGFeatureTeacher(nn.Module):
                 "run it different numbers of times, and wait for each other forever.\n"
                 "Leave teacher_chunk out, or keep the teacher whole on each rank."
             )
-        held = RowTensors(call, self.spec.shared)
+        held = RowTensors(call)
         pairs = zip(held.tensors, self._null_tensors(call, held), strict=True)
         if rows is not None:
             pairs = ((c.index_select(0, rows), u.index_select(0, rows)) for c, u in pairs)  # type: ignore[assignment]
@@ -246,11 +253,12 @@ class CFGFeatureTeacher(nn.Module):
             parts = [self._run(held, [d[i : i + size] for d in doubled]) for i in range(0, total, size)]
             return torch.cat(parts).float()
 
-        if self._prepared:
+        checked = check_indices or not self._prepared
+        # Embeddings alone: compiled blocks would be compiled anew for a hook inside them.
+        embeddings = [m for m in self.model.modules() if checked and isinstance(m, nn.Embedding)]
+        with watched(embeddings, self._check_indices):
             features = run()
-        else:
-            with watched(self.model, self._check_indices, lambda module: None):
-                features = run()
+        if not self._prepared:
             self._check_repeatable(features, run())
             truncate(self.model, find_layer(self.model, self.layer), run)
             if self._compile:
@@ -284,7 +292,8 @@ class CFGFeatureTeacher(nn.Module):
             error.add_note(
                 f"This was the teacher on {rows} rows, condition and null condition one behind the other. Taken for "
                 f"one row a sample: {quoted(held.paths)}. If all samples share one of these, say so: "
-                "call=dict(shared=[...])."
+                "build_teacher(..., "
+                "call=dict(shared=[...]))."
             )
             raise
         tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: arguments)
@@ -343,17 +352,25 @@ class CFGFeatureTeacher(nn.Module):
                 "called."
             )
 
+    def _shown_null(self) -> str:
+        """The null condition in short: numbers as they are, the rest by kind."""
+        return ", ".join(
+            f"{path} = {value if isinstance(value, int | float) else type(value).__name__}"
+            for path, value in self._null.items()
+        )
+
     def _check_indices(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not isinstance(module, nn.Embedding) or not args or not isinstance(args[0], Tensor) or not args[0].numel():
+        assert isinstance(module, nn.Embedding)
+        if not args or not isinstance(args[0], Tensor) or not args[0].numel():
             return
         low, high = (int(v) for v in args[0].aminmax())
         if low < 0 or high >= module.num_embeddings:
             name = next(n for n, m in self.model.named_modules() if m is module)
             raise NullConditionError(
                 f"Index {low if low < 0 else high} would reach embedding {name!r}, which has {module.num_embeddings} "
-                f"rows (0 to {module.num_embeddings - 1}). The null condition is {self._null}.\n"
+                f"rows (0 to {module.num_embeddings - 1}). The null condition: {self._shown_null()}.\n"
                 "A model built without label dropout has no null row: train the teacher with dropout; or name the "
-                "index of its null class."
+                "index of its null class. If the index is not the null condition's, it is one of the loop's own."
             )
 
 
@@ -477,24 +494,6 @@ def _flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
         yield from walk(value, name)
 
 
-def fingerprint(model: nn.Module, layer: str, guidance_scale: float, null: Mapping[str, Any]) -> Tensor:
-    """SHA-256 of what makes the teacher the one it is, as 32 bytes in a uint8 tensor: weights, layer, scale, null."""
-    digest = hashlib.sha256()
-    settings = [layer, repr(guidance_scale), *(f"{path}={_plain(value)}" for path, value in sorted(null.items()))]
-    digest.update("\n".join(settings).encode())
-    for name, value in sorted(unwrap(model).state_dict().items()):
-        if isinstance(value, Tensor):  # a module's extra state may be anything
-            digest.update(f"\n{name} {_plain(value)}".encode())
-    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
-
-
-def architecture(model: nn.Module) -> str:
-    """SHA-256 of the keys and shapes of the model's weights, in hexadecimal."""
-    state = unwrap(model).state_dict()
-    lines = [f"{key} {tuple(value.shape)}" for key, value in sorted(state.items()) if isinstance(value, Tensor)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
     """The null condition in the argument's dtype and place."""
     if null.is_floating_point() and not argument.is_floating_point():
@@ -503,12 +502,3 @@ def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
             "off."
         )
     return null.to(argument)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, Tensor):
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2 holds a part on each rank
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy())
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
-    return "callable" if callable(value) else repr(value)

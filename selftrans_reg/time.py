@@ -24,8 +24,10 @@ _HARMLESS_POWER = 4.0
 _ROUNDING = 0.01
 # Noise is compared on top of a noise of this standard deviation, so that samples with next to none do not count.
 _NOISE_FLOOR = 0.1
-# From this many samples on, "all at most 1" is no accident where steps up to 1000 are drawn (1e-12 for uniform ones).
-_ENOUGH = 4
+# From this many samples on, "all at most 1" is no accident where steps up to 1000 are drawn (1e-6 for uniform ones).
+_ENOUGH = 2
+# Fewer samples are fitted by some scale of the latents in any case.
+_ENOUGH_TO_SCALE = 4
 # Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
 _ROUNDED_TIME = 2**-8
 # Times and noise fractions go through float32 arithmetic before they are compared with an edge.
@@ -195,8 +197,8 @@ class _Fit(NamedTuple):
         return self._agrees(self.chi2, self.mean_square, self.noise)
 
     def good_when_scaled(self) -> bool:
-        # Few samples are fitted by some scale in any case.
-        return self.samples >= _ENOUGH and self._agrees(self.scaled_chi2, self.scaled_mean_square, self.scaled_noise)
+        enough = self.samples >= _ENOUGH_TO_SCALE
+        return enough and self._agrees(self.scaled_chi2, self.scaled_mean_square, self.scaled_noise)
 
     def _agrees(self, chi2: float, mean_square: float, noise: float) -> bool:
         slope_is_off = chi2 > _upper(self.samples) and mean_square > _HARMLESS_RMS**2

@@ -78,7 +78,7 @@ def _takes_arguments(tokens: Callable[..., Tensor]) -> bool:
 
 def _select(output: Any, select: Select, layer: str) -> Tensor:
     if select is None:
-        found = [tensor for _, tensor in _tensors(output)]
+        found = [tensor for _, tensor in tensors_in(output)]
         if len(found) == 1:
             return found[0]
         raise OutputError(
@@ -105,23 +105,25 @@ def _select(output: Any, select: Select, layer: str) -> Tensor:
     return picked
 
 
-def _tensors(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
+def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     """Every tensor in a nested output with the path to it, as one would type it."""
     if isinstance(value, Tensor):
         yield path, value
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _tensors(item, f"{path}[{key!r}]")
+            yield from tensors_in(item, f"{path}[{key!r}]")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            yield from _tensors(item, f"{path}[{index}]")
+            yield from tensors_in(item, f"{path}[{index}]")
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
-            yield from _tensors(getattr(value, field.name), f"{path}.{field.name}")
+            yield from tensors_in(getattr(value, field.name), f"{path}.{field.name}")
 
 
 def _listing(output: Any) -> str:
-    return "\n".join(f"  {path or 'output'}: {tuple(t.shape)}" for path, t in _tensors(output)) or "  no tensor at all"
+    return (
+        "\n".join(f"  {path or 'output'}: {tuple(t.shape)}" for path, t in tensors_in(output)) or "  no tensor at all"
+    )
 
 
 def _kind(value: Any) -> str:

@@ -63,7 +63,7 @@ def truncate(model: nn.Module, layer: nn.Module, run: Callable[[], Tensor]) -> T
     """
     started: set[nn.Module] = set()
     finished: set[nn.Module] = {layer}
-    with watched(model, lambda module, args: started.add(module), finished.add):
+    with watched(model.modules(), lambda module, args: started.add(module), finished.add):
         reference = run()
 
     touched: list[str] = []

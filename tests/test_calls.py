@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import namedtuple
 from typing import Any
 
@@ -153,7 +154,7 @@ Pair = namedtuple("Pair", "left right")
 
 class TestRows:
     def rows(self, shared: tuple[str, ...] = (), **arguments: Any) -> RowTensors:
-        return RowTensors(Call({"x": X, "t": T, **arguments}, X, T), frozenset(shared))
+        return RowTensors(Call({"x": X, "t": T, **arguments}, X, T, frozenset(shared)))
 
     def test_tensors_with_n_rows_are_found_at_any_depth_with_their_paths(self) -> None:
         held = self.rows(cond={"text": torch.rand(3, 7), "more": [torch.rand(3), (Y, "n", None)]}, pair=Pair(Y, 2))
@@ -172,6 +173,24 @@ class TestRows:
         assert isinstance(rebuilt["cond"]["b"], Pair)
         torch.testing.assert_close(rebuilt["cond"]["b"].left, Y[:2])
         assert rebuilt["cond"]["b"].right == "kept"
+
+    def test_dataclasses_and_mappings_of_other_kinds_keep_their_kind(self) -> None:
+        @dataclasses.dataclass(frozen=True)
+        class Condition:
+            text: torch.Tensor
+            scale: float
+
+        class Attributes(dict):
+            __getattr__ = dict.__getitem__
+
+        held = self.rows(cond=Condition(Y, 2.0), more=Attributes(text=Y))
+        assert held.paths[-2:] == ["cond['text']", "more['text']"]
+        rebuilt = held.rebuild([tensor[:2] for tensor in held.tensors])
+        assert isinstance(rebuilt["cond"], Condition)
+        assert rebuilt["cond"].scale == 2.0
+        torch.testing.assert_close(rebuilt["cond"].text, Y[:2])
+        torch.testing.assert_close(rebuilt["more"].text, Y[:2])
+        assert len(held.rebuild(held.tensors)["cond"].text) == len(Y)
 
     def test_shared_exempts_what_only_looks_like_rows(self) -> None:
         ids = torch.rand(3, 2)

@@ -107,13 +107,13 @@ def test_inside_a_reentrant_segment_is_an_error(size: int, layer: str) -> None:
     assert error.match("use_reentrant=False, or tap the very module that is checkpointed")
 
 
-def test_the_wrong_gradient_that_the_error_prevents() -> None:
-    """Without the check the block before an inner tap would get the denoising loss's gradient alone."""
+def test_a_tap_alone_says_that_the_gradient_is_hidden() -> None:
     b = noisy_batch(TIMES)
     model = in_segments(1, True, torch.device("cpu"))
     with FeatureTap(model, "blocks.1.fc2") as tap:
         denoising(model, b)
-        assert not tap.pop().requires_grad
+        with pytest.raises(GradientError, match=r"'blocks.1.fc2' carry no gradient, although it trains"):
+            tap.pop()
 
 
 def test_the_backward_pass_records_nothing() -> None:

@@ -68,3 +68,16 @@ def test_padding_repeats_the_last_row(rows: int, padded: int) -> None:
     assert len(result) == padded
     assert torch.equal(result[:rows], tensor)
     assert (result[rows:] == tensor[-1]).all()
+
+
+def test_a_block_whose_forward_was_patched_keeps_it(counter: CompileCounterWithBackend) -> None:
+    """As accelerate's hooks patch it: compiling the class's forward would undo that after the first call."""
+    teachers = [new_teacher(ToyDiT(depth=3), compile=compiled) for compiled in (False, True)]
+    for teacher in teachers:
+        block = teacher.model.blocks[1]
+        block.forward = functools.partial(lambda inner, x, c: 2 * inner(x, c), block.forward)
+    b = batch(8)
+    for _ in range(2):
+        expected, found = (teacher(b["x"], b["t"], b["y"]) for teacher in teachers)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    assert counter.frame_count > 0

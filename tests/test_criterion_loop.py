@@ -149,7 +149,10 @@ class TestTheModelStaysAsItIs:
         model, b = student(), batch()
         before = model(b["x"], b["t"], b["y"])
         criterion = stage1(model)
+        assert hooks_of(model) > 0
         del criterion
+        gc.collect()
+        assert hooks_of(model) == 0
         torch.testing.assert_close(copy.deepcopy(model)(b["x"], b["t"], b["y"]), before)
         torch.testing.assert_close(model(b["x"], b["t"], b["y"]), before)
 
@@ -282,6 +285,29 @@ class TestDisturbances:
         with pytest.raises(st.SelfTransError):
             wrong[mistake]()
         self.check(denoise(self.model, self.b))
+
+    @pytest.mark.parametrize("changed", ["x_t", "y"])
+    def test_an_argument_that_the_loop_changes_in_place_is_refused(self, changed: str) -> None:
+        """The teacher would be shown another call than the student's."""
+        model, b = student(), batch()
+        criterion = stage2(model)
+        arguments = {"x_t": b["x"].clone(), "y": b["y"].clone()}
+        loss = model(arguments["x_t"], b["t"], arguments["y"]).square().mean()
+        arguments[changed].zero_()
+        with pytest.raises(st.CaptureError, match=r"changed in place after the call began.*\n.*out of place"):
+            criterion(loss)
+
+    def test_labels_that_the_model_drops_in_place_are_refused(self) -> None:
+        class DropsInPlace(ToyDiT):
+            def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+                y[:2] = self.num_classes
+                return super().forward(x, t, y)
+
+        model, b = DropsInPlace(), batch()
+        criterion = stage2(model)
+        loss = model(b["x"], b["t"], b["y"]).square().mean()
+        with pytest.raises(st.CaptureError, match="as a label that is dropped"):
+            criterion(loss)
 
     def test_a_skipped_batch_after_discard(self) -> None:
         denoise(self.model, batch(5, seed=9))

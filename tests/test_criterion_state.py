@@ -218,3 +218,22 @@ class TestPlace:
             criterion(torch.zeros(()))
         assert "The head lies on cpu, the batch on meta" in str(error.value)
         assert "criterion.to('meta') where the model is moved" in str(error.value)
+
+
+def test_a_resumed_run_is_checked_anew() -> None:
+    """The first calls of a process are checked, however many calls the state has seen."""
+    model = student()
+    criterion = make(model, check_interval=1000)
+    for _ in range(5):
+        terms_of(model, criterion)
+    resumed_model = student()
+    resumed = make(resumed_model, time="sit", check_interval=1000)
+    resumed.load_state_dict(criterion.state_dict())
+    with pytest.raises(st.TimeConventionError):
+        terms_of(resumed_model, resumed)
+
+
+def test_buffers_lie_with_the_heads(device: torch.device) -> None:
+    """Wrapped in DDP, buffers are broadcast by the backend of the device that the heads are on."""
+    criterion = make(student().to(device), 1)
+    assert {tensor.device.type for tensor in criterion.state_dict().values()} == {device.type}

@@ -154,5 +154,5 @@ def test_a_given_width_is_believed_and_found_wrong_at_the_first_call() -> None:
         model, layer="blocks.1", time="repa", latent_channels=4, patch_size=2, hidden_size=24, check_interval=None
     )
     loss = model(b["x"], b["t"], b["y"]).mean()
-    with pytest.raises(st.SelfTransError, match=r"width 24, but got \(\d, 16, 16\)"):
+    with pytest.raises(st.SelfTransError, match=r"tokens of width 16, but the head reads 24"):
         criterion(loss, latents=b["x"])

@@ -10,10 +10,11 @@ import plain
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from toys import ToyDiT, batch
 
 import selftrans_reg as st
-from selftrans_reg.errors import CaptureError, LayerNotFoundError, OutputError, SettingError, ShapeError
+from selftrans_reg.errors import CaptureError, GradientError, LayerNotFoundError, OutputError, SettingError, ShapeError
 from selftrans_reg.taps import EarlyExit, Recorder, watched
 
 
@@ -26,6 +27,17 @@ def student() -> ToyDiT:
 def run(model: nn.Module, n: int = 4) -> Tensor:
     b = batch(n)
     return model(b["x"], b["t"], b["y"])
+
+
+class CheckpointedDiT(ToyDiT):
+    """Each block, or the pair of blocks 1 and 2, in reentrant activation checkpoints."""
+
+    def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
+        def pair(tokens: Tensor, c: Tensor) -> Tensor:
+            return self.blocks[2](self.blocks[1](tokens, c), c)
+
+        tokens = self.blocks[0](tokens, c)
+        return self.blocks[3](checkpoint(pair, tokens, c, use_reentrant=True), c)
 
 
 class TestFeatureTap:
@@ -58,6 +70,31 @@ class TestFeatureTap:
         with st.FeatureTap(model, "blocks.1") as tap, contexts.get(mode, torch.enable_grad)():
             run(model)
             assert tap.pop().shape == (4, 16, 16)
+
+    def test_a_gradient_hidden_by_checkpointing_is_an_error(self) -> None:
+        model = CheckpointedDiT()
+        with st.FeatureTap(model, "blocks.1") as tap:
+            run(model)
+            with pytest.raises(GradientError, match=r"'blocks.1' carry no gradient, although it trains.*\n.*use_reent"):
+                tap.pop()
+            with torch.no_grad(), pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
+                run(model)
+            assert not tap.pop().requires_grad
+        with st.FeatureTap(model.requires_grad_(False), "blocks.0") as tap:
+            with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
+                run(model)
+            assert not tap.pop().requires_grad  # frozen on purpose
+
+    def test_recomputation_in_backward_is_no_forward(self) -> None:
+        model, b = student(), batch(4)
+        x = b["x"].requires_grad_()
+        with st.FeatureTap(model, "blocks.1") as tap:
+            for _ in range(2):
+                output = checkpoint(model, x, b["t"], b["y"], use_reentrant=True)
+                tap.discard()
+                output.sum().backward()
+            with pytest.raises(CaptureError, match="There is no forward"):
+                tap.pop()
 
     def test_popping_empties_it(self) -> None:
         model = student()
@@ -318,7 +355,7 @@ def test_watching_every_module_ends_with_its_block() -> None:
     model = student()
     started: list[nn.Module] = []
     finished: list[nn.Module] = []
-    with watched(model, lambda module, args: started.append(module), finished.append):
+    with watched(model.modules(), lambda module, args: started.append(module), finished.append):
         run(model)
     assert started[0] is finished[-1] is model
     assert set(started) == set(finished) == {m for m in model.modules() if not isinstance(m, nn.ModuleList)}

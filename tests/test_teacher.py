@@ -292,7 +292,7 @@ class TestNull:
             teacher_of(model, null={"y": null}, example=CALL if when == "example" else None)(*CALL)
         for part in (
             f"Index {found} would reach embedding 'y_embedder', which has 10 rows (0 to 9)",
-            f"The null condition is {{'y': {null}}}",
+            f"The null condition: y = {null}",
             "A model built without label dropout has no null row",
         ):
             assert part in str(error.value)

@@ -403,8 +403,10 @@ def test_times_of_another_convention(name: str, t: list[float], messages: list[s
         assert message in str(raised.value)
 
 
-def test_few_small_times_are_no_proof_of_fractions() -> None:
-    check_times(TimeConvention.named("flow"), torch.tensor([0.2, 0.5, 0.9]))
+def test_one_small_time_is_no_proof_of_fractions() -> None:
+    check_times(TimeConvention.named("flow"), torch.tensor([0.5]))
+    with pytest.raises(TimeConventionError, match="look like fractions"):
+        check_times(TimeConvention.named("flow"), torch.tensor([0.2, 0.5]))
 
 
 def test_without_a_domain_only_finite_times_are_asked_for() -> None:

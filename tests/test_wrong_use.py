@@ -284,17 +284,25 @@ class TestRows:
     def test_places_that_look_packed(self) -> None:
         """As many image tokens as twice the batch."""
         model, batch = FLUX.build(0), FLUX.batch(8)
-        criterion = FLUX.stage2(model, FLUX.make_teacher(FLUX.build(1), call={"t": "timestep"}))
+        call = {"t": "timestep"}
+        criterion = FLUX.stage2(model, FLUX.make_teacher(FLUX.build(1), call=call), call=call)
         with refused(errors.CallError, r"'img_ids' has shape \(16, 3\)", r"shared=\['img_ids'\]"):
             criterion(FLUX.losses(model, batch).mean())
 
     def test_places_that_look_like_rows(self) -> None:
         """As many image tokens as samples: the model fails, and the error says what was doubled."""
         with pytest.raises(RuntimeError) as caught:
-            step2(FLUX, teacher={"call": {"t": "timestep"}})
+            step2(FLUX, teacher={"call": {"t": "timestep"}}, call={"t": "timestep"})
         (note,) = caught.value.__notes__
         assert "'img_ids'" in note
         assert "call=dict(shared=[...])" in note
+
+    @pytest.mark.parametrize("named_by", ["teacher", "criterion"])
+    def test_either_side_may_say_what_is_shared(self, named_by: str) -> None:
+        calls = {"teacher": {"t": "timestep"}, "criterion": {"t": "timestep"}}
+        calls[named_by]["shared"] = ["img_ids", "txt_ids"]
+        terms = step2(FLUX, teacher={"call": calls["teacher"]}, call=calls["criterion"])
+        assert terms.alignment > 0
 
     def test_a_teacher_that_takes_other_conditions(self) -> None:
         class Renamed(ToyDiT):
