@@ -21,10 +21,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .checkpoints import defect, plain_key, read_json, read_safetensors
+from .checkpoints import defect, plain_key
 from .errors import ArtefactError, CheckpointError, SettingError
 from .fields import COMMON_FIELDS, Field
 from .names import quoted, unwrap
+from .weight_files import read_json, read_safetensors
 
 Kind: TypeAlias = Literal["teacher", "criterion"]
 

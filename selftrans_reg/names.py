@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import nn
 
@@ -110,3 +110,9 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
 def quoted(names: Iterable[str]) -> str:
     """``'a', 'b'``: names as an error message lists them."""
     return ", ".join(repr(name) for name in names)
+
+
+def some_of(names: Sequence[str], *, quote: bool = True) -> str:
+    """Up to twenty names, each cut at a hundred characters, and how many more there are."""
+    shown = [repr(name[:100]) if quote else name for name in names[:20]]
+    return ", ".join(shown) + (f" ... and {len(names) - 20} more" if len(names) > 20 else "") or "nothing"

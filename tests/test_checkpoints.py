@@ -36,16 +36,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from selftrans_reg.checkpoints import (
-    LoadReport,
-    load_weights,
+from selftrans_reg.checkpoints import LoadReport, load_weights
+from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError
+from selftrans_reg.weight_files import (
     read_checkpoint,
     read_json,
     read_safetensors,
     read_sharded_safetensors,
     read_torch,
 )
-from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError
 
 State = dict[str, Tensor]
 
