@@ -9,8 +9,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from distributed import RANKS, on_ranks
 from loops import Batch, assert_same, denoising, gradients, new_criterion, noisy_batch, plain_gradients, student
+from ranks import RANKS, on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 

@@ -158,6 +158,18 @@ def test_one_compiled_function_for_all_blocks_is_an_error_that_names_the_setting
     assert_same(gradients(model, criterion), plain_gradients(b))
 
 
+def test_a_compiled_function_around_the_models_call() -> None:
+    b = noisy_batch(TIMES)
+    model = student()
+    criterion = new_criterion(model)
+    loss = torch.compile(lambda b: denoising(model, b), backend="eager")
+    for _ in range(2):
+        model.zero_grad()
+        criterion.zero_grad()
+        criterion(loss(b), latents=b.latents).total.backward()
+        assert_same(gradients(model, criterion), plain_gradients(b))
+
+
 @pytest.fixture
 def _eager_backend() -> Iterator[None]:
     torch.compiler.set_default_backend("eager")

@@ -4,7 +4,6 @@ import contextlib
 
 import pytest
 import torch
-from distributed import on_ranks
 from loops import (
     Batch,
     assert_same,
@@ -16,6 +15,7 @@ from loops import (
     student,
     total,
 )
+from ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 

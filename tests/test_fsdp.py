@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from common.sit import SiT
-from distributed import RANKS, on_ranks
 from loops import (
     Batch,
     assert_same,
@@ -21,6 +20,7 @@ from loops import (
     total,
     toy,
 )
+from ranks import RANKS, on_ranks
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
