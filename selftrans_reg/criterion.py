@@ -37,6 +37,7 @@ from .heads import ProjectionHead, check_positive, resolve_width
 from .losses import Distance, VAEAlignmentLoss, check_distance, feature_alignment, velocity_target
 from .names import find_layer, quoted, sharded_parts, unwrap
 from .schedules import Schedule, check_same_schedule, check_schedule, factor, schedule_state
+from .sharing import Shareable
 from .taps import Record, Recorder, WhichForward, layer_names
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention, check_against_latents, check_times, check_window, resolve
@@ -88,7 +89,7 @@ class Settings(TypedDict, total=False):
     check_interval: int | None
 
 
-class SelfTransLoss(nn.Module):
+class SelfTransLoss(Shareable, nn.Module):
     """Denoising loss plus the alignment of Self-Transcendence. Made by :meth:`stage1` or :meth:`stage2`.
 
     Hooks record the model's own call while the loop runs it; ``criterion(loss)`` then computes
@@ -383,49 +384,12 @@ class SelfTransLoss(nn.Module):
         Raises:
             ArtefactError: If the folder holds something else, something cannot be saved, or the disk is full.
         """
+        self._save(Path(directory), Path(directory).name, source=source, licence=licence)
+
+    def _save(self, folder: Path, name: str, *, source: str | None = None, licence: str | None = None) -> None:
         from .pretrained import save_criterion
 
-        save_criterion(self, Path(directory), source, licence, Path(directory).name)
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload criterion",
-        source: str | None = None,
-        licence: str | None = None,
-    ) -> str:
-        """Save as :meth:`save_pretrained` does and upload that to the hub.
-
-        Args:
-            repository: ``"owner/name"``; created if there is none.
-            private: Whether a new repository is private.
-            token: An access token that may write; by default the stored one.
-            revision: The branch; created if there is none.
-            commit_message: Of the upload.
-            source: As for :meth:`save_pretrained`.
-            licence: As for :meth:`save_pretrained`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ArtefactError: If something cannot be saved, or the hub refuses.
-        """
-        from .hub import push
-        from .pretrained import save_criterion
-
-        return push(
-            repository,
-            lambda folder: save_criterion(self, folder, source, licence, repository),
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        save_criterion(self, folder, source, licence, name)
 
     @property
     def teacher(self) -> CFGFeatureTeacher | None:

@@ -18,6 +18,7 @@ from .errors import NullConditionError, SelfTransError, SettingError, ShapeError
 from .fingerprints import architecture, fingerprint
 from .heads import check_positive, infer_width
 from .names import find_layer, nearest, quoted, sharded_parts
+from .sharing import Shareable
 from .taps import EarlyExit, watched
 from .time import TimeConvention, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 Null: TypeAlias = Mapping[str, Any]
 
 
-class CFGFeatureTeacher(nn.Module):
+class CFGFeatureTeacher(Shareable, nn.Module):
     """A frozen model that gives the guided features of one layer.
 
     The model runs on the condition and on the null condition, as one doubled batch, and stops at its layer:
@@ -155,47 +156,12 @@ class CFGFeatureTeacher(nn.Module):
         Raises:
             ArtefactError: If the folder holds something else, something cannot be saved, or the disk is full.
         """
+        self._save(Path(directory), Path(directory).name, **details)
+
+    def _save(self, folder: Path, name: str, **details: Unpack[Details]) -> None:
         from .pretrained import save_teacher
 
-        save_teacher(self, Path(directory), details, Path(directory).name)
-
-    def push_to_hub(
-        self,
-        repository: str,
-        *,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-        commit_message: str = "Upload teacher",
-        **details: Unpack[Details],
-    ) -> str:
-        """Save as :meth:`save_pretrained` does and upload that to the hub.
-
-        Args:
-            repository: ``"owner/name"``; created if there is none.
-            private: Whether a new repository is private.
-            token: An access token that may write; by default the stored one.
-            revision: The branch; created if there is none.
-            commit_message: Of the upload.
-            **details: As for :meth:`save_pretrained`.
-
-        Returns:
-            The address of the commit.
-
-        Raises:
-            ArtefactError: If something cannot be saved, or the hub refuses.
-        """
-        from .hub import push
-        from .pretrained import save_teacher
-
-        return push(
-            repository,
-            lambda folder: save_teacher(self, folder, details, repository),
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        save_teacher(self, folder, details, name)
 
     def train(self, mode: bool = True) -> CFGFeatureTeacher:
         """Stay in eval mode: a teacher drops no labels."""
