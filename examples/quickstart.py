@@ -203,8 +203,8 @@ def feature_panels(
     basis = ColourBasis(f_g)
     guided = f"$f_g = f_u + {run.guidance_scale:g}\\,(f_c - f_u)$"
     return {
-        "held-out digits": tile(grey_to_rgb(data.images[rows]), 3),
-        f"the same at t = {PICTURE_TIME}, decoded": tile(grey_to_rgb(decode(vae, x_t[rows])), 3),
+        "held-out digits": tile(grey_to_rgb(data.images[rows]), 3, gap=6),
+        f"the same at t = {PICTURE_TIME}, decoded": tile(grey_to_rgb(decode(vae, x_t[rows])), 3, gap=6),
         f"teacher's $f_c$ ({run.teacher_layer})": tile(basis.colours(f_c)[rows], 3),
         "teacher's $f_u$": tile(basis.colours(f_u)[rows], 3),
         guided: tile(basis.colours(f_g)[rows], 3),
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     rows["held-out digits through the VAE"] = score(through_vae, held_out.labels)
     rows["held-out digits: the floor"] = score(held_out.images, held_out.labels)
 
-    top = {name: tile(grey_to_rgb(samples[way][:50]), 10) for way, name in WAYS.items()}
+    top = {name: tile(grey_to_rgb(samples[way][:50]), 10, gap=6) for way, name in WAYS.items()}
     samples_heading = f"Samples after {run.steps} steps: the same noise and the same labels for all three"
     tokens_heading = (
         f"Tokens as colours: three principal components of $f_g$ over {len(held_out.labels)} noisy digits, each map "

@@ -78,6 +78,7 @@ def save_panels(rows: dict[str, dict[str, NDArray[np.float32]]], path: Path) -> 
         path: The file.
     """
     figure = plt.figure(figsize=(12, 2.7 * len(rows)), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # or pictures with white borders would run into each other
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
     for part, (heading, row) in zip(parts, rows.items(), strict=True):
         part.suptitle(heading, fontsize=10)
