@@ -134,9 +134,12 @@ class _LayerHook(_Hook["Recorder"]):
             device = recorder.device_type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             capture = Capture(output, versions, autocast)
-            if torch.compiler.is_compiling():
+            if torch.compiler.is_compiling() and hasattr(
+                torch._dynamo.utils, "_disable_side_effect_safety_checks_for_current_subtracer"
+            ):
                 # Dynamo lets nothing out of a checkpointed region, since eager code would repeat it in backward, and
-                # leaves the whole model uncompiled. A capture must not be repeated: this lets it out.
+                # leaves the whole model uncompiled. A capture must not be repeated: this lets it out. It is private
+                # to PyTorch, so a version without it compiles such models as if the tap were a graph break.
                 let_out = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
                 let_out(_append, record.captures[self.layer], capture)
             else:
