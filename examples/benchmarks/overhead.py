@@ -410,7 +410,7 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['hardware']}, PyTorch {result['torch']}, commit {result['commit']}, {result['repeats']} repeats, "
         f"{base * 1000:.0f} ms a step without the method. The truncated teacher keeps "
         f"{size['teacher'] / size['model']:.2f} of the model's parameters.\n\n"
-        f"    {result['command']}\n\n{table(result)}\n"
+        f"```bash\n{result['command']}\n```\n\n{table(result)}\n"
     )
 
 
@@ -481,7 +481,7 @@ def row_table(results: list[dict[str, Any]]) -> str:
     return (
         "Mean squared distance of the alignment's gradient from that of all rows inside, over the squared norm of the "
         f"latter; {first['repeats']} draws, a model at its start, commit {first['commit']}:\n\n"
-        f"    {first['command']}\n\n" + "\n".join(lines) + "\n"
+        f"```bash\n{first['command']}\n```\n\n" + "\n".join(lines) + "\n"
     )
 
 
