@@ -81,7 +81,9 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self._null = dict(_flatten_null(null, self.spec))
         for index, value in enumerate(self._null.values()):
             if isinstance(value, Tensor):
-                self.register_buffer(f"null_{index}", value, persistent=False)  # so that it moves with the teacher
+                self.register_buffer(
+                    f"null_{index}", value.detach(), persistent=False
+                )  # so that it moves with the teacher
         self.model = model.requires_grad_(False)
         self.eval()
         self._exit = EarlyExit(model, layer)
@@ -258,8 +260,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             error.add_note(
                 f"This was the teacher on {rows} rows, condition and null condition one behind the other. Taken for "
                 f"one row a sample: {quoted(held.paths)}. If all samples share one of these, say so: "
-                "build_teacher(..., "
-                "call=dict(shared=[...]))."
+                "build_teacher(..., call=dict(shared=[...]))."
             )
             raise
         tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: arguments)
