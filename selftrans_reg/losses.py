@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from .heads import ProjectionHead, check_positive, linear
 from .tokens import check_grid, grid_of
 
 Distance: TypeAlias = Literal["mse", "cosine", "smooth_l1"]
-DISTANCES = ("mse", "cosine", "smooth_l1")
+DISTANCES: tuple[Distance, ...] = get_args(Distance)
 
 # By the number of the latents' spatial axes: the pattern, and the letters of the pixels inside a patch.
 _PATCHIFY = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, TypeAlias
+from typing import Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from .errors import SettingError
 
 Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
-SCHEDULES = ("constant", "linear", "cosine")
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
 
 
 def check_schedule(schedule: object, stop_step: object) -> None:

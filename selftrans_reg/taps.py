@@ -196,7 +196,6 @@ class Recorder:
         self._count = 0
         self._passed_over = ""  # why the last forward left no record, for the error message
         root = unwrap(model)
-        self._root = weakref.ref(root)
         self.device_type = "cpu"
         modules = [find_layer(model, layer) for layer in self.layers]
         _keep_out_of_graphs()
@@ -213,11 +212,6 @@ class Recorder:
 
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return type(None), ()
-
-    @property
-    def model(self) -> nn.Module | None:
-        """The watched model, unwrapped; None once it is gone."""
-        return self._root()
 
     def take(self) -> Record:
         """The record of the forward since the last take, which is forgotten here.
