@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     from .pretrained import Details
 
 Null: TypeAlias = Mapping[str, Any]
+
+_LOGGER = logging.getLogger(__name__)
 
 
 class CFGFeatureTeacher(Shareable, nn.Module):
@@ -223,7 +226,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
 
         checked = check_indices or not self._prepared
         # Embeddings alone: compiled blocks would be compiled anew for a hook inside them.
-        embeddings = [m for m in self.model.modules() if checked and isinstance(m, nn.Embedding)]
+        embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding)] if checked else []
         with watched(embeddings, self._check_indices):
             features = run()
         if not self._prepared:
@@ -364,7 +367,8 @@ def build_teacher(
     Args:
         model: A model of the checkpoint's architecture.
         checkpoint: A ``.pt`` file of a DiT, SiT or REPA loop, a ``.safetensors`` file, a directory, a state dict, or
-            None for the weights that the model already has. Loaded strictly.
+            None for the weights that the model already has. Loaded strictly; the keys of projection heads that
+            REPA and the released code save along are left out and named in a logged warning.
         layer: The dotted name of the layer whose output is the feature, such as ``"blocks.7"``.
         guidance_scale: w in f_u + w (f_c − f_u); published: 30 for SiT-B/2, 5 for text-to-image.
         null: The null condition by argument name: a number (a class index, or 0 for a zero vector); a tensor of the
@@ -393,6 +397,13 @@ def build_teacher(
     # The settings are checked first: a checkpoint can take minutes to load.
     check_settings(model, layer=layer, guidance_scale=guidance_scale, null=null, call=call)
     report = load_weights(model, checkpoint, weights=weights)
+    if report.left_out:
+        _LOGGER.warning(
+            "%d keys of %s belong to projection heads, no part of the model, and were left out: %s",
+            len(report.left_out),
+            report.source or "the state dict",
+            quoted(report.left_out),
+        )
     teacher = CFGFeatureTeacher(
         model,
         layer=layer,

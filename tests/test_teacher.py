@@ -419,3 +419,16 @@ class TestFingerprint:
 def test_state_holds_the_models_weights_only() -> None:
     teacher = teacher_of(ToyDiT(), null={"y": torch.tensor(10)})
     assert set(teacher.state_dict()) == {f"model.{name}" for name in ToyDiT().state_dict()}
+
+
+def test_keys_of_projection_heads_are_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    weights = ToyDiT(seed=3).state_dict()
+    heads = {"projectors.0.weight": torch.ones(2, 2), "projectors.0.bias": torch.ones(2)}
+    settings = {"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}}
+    st.build_teacher(ToyDiT(), weights, **settings)
+    assert not caplog.records
+    st.build_teacher(ToyDiT(), weights | heads, **settings)
+    (record,) = caplog.records
+    assert record.levelname == "WARNING"
+    assert "2 keys of" in record.message
+    assert "left out: 'projectors.0.weight', 'projectors.0.bias'" in record.message
