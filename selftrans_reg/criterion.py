@@ -363,7 +363,7 @@ class SelfTransLoss(Shareable, nn.Module):
             SettingError: If something is passed that was saved.
         """
         from .hub import fetch
-        from .pretrained import load_criterion
+        from .saved_criterion import load_criterion
 
         return load_criterion(cls, fetch(name, **source), model, teacher, select, tokens, time)
 
@@ -387,7 +387,7 @@ class SelfTransLoss(Shareable, nn.Module):
         self._save(Path(directory), Path(directory).name, source=source, licence=licence)
 
     def _save(self, folder: Path, name: str, *, source: str | None = None, licence: str | None = None) -> None:
-        from .pretrained import save_criterion
+        from .saved_criterion import save_criterion
 
         save_criterion(self, folder, source, licence, name)
 

@@ -27,7 +27,7 @@ from .truncate import truncate
 
 if TYPE_CHECKING:
     from .hub import Source
-    from .pretrained import Details
+    from .saved_teacher import Details
 
 Null: TypeAlias = Mapping[str, Any]
 
@@ -139,7 +139,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             SettingError: If something is passed that was saved.
         """
         from .hub import fetch
-        from .pretrained import load_teacher
+        from .saved_teacher import load_teacher
 
         return load_teacher(cls, fetch(name, **source), model, null, select, tokens, time, compile)
 
@@ -164,7 +164,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self._save(Path(directory), Path(directory).name, **details)
 
     def _save(self, folder: Path, name: str, **details: Unpack[Details]) -> None:
-        from .pretrained import save_teacher
+        from .saved_teacher import save_teacher
 
         save_teacher(self, folder, details, name)
 
