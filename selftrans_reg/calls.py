@@ -276,3 +276,14 @@ def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
     return f"{type(value).__name__} {value!r}"[:80]
+
+
+def as_weights(model: nn.Module, tensor: Tensor, *, exact: bool) -> Tensor:
+    """A tensor of a call in the dtype of the model's weights, unless autocast sees to it.
+
+    If it must stay ``exact`` it is never rounded: models embed t in float32 whatever their weights.
+    """
+    if not tensor.is_floating_point() or torch.is_autocast_enabled(tensor.device.type):
+        return tensor
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), tensor.dtype)
+    return tensor.to(torch.promote_types(tensor.dtype, dtype) if exact else dtype)

@@ -16,8 +16,9 @@ from .errors import ArtefactError, SettingError
 from .fields import TEACHER_FIELDS
 from .fingerprints import architecture
 from .names import unwrap
+from .null import Null
 from .saved_settings import ask, fitting, restored_settings, shared_settings, unsaved
-from .teacher import CFGFeatureTeacher, Null, check_settings
+from .teacher import CFGFeatureTeacher, check_settings
 from .time import TimeConvention
 from .tokens import Select, Tokens
 from .truncate import drop, dropped_names

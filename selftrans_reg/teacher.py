@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, CallSpec, RowTensors, nested_path
+from .calls import Call, CallSpec, RowTensors, as_weights
 from .checkpoints import load_weights
 from .compiled import compile_blocks, pad_rows
-from .errors import NullConditionError, SelfTransError, SettingError, ShapeError, TeacherError
+from .errors import SelfTransError, SettingError, ShapeError, TeacherError
 from .fingerprints import architecture, fingerprint
 from .heads import check_positive, infer_width
-from .names import find_layer, nearest, quoted, sharded_parts
+from .names import find_layer, quoted, sharded_parts
+from .null import Null, checked_indices, flatten_null, null_tensors
 from .sharing import Shareable
-from .taps import EarlyExit, watched
+from .taps import EarlyExit
 from .time import TimeConvention, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
 from .truncate import truncate
@@ -28,8 +30,6 @@ from .truncate import truncate
 if TYPE_CHECKING:
     from .hub import Source
     from .saved_teacher import Details
-
-Null: TypeAlias = Mapping[str, Any]
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self.time = None if time is None else resolve(time)
         self.spec = CallSpec(model, call)
         self.null = null
-        self._null = dict(_flatten_null(null, self.spec))
+        self._null = dict(flatten_null(null, self.spec))
         for index, value in enumerate(self._null.values()):
             if isinstance(value, Tensor):
                 self.register_buffer(
@@ -210,11 +210,11 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 "Leave teacher_chunk out, or keep the teacher whole on each rank."
             )
         held = RowTensors(call)
-        pairs = zip(held.tensors, self._null_tensors(call, held), strict=True)
+        pairs = zip(held.tensors, null_tensors(self._null_now(), call, held), strict=True)
         if rows is not None:
             pairs = ((c.index_select(0, rows), u.index_select(0, rows)) for c, u in pairs)  # type: ignore[assignment]
         doubled = [
-            self._as_weights(torch.cat([c, u]), exact=path == self.spec.t)
+            as_weights(self.model, torch.cat([c, u]), exact=path == self.spec.t)
             for path, (c, u) in zip(held.paths, pairs, strict=True)
         ]
 
@@ -225,9 +225,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             return torch.cat(parts).float()
 
         checked = check_indices or not self._prepared
-        # Embeddings alone: compiled blocks would be compiled anew for a hook inside them.
-        embeddings = [m for m in self.model.modules() if isinstance(m, nn.Embedding)] if checked else []
-        with watched(embeddings, self._check_indices):
+        with checked_indices(self.model, self._null) if checked else nullcontext():
             features = run()
         if not self._prepared:
             self._check_repeatable(features, run())
@@ -237,16 +235,6 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             self._prepared = True
         conditional, unconditional = features.chunk(2)
         return conditional, unconditional
-
-    def _as_weights(self, tensor: Tensor, exact: bool) -> Tensor:
-        """In the weights' dtype, unless autocast sees to it: a student in bfloat16 is called with bfloat16.
-
-        If it must stay ``exact`` it is never rounded: models embed t in float32 whatever their weights.
-        """
-        if not tensor.is_floating_point() or torch.is_autocast_enabled(tensor.device.type):
-            return tensor
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), tensor.dtype)
-        return tensor.to(torch.promote_types(tensor.dtype, dtype) if exact else dtype)
 
     def _run(self, held: RowTensors, tensors: list[Tensor]) -> Tensor:
         wanted = len(tensors[0])
@@ -274,43 +262,12 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             )
         return tokens[:wanted]
 
-    def _null_tensors(self, call: Call, held: RowTensors) -> Iterator[Tensor]:
-        """For each row tensor of the call its null counterpart: itself where the null condition does not name it."""
-        if missing := [path for path in self._null if path not in held.paths]:
-            raise NullConditionError(
-                f"The null condition names {quoted(missing)}, but the call holds no tensor with {call.rows} rows "
-                f"there; it holds {quoted(held.paths)}.\n"
-                f"Nearest: {quoted(nearest(missing[0], held.paths)) or 'none'}. The model must be called with the "
-                "condition that null= replaces."
-            )
-        for path, tensor in zip(held.paths, held.tensors, strict=True):
-            yield self._null_like(path, tensor, call) if path in self._null else tensor
-
-    def _null_like(self, path: str, tensor: Tensor, call: Call) -> Tensor:
-        value = self._null[path]
-        if callable(value):
-            rows = value(call.arguments)
-            if not isinstance(rows, Tensor) or rows.shape != tensor.shape:
-                found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-                raise NullConditionError(
-                    f"The callable null condition for {path!r} returned {found}; it gets the call's arguments by name "
-                    f"and must return a tensor of the argument's shape, {tuple(tensor.shape)}."
-                )
-            return _cast(path, rows, tensor)
-        if not isinstance(value, Tensor):
-            if not tensor.is_floating_point() and not float(value).is_integer():
-                raise NullConditionError(
-                    f"The null condition {value!r} for {path!r} is no whole number, but the argument holds "
-                    f"{tensor.dtype}."
-                )
-            return torch.full_like(tensor, value)
-        value = self.get_buffer(f"null_{list(self._null).index(path)}")
-        if value.shape != tensor.shape[1:]:
-            raise NullConditionError(
-                f"The null condition for {path!r} has shape {tuple(value.shape)}; the argument is "
-                f"{tuple(tensor.shape)}, so without its batch axis it should be {tuple(tensor.shape[1:])}."
-            )
-        return _cast(path, value, tensor).expand_as(tensor)
+    def _null_now(self) -> dict[str, Any]:
+        """The null condition by path, its tensors where the teacher has moved to."""
+        return {
+            path: self.get_buffer(f"null_{index}") if isinstance(value, Tensor) else value
+            for index, (path, value) in enumerate(self._null.items())
+        }
 
     def _check_repeatable(self, first: Tensor, second: Tensor) -> None:
         # Far above what the order of a sum changes, far below what a mask does.
@@ -320,27 +277,6 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 "something in it is random even in eval mode, such as a mask on the encoder's tokens.\n"
                 "Switch that off for the teacher: call=dict(fixed=dict(mask_ratio=0.0)), or what the argument is "
                 "called."
-            )
-
-    def _shown_null(self) -> str:
-        """The null condition in short: numbers as they are, the rest by kind."""
-        return ", ".join(
-            f"{path} = {value if isinstance(value, int | float) else type(value).__name__}"
-            for path, value in self._null.items()
-        )
-
-    def _check_indices(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, nn.Embedding)
-        if not args or not isinstance(args[0], Tensor) or not args[0].numel():
-            return
-        low, high = (int(v) for v in args[0].aminmax())
-        if low < 0 or high >= module.num_embeddings:
-            name = next(n for n, m in self.model.named_modules() if m is module)
-            raise NullConditionError(
-                f"Index {low if low < 0 else high} would reach embedding {name!r}, which has {module.num_embeddings} "
-                f"rows (0 to {module.num_embeddings - 1}). The null condition: {self._shown_null()}.\n"
-                "A model built without label dropout has no null row: train the teacher with dropout; or name the "
-                "index of its null class. If the index is not the null condition's, it is one of the loop's own."
             )
 
 
@@ -434,7 +370,7 @@ def check_settings(
     """Raise what building a teacher with these settings would raise, and leave the model as it is."""
     check_guidance_scale(guidance_scale)
     find_layer(model, layer)
-    dict(_flatten_null(null, CallSpec(model, call)))
+    dict(flatten_null(null, CallSpec(model, call)))
 
 
 def check_guidance_scale(scale: object) -> None:
@@ -443,40 +379,3 @@ def check_guidance_scale(scale: object) -> None:
         raise SettingError(
             f"guidance_scale must be a finite number, 0 or more (1 is the conditional feature); got {scale!r}."
         )
-
-
-def _flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
-    """The null condition with the path of each value, as :class:`RowTensors` names paths."""
-    if not isinstance(null, Mapping) or not null:
-        raise NullConditionError(
-            f"null= maps argument names to the null condition, such as null={{'y': 1000}}; got {null!r}."
-        )
-    for name in null:
-        spec.check_name(name, "null=", NullConditionError)
-    if overlap := {spec.x, spec.t} & set(null):
-        raise NullConditionError(f"null= names {quoted(sorted(overlap))}, which is x_t or t, not a condition.")
-
-    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping) and value:
-            for key, item in value.items():
-                yield from walk(item, nested_path(path, key))
-        elif isinstance(value, bool | int | float | Tensor) or callable(value):
-            yield path, value
-        else:
-            raise NullConditionError(
-                f"The null condition for {path!r} must be a number, a tensor without batch axis, or a callable; "
-                f"got {value!r}."
-            )
-
-    for name, value in null.items():
-        yield from walk(value, name)
-
-
-def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
-    """The null condition in the argument's dtype and place."""
-    if null.is_floating_point() and not argument.is_floating_point():
-        raise NullConditionError(
-            f"The null condition for {path!r} holds {null.dtype}, but the argument {argument.dtype}: it would be cut "
-            "off."
-        )
-    return null.to(argument)
