@@ -88,10 +88,10 @@ def load_weights(
             "A checkpoint is a path, a state dict, or None for the weights that the model has; "
             f"got {type(checkpoint).__name__}."
         )
-    entry, chosen = _choose_entry(content, weights, where)
+    entry, chosen = choose_entry(content, weights, where)
     where = where if entry is None else f"{where}, entry {entry!r},"
     own = own_tensors(model)
-    saved = _plain_keys(chosen, where)
+    saved = plain_keys(chosen, where)
     heads = [head for head in _HEADS if not any(map(head.fullmatch, own))]
     left_out = tuple(key for key in saved if any(head.fullmatch(key) for head in heads))
     for key in left_out:
@@ -105,7 +105,7 @@ def load_weights(
     return LoadReport(source, entry, left_out, step)
 
 
-def _choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[str | None, Mapping[str, Any]]:
+def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[str | None, Mapping[str, Any]]:
     """The name of the entry that holds the asked weights, None if ``content`` is a state dict itself, and the entry."""
     entries = [key for key in ("ema", "model", "state_dict") if isinstance(content.get(key), Mapping)]
     if not entries:
@@ -126,7 +126,7 @@ def _choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple
     return wanted[0], content[wanted[0]]
 
 
-def _plain_keys(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+def plain_keys(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """``state`` by keys without wrappers' prefixes, once every value is known to be a plain tensor backed by data."""
     plain: dict[str, Tensor] = {}
     for key, value in state.items():

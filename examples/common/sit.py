@@ -266,8 +266,8 @@ class SiT(nn.Module):
         return x[:, : self.in_channels] if self.learn_sigma else x
 
 
-def build_sit(name: str, **settings: object) -> SiT:
-    """A SiT by its published name, as "SiT-B/2"; ``settings`` are passed to `SiT`.
+def published_sizes(name: str) -> dict[str, int]:
+    """What `SiT` is told for a published name, as "SiT-B/2": depth, hidden_size, num_heads and patch_size.
 
     Raises:
         SettingError: If the name is not a size S, B, L or XL with a patch of 2, 4 or 8.
@@ -275,5 +275,13 @@ def build_sit(name: str, **settings: object) -> SiT:
     known = {f"SiT-{size}/{patch}": (*SIZES[size], patch) for size in SIZES for patch in PATCH_SIZES}
     if name not in known:
         raise SettingError(f"There is no SiT named {name!r}.\nKnown: {', '.join(known)}.")
-    depth, hidden_size, num_heads, patch_size = known[name]
-    return SiT(depth=depth, hidden_size=hidden_size, num_heads=num_heads, patch_size=patch_size, **settings)
+    return dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), known[name], strict=True))
+
+
+def build_sit(name: str, **settings: object) -> SiT:
+    """A SiT by its published name, as "SiT-B/2"; ``settings`` are passed to `SiT`.
+
+    Raises:
+        SettingError: If the name is not a size S, B, L or XL with a patch of 2, 4 or 8.
+    """
+    return SiT(**published_sizes(name), **settings)

@@ -1,0 +1,208 @@
+"""Loading a SiT from the files of this repository's trainer, of REPA and of the SiT repository."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from common.load_sit import sit_from_checkpoint
+from common.sit import SIZES, SiT
+from torch import Tensor
+
+from selftrans_reg.errors import CheckpointError, SettingError
+
+State = dict[str, Tensor]
+TINY = {
+    "input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5,
+    "class_dropout_prob": 0.1, "learn_sigma": False, "qk_norm": False,
+}  # fmt: skip
+OURS = TINY | {"model": "demo", "path": "cosine", "data": "x", "scale_factor": 0.5, "vae": None}
+
+
+def state(seed: int = 0, **settings: Any) -> State:
+    """The weights of a SiT without a zero among them."""
+    generator = torch.Generator().manual_seed(seed)
+    model = SiT(**(TINY | settings))
+    return {key: torch.randn(value.shape, generator=generator) for key, value in model.state_dict().items()}
+
+
+def saved(folder: Path, content: object) -> Path:
+    torch.save(content, folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"
+
+
+def trainers_file(folder: Path, args: dict[str, Any] | argparse.Namespace = OURS, **settings: Any) -> Path:
+    content = {"model": state(0, **settings), "ema": state(1, **settings), "opt": {}, "steps": 70, "args": args}
+    return saved(folder, content)
+
+
+def same(model: SiT, expected: State) -> bool:
+    own = model.state_dict()
+    return own.keys() == expected.keys() and all(torch.equal(own[key], expected[key]) for key in own)
+
+
+def small_sizes(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int, int]]:
+    """Publish smaller sizes: a quarter of the depth, a sixteenth of the width, half of the heads."""
+    small = {size: (depth // 4, width // 16, heads // 2) for size, (depth, width, heads) in SIZES.items()}
+    monkeypatch.setattr("common.sit.SIZES", small)
+    monkeypatch.setattr("common.load_sit.SIZES", small)
+    return small
+
+
+@pytest.mark.usefixtures("global_rng_untouched")
+@pytest.mark.parametrize(("weights", "seed"), [("ema", 1), ("model", 0)])
+def test_a_file_of_our_trainer_comes_back_whole(tmp_path: Path, weights: str, seed: int) -> None:
+    with torch.random.fork_rng():
+        path = trainers_file(tmp_path)
+        expected = state(seed)
+    model, found = sit_from_checkpoint(path, weights=weights)
+    assert same(model, expected)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert found.settings == TINY | {"mlp_ratio": 4.0}
+    assert (found.entry, found.steps, found.time, found.path) == (weights, 70, "repa", "cosine")
+    assert found.args == OURS
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("learn_sigma", [False, True])
+def test_the_loaded_model_computes_what_the_saved_one_does(tmp_path: Path, learn_sigma: bool, qk_norm: bool) -> None:
+    settings = {"learn_sigma": learn_sigma, "qk_norm": qk_norm, "mlp_ratio": 3.0, "input_size": 6, "patch_size": 1}
+    original = SiT(**(TINY | settings)).eval()
+    original.load_state_dict(state(**settings))
+    path = trainers_file(tmp_path, TINY | settings, **settings)
+    inputs = torch.ones(2, 3, 6, 6), torch.tensor([0.2, 0.9]), torch.tensor([4, 5])
+    assert torch.equal(sit_from_checkpoint(path, weights="model")[0](*inputs), original(*inputs))
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("patch", [2, 4])
+def test_a_bare_state_dict_of_a_published_size_needs_nothing_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: str, patch: int
+) -> None:
+    depth, width, heads = small_sizes(monkeypatch)[size]
+    settings = {"depth": depth, "hidden_size": width, "num_heads": heads, "patch_size": patch}
+    settings |= {"num_classes": 1000, "in_channels": 4, "input_size": 16, "learn_sigma": True}
+    path = saved(tmp_path, state(**settings))
+    model, found = sit_from_checkpoint(path, model=f"SiT-{size}/{patch}")
+    assert same(model, state(**settings))
+    assert found.settings == TINY | settings | {"mlp_ratio": 4.0}
+    assert (found.entry, found.steps, found.args, found.time, found.path) == (None, None, {}, None, None)
+    with pytest.raises(CheckpointError, match=rf"patch_size: {patch} there, {6 - patch} said"):
+        sit_from_checkpoint(path, model=f"SiT-{size}/{6 - patch}")
+
+
+def test_repas_file_with_its_namespace_and_heads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    depth, width, num_heads = small_sizes(monkeypatch)["B"]
+    args = argparse.Namespace(
+        model="SiT-B/2", num_classes=5, cfg_prob=0.1, qk_norm=True, path_type="linear", prediction="v", resolution=256
+    )
+    settings = {"depth": depth, "hidden_size": width, "num_heads": num_heads, "qk_norm": True}
+    heads = {
+        **{f"projectors.0.{i}.weight": torch.zeros(2, 2) for i in (0, 2, 4)},
+        "projectors_final.linear.bias": torch.zeros(3),
+    }
+    weights = state(**settings)
+    content = {"model": weights, "ema": weights | heads, "opt": {"state": {}}, "args": args, "steps": 400_000}
+    model, found = sit_from_checkpoint(saved(tmp_path, content), model="SiT-B/2")
+    assert same(model, weights)
+    assert set(found.left_out) == set(heads)
+    assert (found.entry, found.steps, found.time, found.path) == ("ema", 400_000, None, "linear")
+    assert (found.settings["num_heads"], found.settings["class_dropout_prob"]) == (6, 0.1)
+
+
+def test_sits_words_for_its_path_and_its_prediction(tmp_path: Path) -> None:
+    known = {"num_heads": 2, "num_classes": 5}
+    for word, path in [("Linear", "linear"), ("GVP", "cosine")]:
+        file = trainers_file(tmp_path, argparse.Namespace(path_type=word, prediction="velocity"))
+        assert sit_from_checkpoint(file, **known)[1].path == path
+    for bad in ({"path_type": "VP"}, {"prediction": "noise"}):
+        with pytest.raises(CheckpointError, match=r"was trained to predict '.*' on the path"):
+            sit_from_checkpoint(trainers_file(tmp_path, argparse.Namespace(**bad)), **known)
+
+
+def test_what_shapes_do_not_show_is_asked_for(tmp_path: Path) -> None:
+    path = saved(tmp_path, state())
+    for match in ["does not say its num_heads", "depth 2 and hidden_size 16, no published size", "Pass num_heads="]:
+        with pytest.raises(CheckpointError, match=match):
+            sit_from_checkpoint(path, num_classes=5)
+    for match in ["does not say its num_classes", "class table of 6 rows, whose last may be", "Pass num_classes="]:
+        with pytest.raises(CheckpointError, match=match):
+            sit_from_checkpoint(path, num_heads=2)
+    assert sit_from_checkpoint(path, num_heads=2, num_classes=5)[1].settings["class_dropout_prob"] > 0
+    assert sit_from_checkpoint(path, num_heads=2, num_classes=6)[1].settings["class_dropout_prob"] == 0
+    for match in ["class table that does not fit", "6 rows; num_classes=7", "one more, for the null class"]:
+        with pytest.raises(CheckpointError, match=match):
+            sit_from_checkpoint(path, num_heads=2, num_classes=7)
+
+
+def test_a_table_without_a_null_row_is_known(tmp_path: Path) -> None:
+    path = trainers_file(tmp_path, OURS | {"class_dropout_prob": 0.0}, class_dropout_prob=0.0)
+    assert sit_from_checkpoint(path)[0].y_embedder.embedding_table.num_embeddings == 5
+    with pytest.raises(CheckpointError, match=r"5 rows; num_classes=5, label dropout 0.1"):
+        sit_from_checkpoint(trainers_file(tmp_path, OURS, class_dropout_prob=0.0))
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        ({"patch_size": 4}, "patch_size: 2 there, 4 said"),
+        ({"hidden_size": 32}, "hidden_size: 16 there, 32 said"),
+        ({"depth": 3}, "depth: 2 there, 3 said"),
+        ({"learn_sigma": True}, "learn_sigma: False there, True said"),
+        ({"qk_norm": True}, "qk_norm: False there, True said"),
+        ({"input_size": 16}, "input_size: 8 there, 16 said"),
+        ({"num_classes": 10}, "6 rows; num_classes=10"),
+        ({"num_heads": 0}, r"settings that no SiT can have.\nFound: num_heads: 0"),
+        ({"depth": [2]}, r"settings that no SiT can have.\nFound: depth: \[2\]"),
+    ],
+)
+def test_a_record_that_contradicts_the_weights_is_named(tmp_path: Path, said: dict[str, Any], match: str) -> None:
+    with pytest.raises(CheckpointError, match=match):
+        sit_from_checkpoint(trainers_file(tmp_path, OURS | said))
+
+
+def test_another_model_than_the_user_says_is_named(tmp_path: Path) -> None:
+    path = trainers_file(tmp_path)
+    for match in ["holds another model than model='SiT-S/2' says", "depth: 2 there, 12 said", "hidden_size: 16 there"]:
+        with pytest.raises(CheckpointError, match=match):
+            sit_from_checkpoint(path, model="SiT-S/2")
+    with pytest.raises(CheckpointError, match=r"than the record of its own run says.\nFound: num_heads: 4 there, 2"):
+        sit_from_checkpoint(path, num_heads=4)
+    with pytest.raises(SettingError, match="no SiT named 'SiT-H/2'"):
+        sit_from_checkpoint(path, model="SiT-H/2")
+
+
+def test_files_that_hold_no_sit_are_named(tmp_path: Path) -> None:
+    weights = state()
+    for match in ["holds no SiT: it has no x_embedder.proj.weight, pos_embed", "Found: 'layer.weight'"]:
+        with pytest.raises(CheckpointError, match=match):
+            sit_from_checkpoint(saved(tmp_path, {"layer.weight": torch.ones(2)}))
+    for key, value in [
+        ("pos_embed", torch.ones(1, 15, 16)),
+        ("x_embedder.proj.weight", torch.ones(16, 12)),
+        ("final_layer.linear.weight", torch.ones(5, 16)),
+        ("blocks.0.attn.q_norm.weight", torch.ones(5)),
+    ]:
+        with pytest.raises(CheckpointError, match="no SiT on square latents: the shapes do not go together"):
+            sit_from_checkpoint(saved(tmp_path, weights | {key: value}), num_heads=2, num_classes=5)
+    del weights["blocks.1.mlp.fc1.bias"]
+    with pytest.raises(CheckpointError, match=r"Missing, of the model's 32 \(1\):\n  blocks.1.mlp.fc1.bias \(64,\)"):
+        sit_from_checkpoint(saved(tmp_path, weights), num_heads=2, num_classes=5)
+    with pytest.raises(CheckpointError, match="under 'args' a int"):
+        sit_from_checkpoint(saved(tmp_path, {"ema": state(), "args": 3}))
+
+
+def test_a_small_file_cannot_make_a_large_model(tmp_path: Path) -> None:
+    """Few bytes that describe a width of 40,000: refused by shapes, before a block of 1.6 billion weights is made."""
+    weights = state(hidden_size=4, num_heads=1)
+    weights["x_embedder.proj.weight"] = torch.ones(40_000, 3, 2, 2)
+    with pytest.raises(CheckpointError, match=r"Of another shape .*\n(.*\n)*.*saved .*, model .*40000"):
+        sit_from_checkpoint(saved(tmp_path, weights), num_heads=1, num_classes=5)
+
+
+def test_a_file_that_would_run_code_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path, {"ema": state(), "args": Path("x")})
+    with pytest.raises(CheckpointError, match="nothing of it was run: it asks for pathlib"):
+        sit_from_checkpoint(path)
