@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from .checkpoints import defect, plain_key
 from .errors import ArtefactError, CheckpointError, SettingError
-from .fields import COMMON_FIELDS, Field
+from .fields import COMMON_FIELDS, REQUIRED, Field
 from .names import quoted, unwrap
 from .weight_files import read_json, read_safetensors
 
@@ -97,6 +97,7 @@ def _read_config(folder: Path, kind: Kind, fields: Mapping[str, Field]) -> dict[
         names = quoted([name[:100] for name in unknown[:8]])
         known = f"selftrans-reg {library_version()}"
         raise ArtefactError(f"{path} has entries that {known} does not know: {names}.\n{install}")
+    config = {name: field.before for name, field in fields.items() if field.before is not REQUIRED} | config
     if missing := sorted(fields.keys() - config.keys()):
         raise ArtefactError(f"{path} lacks {quoted(missing)}: it is incomplete. Copy or download it again.")
     _check_config(config, fields, str(path))

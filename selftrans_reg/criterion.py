@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, SupportsIndex, TypeAlias, TypedDict, Unpack, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from .checks import (
     check_same_shape,
     device_of,
 )
+from .criterion_state import check_state, read_buffers, write_buffers
 from .errors import (
     CaptureError,
     OptimizerError,
@@ -34,9 +34,13 @@ from .errors import (
 )
 from .gate import Gate, Gated, check_teacher_rows, sample_rows, to_device
 from .heads import ProjectionHead, check_positive, resolve_width
-from .losses import Distance, VAEAlignmentLoss, check_distance, feature_alignment, velocity_target
+from .health import contrast, mean_norm
+from .intervals import Interval
+from .layer_losses import distance_of, zero_of
+from .losses import Distance, VAEAlignmentLoss, check_distance, velocity_target
 from .names import find_layer, quoted, sharded_parts, unwrap
-from .schedules import Schedule, check_same_schedule, check_schedule, factor, schedule_state
+from .schedules import Schedule, check_schedule, factor, schedule_state
+from .settings import Gating, Settings, Target, check_choice, check_weight, checked_step
 from .sharing import Shareable
 from .taps import Record, Recorder, WhichForward, layer_names
 from .teacher import CFGFeatureTeacher
@@ -45,14 +49,6 @@ from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
 
 if TYPE_CHECKING:
     from .hub import Source
-
-Target: TypeAlias = Literal["latents", "velocity"]
-Gating: TypeAlias = Literal["per-sample", "released"]
-
-# Checks that read values off the device run in this many first calls, then at the chosen interval.
-_FIRST_CHECKS = 3
-# A larger weight is a slip, and would not fit into the state dict's integers.
-_MAX_WEIGHT = 1_000_000
 
 
 class LossTerms(NamedTuple):
@@ -72,21 +68,6 @@ class LossTerms(NamedTuple):
     alignment: Tensor
     weight: Tensor
     in_window: Tensor
-
-
-class Settings(TypedDict, total=False):
-    """What both stages take besides; :class:`SelfTransLoss` describes each."""
-
-    weight: float
-    window: tuple[float, float] | None
-    gating: Gating
-    schedule: Schedule
-    stop_step: int | None
-    call: Mapping[str, Any] | None
-    select: Select
-    tokens: Tokens
-    forward: WhichForward
-    check_interval: int | None
 
 
 class SelfTransLoss(Shareable, nn.Module):
@@ -119,6 +100,13 @@ class SelfTransLoss(Shareable, nn.Module):
       an error.
     - ``check_interval=1000``: what has to be read off the device (the range of t, x_t against the latents) is checked
       in the first three calls and then at this interval; None switches that off.
+    - ``health_interval=100``: :attr:`measures` are taken in the first three calls and then at this interval; None
+      switches that off.
+
+    Attributes:
+        measures: What the last measured call found, 0-d tensors on the device by name: ``student_norm`` and
+            ``target_norm``, the mean norm of a token at the tapped layers and of the target; in stage 2 ``contrast``,
+            ‖f_c − f_u‖ / ‖f_c‖. Empty before the first such call, and once the alignment has stopped.
 
     Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
     """
@@ -149,18 +137,20 @@ class SelfTransLoss(Shareable, nn.Module):
         tokens: Tokens = None,
         forward: WhichForward = None,
         check_interval: int | None = 1000,
+        health_interval: int | None = 100,
         teacher_chunk: int | None = None,
         teacher_rows: int | float | None = None,
     ) -> None:
         super().__init__()
-        _check_choice("target", target, get_args(Target))
-        _check_choice("gating", gating, get_args(Gating))
+        check_choice("target", target, get_args(Target))
+        check_choice("gating", gating, get_args(Gating))
         check_distance(distance)
-        _check_weight(weight)
+        check_weight(weight)
         check_schedule(schedule, stop_step)
         check_select(select)
         check_tokens(tokens)
-        for name, value in (("check_interval", check_interval), ("teacher_chunk", teacher_chunk)):
+        counts = {"check_interval": check_interval, "health_interval": health_interval, "teacher_chunk": teacher_chunk}
+        for name, value in counts.items():
             if value is not None:
                 check_positive(name, value)
         check_teacher_rows(teacher_rows)
@@ -179,6 +169,7 @@ class SelfTransLoss(Shareable, nn.Module):
         self.tokens = tokens
         self.which_forward: WhichForward = forward
         self.check_interval = check_interval
+        self.health_interval = health_interval
         self.teacher_chunk = teacher_chunk
         self.teacher_rows = teacher_rows
         self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
@@ -186,7 +177,9 @@ class SelfTransLoss(Shareable, nn.Module):
         self._step = -1
         self._calls = 0
         self._checking = False
-        self._checks = 0  # of this process, not saved: a resumed run is checked anew
+        self._check_interval = Interval(check_interval)
+        self._health_interval = Interval(health_interval)
+        self.measures: dict[str, Tensor] = {}
         buffers = {
             "step": torch.tensor(-1),
             "calls": torch.tensor(0),
@@ -195,9 +188,9 @@ class SelfTransLoss(Shareable, nn.Module):
         }
         for name, buffer in buffers.items():  # with the heads: NCCL broadcasts no buffers of the CPU
             self.register_buffer(name, buffer.clone().to(device_of(self)))
-        self.register_state_dict_pre_hook(_write_counters)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_check_state)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(_read_counters)  # type: ignore[no-untyped-call]
+        self.register_state_dict_pre_hook(write_buffers)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_post_hook(read_buffers)  # type: ignore[no-untyped-call]
         self.attach(model)
 
     @classmethod
@@ -433,7 +426,8 @@ class SelfTransLoss(Shareable, nn.Module):
             return LossTerms(denoising.mean(), denoising.detach().mean(), nothing, nothing, nothing)
         scale = self._advance(step)
         if scale == 0.0:  # past the stop step nothing is looked at any more
-            return self._terms(denoising, self._zero(), 0.0, None)
+            self.measures = {}
+            return self._terms(denoising, zero_of(self.heads), 0.0, None)
         record = self._watching().take()
         gated = record.note
         if isinstance(gated, SelfTransError):  # the call could not be read; the place to say so is here
@@ -514,27 +508,20 @@ class SelfTransLoss(Shareable, nn.Module):
     def _advance(self, step: int | None) -> float:
         """Count the call and give the schedule's factor at this step, 0 from the stop step on."""
         if step is not None:
-            step = _checked_step(step)
+            step = checked_step(step)
         scale = factor(self.schedule, step, self.stop_step)
         self._calls += 1
         if step is not None:
             self._step = step
         return scale
 
-    def _checks_values(self) -> bool:
-        """Whether this call checks what has to be read off the device."""
-        if self.check_interval is None:
-            return False
-        return self._checks < _FIRST_CHECKS or self._calls % self.check_interval == 0
-
     def _check(self, call: Call, denoising: Tensor, latents: Tensor | None) -> None:
         if latents is None and self.stage == 1:
             raise ShapeError("Stage 1 aligns with the clean latents: call criterion(loss, latents=...).")
         check_batch(call, denoising, latents)
-        self._checking = self._checks_values()
+        self._checking = self._check_interval.due(self._calls)
         if not self._checking:
             return
-        self._checks += 1
         if latents is None:
             check_times(self.time, call.t)
         else:
@@ -564,26 +551,34 @@ class SelfTransLoss(Shareable, nn.Module):
             if self.teacher is not None and sharded_parts(self.teacher):
                 # On other ranks it runs, and gathers its weights from all of them: they wait for this one.
                 self._target(call, torch.zeros(1, dtype=torch.long, device=call.x_t.device), latents)
-            return self._zero()
+            return zero_of(self.heads)
         chosen = sample_rows(candidates, self.teacher_rows, seed=self._calls)
         rows = None if len(chosen) == call.rows else to_device(chosen, call.x_t.device)
+        measured = self._health_interval.due(self._calls)
+        if measured:
+            self.measures = {"student_norm": mean_norm(tokens)}
         if rows is not None:
             tokens = [found.index_select(0, rows) for found in tokens]
         autocast = captures[0].autocast
         with torch.autocast(call.x_t.device.type, dtype=autocast, enabled=autocast is not None):
-            target = self._target(call, rows, latents)
-            distances = [self._distance(head, found, target) for head, found in zip(self.heads, tokens, strict=True)]
+            target = self._target(call, rows, latents, measured)
+            distances = [
+                distance_of(head, found, target, self.distance) for head, found in zip(self.heads, tokens, strict=True)
+            ]
         mean = torch.stack(distances).mean()  # over layers and over the chosen rows
         # Divided by the whole batch, whatever was chosen: an average over ranks is then the global value.
         return mean * (gated.inside.float().mean() if self.gating == "released" else len(candidates) / call.rows)
 
-    def _target(self, call: Call, rows: Tensor | None, latents: Tensor | None) -> Tensor:
+    def _target(self, call: Call, rows: Tensor | None, latents: Tensor | None, measured: bool = False) -> Tensor:
         """What the heads' outputs are compared with, for the given rows."""
         if self.stage == 2:
             teacher = self._present_teacher(call.x_t.device)
             adopted = teacher.spec.adopt(call, self.spec)
             features = teacher.features(adopted, rows, self.teacher_chunk, check_indices=self._checking)
-            return teacher.guide(*features)
+            target = teacher.guide(*features)
+            if measured:
+                self.measures |= {"contrast": contrast(*features), "target_norm": mean_norm([target])}
+            return target
         assert latents is not None  # _check has seen to it
         target = latents.detach()
         if self.target == "velocity":
@@ -601,29 +596,11 @@ class SelfTransLoss(Shareable, nn.Module):
         check_device(teacher, device, "teacher")
         return teacher
 
-    def _distance(self, head: nn.Module, tokens: Tensor, target: Tensor) -> Tensor:
-        if self.stage == 1:
-            distance: Tensor = head(tokens, target)
-            return distance
-        prediction = head(tokens)
-        if prediction.shape != target.shape:
-            raise ShapeError(
-                f"The teacher gives features {tuple(target.shape)}, the student's head {tuple(prediction.shape)}: both "
-                "must have the same samples, tokens and width.\n"
-                "Check that both are tapped at the image's tokens (tokens=), at the same resolution and patch size, "
-                "and that the head was built for this teacher's layer."
-            )
-        return feature_alignment(prediction, target, self.distance)
-
-    def _zero(self) -> Tensor:
-        """An exact 0 that depends on every parameter: without it DDP waits for gradients that never come."""
-        return torch.stack([_run_on_no_rows(head) for head in self.heads]).sum()
-
     def _terms(self, denoising: Tensor, alignment: Tensor, weight: float, inside: Tensor | None) -> LossTerms:
         mean = denoising.mean()
         device = mean.device
         return LossTerms(
-            total=mean + (weight * alignment if weight > 0.0 else self._zero()),
+            total=mean + (weight * alignment if weight > 0.0 else zero_of(self.heads)),
             denoising=mean.detach(),
             alignment=alignment.detach(),
             weight=torch.full((), weight, device=device),
@@ -633,60 +610,3 @@ class SelfTransLoss(Shareable, nn.Module):
 
 def _widths(model: nn.Module, layer: str | Sequence[str], hidden_size: int | None) -> list[int]:
     return [resolve_width(find_layer(model, name), name, hidden_size) for name in layer_names(layer)]
-
-
-def _run_on_no_rows(head: nn.Module) -> Tensor:
-    device = device_of(head)
-    if isinstance(head, VAEAlignmentLoss):
-        one_patch = torch.zeros(0, head.latent_channels, *head.patch_size, device=device).movedim(1, head.channel_axis)
-        distances: Tensor = head(torch.zeros(0, 1, head.head.in_features, device=device), one_patch)
-        return distances.sum()
-    assert isinstance(head, ProjectionHead)
-    projected: Tensor = head(torch.zeros(0, 1, head.in_features, device=device))
-    return projected.float().sum()
-
-
-def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise SettingError(f"{name} must be one of {quoted(choices)}; got {value!r}.")
-
-
-def _checked_step(step: object) -> int:
-    """An integer, such as NumPy's too, as Python's."""
-    if isinstance(step, SupportsIndex) and not isinstance(step, bool | Tensor) and operator.index(step) >= 0:
-        return operator.index(step)
-    raise SettingError(f"step must be an integer, 0 or more; got {step!r}.")
-
-
-def _check_weight(weight: object) -> None:
-    if isinstance(weight, bool) or not isinstance(weight, float | int) or not 0 <= weight <= _MAX_WEIGHT:
-        raise SettingError(f"weight must be a number from 0 to {_MAX_WEIGHT}; got {weight!r}.")
-
-
-def _write_counters(criterion: SelfTransLoss, prefix: str, keep_vars: bool) -> None:
-    criterion.step.fill_(criterion._step)
-    criterion.calls.fill_(criterion._calls)
-
-
-def _read_counters(criterion: SelfTransLoss, incompatible: object) -> None:
-    criterion._step = int(criterion.step)
-    criterion._calls = int(criterion.calls)
-
-
-def _check_state(criterion: SelfTransLoss, state: Mapping[str, Any], prefix: str, *rest: object) -> None:
-    saved = state.get(f"{prefix}teacher_fingerprint")
-    teacher = criterion.teacher
-    if saved is not None and teacher is not None and not torch.equal(saved.cpu(), teacher.fingerprint):
-        raise TeacherError(
-            "The state was saved with another teacher: weights, layer, guidance scale or null condition differ.\n"
-            f"Saved {_hex(saved)}, this criterion's {_hex(teacher.fingerprint)}. Build the teacher as when the run "
-            "began; to go on with another one on purpose, put this one's fingerprint into the state: "
-            "state['teacher_fingerprint'] = teacher.fingerprint."
-        )
-    saved = state.get(f"{prefix}schedule_state")
-    if saved is not None:
-        check_same_schedule(saved, criterion.schedule, criterion.weight, criterion.stop_step)
-
-
-def _hex(fingerprint: Tensor) -> str:
-    return bytes(fingerprint.tolist()).hex()[:16]

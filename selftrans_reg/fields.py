@@ -6,13 +6,15 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, get_args
 
-from .criterion import Gating, Target
 from .losses import DISTANCES
 from .names import quoted
 from .schedules import SCHEDULES
+from .settings import Gating, Target
 from .time import TimeConvention
 
 _MAX_WIDTH = 1 << 20
+
+REQUIRED = object()
 
 
 class Field(NamedTuple):
@@ -20,6 +22,7 @@ class Field(NamedTuple):
 
     fits: Callable[[Any], bool]
     wanted: str  # in words, for messages
+    before: Any = REQUIRED  # what its absence means, in artefacts from before the entry existed
 
 
 def is_text(value: object, longest: int = 500) -> bool:
@@ -148,6 +151,7 @@ CRITERION_FIELDS: dict[str, Field] = {
     "stop_step": Field(_optional(is_whole), "an integer, 0 or more, or null"),
     "forward": _choice(None, "first", "last"),
     "check_interval": _COUNT,
+    "health_interval": _COUNT._replace(before=100),
     "teacher_chunk": _COUNT,
     "teacher_rows": Field(
         lambda v: _COUNT.fits(v) or (type(v) is float and 0.0 < v < 1.0), "a positive integer, a share or null"

@@ -48,6 +48,7 @@ def save_criterion(criterion: SelfTransLoss, folder: Path, source: str | None, l
         "stop_step": criterion.stop_step,
         "forward": criterion.which_forward,
         "check_interval": criterion.check_interval,
+        "health_interval": criterion.health_interval,
         "teacher_chunk": criterion.teacher_chunk,
         "teacher_rows": criterion.teacher_rows,
         "source": source,
@@ -80,7 +81,7 @@ def load_criterion(
         raise TeacherError(f"{where} still needs its teacher (step {step}, stop_step {stop}): pass teacher=.")
     sizes = config["hidden_sizes"]
     same = ("hidden_features", "distance", "weight", "gating", "schedule", "stop_step", "call", "forward")
-    settings |= {key: config[key] for key in (*same, "check_interval")}
+    settings |= {key: config[key] for key in (*same, "check_interval", "health_interval")}
     settings |= {
         "layer": config["layers"],
         "window": config["window"] and tuple(config["window"]),
