@@ -1,6 +1,7 @@
 """An image's posterior as its moments, mean and standard deviation, which a log-variance must never be taken for."""
 
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -8,9 +9,15 @@ from torch import Tensor
 
 from common.data_files import DataError, read_npy
 
+_LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's and diffusers' DiagonalGaussianDistribution
 
-def read_moments(path: Path) -> tuple[Tensor, Tensor]:
+
+def read_moments(path: Path, *, second: Literal["std", "logvar"] = "std") -> tuple[Tensor, Tensor]:
     """Mean and std of an image's posterior from a ``.npy`` of mean, then std: (2C, h, w), or (1, 2C, h, w).
+
+    Args:
+        path: The file.
+        second: What is behind the mean: the std, or the log-variance, from which the std is then computed.
 
     Returns:
         Twice (C, h, w), float32.
@@ -27,6 +34,12 @@ def read_moments(path: Path) -> tuple[Tensor, Tensor]:
             f"{path} holds an array {found}; mean and std of a square latent are (2C, h, h) or (1, 2C, h, h)."
         )
     mean, std = torch.from_numpy(array.astype(np.float32)).chunk(2)
+    if second == "logvar":
+        if (std >= 0).all():
+            raise DataError(
+                f"{path} holds no log-variance behind the mean: nothing in it is negative. It may be the std."
+            )
+        std = (0.5 * std.clamp(*_LOGVAR_RANGE)).exp()
     check_moments(mean, std, str(path))
     return mean, std
 
@@ -47,5 +60,6 @@ def check_moments(mean: Tensor, std: Tensor, name: str) -> None:
             f"{name} holds no standard deviation behind the mean: {(std < 0).float().mean().item():.0%} of it is "
             f"negative, from {std.min().item():.3g} to {std.max().item():.3g}.\n"
             "It looks like the log-variance of diffusers' latent_dist.parameters.\n"
-            "Store torch.cat([latent_dist.mean, latent_dist.std], dim=1)."
+            "Store torch.cat([latent_dist.mean, latent_dist.std], dim=1). Features of U-ViT's own script hold it on "
+            "purpose: open them with CocoFeatures(second='logvar')."
         )

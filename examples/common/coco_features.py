@@ -1,0 +1,225 @@
+"""COCO features in U-ViT's layout: an image's posterior, and text features of each of its captions.
+
+    data = CocoFeatures(Path("coco256_features"))            # train/; CocoFeatures(folder, "val", dropout=0.0)
+    mean, std, context = data[0]                             # a random caption; now and then the empty prompt
+    latent = data.scale * (mean + std * torch.randn_like(mean))
+    write_coco_features(Path("features"), "train", items, empty_context, scale=0.18215)
+
+On the disk: ``empty_context.npy`` (L, D), ``train/{i}.npy`` (2C, h, w) and ``train/{i}_{k}.npy`` (L, D) for the k-th
+caption of image i; both count from 0. CLIP ViT-L/14 has L = 77 and D = 768. Source: https://github.com/baofff/U-ViT.
+"""
+
+import os
+import re
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from common.data_files import DataError, first_ones, read_json, read_npy, readable
+from common.moments import check_moments, read_moments
+from common.run_folder import write_json
+from selftrans_reg.errors import SettingError
+
+EMPTY = "empty_context.npy"
+_FACTS = "features.json"  # not U-ViT's: what its layout leaves to the code
+_SCALE = 0.18215
+_NAME = re.compile(r"(0|[1-9][0-9]{0,8})(?:_(0|[1-9][0-9]{0,8}))?\.npy")
+
+
+class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
+    """Images with captions: ``data[i]`` is mean and std, twice (C, h, w), and a caption's features (L, D), float32.
+
+    The caption is one of the image's, at random, or the empty prompt. ``data[i]`` draws both from the global generator,
+    which in a loader's workers is another in every worker and epoch; `item` draws them from one that is given.
+
+    Attributes:
+        captions: (N,), int64: how many captions each image has.
+        empty: (L, D), the features of the empty prompt, which are the null condition.
+        channels: C.
+        size: h, which is w.
+        scale: The scale factor: what a model sees is ``scale (mean + std noise)``.
+        vae: Path or name of the VAE, where `write_coco_features` recorded it.
+
+    Args:
+        folder: The one that holds ``empty_context.npy``.
+        split: The folder in it: "train" or "val".
+        dropout: How often a caption gives way to the empty prompt.
+        second: What the second half of ``{i}.npy`` holds. REPA's code and `write_coco_features` store the standard
+            deviation; U-ViT's own script stores the log-variance.
+
+    Raises:
+        DataError: If images or captions are missing, or the first of them cannot be used.
+    """
+
+    def __init__(
+        self, folder: Path, split: str = "train", *, dropout: float = 0.1, second: Literal["std", "logvar"] = "std"
+    ) -> None:
+        if not 0 <= dropout <= 1:
+            raise SettingError(f"dropout must be in 0 .. 1; got {dropout}.")
+        self._folder = folder / split
+        self._dropout = dropout
+        self._second = second
+        self.empty = _read_context(folder / EMPTY)
+        self.captions = _caption_counts(self._folder)
+        self.scale, self.vae = _facts(folder / _FACTS)
+        first = self._moments(0)[0]
+        self.channels, self.size, _ = self._shape = first.shape
+        self._context(0, 0)
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, std, context, with the caption and the dropout drawn from the global generator."""
+        return self.item(index, None)
+
+    def item(self, index: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, std, context, with the caption and the dropout drawn from ``generator``: two numbers an item.
+
+        Raises:
+            DataError: If a file is missing or damaged, or of another shape than the others; it is named.
+        """
+        index = range(len(self))[index]
+        caption = int(torch.randint(int(self.captions[index]), (), generator=generator))
+        dropped = bool(torch.rand((), generator=generator) < self._dropout)
+        mean, std = self._moments(index)
+        if mean.shape != self._shape:
+            raise DataError(
+                f"{self._folder / f'{index}.npy'} holds a latent {tuple(mean.shape)}; the first is "
+                f"{tuple(self._shape)}. Encode all images alike."
+            )
+        return mean, std, self.empty.clone() if dropped else self._context(index, caption)
+
+    def _moments(self, index: int) -> tuple[Tensor, Tensor]:
+        return read_moments(self._folder / f"{index}.npy", second=self._second)
+
+    def _context(self, index: int, caption: int) -> Tensor:
+        context = _read_context(path := self._folder / f"{index}_{caption}.npy")
+        if context.shape != self.empty.shape:
+            raise DataError(
+                f"{path} holds text features {tuple(context.shape)}; those of {EMPTY} are {tuple(self.empty.shape)}. "
+                "Encode all texts with one text encoder."
+            )
+        return context
+
+
+def write_coco_features(
+    folder: Path,
+    split: str,
+    items: Iterable[tuple[Tensor, Tensor, Tensor]],
+    empty: Tensor,
+    *,
+    scale: float,
+    vae: str | None = None,
+) -> None:
+    """Write a split of features, under another name and then by a rename: what is there is whole.
+
+    Args:
+        folder: Made if need be; a second split goes into the same folder.
+        split: "train" or "val"; what is there under this name is never replaced.
+        items: An image each, taken one at a time: mean and std, twice (C, h, w), and its captions' features (K, L, D).
+        empty: (L, D), the features of the empty prompt.
+        scale: The VAE's scale factor; the same in every split.
+        vae: Path or name of the VAE; the same in every split.
+
+    Raises:
+        SettingError: If the split is there, or the folder holds features of another text encoder or VAE.
+        DataError: If an item is not what it should be, or there is none.
+    """
+    facts = {"scale": scale, "vae": vae}
+    if (folder / split).exists():
+        raise SettingError(f"{folder / split} is there already. Name another folder, or delete this one.")
+    if (folder / _FACTS).exists() and (found := read_json(folder / _FACTS)) != facts:
+        raise SettingError(
+            f"{folder} holds features of another VAE.\nFound: {found}; now: {facts}.\nName another folder."
+        )
+    if (folder / EMPTY).exists() and not torch.equal(_read_context(folder / EMPTY), empty.float().cpu()):
+        raise SettingError(f"{folder / EMPTY} has other features than the empty prompt has now. Name another folder.")
+    partial = folder / f"{split}.partial"
+    if partial.exists():
+        shutil.rmtree(partial)  # of a run that was killed
+    partial.mkdir(parents=True)
+    count = 0
+    for index, (mean, std, contexts) in enumerate(items):
+        check_moments(mean, std, f"image {index}")
+        if mean.shape != std.shape or contexts.shape[1:] != empty.shape or not len(contexts):
+            raise DataError(
+                f"Image {index} has mean {tuple(mean.shape)}, std {tuple(std.shape)} and captions "
+                f"{tuple(contexts.shape)}; needed are (C, h, h) twice, and (K, {', '.join(map(str, empty.shape))})."
+            )
+        np.save(partial / f"{index}.npy", torch.cat([mean, std]).float().cpu().numpy())
+        for k, context in enumerate(contexts):
+            np.save(partial / f"{index}_{k}.npy", context.float().cpu().numpy())
+        count += 1
+    if not count:
+        raise DataError(f"There are no images to write to {folder / split}.")
+    np.save(partial / EMPTY, empty.float().cpu().numpy())
+    (partial / EMPTY).replace(folder / EMPTY)
+    write_json(facts, folder / _FACTS)
+    partial.rename(folder / split)
+
+
+def _facts(path: Path) -> tuple[float, str | None]:
+    """Scale factor and VAE, from the file or, without it, as U-ViT's code has them."""
+    if not path.exists():
+        return _SCALE, None
+    with readable(path, "notes on features"):
+        content = read_json(path)
+        scale, vae = float(content["scale"]), content["vae"]
+        if not 0 < scale < float("inf") or not isinstance(vae, str | None):
+            raise DataError(f"{path} holds no scale factor and VAE. Found: {str(content)[:200]}. Make it again.")
+        return scale, vae
+
+
+def _read_context(path: Path) -> Tensor:
+    context = torch.from_numpy(read_npy(path).astype(np.float32))
+    if context.ndim != 2 or not context.isfinite().all():
+        raise DataError(
+            f"{path} holds no text features: (L, D) finite numbers are needed; found {tuple(context.shape)}."
+        )
+    return context
+
+
+def _caption_counts(folder: Path) -> Tensor:
+    """The number of captions of each image, from the names of the files."""
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}. Name the one that holds {folder.name}/ and {EMPTY}.")
+    images: set[int] = set()
+    captions: dict[int, set[int]] = defaultdict(set)
+    problems: list[tuple[str, str]] = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not entry.name.endswith(".npy"):
+                continue  # U-ViT keeps the images there, too
+            if not (match := _NAME.fullmatch(entry.name)):
+                problems.append((entry.name, "neither an image, '7.npy', nor a caption, '7_0.npy'"))
+            elif match[2] is None:
+                images.add(int(match[1]))
+            else:
+                captions[int(match[1])].add(int(match[2]))
+    problems += [(f"{i}.npy", "missing, though it has captions") for i in sorted(captions.keys() - images)]
+    problems += [(f"{i}.npy", "missing, though there are images behind it") for i in _first_gap({*images, *captions})]
+    for i in sorted(images):
+        there = captions.get(i, set())
+        missing = _first_gap(there) if there else [0]
+        problems += [(f"{i}_{k}.npy", f"missing: the image has {len(there)} captions") for k in missing]
+    if problems or not images:
+        raise DataError(
+            f"The features in {folder} are not complete: {len(problems)} files.\n{first_ones(problems)}\n"
+            "Images and their captions count from 0 without gaps. Copy or make the features again."
+        )
+    return torch.tensor([len(captions[i]) for i in range(len(images))])
+
+
+def _first_gap(numbers: set[int]) -> list[int]:
+    """The first whole number from 0 on that is not there although a larger one is; nothing if there is none."""
+    gap = next(i for i in range(len(numbers) + 1) if i not in numbers)
+    return [gap] if gap < len(numbers) else []

@@ -1,0 +1,210 @@
+"""COCO features: written and read in U-ViT's layout, captions at random, and what is missing named."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from common.coco_features import CocoFeatures, write_coco_features
+from common.data_files import DataError
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from selftrans_reg.errors import SettingError
+
+CAPTIONS = [3, 1, 2]
+EMPTY = torch.full((5, 6), -1.0)
+Item = tuple[Tensor, Tensor, Tensor]
+
+
+@pytest.fixture
+def items(generator: torch.Generator) -> list[Item]:
+    """Three images; the features of caption k of image i are all 10 i + k."""
+    return [
+        (
+            torch.randn(4, 2, 2, generator=generator),
+            torch.rand(4, 2, 2, generator=generator) + 0.1,
+            torch.stack([torch.full((5, 6), 10.0 * i + k) for k in range(count)]),
+        )
+        for i, count in enumerate(CAPTIONS)
+    ]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, items: list[Item]) -> Path:
+    """Three images in U-ViT's layout."""
+    write_coco_features(tmp_path / "coco", "train", items, EMPTY, scale=0.5, vae="some/vae")
+    return tmp_path / "coco"
+
+
+def test_the_layout_is_u_vits(folder: Path, items: list[Item]) -> None:
+    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*.npy")} == {
+        "empty_context.npy", "train/0.npy", "train/1.npy", "train/2.npy",
+        "train/0_0.npy", "train/0_1.npy", "train/0_2.npy", "train/1_0.npy", "train/2_0.npy", "train/2_1.npy",
+    }  # fmt: skip
+    moments = np.load(folder / "train/2.npy")
+    assert moments.dtype == np.float32
+    assert np.array_equal(moments, torch.cat(items[2][:2]).numpy())
+    assert np.array_equal(np.load(folder / "train/2_1.npy"), np.full((5, 6), 21.0, np.float32))
+    assert np.array_equal(np.load(folder / "empty_context.npy"), EMPTY.numpy())
+
+
+def test_an_item_is_an_image_with_one_of_its_captions(folder: Path, items: list[Item]) -> None:
+    data = CocoFeatures(folder, dropout=0.0)
+    assert (len(data), data.channels, data.size, data.scale, data.vae) == (3, 4, 2, 0.5, "some/vae")
+    assert data.captions.tolist() == CAPTIONS
+    for i, (mean, std, contexts) in enumerate(items):
+        found_mean, found_std, context = data[i]
+        assert torch.equal(found_mean, mean)
+        assert torch.equal(found_std, std)
+        assert context.dtype == torch.float32
+        assert any(torch.equal(context, other) for other in contexts)
+    with pytest.raises(IndexError):
+        data[3]
+
+
+def test_captions_are_drawn_evenly_and_dropped_as_often_as_asked(folder: Path, generator: torch.Generator) -> None:
+    data = CocoFeatures(folder, dropout=0.1)
+    drawn = torch.tensor([data.item(0, generator)[2][0, 0] for _ in range(2000)])
+    fractions = [(drawn == value).float().mean().item() for value in (-1.0, 0.0, 1.0, 2.0)]
+    assert sum(fractions) == pytest.approx(1)
+    # standard errors 0.007 and 0.010
+    assert fractions == pytest.approx([0.1, 0.3, 0.3, 0.3], abs=0.04)
+    assert torch.equal(CocoFeatures(folder, dropout=1.0).item(0, generator)[2], EMPTY)
+
+
+def test_a_generator_decides_and_spares_the_global_one(folder: Path, global_rng_untouched: None) -> None:
+    data = CocoFeatures(folder)
+
+    def drawn(seed: int) -> list[float]:
+        generator = torch.Generator().manual_seed(seed)
+        return [data.item(i % 3, generator)[2][0, 0].item() for i in range(60)]
+
+    assert drawn(0) == drawn(0) != drawn(1)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_of_a_loader_differ_and_follow_the_seed(folder: Path, workers: int) -> None:
+    data = CocoFeatures(folder)
+
+    def epochs(seed: int) -> list[list[float]]:
+        torch.manual_seed(seed)
+        loader = DataLoader(data, batch_size=2, sampler=[0, 2, 0, 2] * 5, num_workers=workers)
+        return [[value for _, _, context in loader for value in context[:, 0, 0].tolist()] for _ in range(2)]
+
+    with torch.random.fork_rng():
+        first, second = epochs(0)
+        assert first != second
+        assert epochs(0) == [first, second]
+
+
+def test_without_our_notes_the_scale_is_the_published_one(folder: Path) -> None:
+    (folder / "features.json").unlink()
+    data = CocoFeatures(folder)
+    assert (data.scale, data.vae) == (0.18215, None)
+
+
+def test_notes_that_are_none_are_named(folder: Path) -> None:
+    for notes, match in [
+        ("[]", "cannot be read as notes"),
+        ('{"scale": 0, "vae": null}', "no scale factor"),
+        ('{"scale": 1, "vae": 3}', "no scale factor"),
+    ]:
+        (folder / "features.json").write_text(notes)
+        with pytest.raises(DataError, match=match):
+            CocoFeatures(folder)
+
+
+def test_a_log_variance_is_read_as_such_only_when_said(folder: Path, items: list[Item]) -> None:
+    for i, (mean, std, _) in enumerate(items):
+        np.save(folder / f"train/{i}.npy", torch.cat([mean, 2 * std.log()]).numpy())
+    with pytest.raises(DataError, match=r"no standard deviation(.|\n)*second='logvar'"):
+        CocoFeatures(folder)
+    mean, std, _ = CocoFeatures(folder, second="logvar")[1]
+    assert torch.equal(mean, items[1][0])
+    torch.testing.assert_close(std, items[1][1])
+    np.save(folder / "train/0.npy", torch.cat(items[0][:2]).numpy())
+    with pytest.raises(DataError, match=r"0.npy holds no log-variance.*It may be the std"):
+        CocoFeatures(folder, second="logvar")
+
+
+@pytest.mark.parametrize(
+    ("gone", "match"),
+    [
+        ("train/1_0.npy", r"1 files.\n  1_0.npy: missing: the image has 0 captions"),
+        ("train/0_1.npy", "0_1.npy: missing: the image has 2 captions"),
+        ("train/1.npy", "1.npy: missing, though it has captions"),
+        ("empty_context.npy", "empty_context.npy is missing"),
+    ],
+)
+def test_what_is_missing_is_named(folder: Path, gone: str, match: str) -> None:
+    (folder / gone).unlink()
+    with pytest.raises(DataError, match=match):
+        CocoFeatures(folder)
+
+
+def test_gaps_strangers_and_empty_folders_are_named(folder: Path) -> None:
+    for name in ("1.npy", "1_0.npy"):
+        (folder / "train" / name).unlink()
+    with pytest.raises(DataError, match=r"1.npy: missing, though there are images behind it"):
+        CocoFeatures(folder)
+    (folder / "train/01.npy").touch()
+    with pytest.raises(DataError, match=r"2 files.(.|\n)*01.npy: neither an image"):
+        CocoFeatures(folder)
+    (folder / "val").mkdir()
+    with pytest.raises(DataError, match="not complete: 0 files"):
+        CocoFeatures(folder, "val")
+    with pytest.raises(DataError, match=r"There is no folder .*test"):
+        CocoFeatures(folder, "test")
+    with pytest.raises(SettingError, match=r"dropout must be in 0 .. 1; got 1.5"):
+        CocoFeatures(folder, dropout=1.5)
+
+
+def test_other_shapes_are_named_when_read(folder: Path) -> None:
+    np.save(folder / "train/2_0.npy", np.ones((5, 7), np.float32))
+    np.save(folder / "train/2_1.npy", np.ones((5, 7), np.float32))
+    data = CocoFeatures(folder, dropout=0.0)
+    with pytest.raises(DataError, match=r"2_[01].npy holds text features \(5, 7\); those .* are \(5, 6\)"):
+        data[2]
+    np.save(folder / "train/1.npy", np.ones((8, 4, 4), np.float32))
+    with pytest.raises(DataError, match=r"1.npy holds a latent \(4, 4, 4\); the first is \(4, 2, 2\)"):
+        data[1]
+    (folder / "train/1.npy").write_bytes((folder / "train/1.npy").read_bytes()[:-2])
+    with pytest.raises(DataError, match=re.escape(str(folder / "train/1.npy")) + ".*truncated"):
+        data[1]
+    np.save(folder / "train/0_0.npy", np.full((5, 6), np.nan, np.float32))
+    with pytest.raises(DataError, match=r"0_0.npy holds no text features"):
+        CocoFeatures(folder)
+
+
+def test_nothing_written_is_replaced(folder: Path, items: list[Item]) -> None:
+    for arguments, match in [
+        (("train", items, EMPTY, 0.5), "train is there already"),
+        (("val", items, EMPTY + 1, 0.5), "other features than the empty prompt has now"),
+        (("val", items, EMPTY, 0.6), r"another VAE(.|\n)*'scale': 0.5(.|\n)*'scale': 0.6"),
+    ]:
+        split, content, empty, scale = arguments
+        with pytest.raises(SettingError, match=match):
+            write_coco_features(folder, split, content, empty, scale=scale, vae="some/vae")
+    write_coco_features(folder, "val", items[:1], EMPTY, scale=0.5, vae="some/vae")
+    assert (len(CocoFeatures(folder)), len(CocoFeatures(folder, "val"))) == (3, 1)
+
+
+def test_wrong_items_leave_no_split(tmp_path: Path, items: list[Item]) -> None:
+    mean, std, contexts = items[1]
+    for wrong, match in [
+        ([items[0], (mean, std.log() * 2, contexts)], "image 1 holds no standard deviation"),
+        ([(mean, std[:1], contexts)], r"Image 0 has mean \(4, 2, 2\), std \(1, 2, 2\)"),
+        ([(mean, std, contexts[:0])], r"captions \(0, 5, 6\); needed are .*\(K, 5, 6\)"),
+        ([(mean, std, contexts[:, :4])], r"captions \(1, 4, 6\)"),
+        ([], "no images to write"),
+    ]:
+        with pytest.raises(DataError, match=match):
+            write_coco_features(tmp_path, "train", wrong, EMPTY, scale=1.0)
+        assert not (tmp_path / "train").exists()
+    write_coco_features(tmp_path, "train", items, EMPTY, scale=1.0)  # what broke off is no obstacle
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *sorted(["empty_context.npy", "features.json"]),
+        "train",
+    ]
