@@ -1,0 +1,68 @@
+"""Which samples a step sees, and which random numbers it draws: functions of the seed and the step alone.
+
+A run that is resumed at a step therefore goes on exactly as it would have, with no state of a generator saved.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from selftrans_reg.errors import SettingError
+
+
+def mixed_seed(*key: int) -> int:
+    """One seed for a tuple of numbers from 0 on, such as (seed, step, rank); nearby tuples give unrelated seeds."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
+
+
+class StepSampler(Sampler[list[int]]):
+    """One rank's micro-batches from a step on, for ever.
+
+    Each epoch is a permutation of its own, cut into global batches; what is left over is not seen in that epoch. A
+    global batch is the same whatever the number of ranks and of micro-batches that it is cut into.
+
+    Args:
+        length: Number of samples.
+        batch_size: Samples of an optimiser step, over all ranks and micro-batches; a multiple of their product.
+        micro_batches: Parts of a batch that a rank runs one after the other.
+        rank: This process.
+        ranks: Number of processes.
+        seed: Of the order.
+        first_step: The step to begin with, counted from 0.
+
+    Raises:
+        SettingError: If the batch cannot be cut evenly, or there are fewer samples than one batch.
+    """
+
+    def __init__(
+        self, length: int, *, batch_size: int, micro_batches: int, rank: int, ranks: int, seed: int, first_step: int = 0
+    ) -> None:
+        if batch_size % (ranks * micro_batches):
+            raise SettingError(
+                f"A global batch of {batch_size} cannot be cut evenly.\n"
+                f"Found: {ranks} processes, each with {micro_batches} micro-batches.\n"
+                f"Choose a batch size that is a multiple of {ranks * micro_batches}."
+            )
+        if length < batch_size:
+            raise SettingError(f"The data has {length} samples, fewer than one batch of {batch_size}: lower the batch.")
+        self.length = length
+        self.batch_size = batch_size
+        self.micro_batches = micro_batches
+        self.rank = rank
+        self.ranks = ranks
+        self.seed = seed
+        self.first_step = first_step
+
+    def __iter__(self) -> Iterator[list[int]]:
+        """Indices of one micro-batch after another."""
+        steps_per_epoch = self.length // self.batch_size
+        epoch, first = divmod(self.first_step, steps_per_epoch)
+        while True:
+            generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+            order = torch.randperm(self.length, generator=generator)
+            for batch in order.split(self.batch_size)[first:steps_per_epoch]:
+                for part in batch.view(self.micro_batches, self.ranks, -1)[:, self.rank]:
+                    yield part.tolist()
+            epoch, first = epoch + 1, 0
