@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, TypeVar
+from itertools import islice
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -62,13 +63,121 @@ class TrainResult(NamedTuple):
     log: list[dict[str, float]]
 
 
+class Criterion(Protocol):
+    """What adds a term to the loss: `selftrans_reg.SelfTransLoss`, or a module that is called as it is."""
+
+    def __call__(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> st.LossTerms:
+        """The terms, for the batch that the model has just been run on."""
+        ...
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """What is trained beside the model."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """What is saved beside the model."""
+        ...
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
+        """Take up what was saved."""
+        ...
+
+
+def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
+    """A moving average of the model's weights, frozen and in eval mode; its first update copies the weights."""
+    return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay)).eval().requires_grad_(False)
+
+
+class Training:
+    """A run between two steps: everything that its next step depends on, but for the batches.
+
+    Args:
+        model: Trained in place.
+        settings: How to train.
+        criterion: What it adds to the loss, if anything.
+        ema: The average to update; by default a new one. A criterion that looks at the average needs it first.
+
+    Attributes:
+        steps: Steps done.
+        ema: The average; its ``module`` is the averaged model.
+        log: Every 20th step and the last, as in `TrainResult`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        criterion: Criterion | None = None,
+        ema: AveragedModel | None = None,
+    ) -> None:
+        self.model = model
+        self.settings = settings
+        self.criterion = criterion
+        self.ema = averaged_copy(model, settings.ema_decay) if ema is None else ema
+        parameters = [*model.parameters(), *(criterion.parameters() if criterion is not None else [])]
+        self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
+        warmup = max(1, settings.warmup_steps)
+        self.schedule = LinearLR(self.optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+        self.steps = 0
+        self.log: list[dict[str, float]] = []
+
+    def step(self, denoise: Denoise, latents: Tensor, labels: Tensor) -> None:
+        """One batch: forward, backward, clipping, AdamW, the average, and now and then a line of the log."""
+        loss = denoise(self.model, latents, labels)
+        if self.criterion is None:
+            total, terms = loss.mean(), {"denoising": loss.detach().mean()}
+        else:
+            found = self.criterion(loss, latents=latents, step=self.steps)
+            total = found.total
+            terms = {"denoising": found.denoising, "alignment": found.alignment, "in_window": found.in_window}
+        self.optimizer.zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.settings.clip)
+        self.optimizer.step()
+        self.schedule.step()
+        self.ema.update_parameters(self.model)
+        if self.steps % _LOG_EVERY == 0 or self.steps == self.settings.steps - 1:
+            self.log.append({"step": self.steps, **{name: term.item() for name, term in terms.items()}})
+        self.steps += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, the global generators included: tensors and plain values."""
+        return {
+            "steps": self.steps,
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "criterion": {} if self.criterion is None else self.criterion.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "log": self.log,
+            "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken: the next step is the one that it would have been."""
+        self.steps, self.log = state["steps"], list(state["log"])
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        if self.criterion is not None:
+            self.criterion.load_state_dict(state["criterion"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        cpu, *cuda = state["generators"]
+        torch.set_rng_state(cpu.cpu())
+        torch.cuda.set_rng_state_all([generator.cpu() for generator in cuda])
+
+
 def train(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     denoise: Denoise,
     settings: TrainSettings,
     *,
-    criterion: st.SelfTransLoss | None = None,
+    criterion: Criterion | None = None,
+    ema: AveragedModel | None = None,
+    resume: dict[str, Any] | None = None,
+    after_step: Callable[[Training], None] | None = None,
     title: str = "training",
 ) -> TrainResult:
     """Train a model on latents, with the alignment of a criterion or, without one, on the denoising loss alone.
@@ -81,36 +190,26 @@ def train(
         batches: Endless ``(latents, labels)`` on the model's device.
         denoise: ``denoise(model, latents, labels)`` runs the model once and gives its loss, (N,) or a scalar.
         settings: How to train.
-        criterion: From `SelfTransLoss.stage1` or `.stage2` on this very model.
+        criterion: From `SelfTransLoss.stage1` or `.stage2` on this very model, or another with the same call.
+        ema: The average to update, where the criterion has to know it; by default a new one.
+        resume: What `Training.state_dict` gave: the run goes on there, on the batches that follow in the same order.
+        after_step: Called with the run after every step, to evaluate or to save it; it must leave the global
+            generators as they were.
         title: Of the progress bar.
     """
-    parameters = [*model.parameters(), *(criterion.parameters() if criterion is not None else [])]
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.lr, weight_decay=0.0)
-    if criterion is not None:
-        criterion.check_optimizer(optimizer)
-    warmup = max(1, settings.warmup_steps)
-    schedule = LinearLR(optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
-    ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(settings.ema_decay)).eval().requires_grad_(False)
-    log = []
+    run = Training(model, settings, criterion, ema)
+    unseen = iter(batches)
+    if resume is not None:
+        for _ in islice(unseen, resume["steps"]):  # seen before; may draw from the generators, which come next
+            pass
+        run.load_state_dict(resume)
     start = time.perf_counter()
     model.train()
-    bar = progress(range(settings.steps), title)
-    for step, (latents, labels) in zip(bar, batches, strict=False):  # the steps end, the batches do not
-        loss = denoise(model, latents, labels)
-        if criterion is None:
-            total, terms = loss.mean(), {"denoising": loss.detach().mean()}
-        else:
-            found = criterion(loss, latents=latents, step=step)
-            total = found.total
-            terms = {"denoising": found.denoising, "alignment": found.alignment, "in_window": found.in_window}
-        optimizer.zero_grad()
-        total.backward()
-        nn.utils.clip_grad_norm_(parameters, settings.clip)
-        optimizer.step()
-        schedule.step()
-        ema.update_parameters(model)
-        if step % _LOG_EVERY == 0 or step == settings.steps - 1:
-            log.append({"step": step, **{name: term.item() for name, term in terms.items()}})
-            bar.set_postfix({name: f"{term:.3f}" for name, term in log[-1].items() if name != "step"})
-    return TrainResult(ema.module, time.perf_counter() - start, log)
+    bar = progress(range(run.steps, settings.steps), title)
+    for _, (latents, labels) in zip(bar, unseen, strict=False):  # the steps end, the batches do not
+        run.step(denoise, latents, labels)
+        if run.log[-1]["step"] == run.steps - 1:
+            bar.set_postfix({name: f"{term:.3f}" for name, term in run.log[-1].items() if name != "step"})
+        if after_step is not None:
+            after_step(run)
+    return TrainResult(run.ema.module, time.perf_counter() - start, run.log)

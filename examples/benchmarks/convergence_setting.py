@@ -1,0 +1,299 @@
+"""What all runs of the convergence study share: the sizes, the prepared data, and how a model is judged."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+import selftrans_reg as st
+from selftrans_reg.errors import SettingError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common.data import LabelledImages, LatentData
+from common.fashion import NUM_FASHION_CLASSES, fashion
+from common.metrics import (
+    FeatureStatistics,
+    SmallClassifier,
+    accuracy,
+    classifier_features,
+    feature_statistics,
+    frechet_distance,
+    trained_classifier,
+)
+from common.paths import interpolate, linear_path, velocity_loss
+from common.run_folder import finished_or_made
+from common.samplers import sample_ode
+from common.sit import SiT
+from common.vae import DOWNSAMPLING, LATENT_CHANNELS, decode, encode_moments, trained_vae
+
+IMAGE_SIZE = 32
+PATCH_SIZE = 2
+NULL_CLASS = NUM_FASHION_CLASSES
+NOISY = 0.5  # the noise fraction of the noisy k-NN inputs: inside the window
+NEIGHBOURS = 20
+_BATCH = 250  # of samples and features; larger ones are slower on a CPU
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The sizes and settings that every run of one comparison has in common. Layers count from 1.
+
+    Attributes:
+        student_layer: Layer that Self-Transcendence teaches; the k-NN accuracy of every method is taken there.
+        teacher_layer: Layer that it is taught by.
+        peer_layer: Shallow layer of SRA, LayerSync, Dispersive loss: a quarter of the depth.
+        peer_deep_layer: Deep layer of SRA and LayerSync: two thirds of it.
+        head_features: Inner width of every projection head.
+        evaluate_at: Steps at which a run is judged and can be resumed.
+        samples: For the Fréchet distance.
+        sampler_steps: Euler steps, one evaluation of the model each, without guidance.
+        knn: Latents that vote, and latents that are classified by them.
+        least_accuracy: What the classifier must reach on held-out images to be a judge.
+        images: How many images to train on and to hold out, from the first.
+    """
+
+    name: str
+    hidden_size: int = 96
+    depth: int = 8
+    num_heads: int = 3
+    student_layer: int = 3
+    teacher_layer: int = 5
+    peer_layer: int = 2
+    peer_deep_layer: int = 5
+    head_features: int = 256
+    batch_size: int = 64
+    lr: float = 1e-3
+    warmup_steps: int = 100
+    ema_decay: float = 0.995
+    evaluate_at: tuple[int, ...] = (500, 1000, 1500, 2000, 2500)
+    samples: int = 2000
+    sampler_steps: int = 25
+    knn: tuple[int, int] = (2000, 1000)
+    vae_steps: int = 1000
+    classifier_steps: int = 10_000
+    least_accuracy: float = 0.9
+    images: tuple[int, int] = (60_000, 10_000)
+
+    @property
+    def steps(self) -> int:
+        """Length of a run."""
+        return self.evaluate_at[-1]
+
+    def step_at(self, share: float) -> int:
+        """The step at a share of the run."""
+        return round(share * self.steps)
+
+    def new_model(self, device: str = "cpu") -> SiT:
+        """A SiT of this size; its initial weights come from the global generator."""
+        return SiT(
+            input_size=IMAGE_SIZE // DOWNSAMPLING,
+            patch_size=PATCH_SIZE,
+            in_channels=LATENT_CHANNELS,
+            hidden_size=self.hidden_size,
+            depth=self.depth,
+            num_heads=self.num_heads,
+            num_classes=NUM_FASHION_CLASSES,
+            learn_sigma=False,
+        ).to(device)
+
+
+PROTOCOLS = {
+    protocol.name: protocol
+    for protocol in (
+        Protocol("cpu"),
+        Protocol(  # SiT-S/2
+            "S",
+            hidden_size=384,
+            depth=12,
+            num_heads=6,
+            student_layer=6,
+            teacher_layer=8,
+            peer_layer=3,
+            peer_deep_layer=8,
+            head_features=2048,
+            batch_size=256,
+            lr=3e-4,
+            warmup_steps=500,
+            ema_decay=0.999,
+            evaluate_at=tuple(range(2000, 20_001, 2000)),
+            samples=10_000,
+            sampler_steps=50,
+            knn=(10_000, 5000),
+            vae_steps=4000,
+        ),
+        Protocol(  # for the tests: it judges nothing
+            "tiny",
+            hidden_size=16,
+            depth=5,
+            num_heads=2,
+            student_layer=2,
+            teacher_layer=3,
+            peer_layer=1,
+            peer_deep_layer=3,
+            head_features=8,
+            batch_size=4,
+            warmup_steps=1,
+            evaluate_at=(2, 4, 5),
+            samples=20,
+            sampler_steps=2,
+            knn=(16, 8),
+            vae_steps=2,
+            classifier_steps=2,
+            least_accuracy=0.0,
+            images=(40, 24),
+        ),
+    )
+}
+
+
+def block(layer: int) -> str:
+    """The module of a layer that is counted from 1."""
+    return f"blocks.{layer - 1}"
+
+
+@torch.no_grad()
+def layer_features(model: SiT, layer: str, latents: Tensor, t: float) -> Tensor:
+    """The mean token of one layer, without being told the class; fixed noise at noise fraction t.
+
+    Shape:
+        latents: (N, C, H, W); returns: (N, D)
+    """
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
+    found = []
+    with st.FeatureTap(model, layer) as tap:
+        for x, e in zip(latents.split(_BATCH), noise.split(_BATCH), strict=True):
+            times = torch.full((len(x),), t, device=x.device)
+            x_t, _ = interpolate(linear_path, x, e, times)
+            model(x_t, times, torch.full((len(x),), NULL_CLASS, device=x.device))
+            found.append(tap.pop().mean(1))
+    return torch.cat(found)
+
+
+def knn_accuracy(
+    reference: Tensor, reference_labels: Tensor, queries: Tensor, query_labels: Tensor, neighbours: int = NEIGHBOURS
+) -> float:
+    """Fraction of the queries whose nearest references by cosine vote for their label; ties go to the smaller label.
+
+    Features are centred on the references' mean first: tokens share a large constant part.
+
+    Shape:
+        reference: (M, D); queries: (N, D); labels: (M,), (N,)
+    """
+    centre = reference.mean(0)
+    reference, queries = (torch.nn.functional.normalize(x - centre, dim=1) for x in (reference, queries))
+    nearest = (queries @ reference.T).topk(min(neighbours, len(reference)), dim=1).indices  # (N, k)
+    votes = torch.nn.functional.one_hot(reference_labels[nearest]).sum(1)  # (N, classes)
+    return (votes.argmax(1) == query_labels).double().mean().item()
+
+
+class Setting:
+    """The prepared data of a protocol: latents, judge, and the judgement itself.
+
+    Args:
+        protocol: The sizes.
+        out: Where VAE, classifier and latents are kept; what is there is not made again.
+        data: Folder of the four files.
+        device: Where to train.
+
+    Raises:
+        SettingError: If the classifier is too poor a judge.
+    """
+
+    def __init__(self, protocol: Protocol, out: Path, data: Path, device: str) -> None:
+        self.protocol = protocol
+        self.device = device
+        train, held_out = (
+            LabelledImages(part.images[:count], part.labels[:count])
+            for part, count in zip(fashion(data, IMAGE_SIZE), protocol.images, strict=True)
+        )
+        self.images = train.images
+        self.vae = trained_vae(out / "vae", train.images, steps=protocol.vae_steps, seed=0, device=device)
+        self.classifier: SmallClassifier = trained_classifier(
+            out / "classifier.pt", train, steps=protocol.classifier_steps, seed=0, device=device
+        )
+        moments = finished_or_made(out / "latents.pt", lambda: self._encode(train.images, held_out.images))
+        scale = self.vae.config.scaling_factor
+        self.latents = LatentData(moments["mean"].to(device), moments["std"].to(device), train.labels.to(device), scale)
+        self.held_out = (moments["held_out"] * scale).to(device)
+        self.held_out_labels = held_out.labels.to(device)
+        self.reference = feature_statistics(self._features(train.images))
+        self.judge = self._judge(held_out)
+
+    def _encode(self, train: Tensor, held_out: Tensor) -> dict[str, Tensor]:
+        mean, std = encode_moments(self.vae, train)
+        return {"mean": mean, "std": std, "held_out": encode_moments(self.vae, held_out)[0]}
+
+    def _features(self, images: Tensor) -> NDArray[np.float64]:
+        return classifier_features(self.classifier, images)
+
+    def _judge(self, held_out: LabelledImages) -> dict[str, float]:
+        """How good the judge is, and what the best possible samples would get: as many held-out images."""
+        found = accuracy(self.classifier, held_out.images, held_out.labels)
+        if found < self.protocol.least_accuracy:
+            raise SettingError(
+                f"The classifier is too poor a judge: {found:.3f} of the held-out images, not "
+                f"{self.protocol.least_accuracy}.\nTrain it for more than {self.protocol.classifier_steps} steps."
+            )
+        some = slice(self.protocol.samples)
+        return {
+            "accuracy": found,
+            "real": self.distance(held_out.images[some]),
+            "real_through_vae": self.distance(decode(self.vae, self.held_out[some])),
+            "real_all": self.distance(held_out.images),
+        }
+
+    def distance(self, images: Tensor) -> float:
+        """Fréchet distance of images from all training images."""
+        found: FeatureStatistics = feature_statistics(self._features(images))
+        return frechet_distance(self.reference, found)
+
+    def samples(self, model: SiT, seed: int) -> tuple[Tensor, Tensor]:
+        """Images (N, 1, H, W) from noise that the seed decides, and the labels that were asked for."""
+        p = self.protocol
+        labels = torch.arange(p.samples) % NUM_FASHION_CLASSES
+        side = IMAGE_SIZE // DOWNSAMPLING
+        noise = torch.randn(p.samples, LATENT_CHANNELS, side, side, generator=torch.Generator().manual_seed(seed))
+        chunks = zip(noise.to(self.device).split(_BATCH), labels.to(self.device).split(_BATCH), strict=True)
+        latents = [sample_ode(model, x, y, steps=p.sampler_steps) for x, y in chunks]
+        return decode(self.vae, torch.cat(latents)).cpu(), labels
+
+    @torch.no_grad()
+    def held_out_loss(self, model: SiT) -> float:
+        """Denoising loss on held-out latents, at times spread evenly over [0, 1] and fixed noise."""
+        latents, labels = self.held_out[: self.protocol.samples], self.held_out_labels[: self.protocol.samples]
+        n = len(latents)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(latents.shape, generator=generator).to(self.device)
+        t = ((torch.randperm(n, generator=generator) + 0.5) / n).to(self.device)
+        parts = zip(*(tensor.split(_BATCH) for tensor in (latents, labels, t, noise)), strict=True)
+        return torch.cat([velocity_loss(model, *part) for part in parts]).mean().item()
+
+    def knn(self, model: SiT, t: float) -> float:
+        """k-NN accuracy of the student's layer on held-out latents, at noise fraction t."""
+        votes, queries = self.protocol.knn
+        layer = block(self.protocol.student_layer)
+        reference = layer_features(model, layer, self.latents.mean[:votes] * self.latents.scale, t)
+        found = layer_features(model, layer, self.held_out[:queries], t)
+        return knn_accuracy(reference, self.latents.labels[:votes], found, self.held_out_labels[:queries])
+
+    def judged(self, model: SiT, seed: int) -> dict[str, Any]:
+        """Every measure of a model in eval mode; advances no global generator."""
+        images, labels = self.samples(model, seed)
+        return {
+            "distance": self.distance(images),
+            "label_seen": accuracy(self.classifier, images, labels),
+            "knn_clean": self.knn(model, 0.0),
+            "knn_noisy": self.knn(model, NOISY),
+            "held_out_loss": self.held_out_loss(model),
+        }
+
+    def described(self) -> dict[str, Any]:
+        """What a result has to say about its setting."""
+        return {"protocol": asdict(self.protocol), "judge": self.judge}
