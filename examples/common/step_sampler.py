@@ -4,10 +4,11 @@ A run that is resumed at a step therefore goes on exactly as it would have, with
 """
 
 from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Sampler
+from torch.utils.data import Dataset, Sampler
 
 from selftrans_reg.errors import SettingError
 
@@ -17,7 +18,29 @@ def mixed_seed(*key: int) -> int:
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
 
-class StepSampler(Sampler[list[int]]):
+class MicroBatch(NamedTuple):
+    """Indices of the samples, and what seeds the generator before they are read."""
+
+    indices: list[int]
+    seed: int
+
+
+class SeededItems(Dataset[Any]):
+    """A map-style dataset read by micro-batches: what its items draw from the CPU's generator is each batch's own.
+
+    With worker processes too, whose own seeds a resumed run would not repeat.
+    """
+
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
+
+    def __getitems__(self, batch: MicroBatch) -> list[Any]:
+        """The samples of a micro-batch: a loader prefers this over single items."""
+        torch.default_generator.manual_seed(batch.seed)
+        return [self.dataset[index] for index in batch.indices]
+
+
+class StepSampler(Sampler[MicroBatch]):
     """One rank's micro-batches from a step on, for ever.
 
     Each epoch is a permutation of its own, cut into global batches; what is left over is not seen in that epoch. A
@@ -55,14 +78,17 @@ class StepSampler(Sampler[list[int]]):
         self.seed = seed
         self.first_step = first_step
 
-    def __iter__(self) -> Iterator[list[int]]:
-        """Indices of one micro-batch after another."""
+    def __iter__(self) -> Iterator[MicroBatch]:
+        """One micro-batch after another."""
         steps_per_epoch = self.length // self.batch_size
         epoch, first = divmod(self.first_step, steps_per_epoch)
         while True:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator)
-            for batch in order.split(self.batch_size)[first:steps_per_epoch]:
-                for part in batch.view(self.micro_batches, self.ranks, -1)[:, self.rank]:
-                    yield part.tolist()
+            batches = order.split(self.batch_size)
+            for step in range(first, steps_per_epoch):
+                parts = batches[step].view(self.micro_batches, self.ranks, -1)[:, self.rank]
+                for part, indices in enumerate(parts):
+                    # The 1 keeps it apart from the seed of the same micro-batch's noise.
+                    yield MicroBatch(indices.tolist(), mixed_seed(self.seed, epoch, step, self.rank, part, 1))
             epoch, first = epoch + 1, 0

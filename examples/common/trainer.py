@@ -31,7 +31,7 @@ from common.checkpointing import (
     saved_checkpoints,
 )
 from common.run_log import RunLog
-from common.step_sampler import StepSampler, mixed_seed
+from common.step_sampler import SeededItems, StepSampler, mixed_seed
 from common.stop_signals import StopSignals
 from selftrans_reg.checkpoints import load_weights
 from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError
@@ -116,9 +116,9 @@ class Trainer:
         accelerator: From `new_accelerator`.
         model: On any device, its initial weights drawn; trained in place.
         criterion: From `SelfTransLoss.stage1` or `.stage2` on this very model, or None.
-        dataset: Map-style. An item must be a function of its index alone: draw what is random in ``latents_of``.
+        dataset: Map-style. What items draw, they draw from the global generator of the CPU, seeded for each batch.
         latents_of: Called with a collated batch on the device; the clean latents as the model sees them, and the
-            condition. It may draw from the global generators, which are seeded for each micro-batch.
+            condition. It may draw from the global generators, which are seeded again.
         denoise: ``denoise(model, latents, condition)`` runs the model once and gives its loss, (N,) or a scalar.
         settings: How to train.
         out: The run's folder.
@@ -356,7 +356,7 @@ class Trainer:
     def _batches(self) -> Iterator[Any]:
         return iter(
             DataLoader(
-                self.dataset,
+                SeededItems(self.dataset),
                 batch_sampler=self._sampler(self.steps),
                 num_workers=self.settings.workers,
                 pin_memory=self.accelerator.device.type == "cuda",
