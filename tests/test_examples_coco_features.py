@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common.coco_features import CaptionPairs, CocoFeatures, write_coco_features
+from common.coco_features import CocoFeatures, write_coco_features
 from common.data_files import DataError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -208,19 +208,3 @@ def test_wrong_items_leave_no_split(tmp_path: Path, items: list[Item]) -> None:
         *sorted(["empty_context.npy", "features.json"]),
         "train",
     ]
-
-
-def test_pairs_are_every_caption_of_every_image_in_turn(folder: Path, items: list[Item]) -> None:
-    pairs = CaptionPairs(CocoFeatures(folder))
-    assert len(pairs) == sum(CAPTIONS)
-    expected = [(i, k) for i, count in enumerate(CAPTIONS) for k in range(count)]
-    state = torch.get_rng_state()
-    for index, (i, k) in enumerate(expected):
-        for again in (index, index - len(pairs)):
-            mean, std, context = pairs[again]
-            assert torch.equal(mean, items[i][0])
-            assert torch.equal(std, items[i][1])
-            assert torch.equal(context, items[i][2][k])
-    assert torch.equal(torch.get_rng_state(), state)
-    with pytest.raises(IndexError):
-        pairs[len(pairs)]

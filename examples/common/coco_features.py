@@ -90,25 +90,13 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         index = range(len(self))[index]
         caption = int(torch.randint(int(self.captions[index]), (), generator=generator))
         dropped = bool(torch.rand((), generator=generator) < self._dropout)
-        mean, std = self._image(index)
-        return mean, std, self.empty.clone() if dropped else self._context(index, caption)
-
-    def pair(self, index: int, caption: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, std and the features of one caption: nothing is drawn.
-
-        Raises:
-            DataError: As `item`.
-        """
-        return *self._image(index), self._context(index, caption)
-
-    def _image(self, index: int) -> tuple[Tensor, Tensor]:
         mean, std = self._moments(index)
         if mean.shape != self._shape:
             raise DataError(
                 f"{self._folder / f'{index}.npy'} holds a latent {tuple(mean.shape)}; the first is "
                 f"{tuple(self._shape)}. Encode all images alike."
             )
-        return mean, std
+        return mean, std, self.empty.clone() if dropped else self._context(index, caption)
 
     def _moments(self, index: int) -> tuple[Tensor, Tensor]:
         return read_moments(self._folder / f"{index}.npy", second=self._second)
@@ -121,31 +109,6 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
                 "Encode all texts with one text encoder."
             )
         return context
-
-
-class CaptionPairs(Dataset[tuple[Tensor, Tensor, Tensor]]):
-    """Every caption of every image as an item of its own: what an item holds is a function of its index alone.
-
-    For loops that repeat themselves to the bit: an epoch sees each caption once, and an image as often as it has some.
-    The condition is not dropped here.
-
-    Args:
-        data: The images and captions.
-    """
-
-    def __init__(self, data: CocoFeatures) -> None:
-        self.data = data
-        self._ends = data.captions.cumsum(0)
-
-    def __len__(self) -> int:
-        """Captions of all images."""
-        return int(self._ends[-1])
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, std and context of a caption, the first image's captions first."""
-        index = range(len(self))[index]
-        image = int(torch.searchsorted(self._ends, index, right=True))
-        return self.data.pair(image, index - int(self._ends[image] - self.data.captions[image]))
 
 
 def write_coco_features(
