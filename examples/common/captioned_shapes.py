@@ -45,7 +45,7 @@ def captioned_shapes(count: int, *, size: int = 32, seed: int = 0) -> CaptionedI
     shape = torch.randint(len(SHAPES), (count,), generator=generator)
     colour = torch.randint(len(names), (count,), generator=generator)
     ground = (colour + torch.randint(1, len(names), (count,), generator=generator)) % len(names)
-    radius = size * (0.22 + 0.12 * torch.rand(count, generator=generator))
+    radius = size * (0.25 + 0.1 * torch.rand(count, generator=generator))
     room = (size / 2 - radius - 1).unsqueeze(1)  # the shape stays a pixel away from the border
     centre = size / 2 + room * (2 * torch.rand(count, 2, generator=generator) - 1)
 
