@@ -8,6 +8,7 @@ import argparse
 import math
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -104,6 +105,32 @@ def sit_from_checkpoint(
         settings, report.entry, report.left_out, report.step, args, "repa" if ours else None, _path(args, where)
     )
     return sit.eval().requires_grad_(False), checkpoint
+
+
+def checkpoints_of(folder: Path) -> list[Path]:
+    """The checkpoints of a run, by their steps: ``checkpoints/0050000.pt`` and so on, or the same in the folder itself.
+
+    Raises:
+        CheckpointError: If there is none.
+    """
+    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    found = [path for path in inside.glob("*.pt") if path.stem.isdecimal()] if inside.is_dir() else []
+    if not found:
+        there = sorted(path.name for path in inside.iterdir()) if inside.is_dir() else []
+        raise CheckpointError(
+            f"There is no checkpoint of a run in {inside}.\nFound: {some_of(there)}.\n"
+            "Its name is the number of steps, as 0050000.pt: pass another file by its path."
+        )
+    return sorted(found, key=lambda path: int(path.stem))
+
+
+def newest_checkpoint(path: Path) -> Path:
+    """The file itself, or a run's checkpoint of the most steps.
+
+    Raises:
+        CheckpointError: If a folder holds none.
+    """
+    return path if path.is_file() else checkpoints_of(path)[-1]
 
 
 def _saved_args(content: Mapping[str, Any], where: str) -> dict[str, Any]:

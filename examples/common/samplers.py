@@ -41,6 +41,14 @@ class Guidance(NamedTuple):
 UNGUIDED = Guidance()
 
 
+def reversed_time(model: Model) -> Model:
+    """A model in the SiT repository's convention, where t = 1 is data and the velocity leads there, in REPA's.
+
+    With ``s = 1 - t`` both describe one path run in opposite directions: ``v(x, t) = -u(x, 1 - t)``.
+    """
+    return lambda x, t, y: -model(x, 1 - t, y)
+
+
 class _Velocity:
     """The guided velocity at a time that all samples share, in float64."""
 

@@ -1,0 +1,386 @@
+"""Images from a SiT's checkpoint: PNGs, a grid to look at, and the ``.npz`` that ADM's evaluator reads.
+
+Noise and label of image i depend on the seed and on i alone: how many processes share the work, how it is cut into
+batches and where it was interrupted does not matter. What is finished in ``--out`` is not done again, and asking for
+more images later adds them.
+
+    python examples/sample.py --checkpoint runs/sit --out samples/sit --num-samples 1000
+    torchrun --nproc_per_node=8 examples/sample.py --checkpoint runs/sit --out samples/paper --cfg-scale 1.9 \
+        --guidance-high 0.65
+"""
+
+import argparse
+import contextlib
+import os
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from common.image_sets import to_uint8, write_npz, write_png
+from common.load_sit import SiTCheckpoint, newest_checkpoint, sit_from_checkpoint
+from common.options import at_least
+from common.paths import PATHS, path_named
+from common.pictures import tile
+from common.run_folder import open_run_folder
+from common.samplers import Guidance, Model, reversed_time, sample_ode, sample_sde
+from common.sit import SiT
+from common.training import progress
+from common.vae import decode, load_vae
+from diffusers import AutoencoderKL
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from selftrans_reg.errors import CheckpointError, SettingError, ShapeError
+from selftrans_reg.fingerprints import fingerprint
+
+GRID_COLUMNS, GRID_ROWS = 10, 4
+AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SCALE_TOLERANCE = 1e-4  # relative: scale factors are written with five digits
+
+
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the images, and with what speed they come; `evaluate.py` takes the same."""
+    model = parser.add_argument_group("the model")
+    model.add_argument("--weights", choices=["ema", "model"], default="ema")
+    model.add_argument("--model", help="the published name that the weights must have, as SiT-B/2")
+    model.add_argument("--num-heads", type=at_least(1), help="for files that do not say it")
+    model.add_argument("--num-classes", type=at_least(1), help="for files that do not say it")
+    model.add_argument(
+        "--time",
+        choices=["repa", "sit"],
+        help="what the model was trained to call t: repa, t = 1 is noise; sit, t = 1 is data, as in the published SiT "
+        "(needed unless this repository's trainer wrote the file)",
+    )
+    model.add_argument("--path", choices=list(PATHS), help="for files that do not say it: linear unless given")
+    model.add_argument("--vae", help="folder or hub name of diffusers' AutoencoderKL; by default the run's own")
+    model.add_argument("--scale-factor", type=float, help="of the latents; by default the run's, or the VAE's")
+    sampler = parser.add_argument_group("the sampler")
+    sampler.add_argument("--sampler", choices=["euler", "heun", "sde"], default="sde", help="two ODEs, or the SDE")
+    sampler.add_argument("--steps", type=at_least(1), default=250)
+    sampler.add_argument("--cfg-scale", type=float, default=1.0, help="1 is the conditional model, unguided")
+    sampler.add_argument("--guidance-low", type=float, default=0.0, help="smallest t, 1 being noise, with guidance")
+    sampler.add_argument("--guidance-high", type=float, default=1.0, help="largest t with guidance")
+    sampler.add_argument("--num-samples", type=at_least(1), default=50_000)
+    sampler.add_argument(
+        "--labels", default="random", help="random, balanced (0, 1, 2, ...), or classes to go through, as 207,360"
+    )
+    sampler.add_argument("--seed", type=int, default=0)
+    sampler.add_argument("--batch-size", type=at_least(1), default=64, help="of each process")
+    sampler.add_argument("--autocast", choices=list(AUTOCAST), default="none")
+    sampler.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a file, or a run's folder: its newest")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the images")
+    add_sampling_options(parser)
+    return parser.parse_args(argv)
+
+
+def time_of(run: argparse.Namespace, found: SiTCheckpoint) -> str:
+    """The time convention that the model was trained in.
+
+    Raises:
+        SettingError: If nothing says it, or the file says another than the caller.
+    """
+    if found.time is None and run.time is None:
+        raise SettingError(
+            f"{run.checkpoint} does not say what its training called t, and its weights do not show it.\n"
+            "Found: no settings of this repository's trainer.\n"
+            "Pass --time repa if t = 1 was noise (REPA and its forks), or --time sit if it was data (SiT's own files)."
+        )
+    if None not in (found.time, run.time) and found.time != run.time:
+        raise SettingError(
+            f"{run.checkpoint} was written by this repository's trainer, in the convention {found.time!r}.\n"
+            f"Found: --time {run.time}. Leave it out."
+        )
+    return found.time or run.time
+
+
+def path_of(run: argparse.Namespace, found: SiTCheckpoint) -> str:
+    """The path that the model was trained on.
+
+    Raises:
+        SettingError: If the file says another than the caller.
+    """
+    if None not in (found.path, run.path) and found.path != run.path:
+        raise SettingError(
+            f"{run.checkpoint} was trained on the {found.path} path.\nFound: --path {run.path}. Leave it out."
+        )
+    return found.path or run.path or "linear"
+
+
+def open_vae(run: argparse.Namespace, found: SiTCheckpoint) -> AutoencoderKL:
+    """The VAE that is given, or else the run's own, with the scale factor of the run's latents in its config.
+
+    Raises:
+        SettingError: If no VAE is named, or if its scale factor is not the one that the model was trained with.
+        CheckpointError: If there is no VAE there, or its latents have other channels than the model's.
+    """
+    if run.scale_factor is not None and not run.scale_factor > 0:
+        raise SettingError(f"--scale-factor is above 0; got {run.scale_factor}.")
+    recorded = found.args.get("vae")
+    name = run.vae or recorded
+    if not isinstance(name, str):
+        raise SettingError(
+            f"{run.checkpoint} does not name its VAE.\nFound: vae={recorded!r}.\n"
+            "Pass --vae: a folder of diffusers' AutoencoderKL, or its name on the hub, as stabilityai/sd-vae-ft-mse."
+        )
+    beside = run.checkpoint.parent.parent / name  # a run names its VAE from where it was started, or from its folder
+    folder = Path(name) if Path(name).exists() or not beside.exists() else beside
+    try:
+        vae = load_vae(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"There is no VAE of diffusers' AutoencoderKL at {name!r}.\nFound: {str(error).splitlines()[0]}\n"
+            "Pass --vae: its folder, or its name on the hub, downloaded or within reach."
+        ) from error
+    channels, needed = vae.config.latent_channels, found.settings["in_channels"]
+    if channels != needed:
+        raise CheckpointError(
+            f"The VAE at {name!r} decodes latents of {channels} channels; {run.checkpoint} makes {needed}.\n"
+            "Pass with --vae the one that the model's latents came from."
+        )
+    scale, own = run.scale_factor or found.args.get("scale_factor"), vae.config.scaling_factor
+    if run.scale_factor is None and scale is not None and abs(scale / own - 1) > SCALE_TOLERANCE:
+        raise SettingError(
+            f"The VAE at {name!r} scales its latents by {own}; the model was trained on latents times {scale}.\n"
+            "Pass with --vae the one that they came from, or --scale-factor to decode with another factor."
+        )
+    vae.register_to_config(scaling_factor=scale or own)
+    return vae
+
+
+def classes_of(text: str, num_classes: int) -> list[int] | None:
+    """The classes that images take in turn; None to draw them.
+
+    Raises:
+        SettingError: If a class is none of the model's.
+    """
+    if text == "random":
+        return None
+    if text == "balanced":
+        return list(range(num_classes))
+    names = text.split(",")
+    if not all(name.strip().isdecimal() and int(name) < num_classes for name in names):
+        raise SettingError(
+            f"--labels is 'random', 'balanced', or classes with commas between, each below {num_classes}; got {text!r}."
+        )
+    return [int(name) for name in names]
+
+
+def image_generator(seed: int, index: int) -> torch.Generator:
+    """The random numbers of one image: its label, its first noise, and the noise of the SDE's steps, in this order.
+
+    torch's CPU generator takes 32 bits of a seed. Seeds that count up keep all images of a run apart; among 50,000
+    hashes of 32 bits, two would be equal one time in four.
+    """
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator().manual_seed((first + index) % 2**32)
+
+
+class Drawn(NamedTuple):
+    """What images begin with.
+
+    Attributes:
+        labels: (N,), int64.
+        noise: (N, C, H, W), float32.
+        generators: One for each image, in the state after both.
+    """
+
+    labels: Tensor
+    noise: Tensor
+    generators: list[torch.Generator]
+
+
+def draw(seed: int, indices: Sequence[int], classes: list[int] | None, settings: dict[str, int]) -> Drawn:
+    """Labels and noise of some images, each from its own generator."""
+    generators = [image_generator(seed, index) for index in indices]
+    # Drawn in any case, so that an image's noise is the same whatever its label comes from.
+    labels = torch.stack([torch.randint(settings["num_classes"], (), generator=g) for g in generators])
+    shape = (settings["in_channels"], settings["input_size"], settings["input_size"])
+    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
+    if classes is not None:
+        labels = torch.tensor([classes[index % len(classes)] for index in indices])
+    return Drawn(labels, noise, generators)
+
+
+class Sampler(NamedTuple):
+    """All that turns an image's number into the image."""
+
+    run: argparse.Namespace
+    model: Model
+    vae: AutoencoderKL
+    settings: dict[str, int]
+    path: str
+    classes: list[int] | None
+    guidance: Guidance
+
+    def check(self) -> None:
+        """Go through all steps with a stand-in for the model, so that a setting without sense is named at once."""
+        self._latents(lambda x, t, y: x, draw(0, [0], self.classes, self.settings))
+
+    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
+        """The images (N, H, W, 3) of these numbers.
+
+        Raises:
+            ShapeError: If the model's latents are not finite.
+        """
+        run = self.run
+        dtype = AUTOCAST[run.autocast]
+        with torch.autocast(torch.device(run.device).type, dtype) if dtype else contextlib.nullcontext():
+            latents = self._latents(self.model, draw(run.seed, indices, self.classes, self.settings))
+        broken = [index for index, image in zip(indices, latents, strict=True) if not image.isfinite().all()]
+        if broken:
+            raise ShapeError(
+                f"The model's latents are not finite for {len(broken)} of {len(indices)} images.\n"
+                f"Found: image {broken[0]}, with {run.sampler}, --steps {run.steps}, --autocast {run.autocast}.\n"
+                "Take an earlier checkpoint, no autocast, or a smaller guidance scale."
+            )
+        return to_uint8(decode(self.vae, latents))
+
+    def _latents(self, model: Model, drawn: Drawn) -> Tensor:
+        run, noise, labels = self.run, drawn.noise.to(self.run.device), drawn.labels.to(self.run.device)
+        common = {"steps": run.steps, "guidance": self.guidance}
+        if run.sampler == "sde":
+            path = path_named(self.path)
+            return sample_sde(model, noise, labels, generator=drawn.generators, path=path, **common)
+        return sample_ode(model, noise, labels, method=run.sampler, **common)
+
+
+def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
+    """The sampler of a command line, and the settings that decide its images: those of the folder they lie in."""
+    run.checkpoint = newest_checkpoint(run.checkpoint)
+    sit, found = sit_from_checkpoint(
+        run.checkpoint,
+        weights=run.weights,
+        model=run.model,
+        num_heads=run.num_heads,
+        num_classes=run.num_classes,
+    )
+    vae = open_vae(run, found)
+    time, path = time_of(run, found), path_of(run, found)
+    null = sit.num_classes if found.settings["class_dropout_prob"] else None
+    guidance = Guidance(run.cfg_scale, null, run.guidance_low, run.guidance_high)
+    decided = {
+        "checkpoint": run.checkpoint.name,
+        "checkpoint_weights": _identity(sit),
+        "vae_weights": _identity(vae),
+        "scale_factor": vae.config.scaling_factor,
+        "time": time,
+        "path": path,
+        **{name: getattr(run, name) for name in ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")},
+        **{name: getattr(run, name) for name in ("labels", "seed", "autocast")},
+    }
+    model = sit.to(run.device)
+    sampler = Sampler(
+        run,
+        model if time == "repa" else reversed_time(model),
+        vae.to(run.device),
+        found.settings,
+        path,
+        classes_of(run.labels, sit.num_classes),
+        guidance,
+    )
+    sampler.check()
+    return sampler, decided
+
+
+def _identity(model: SiT | AutoencoderKL) -> str:
+    return bytes(fingerprint(model, {})[:8].tolist()).hex()
+
+
+class Processes:
+    """The processes that torchrun or accelerate started, or this one alone. They share files, no tensor."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def __enter__(self) -> "Processes":
+        if self.count > 1:
+            # A process waits for the slowest one's last batch, and the others for the first one's look at the folder.
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def meet(self) -> None:
+        """Wait for all."""
+        if self.count > 1:
+            dist.barrier()
+
+    def device(self, name: str) -> str:
+        """The device of this process: with "cuda", the one that it was given."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+def batches_left(folder: Path, run: argparse.Namespace) -> list[list[int]]:
+    """Batches of image numbers, cut at the same places whatever is there, with an image missing in each."""
+    there = {entry.name for entry in os.scandir(folder)}
+    numbers = range(run.num_samples)
+    cut = [list(numbers[start : start + run.batch_size]) for start in range(0, run.num_samples, run.batch_size)]
+    return [batch for batch in cut if any(png_name(index) not in there for index in batch)]
+
+
+def png_name(index: int) -> str:
+    """The file of an image."""
+    return f"{index:06d}.png"
+
+
+def main(argv: Sequence[str] | None = None) -> Path:
+    """Make the images that are missing; return the ``.npz`` of all."""
+    run = options(argv)
+    with Processes() as processes:
+        return sample(run, processes)
+
+
+def sample(run: argparse.Namespace, processes: Processes) -> Path:
+    """As `main`, in these processes."""
+    run.device = processes.device(run.device)
+    sampler, decided = new_sampler(run)
+    folder = run.out / "images"
+    if processes.rank == 0:
+        open_run_folder(run.out, decided)
+        folder.mkdir(exist_ok=True)
+    processes.meet()
+    left = batches_left(folder, run)
+    processes.meet()  # or a slower process would find a faster one's images, and count the batches differently
+    mine = left[processes.rank :: processes.count]
+    for batch in progress(mine, "batches") if processes.rank == 0 else mine:
+        for index, image in zip(batch, sampler.images(batch), strict=True):
+            if not (folder / png_name(index)).exists():
+                write_png(image, folder / png_name(index))
+    processes.meet()
+    npz = run.out / f"samples_{run.num_samples}.npz"
+    if processes.rank == 0:
+        finish(run, sampler, folder, npz)
+    return npz
+
+
+def finish(run: argparse.Namespace, sampler: Sampler, folder: Path, npz: Path) -> None:
+    """The grid and the ``.npz`` of all images."""
+    pngs = [folder / png_name(index) for index in range(run.num_samples)]
+    if npz.exists():
+        print(f"{npz}: finished before")
+    else:
+        labels = draw(run.seed, range(run.num_samples), sampler.classes, sampler.settings | {"in_channels": 0}).labels
+        write_npz(pngs, labels.numpy(), npz)
+    shown = [np.asarray(Image.open(png)) for png in pngs[: GRID_COLUMNS * GRID_ROWS]]
+    grid = tile(torch.from_numpy(np.stack(shown)) / 255, GRID_COLUMNS, gap=2)
+    write_png((grid * 255).round().astype(np.uint8), run.out / "grid.png")
+    print(
+        f"{run.num_samples:,} images of {run.checkpoint} ({run.weights}): {folder}, {npz} and {run.out / 'grid.png'}."
+    )
+
+
+if __name__ == "__main__":
+    main()
