@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from common.data_files import DataError, first_ones, read_json, read_npy
-from common.latent_shards import Index, Shard, index_content, read_index, shard_name, write_shard
+from common.latent_shards import Shard, shard_name, write_shard
 from common.latents import LatentFolder, open_latents
 from common.moments import check_moments, read_moments
 from common.run_folder import write_json
+from common.shard_index import Index, index_content, read_index
 from torch import Tensor
 from torch.utils.data import DataLoader
 

@@ -8,7 +8,6 @@ read. It is complete in itself and written under another name first: what is the
 import hashlib
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,88 +17,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.data_files import DataError, first_ones, read_json, readable
+from common.data_files import DataError, first_ones, readable
 from common.moments import check_moments
-
-INDEX = "index.json"
-FORMAT = 1
-KIND = "mean and std of VAE posteriors"
+from common.shard_index import Index, read_index
 
 _MAX_HEADER = 64 << 20  # holds the names of the images
 _MOMENTS = ("mean", "std")
 _MIRRORED = "_mirrored"
 
 
-class Index(NamedTuple):
-    """What ``index.json`` says.
-
-    Attributes:
-        settings: What decides the moments: ``vae``, ``size``, ``precision`` and so on; they are equal in every shard.
-        scale: The VAE's scale factor: a latent is ``scale (mean + std noise)``.
-        shape: (C, h, w) of a latent.
-        mirrored: Whether every image is there a second time, mirrored.
-        shards: How many there are in the end.
-        classes: Their names; a label is a place in this list.
-        library: The version of selftrans_reg that wrote it.
-    """
-
-    settings: dict[str, Any]
-    scale: float
-    shape: list[int]
-    mirrored: bool
-    shards: int
-    classes: list[str]
-    library: str
-
-
 def shard_name(number: int) -> str:
     """The file of a shard."""
     return f"latents-{number:05d}.safetensors"
-
-
-def read_index(folder: Path) -> Index:
-    """The index of a folder of shards.
-
-    Raises:
-        DataError: If it cannot be read, or is of another format.
-    """
-    path = folder / INDEX
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("kind") != KIND:
-        raise DataError(f"{path} is no index of latents: it has no entry 'kind' that says {KIND!r}.")
-    if content.get("format") != FORMAT:
-        raise DataError(
-            f"{path} has format {content.get('format')!r}, written by version {content.get('library')!r} of "
-            f"selftrans_reg; this version reads {FORMAT}. Install the one that wrote it, or a later one."
-        )
-    with readable(path, "an index of latents"):
-        index = Index(**{name: content[name] for name in Index._fields})
-    _check_index(index, path)
-    return index
-
-
-def index_content(index: Index) -> dict[str, Any]:
-    """What to write as ``index.json``."""
-    return {"kind": KIND, "format": FORMAT, **index._asdict()}
-
-
-def _check_index(index: Index, path: Path) -> None:
-    right = {
-        "settings": isinstance(index.settings, dict) and isinstance(index.settings.get("vae"), str),
-        "scale": type(index.scale) in (int, float) and 0 < index.scale < float("inf"),
-        "shape": isinstance(index.shape, list)
-        and len(index.shape) == 3
-        and all(type(length) is int and 0 < length < 1 << 16 for length in index.shape)
-        and index.shape[1] == index.shape[2],
-        "mirrored": type(index.mirrored) is bool,
-        "shards": type(index.shards) is int and 0 < index.shards < 1 << 20,
-        "classes": isinstance(index.classes, list) and bool(index.classes),
-    }
-    wrong = [f"{name}: {str(getattr(index, name))[:100]}" for name, fine in right.items() if not fine]
-    if wrong:
-        raise DataError(
-            f"{path} holds what encode_latents.py never writes.\nFound: {'; '.join(wrong)}.\nMake it again."
-        )
 
 
 class Shard(NamedTuple):
@@ -257,8 +186,3 @@ class ShardFolder:
         if number not in self._shards:
             self._shards[number] = OpenShard(self._folder / shard_name(number), self._index)
         return self._shards[number]
-
-
-def left_out(shards: Sequence[OpenShard]) -> list[tuple[str, str]]:
-    """(name, reason) of every image that could not be read when the shards were made."""
-    return [entry for shard in shards for entry in shard.left_out]

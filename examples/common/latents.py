@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import latent_shards, repa_layout
+from common import repa_layout, shard_index
 from common.data_files import DataError, first_ones, read_json
 from common.latent_shards import ShardFolder
 from common.repa_layout import RepaFolder
@@ -131,14 +131,14 @@ def open_latents(
 
 
 def _source(folder: Path, num_classes: int | None) -> LatentSource:
-    candidates = [folder / repa_layout.INDEX, folder / "vae-sd" / repa_layout.INDEX, folder / latent_shards.INDEX]
+    candidates = [folder / repa_layout.INDEX, folder / "vae-sd" / repa_layout.INDEX, folder / shard_index.INDEX]
     found = [path for path in candidates if path.is_file()]
     if len(found) != 1:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise DataError(
             f"{folder} holds {len(found)} data sets of latents; exactly one is needed.\n"
             f"Found: {', '.join(map(str, found)) or there or 'an empty folder'}.\n"
-            f"Name a folder with {repa_layout.INDEX} (REPA's vae-sd/) or with the {latent_shards.INDEX} that "
+            f"Name a folder with {repa_layout.INDEX} (REPA's vae-sd/) or with the {shard_index.INDEX} that "
             "encode_latents.py writes."
         )
     if found[0].name == repa_layout.INDEX:
