@@ -1,6 +1,7 @@
 """A run's log: one JSON object a line in `log.jsonl`, and the same numbers for TensorBoard."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ class RunLog:
         self._board = SummaryWriter(folder / "tensorboard", purge_step=steps + 1)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Add the values after a step; they are on the disk when this returns."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        """Add the values after a step; one that is not finite becomes null, as JSON has no other word for it."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **dict.fromkeys(values), **finite}) + "\n")
         self._file.flush()
-        for name, value in values.items():
+        for name, value in finite.items():
             self._board.add_scalar(name, value, step)
         self._board.flush()
 

@@ -43,6 +43,9 @@ Draw = Callable[[nn.Module, Path], None]
 
 _KEYS = {"model", "ema", "opt", "criterion", "scaler", "steps", "args"}
 
+# What the console shows of a line of the log.
+_SHOWN = ("denoising", "alignment", "in_window", "gradient_norm", "samples_per_second")
+
 # GradScaler halves its scale, at first 65,536, at each step that it skips: so many in a row are no overflow any more.
 _MAX_SKIPPED = 40
 
@@ -238,7 +241,9 @@ class Trainer:
                 values["samples_per_second"] = clock.rate(self.steps) * self.settings.batch_size
                 if log is not None:
                     log.write(self.steps, values)
-                    bar.write(f"step {self.steps:,}: " + ", ".join(f"{k} {v:.4g}" for k, v in values.items()))
+                    bar.write(
+                        f"step {self.steps:,}: " + ", ".join(f"{k} {values[k]:.4g}" for k in _SHOWN if k in values)
+                    )
             stopped = signals.agreed(self.accelerator, self.steps)
             if self._is_due(self.settings.sample_every) and self.draw is not None:
                 self._draw()
