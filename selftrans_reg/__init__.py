@@ -8,18 +8,28 @@ Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 
 from .artefacts import strip
 from .criterion import LossTerms, SelfTransLoss
+from .errors import AlignmentNotFallingWarning as AlignmentNotFallingWarning
 from .errors import ArtefactError as ArtefactError
 from .errors import CallError as CallError
 from .errors import CaptureError as CaptureError
 from .errors import CheckpointError as CheckpointError
+from .errors import EmptyWindowWarning as EmptyWindowWarning
+from .errors import ExplodingFeaturesWarning as ExplodingFeaturesWarning
 from .errors import GradientError as GradientError
+from .errors import HeadNotTrainedWarning as HeadNotTrainedWarning
+from .errors import HealthWarning as HealthWarning
 from .errors import LayerNotFoundError as LayerNotFoundError
+from .errors import MeasurementError as MeasurementError
+from .errors import NoContrastWarning as NoContrastWarning
+from .errors import NoGradientWarning as NoGradientWarning
+from .errors import NotFiniteError as NotFiniteError
 from .errors import NullConditionError as NullConditionError
 from .errors import OptimizerError as OptimizerError
 from .errors import OutputError as OutputError
 from .errors import PlacementError as PlacementError
 from .errors import PrunedModuleError as PrunedModuleError
 from .errors import RecipeNotFoundError as RecipeNotFoundError
+from .errors import SameWeightsWarning as SameWeightsWarning
 from .errors import SelfTransError
 from .errors import SettingError as SettingError
 from .errors import ShapeError as ShapeError
@@ -28,6 +38,7 @@ from .errors import TimeConventionError as TimeConventionError
 from .feature_tap import FeatureTap
 from .heads import ProjectionHead
 from .losses import VAEAlignmentLoss, feature_alignment
+from .plateau import Plateau
 from .recipes import Recipe, recipe
 from .teacher import CFGFeatureTeacher, build_teacher
 from .time import TimeConvention
@@ -39,6 +50,7 @@ __all__ = [
     "CFGFeatureTeacher",
     "FeatureTap",
     "LossTerms",
+    "Plateau",
     "ProjectionHead",
     "Recipe",
     "SelfTransError",

@@ -22,7 +22,7 @@ from .checks import (
     check_same_shape,
     device_of,
 )
-from .criterion_state import check_state, read_buffers, write_buffers
+from .criterion_state import check_state, fresh_observations, read_buffers, write_buffers
 from .errors import (
     CaptureError,
     OptimizerError,
@@ -32,20 +32,23 @@ from .errors import (
     TeacherError,
     TimeConventionError,
 )
+from .finite import not_finite
 from .gate import Gate, Gated, check_teacher_rows, sample_rows, to_device
+from .gradient_probe import GradientProbe
 from .heads import ProjectionHead, check_positive, resolve_width
-from .health import contrast, mean_norm
+from .health import Health, Look, Subject
 from .intervals import Interval
 from .layer_losses import distance_of, zero_of
 from .losses import Distance, VAEAlignmentLoss, check_distance, velocity_target
 from .names import find_layer, quoted, sharded_parts, unwrap
+from .plateau import Plateau, PlateauRule
 from .schedules import Schedule, check_schedule, factor, schedule_state
-from .settings import Gating, Settings, Target, check_choice, check_weight, checked_step
+from .settings import Gating, Settings, Target, check_choice, check_stop_when, check_weight, checked_step
 from .sharing import Shareable
 from .taps import Record, Recorder, WhichForward, layer_names
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention, check_against_latents, check_times, check_window, resolve
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
+from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, select_tensor
 
 if TYPE_CHECKING:
     from .hub import Source
@@ -100,13 +103,10 @@ class SelfTransLoss(Shareable, nn.Module):
       an error.
     - ``check_interval=1000``: what has to be read off the device (the range of t, x_t against the latents) is checked
       in the first three calls and then at this interval; None switches that off.
-    - ``health_interval=100``: :attr:`measures` are taken in the first three calls and then at this interval; None
-      switches that off.
-
-    Attributes:
-        measures: What the last measured call found, 0-d tensors on the device by name: ``student_norm`` and
-            ``target_norm``, the mean norm of a token at the tapped layers and of the target; in stage 2 ``contrast``,
-            ‖f_c − f_u‖ / ‖f_c‖. Empty before the first such call, and once the alignment has stopped.
+    - ``health_interval=100``: in the first three calls and then at this interval the criterion measures itself
+      (:attr:`measures`), and what looks wrong is warned of, each thing once, or an error where it is NaN or inf. Other
+      calls read nothing off the device. None switches that off.
+    - ``stop_when=None``: a :class:`Plateau`, which stops the alignment by itself, as ``stop_step`` does.
 
     Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
     """
@@ -115,6 +115,8 @@ class SelfTransLoss(Shareable, nn.Module):
     calls: Tensor
     schedule_state: Tensor
     teacher_fingerprint: Tensor
+    health_state: Tensor
+    plateau_state: Tensor
     _recorder: Recorder | None = None
 
     def __init__(
@@ -132,6 +134,7 @@ class SelfTransLoss(Shareable, nn.Module):
         gating: Gating = "per-sample",
         schedule: Schedule = "constant",
         stop_step: int | None = None,
+        stop_when: Plateau | None = None,
         call: Mapping[str, Any] | None = None,
         select: Select = None,
         tokens: Tokens = None,
@@ -147,6 +150,7 @@ class SelfTransLoss(Shareable, nn.Module):
         check_distance(distance)
         check_weight(weight)
         check_schedule(schedule, stop_step)
+        check_stop_when(stop_when, weight)
         check_select(select)
         check_tokens(tokens)
         counts = {"check_interval": check_interval, "health_interval": health_interval, "teacher_chunk": teacher_chunk}
@@ -164,6 +168,7 @@ class SelfTransLoss(Shareable, nn.Module):
         self.gating = gating
         self.schedule: Schedule = schedule
         self.stop_step = stop_step
+        self.stop_when = stop_when
         self.call = call
         self.select = select
         self.tokens = tokens
@@ -178,13 +183,14 @@ class SelfTransLoss(Shareable, nn.Module):
         self._calls = 0
         self._checking = False
         self._check_interval = Interval(check_interval)
-        self._health_interval = Interval(health_interval)
-        self.measures: dict[str, Tensor] = {}
+        self._health = Health(health_interval)
+        self._plateau = PlateauRule(stop_when)
         buffers = {
             "step": torch.tensor(-1),
             "calls": torch.tensor(0),
             "schedule_state": schedule_state(schedule, self.weight, stop_step),
             "teacher_fingerprint": torch.zeros(32, dtype=torch.uint8) if teacher is None else teacher.fingerprint,
+            **fresh_observations(),
         }
         for name, buffer in buffers.items():  # with the heads: NCCL broadcasts no buffers of the CPU
             self.register_buffer(name, buffer.clone().to(device_of(self)))
@@ -292,7 +298,7 @@ class SelfTransLoss(Shareable, nn.Module):
             TeacherError: If the teacher holds the student itself.
             TimeConventionError: If the teacher was built for another time convention.
         """
-        if teacher is None and settings.get("stop_step") is None:
+        if teacher is None and settings.get("stop_step") is None and settings.get("stop_when") is None:
             raise SettingError("Stage 2 needs a teacher; only a run past its stop_step can do without.")
         if teacher is not None:
             if unwrap(teacher.model) is unwrap(model):
@@ -394,6 +400,27 @@ class SelfTransLoss(Shareable, nn.Module):
         """1 or 2."""
         return 1 if isinstance(self.heads[0], VAEAlignmentLoss) else 2
 
+    @property
+    def measures(self) -> dict[str, Tensor]:
+        """What was measured last, 0-d tensors on the device; see ``health_interval`` for when.
+
+        - ``student_norm``: the norm of a token at the tapped layers, averaged.
+        - ``target_norm``, in stage 2: that of the guided features inside the window.
+        - ``contrast``, in stage 2: ‖f_c − f_u‖ / ‖f_c‖, what the condition changes in the teacher's features.
+        - ``gradient_cosine``: between the gradients of the two terms at the tapped tokens, and ``gradient_ratio``, the
+          norm of the weighted alignment's over that of the denoising loss's. They come with the backward pass; on each
+          rank its own.
+        - ``gradient_cosine_smoothed``, with ``stop_when``: what it compares with its threshold, over all ranks.
+
+        Empty before the first measured call, and once the alignment has stopped.
+        """
+        return self._health.measures
+
+    @property
+    def stopped_at(self) -> int | None:
+        """The step, or without steps the call, at which ``stop_when`` stopped the alignment; None before."""
+        return self._plateau.stopped_at
+
     def forward(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> LossTerms:
         """The total loss for the forward that the model has just run.
 
@@ -413,6 +440,8 @@ class SelfTransLoss(Shareable, nn.Module):
             SettingError: If ``step`` is needed and missing.
             TeacherError: If the teacher is needed and was released.
             PlacementError: If head, teacher and tokens are not on one device.
+            NotFiniteError: If student, teacher or head gave NaN or inf in a call that is measured.
+            MeasurementError: If ``stop_when`` cannot be measured.
         """
         try:
             return self._forward(denoising, latents, step)
@@ -424,9 +453,9 @@ class SelfTransLoss(Shareable, nn.Module):
         if not self.training:
             nothing = denoising.new_zeros((), dtype=torch.float32)
             return LossTerms(denoising.mean(), denoising.detach().mean(), nothing, nothing, nothing)
-        scale = self._advance(step)
+        scale = self._advance(step, denoising.device)
         if scale == 0.0:  # past the stop step nothing is looked at any more
-            self.measures = {}
+            self._health.stop()
             return self._terms(denoising, zero_of(self.heads), 0.0, None)
         record = self._watching().take()
         gated = record.note
@@ -434,8 +463,10 @@ class SelfTransLoss(Shareable, nn.Module):
             raise copy.copy(gated)  # not itself: a raised error holds this frame, which holds it and the graph
         record.check_arguments()
         self._check(gated.call, denoising, latents)
+        look = self._new_look()
         with torch.no_grad() if self.weight == 0.0 else contextlib.nullcontext():
-            alignment = self._alignment(record, gated, latents)
+            alignment = self._alignment(record, gated, denoising, latents, look)
+        self._observe(look, gated, alignment)
         return self._terms(denoising, alignment, self.weight * scale, gated.inside)
 
     def attach(self, model: nn.Module) -> None:
@@ -505,15 +536,17 @@ class SelfTransLoss(Shareable, nn.Module):
             )
         return self._recorder
 
-    def _advance(self, step: int | None) -> float:
-        """Count the call and give the schedule's factor at this step, 0 from the stop step on."""
+    def _advance(self, step: int | None, device: torch.device) -> float:
+        """Count the call and give the schedule's factor at this step, 0 once the alignment has stopped."""
         if step is not None:
             step = checked_step(step)
         scale = factor(self.schedule, step, self.stop_step)
         self._calls += 1
         if step is not None:
             self._step = step
-        return scale
+        if scale > 0.0:
+            self.measures.update(self._plateau.decide(self._calls, step, device))
+        return scale if self.stopped_at is None else 0.0
 
     def _check(self, call: Call, denoising: Tensor, latents: Tensor | None) -> None:
         if latents is None and self.stage == 1:
@@ -528,15 +561,53 @@ class SelfTransLoss(Shareable, nn.Module):
             check_same_shape(call, latents)
             check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach())
 
-    def _alignment(self, record: Record, gated: Gated, latents: Tensor | None) -> Tensor:
+    def _new_look(self) -> Look | None:
+        """Where this call is measured, what is to see it."""
+        due = [interval.due(self._calls) for interval in (self._health.interval, self._plateau.interval)]
+        if not any(due):
+            return None
+        return Look(GradientProbe(self.measures.update) if self.weight > 0.0 else None)
+
+    def _observe(self, look: Look | None, gated: Gated, alignment: Tensor) -> None:
+        call = gated.call
+        inside = call.rows if self.window is None else len(gated.rows())
+        self._health.count(call.rows, inside, alignment)
+        if look is None:
+            return
+        self._health.measure(look)
+        fractions, watching = self.time.noise_fraction(call.t), self._watching()
+        if self.health_interval is not None:
+            subject = Subject(watching.modules, self.heads, self.teacher, self.window, fractions)
+            self._health.judge(
+                look,
+                self._calls,
+                alignment,
+                subject,
+                lambda: not_finite(
+                    look,
+                    call,
+                    fractions,
+                    layers=self.layers,
+                    model=watching.model,
+                    heads=self.heads,
+                    teacher=self.teacher,
+                ),
+            )
+        if look.probe is not None:
+            self._plateau.arm(look.probe, self._calls)
+
+    def _alignment(
+        self, record: Record, gated: Gated, denoising: Tensor, latents: Tensor | None, look: Look | None
+    ) -> Tensor:
         """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32."""
         call = gated.call
         captures = [record.capture(layer) for layer in self.layers]
         tokens = []
         for layer, capture, head in zip(self.layers, captures, self.heads, strict=True):
-            tokens.append(
-                as_tokens(capture.output, self.select, self.tokens, layer=layer, arguments=lambda: call.arguments)
-            )
+            tensor = select_tensor(capture.output, self.select, layer)
+            if look is not None and look.probe is not None:
+                tensor = look.probe.branch(tensor, denoising)
+            tokens.append(as_tokens(tensor, None, self.tokens, layer=layer, arguments=lambda: call.arguments))
             check_captured(tokens[-1], call, layer, head)
             if isinstance(head, VAEAlignmentLoss):
                 assert latents is not None  # _check has seen to it
@@ -545,6 +616,8 @@ class SelfTransLoss(Shareable, nn.Module):
                 check_patches(tokens[-1], call, layer)
         if self.stage == 2:
             self._present_teacher(call.x_t.device)
+        if look is not None:
+            look.tokens = [found.detach() for found in tokens]
         everything = self.window is None or self.gating == "released"
         candidates = torch.arange(call.rows) if everything else gated.rows()
         if len(candidates) == 0:
@@ -554,31 +627,29 @@ class SelfTransLoss(Shareable, nn.Module):
             return zero_of(self.heads)
         chosen = sample_rows(candidates, self.teacher_rows, seed=self._calls)
         rows = None if len(chosen) == call.rows else to_device(chosen, call.x_t.device)
-        measured = self._health_interval.due(self._calls)
-        if measured:
-            self.measures = {"student_norm": mean_norm(tokens)}
         if rows is not None:
             tokens = [found.index_select(0, rows) for found in tokens]
         autocast = captures[0].autocast
         with torch.autocast(call.x_t.device.type, dtype=autocast, enabled=autocast is not None):
-            target = self._target(call, rows, latents, measured)
+            target = self._target(call, rows, latents, look)
             distances = [
                 distance_of(head, found, target, self.distance) for head, found in zip(self.heads, tokens, strict=True)
             ]
+        if look is not None:
+            look.target, look.rows = target, rows
         mean = torch.stack(distances).mean()  # over layers and over the chosen rows
         # Divided by the whole batch, whatever was chosen: an average over ranks is then the global value.
         return mean * (gated.inside.float().mean() if self.gating == "released" else len(candidates) / call.rows)
 
-    def _target(self, call: Call, rows: Tensor | None, latents: Tensor | None, measured: bool = False) -> Tensor:
+    def _target(self, call: Call, rows: Tensor | None, latents: Tensor | None, look: Look | None = None) -> Tensor:
         """What the heads' outputs are compared with, for the given rows."""
         if self.stage == 2:
             teacher = self._present_teacher(call.x_t.device)
             adopted = teacher.spec.adopt(call, self.spec)
             features = teacher.features(adopted, rows, self.teacher_chunk, check_indices=self._checking)
-            target = teacher.guide(*features)
-            if measured:
-                self.measures |= {"contrast": contrast(*features), "target_norm": mean_norm([target])}
-            return target
+            if look is not None:
+                look.taught, look.features = adopted, features
+            return teacher.guide(*features)
         assert latents is not None  # _check has seen to it
         target = latents.detach()
         if self.target == "velocity":

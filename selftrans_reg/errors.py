@@ -1,4 +1,4 @@
-"""Every exception that the library raises on purpose.
+"""Every exception that the library raises on purpose, and every warning.
 
 Each class is also the builtin that fits, so ``except ValueError`` keeps working; ``SelfTransError`` catches them all.
 A message says what was wrong, what was found, and what to do.
@@ -74,3 +74,43 @@ class ArtefactError(SelfTransError, ValueError):
 
 class OptimizerError(SelfTransError, ValueError):
     """Parameters of the criterion that the optimiser does not hold."""
+
+
+class NotFiniteError(SelfTransError, FloatingPointError):
+    """NaN or inf in the student, the teacher or the head."""
+
+
+class MeasurementError(SelfTransError, RuntimeError):
+    """What ``stop_when`` needs to measure cannot be measured."""
+
+
+class HealthWarning(SelfTransError, UserWarning):  # noqa: N818  # called as Python calls its own warnings
+    """Base class of what a criterion warns of while it trains: a run that looks wrong. Each kind comes once."""
+
+
+class HeadNotTrainedWarning(HealthWarning):
+    """The head stays as it is while the tapped layer moves: the optimiser does not hold it."""
+
+
+class NoGradientWarning(HealthWarning):
+    """The alignment's gradient does not reach the tapped layer, or is 0 there."""
+
+
+class AlignmentNotFallingWarning(HealthWarning):
+    """The alignment is no lower than at the beginning."""
+
+
+class ExplodingFeaturesWarning(HealthWarning):
+    """The tapped layer's tokens have grown as they do in no run that goes well."""
+
+
+class NoContrastWarning(HealthWarning):
+    """The condition changes nothing in the teacher's features, so there is nothing to guide with."""
+
+
+class SameWeightsWarning(HealthWarning):
+    """The student begins with the teacher's weights."""
+
+
+class EmptyWindowWarning(HealthWarning):
+    """No sample has been inside the window for many calls."""

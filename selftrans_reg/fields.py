@@ -94,6 +94,16 @@ def _is_call(value: object) -> bool:
     return is_record(value, {"x": is_text, "t": is_text, "shared": lambda v: is_list(v, is_text), "fixed": is_fixed})
 
 
+def _is_plateau(value: object) -> bool:
+    def is_count(count: object) -> bool:
+        return is_whole(count, 1)
+
+    kinds = {"interval": is_count, "patience": is_count}
+    return is_record(
+        value, {**kinds, "threshold": lambda v: is_real(v, -1.0, 1.0), "smoothing": lambda v: is_real(v, 0.0, 1.0)}
+    )
+
+
 def _choice(*choices: str | None) -> Field:
     return Field(lambda value: value in choices, f"one of {quoted(map(str, choices))}")
 
@@ -149,6 +159,7 @@ CRITERION_FIELDS: dict[str, Field] = {
     "gating": _choice(*get_args(Gating)),
     "schedule": _choice(*SCHEDULES),
     "stop_step": Field(_optional(is_whole), "an integer, 0 or more, or null"),
+    "stop_when": Field(_optional(_is_plateau), "the four settings of a Plateau or null", before=None),
     "forward": _choice(None, "first", "last"),
     "check_interval": _COUNT,
     "health_interval": _COUNT._replace(before=100),

@@ -121,7 +121,7 @@ def checked_indices(model: nn.Module, null: Mapping[str, Any]) -> AbstractContex
             name = next(n for n, m in model.named_modules() if m is module)
             raise NullConditionError(
                 f"Index {low if low < 0 else high} would reach embedding {name!r}, which has {module.num_embeddings} "
-                f"rows (0 to {module.num_embeddings - 1}). The null condition: {_shown(null)}.\n"
+                f"rows (0 to {module.num_embeddings - 1}). The null condition: {shown(null)}.\n"
                 "A model built without label dropout has no null row: train the teacher with dropout; or name the "
                 "index of its null class. If the index is not the null condition's, it is one of the loop's own."
             )
@@ -130,7 +130,7 @@ def checked_indices(model: nn.Module, null: Mapping[str, Any]) -> AbstractContex
     return watched([module for module in model.modules() if isinstance(module, nn.Embedding)], check)
 
 
-def _shown(null: Mapping[str, Any]) -> str:
+def shown(null: Mapping[str, Any]) -> str:
     """The null condition in short: numbers as they are, the rest by kind."""
     return ", ".join(
         f"{path} = {value if isinstance(value, int | float) else type(value).__name__}" for path, value in null.items()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from torch import Tensor, nn
 from .artefacts import read_artefact, write_artefact
 from .cards import criterion_card
 from .criterion import SelfTransLoss
+from .criterion_state import fresh_observations, from_bits
 from .errors import ArtefactError, SettingError, TeacherError
 from .fields import CRITERION_FIELDS
 from .heads import ProjectionHead
+from .health import Health
 from .losses import VAEAlignmentLoss
 from .names import quoted
+from .plateau import Plateau, PlateauRule
 from .saved_settings import ask, fitting, restored_settings, shared_settings
 from .schedules import schedule_state
 from .teacher import CFGFeatureTeacher
@@ -46,6 +50,7 @@ def save_criterion(criterion: SelfTransLoss, folder: Path, source: str | None, l
         "gating": criterion.gating,
         "schedule": criterion.schedule,
         "stop_step": criterion.stop_step,
+        "stop_when": None if criterion.stop_when is None else asdict(criterion.stop_when),
         "forward": criterion.which_forward,
         "check_interval": criterion.check_interval,
         "health_interval": criterion.health_interval,
@@ -70,6 +75,7 @@ def load_criterion(
     """Read a criterion and attach it to ``model``; nothing is attached unless everything fits."""
     config, state = read_artefact(folder, "criterion", CRITERION_FIELDS)
     where = f"The criterion in {str(folder)!r}"
+    state = fresh_observations() | state
     _check_criterion(config, state, where)
     asked: list[str] = []
     settings = restored_settings(config, {"select": select, "tokens": tokens, "time": time}, asked, where)
@@ -77,7 +83,8 @@ def load_criterion(
     stage, stop, step = config["stage"], config["stop_step"], int(state["step"])
     if stage == 1 and teacher is not None:
         raise SettingError(f"{where} is one of stage 1, which has no teacher: leave teacher= out.")
-    if stage == 2 and teacher is None and (stop is None or step + 1 < stop):
+    stopped = from_bits(state["plateau_state"])[0] >= 0
+    if stage == 2 and teacher is None and not stopped and (stop is None or step + 1 < stop):
         raise TeacherError(f"{where} still needs its teacher (step {step}, stop_step {stop}): pass teacher=.")
     sizes = config["hidden_sizes"]
     same = ("hidden_features", "distance", "weight", "gating", "schedule", "stop_step", "call", "forward")
@@ -85,6 +92,7 @@ def load_criterion(
     settings |= {
         "layer": config["layers"],
         "window": config["window"] and tuple(config["window"]),
+        "stop_when": config["stop_when"] and Plateau(**config["stop_when"]),
         "hidden_size": sizes[0] if len(set(sizes)) == 1 else None,  # else they were read off the layers
     }
     with fitting(where, model):
@@ -143,11 +151,19 @@ def _check_criterion(config: Mapping[str, Any], state: Mapping[str, Tensor], whe
     kinds = {
         "step": torch.int64,
         "calls": torch.int64,
-        "schedule_state": torch.int64,
+        **dict.fromkeys(("schedule_state", "health_state", "plateau_state"), torch.int64),
         "teacher_fingerprint": torch.uint8,
     }
     if any(state[key].dtype != dtype for key, dtype in kinds.items()) or state["step"] < -1 or state["calls"] < 0:
         raise ArtefactError(f"{where} is broken: its counters are not whole numbers from 0 on.")
+    try:
+        Health(None).load(from_bits(state["health_state"]))
+        rule = PlateauRule(None)
+        rule.load(from_bits(state["plateau_state"]))
+    except (ValueError, OverflowError) as error:
+        raise ArtefactError(f"{where} is broken: what its run observed is no numbers.") from error
+    if rule.stopped_at is not None and config["stop_when"] is None:
+        raise ArtefactError(f"{where} is broken: stop_when has stopped its run, and it has none.")
     if not torch.equal(
         state["schedule_state"], schedule_state(config["schedule"], config["weight"], config["stop_step"])
     ):
@@ -157,6 +173,7 @@ def _check_criterion(config: Mapping[str, Any], state: Mapping[str, Tensor], whe
 def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The state dict's shapes, as :class:`SelfTransLoss`, its heads and counters have them."""
     shapes: dict[str, tuple[int, ...]] = {"step": (), "calls": (), "schedule_state": (3,), "teacher_fingerprint": (32,)}
+    shapes |= {name: tuple(value.shape) for name, value in fresh_observations().items()}
     inner = config["hidden_features"]
     for index, width in enumerate(config["hidden_sizes"]):
         head, out = f"heads.{index}", config["target_size"]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import SettingError
 from .names import quoted
+from .plateau import Plateau
 from .schedules import Schedule
 from .taps import WhichForward
 from .tokens import Select, Tokens
@@ -29,6 +30,7 @@ class Settings(TypedDict, total=False):
     gating: Gating
     schedule: Schedule
     stop_step: int | None
+    stop_when: Plateau | None
     call: Mapping[str, Any] | None
     select: Select
     tokens: Tokens
@@ -47,6 +49,14 @@ def check_weight(weight: object) -> None:
     """Raise ``SettingError`` unless ``weight`` is a number that a weight can be."""
     if isinstance(weight, bool) or not isinstance(weight, float | int) or not 0 <= weight <= _MAX_WEIGHT:
         raise SettingError(f"weight must be a number from 0 to {_MAX_WEIGHT}; got {weight!r}.")
+
+
+def check_stop_when(stop_when: object, weight: float) -> None:
+    """Raise ``SettingError`` unless ``stop_when`` is a :class:`Plateau` that can be measured, or None."""
+    if stop_when is not None and not isinstance(stop_when, Plateau):
+        raise SettingError(f"stop_when must be a Plateau or None, such as st.Plateau(); got {stop_when!r}.")
+    if stop_when is not None and weight == 0.0:
+        raise SettingError("stop_when= compares gradients, and with weight=0.0 the alignment has none.")
 
 
 def checked_step(step: object) -> int:

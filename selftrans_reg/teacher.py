@@ -20,7 +20,7 @@ from .errors import SelfTransError, SettingError, ShapeError, TeacherError
 from .fingerprints import architecture, fingerprint
 from .heads import check_positive, infer_width
 from .names import find_layer, quoted, sharded_parts
-from .null import Null, checked_indices, flatten_null, null_tensors
+from .null import Null, checked_indices, flatten_null, null_tensors, shown
 from .sharing import Shareable
 from .taps import EarlyExit
 from .time import TimeConvention, resolve
@@ -261,6 +261,10 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 "tap a layer that keeps one row for each sample."
             )
         return tokens[:wanted]
+
+    def shown_null(self) -> str:
+        """The null condition in short: numbers as they are, the rest by kind."""
+        return shown(self._null)
 
     def _null_now(self) -> dict[str, Any]:
         """The null condition by path, its tensors where the teacher has moved to."""

@@ -46,7 +46,7 @@ def as_tokens(
         OutputError: If the output holds several tensors and no ``select`` was given, or ``select`` picks no tensor.
         ShapeError: If what is left is not (N, T, D), or ``tokens`` leaves none.
     """
-    tensor = _select(output, select, layer)
+    tensor = select_tensor(output, select, layer)
     if callable(tokens):
         tensor = tokens(tensor, arguments()) if _takes_arguments(tokens) else tokens(tensor)
         if not isinstance(tensor, Tensor):
@@ -76,7 +76,12 @@ def _takes_arguments(tokens: Callable[..., Tensor]) -> bool:
     return sum(p.kind in positional and p.default is p.empty for p in parameters) == 2
 
 
-def _select(output: Any, select: Select, layer: str) -> Tensor:
+def select_tensor(output: Any, select: Select, layer: str) -> Tensor:
+    """The tensor of a layer's raw output that ``select`` means.
+
+    Raises:
+        OutputError: If the output holds several and no ``select`` was given, or ``select`` picks no tensor.
+    """
     if select is None:
         found = [tensor for _, tensor in tensors_in(output)]
         if len(found) == 1:

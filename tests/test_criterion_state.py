@@ -42,7 +42,7 @@ def student() -> ToyDiT:
 
 
 HEAD = {f"heads.0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
-BUFFERS = {"step", "calls", "schedule_state", "teacher_fingerprint"}
+BUFFERS = {"step", "calls", "schedule_state", "teacher_fingerprint", "health_state", "plateau_state"}
 
 
 def test_parameters_and_state_are_the_heads_and_small_buffers_only() -> None:

@@ -444,7 +444,7 @@ ERRORS = [value for value in vars(errors).values() if isinstance(value, type)]
 @pytest.mark.parametrize("error", ERRORS, ids=lambda error: error.__name__)
 def test_every_error_is_ours_and_the_builtin_that_fits(error: type[Exception]) -> None:
     assert issubclass(error, errors.SelfTransError)
-    builtin = (ValueError, LookupError, TypeError, RuntimeError)
+    builtin = (ValueError, LookupError, TypeError, RuntimeError, ImportError, FloatingPointError, UserWarning)
     assert issubclass(error, builtin) or error is errors.SelfTransError
     assert getattr(st, error.__name__) is error
 

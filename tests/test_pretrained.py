@@ -520,7 +520,8 @@ def test_a_criterion_is_three_files_without_model_or_teacher(stage: int, tmp_pat
     expected = {f"{head}.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
     expected |= {"heads.0.linear.weight", "heads.0.linear.bias"} if stage == 1 else set()
     tensors = load_file(tmp_path / "model.safetensors")
-    assert set(tensors) == expected | {"step", "calls", "schedule_state", "teacher_fingerprint"}
+    observed = {"health_state", "plateau_state"}
+    assert set(tensors) == expected | observed | {"step", "calls", "schedule_state", "teacher_fingerprint"}
     assert (tmp_path / "model.safetensors").stat().st_size < 3000
     config = config_of(tmp_path)
     assert config["kind"] == "criterion"

@@ -1,0 +1,146 @@
+"""When to stop by itself: once the gradients of the two terms no longer agree at the tapped tokens."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import MeasurementError, SettingError
+from .gradient_probe import GradientProbe, cosine
+from .heads import check_positive
+from .intervals import Interval
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """Stop the alignment once it no longer pulls where the denoising loss pulls.
+
+    Every ``interval`` calls the cosine is measured between the gradients of the two terms at the tapped tokens. Once
+    its smoothed value has been below ``threshold`` for ``patience`` measurements one after the other, the alignment
+    is 0 and the teacher is not run, as from ``stop_step`` on. In a distributed run the sums behind the cosine are
+    added up over all ranks, which must make the same calls, so that all stop at the same one.
+
+    Args:
+        interval: Calls of the criterion from one measurement to the next. What one call measures is read in the call
+            of the next, so that nothing waits for the backward pass.
+        patience: Measurements below the threshold, in a row.
+        threshold: Of the smoothed cosine, between -1 and 1. At 0 the two terms neither help nor hinder each other.
+        smoothing: The share of the older measurements in the exponential mean, from 0 to below 1.
+
+    Reference: after the stage-wise termination of HASTE, Wang et al., 2025, https://arxiv.org/abs/2505.16792
+    """
+
+    interval: int = 100
+    patience: int = 20
+    threshold: float = 0.0
+    smoothing: float = 0.9
+
+    def __post_init__(self) -> None:
+        check_positive("Plateau's interval", self.interval)
+        check_positive("Plateau's patience", self.patience)
+        for name, low in (("threshold", -1.0), ("smoothing", 0.0)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, float | int) or not low <= value < 1.0:
+                raise SettingError(f"Plateau's {name} must be a number from {low:g} to below 1; got {value!r}.")
+
+
+class PlateauRule:
+    """A :class:`Plateau` at work: what it has seen of the run so far.
+
+    Args:
+        plateau: The settings; None for a run without, which never stops.
+    """
+
+    def __init__(self, plateau: Plateau | None) -> None:
+        self.plateau = plateau
+        self.interval = Interval(None if plateau is None else plateau.interval)
+        self.stopped_at: int | None = None
+        self.smoothed = 0.0  # the exponential mean before it is corrected for its start at 0
+        self.count = 0
+        self.below = 0
+        self._probe: GradientProbe | None = None
+        self._saved: tuple[float, ...] | None = None  # the last measurement of a run that was resumed since
+
+    def arm(self, probe: GradientProbe, calls: int) -> None:
+        """Take ``probe`` for a measurement, if one is due: it will have measured after the backward pass.
+
+        Raises:
+            MeasurementError: If it cannot measure.
+        """
+        if self.plateau is not None and probe.hidden:
+            raise MeasurementError(
+                "stop_when= needs the gradient of the loop's own loss at the tapped tokens, and PyTorch's graph hides "
+                "it: the loss does not depend on the very tensor that was captured.\n"
+                "If the whole model is compiled, compile its blocks one by one instead (block.compile()). If select= "
+                "or tokens= is a function that makes a new tensor of several, name one by index. If the loss was "
+                "detached, or comes from another forward, pass the loss of this forward. Or give a stop_step."
+            )
+        if self.interval.regular(calls):
+            self._probe = probe
+
+    def decide(self, calls: int, step: int | None, device: torch.device) -> dict[str, Tensor]:
+        """Read the last measurement where one is due, on all ranks at once, and stop if it is time.
+
+        Args:
+            calls: The number of this call in the run.
+            step: The optimiser's step, where the loop gives it.
+            device: Where tensors of all ranks can be added.
+
+        Returns:
+            The smoothed cosine by its name; nothing where nothing was read.
+        """
+        if not self.interval.regular(calls) or (self._probe is None and self._saved is None):
+            return {}
+        sums = self._sums(device)
+        self._probe = self._saved = None
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        found = cosine(sums).item()
+        if math.isnan(found):  # no sample inside the window on any rank, or gradients that overflowed
+            return {}
+        assert self.plateau is not None
+        share = self.plateau.smoothing
+        self.count += 1
+        self.smoothed = share * self.smoothed + (1 - share) * found
+        corrected = self.smoothed / (1 - share**self.count)
+        self.below = self.below + 1 if corrected < self.plateau.threshold else 0
+        if self.below >= self.plateau.patience:
+            self.stopped_at = calls if step is None else step
+            _LOGGER.info(
+                "The alignment stops at %s %d: its gradient no longer agrees with the denoising loss's (smoothed "
+                "cosine %.4f, below %g in %d measurements).",
+                "call" if step is None else "step",
+                self.stopped_at,
+                corrected,
+                self.plateau.threshold,
+                self.below,
+            )
+        return {"gradient_cosine_smoothed": torch.tensor(corrected, device=device)}
+
+    def _sums(self, device: torch.device) -> Tensor:
+        if self._saved is not None:
+            return torch.tensor(self._saved, device=device)
+        sums = None if self._probe is None else self._probe.sums
+        return torch.zeros(3, device=device) if sums is None else sums.to(device, copy=True)
+
+    def state(self) -> list[float]:
+        """What a resumed run needs, as floating numbers; a measurement that was not read yet is part of it."""
+        pending = self._saved is not None or self._probe is not None
+        sums = self._sums(torch.device("cpu")).tolist()
+        stopped_at = -1 if self.stopped_at is None else self.stopped_at
+        return [stopped_at, self.smoothed, self.count, self.below, pending, *sums]
+
+    def load(self, state: list[float]) -> None:
+        """Go on from what :meth:`state` gave."""
+        stopped_at, smoothed, count, below, pending, *sums = state
+        self.stopped_at = None if stopped_at < 0 else int(stopped_at)
+        self.smoothed, self.count, self.below = smoothed, int(count), int(below)
+        self._probe = None
+        self._saved = tuple(sums) if pending else None
