@@ -70,7 +70,7 @@ class Processes(NamedTuple):
         return cls(*(int(os.environ.get(name, alone)) for name, alone in _ALONE.items()))
 
 
-def load_vae(name: str) -> AutoencoderKL:
+def load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
     """The VAE, in eval mode and frozen.
 
     Raises:
@@ -78,7 +78,7 @@ def load_vae(name: str) -> AutoencoderKL:
         SettingError: If it takes other images than RGB, or shifts its latents, which no sampler here undoes.
     """
     try:
-        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True)
+        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, torch_dtype=dtype)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"There is no AutoencoderKL at {name!r}: {error}\n"
@@ -212,7 +212,7 @@ def encode(
     plan = batches_of(shards, run.shard_images, len(found.images), run.batch_size)
     images = Images(run.images, found.images, run.size)
     batches = DataLoader(images, batch_sampler=[rows for _, rows in plan], num_workers=run.workers, collate_fn=collate)
-    work = zip(plan, progress(batches, "encoding") if show else batches, strict=True)
+    work = zip(plan, progress(batches, "encoding") if show and plan else batches, strict=True)
     bad: list[tuple[str, str]] = []
     for shard, group in groupby(work, key=lambda item: item[0][0]):
         parts = [[torch.empty(0, *index.shape, dtype=STORED[run.store])] for _ in moment_names(run.flip)]
@@ -261,16 +261,15 @@ def main(argv: list[str] | None = None) -> None:
     if run.out.resolve().is_relative_to(run.images.resolve()):
         raise SettingError(f"--out {run.out} lies in {run.images}, and would be taken for images. Name another folder.")
     found = list_images(run.images)
-    vae = load_vae(run.vae)
+    vae = load_vae(run.vae, PRECISIONS[run.precision])
     index = planned_index(run, vae, found)
     open_folder(run.out, index, here.rank)
     shards = unfinished(run.out, index, list(range(here.rank, index.shards, here.count)))
     if here.rank == 0 and found.others:
         print(f"{run.images}: not encoded are {len(found.others)} files of other kinds, such as {found.others[0]}")
     device = f"cuda:{here.local_rank}" if run.device == "cuda" else run.device
-    vae.to(device, PRECISIONS[run.precision])
     with torch.backends.cudnn.flags(allow_tf32=run.precision == "tf32"):  # convolutions use it unless told not to
-        bad = encode(run, vae, found, index, shards, show=here.rank == 0)
+        bad = encode(run, vae.to(device), found, index, shards, show=here.rank == 0)
     if bad and not run.skip_bad:
         raise DataError(
             f"{len(bad)} of {len(found.images)} images cannot be read, and the shards that they belong to are not "

@@ -225,6 +225,13 @@ def test_no_npy_runs_code_or_takes_memory(tmp_path: Path) -> None:
         read_npy(tmp_path / "b.npy")
 
 
+def test_arrays_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
+    array = np.random.default_rng(0).normal(size=(8, 2, 2))
+    for kind in (array, np.asfortranarray(array), array.astype(">f4"), array.astype(np.float16)):
+        np.save(tmp_path / "a.npy", kind)
+        assert np.array_equal(read_npy(tmp_path / "a.npy"), np.load(tmp_path / "a.npy", allow_pickle=False))
+
+
 def test_no_json_takes_memory_or_overflows_the_stack(tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     for content in (b"{", b"\xff", b"[" * 100_000, b"1" * 5000):

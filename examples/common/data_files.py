@@ -72,7 +72,7 @@ def read_npy(path: Path) -> NDArray[Any]:
         version = np.lib.format.read_magic(stream)
         if version not in _HEADER_READERS:
             raise DataError(f"{path} has version {version} of the .npy format. Save the array again with np.save.")
-        shape, _, dtype = _HEADER_READERS[version](stream)
+        shape, by_column, dtype = _HEADER_READERS[version](stream)
         if dtype.kind != "f":
             raise DataError(f"{path} holds {dtype}; floating-point numbers are needed.")
         announced = stream.tell() + math.prod(shape) * dtype.itemsize
@@ -81,5 +81,5 @@ def read_npy(path: Path) -> NDArray[Any]:
                 f"{path} has {size} bytes, but an array {shape} of {dtype} takes {announced}: it is truncated or "
                 "damaged. Copy or make it again."
             )
-        stream.seek(0)
-        return np.load(stream, allow_pickle=False)
+        # Not np.load, which would parse the header again: half of the time that a small file takes.
+        return np.fromfile(stream, dtype).reshape(shape, order="F" if by_column else "C")
