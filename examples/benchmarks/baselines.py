@@ -242,8 +242,7 @@ class OwnEarlierEMA(nn.Module):
     """One run in place of two: stage 1 up to a step, and from there on the run's own average of that moment teaches.
 
     Args:
-        model: The model that trains.
-        ema: Its average.
+        ema: The average of the model that trains.
         first: Stage 1's criterion on the model.
         then: Makes stage 2's criterion on the model from a frozen copy of the average.
         switch_step: The first step of the second part.
@@ -251,7 +250,6 @@ class OwnEarlierEMA(nn.Module):
 
     def __init__(
         self,
-        model: nn.Module,
         ema: nn.Module,
         first: st.SelfTransLoss,
         then: Callable[[nn.Module], st.SelfTransLoss],

@@ -69,10 +69,10 @@ class Protocol:
     peer_deep_layer: int = 5
     head_features: int = 256
     batch_size: int = 64
-    lr: float = 1e-3
+    lr: float = 3e-3
     warmup_steps: int = 100
-    ema_decay: float = 0.995
-    evaluate_at: tuple[int, ...] = (500, 1000, 1500, 2000, 2500)
+    ema_decay: float = 0.99
+    evaluate_at: tuple[int, ...] = (500, 1000, 1500, 2500)
     samples: int = 2000
     sampler_steps: int = 25
     knn: tuple[int, int] = (2000, 1000)
@@ -140,14 +140,14 @@ PROTOCOLS = {
             head_features=8,
             batch_size=4,
             warmup_steps=1,
-            evaluate_at=(2, 4, 5),
+            evaluate_at=(1, 2, 5),
             samples=20,
             sampler_steps=2,
             knn=(16, 8),
             vae_steps=2,
             classifier_steps=2,
             least_accuracy=0.0,
-            images=(40, 24),
+            images=(80, 24),
         ),
     )
 }
