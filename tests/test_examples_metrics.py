@@ -11,6 +11,9 @@ from common.metrics import (
     classifier_features,
     feature_statistics,
     frechet_distance,
+    frechet_spread,
+    precision_recall,
+    streamed_statistics,
     train_classifier,
 )
 from scipy.linalg import sqrtm
@@ -70,6 +73,93 @@ def test_shapes_that_do_not_fit_are_named() -> None:
     for match in ["features of one width", "Found: 2 and 3", "one extractor"]:
         with pytest.raises(ShapeError, match=match):
             frechet_distance(a, b)
+
+
+@pytest.mark.parametrize("sizes", [[7], [1, 6], [3, 1, 1, 2]])
+def test_streamed_statistics_equal_those_of_all_rows(sizes: list[int]) -> None:
+    # Far from zero, where a mean of squares less a squared mean would keep no digit.
+    features = 1e8 + np.random.default_rng(0).normal(size=(7, 3))
+    found = streamed_statistics(np.split(features, np.cumsum(sizes)[:-1]))
+    expected = feature_statistics(features)
+    np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-14)
+    np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-6)
+    with pytest.raises(ShapeError, match=r"at least two images.\nFound: 1"):
+        streamed_statistics([features[:1]])
+
+
+def test_the_distance_of_drawn_gaussians_is_that_of_their_laws() -> None:
+    rng = np.random.default_rng(0)
+    mean, scale = np.array([1.0, -2.0, 0.5]), np.array([1.0, 3.0, 0.5])
+    drawn = feature_statistics(mean + scale * rng.normal(size=(40_000, 3)))
+    standard = feature_statistics(rng.normal(size=(40_000, 3)))
+    assert frechet_distance(standard, drawn) == pytest.approx((mean**2).sum() + ((scale - 1) ** 2).sum(), rel=0.02)
+
+
+def test_the_spread_is_that_of_new_samples() -> None:
+    """In one dimension the distance of n samples of N(3, 1) from N(0, 1) is near (m^2): deviation 2 * 3 / sqrt(n)."""
+    rng = np.random.default_rng(0)
+    law = FeatureStatistics(np.zeros(1), np.eye(1))
+    anew = [frechet_distance(law, feature_statistics(3 + rng.normal(size=(500, 1)))) for _ in range(200)]
+    spread = frechet_spread(law, 3 + rng.normal(size=(500, 1)), draws=200)
+    assert spread == pytest.approx(6 / 500**0.5, rel=0.2)
+    assert spread == pytest.approx(np.std(anew), rel=0.25)
+    features = rng.normal(size=(20, 2))
+    law = FeatureStatistics(np.zeros(2), np.eye(2))
+    assert frechet_spread(law, features, draws=5) == frechet_spread(law, features, draws=5)
+    assert frechet_spread(law, features, draws=5) != frechet_spread(law, features, draws=5, seed=1)
+
+
+def test_precision_and_recall_of_points_on_a_line() -> None:
+    data = np.array([[0.0], [1.0], [10.0], [12.0]])  # with k = 1, balls [-1, 1], [0, 2], [8, 12], [10, 14]
+    samples = np.array([[0.5], [2.5], [3.0], [13.0]])  # balls [-1.5, 2.5], [2, 3], [2.5, 3.5], [3, 23]
+    assert precision_recall(data, samples, neighbours=1) == (2 / 4, 4 / 4)  # 0.5 and 13; all
+    # With k = 2 the data's are [-10, 10], [-8, 10], [1, 19], [1, 23]; the samples' [-2, 3], [0.5, 4.5], [0.5, 5.5], ...
+    assert precision_recall(data, samples, neighbours=2) == (1, 1)
+    assert precision_recall(data, samples[[0, 1, 2]], neighbours=1) == (1 / 3, 2 / 4)  # 13's ball held 10 and 12
+
+
+def plain_share(points: np.ndarray, others: np.ndarray, k: int) -> float:
+    """The definition, point by point."""
+    inside = 0
+    for point in points:
+        for i, other in enumerate(others):
+            radius = sorted(np.linalg.norm(other - o) for j, o in enumerate(others) if j != i)[k - 1]
+            if np.linalg.norm(point - other) <= radius:
+                inside += 1
+                break
+    return inside / len(points)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_equal_the_definition(k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    data, samples = rng.normal(size=(23, 2)), 1.5 * rng.normal(size=(17, 2)) + 2
+    expected = (plain_share(samples, data, k), plain_share(data, samples, k))
+    assert 0 < expected[0] < 1
+    assert 0 < expected[1] < 1
+    assert tuple(precision_recall(data, samples, neighbours=k)) == expected
+    far = 1e6  # the squares of what is subtracted are a trillion times larger than the distances
+    assert tuple(precision_recall(data + far, samples + far, neighbours=k)) == expected
+    monkeypatch.setattr("common.metrics._DISTANCE_ROWS", 5)
+    assert tuple(precision_recall(data, samples, neighbours=k)) == expected
+
+
+def test_precision_falls_for_noise_and_recall_for_one_mode() -> None:
+    rng = np.random.default_rng(0)
+    modes = np.repeat(np.array([[0.0, 0.0], [50.0, 0.0]]), 100, axis=0) + rng.normal(size=(200, 2))
+    one_mode = rng.normal(size=(200, 2))
+    noise = rng.uniform(-1000, 1000, size=(200, 2))
+    assert precision_recall(modes, one_mode).precision > 0.85
+    assert precision_recall(modes, one_mode).recall == pytest.approx(0.5, abs=0.06)
+    assert precision_recall(modes, noise).precision < 0.05
+    assert precision_recall(modes, modes) == (1, 1)
+
+
+def test_sets_without_neighbours_are_named() -> None:
+    for data, samples in [((3, 2), (9, 2)), ((9, 2), (3, 2)), ((9, 2), (9, 3))]:
+        for match in ["more than 3 features of one width", rf"Found: \({data[0]}, {data[1]}\) and "]:
+            with pytest.raises(ShapeError, match=match):
+                precision_recall(np.zeros(data), np.zeros(samples))
 
 
 def test_the_classifier_learns_the_digits_and_its_features_tell_noise_from_digits(generator: torch.Generator) -> None:

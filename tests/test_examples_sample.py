@@ -3,70 +3,24 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import sample
 import torch
 from common.load_sit import sit_from_checkpoint
-from common.sit import SiT
-from common.vae import new_vae, save_vae
-from numpy.typing import NDArray
 from PIL import Image
+from tiny_runs import ARGS, FAST, SCALE, SIZES, images_of, write_checkpoint, write_run, write_vae
 
 from selftrans_reg.errors import CheckpointError, SettingError, ShapeError
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-SIZES = {
-    "input_size": 4, "patch_size": 1, "in_channels": 4, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5,
-    "class_dropout_prob": 0.1, "learn_sigma": False, "qk_norm": False,
-}  # fmt: skip
-ARGS = SIZES | {"model": "demo", "path": "linear", "data": "x", "vae": "vae"}
-SCALE = 0.8
-FAST = ["--steps=3", "--batch-size=4", "--num-samples=10", "--device=cpu"]
-
-
-def weights(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
-    """Of a SiT without a zero among them, so that labels and times matter."""
-    generator = torch.Generator().manual_seed(seed)
-    state = SiT(**(SIZES | settings)).state_dict()
-    return {key: 0.3 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
-
-
-def write_checkpoint(path: Path, steps: int, args: dict[str, Any] | None = None, **settings: Any) -> Path:
-    content = {"model": weights(2 * steps, **settings), "ema": weights(2 * steps + 1, **settings), "steps": steps}
-    if args is not None:
-        content["args"] = args
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, path)
-    return path
-
-
-def write_vae(folder: Path, scale: float = SCALE) -> Path:
-    vae = new_vae(16, 1, widths=(8, 8, 8))
-    vae.register_to_config(scaling_factor=scale)
-    save_vae(vae, folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
-def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A run's folder as the trainer leaves it: two checkpoints, and the VAE that they name."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for steps in (4, 12):
-            args = ARGS | {"scale_factor": SCALE}
-            write_checkpoint(folder / f"checkpoints/{steps:07d}.pt", steps, args)
-        write_vae(folder / "vae")
-    return folder
-
-
-def images_of(out: Path) -> NDArray[np.uint8]:
-    return np.stack([np.asarray(Image.open(path)) for path in sorted((out / "images").glob("*.png"))])
+def run_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", 4, 12)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO
+from typing import IO, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -69,6 +69,33 @@ def write_npz(pngs: Sequence[Path], labels: NDArray[np.int64], path: Path) -> No
     partial.replace(path)
 
 
+class Images(Protocol):
+    """Images in order, as often as asked, under a name."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one."""
+
+
+class HeldImages(NamedTuple):
+    """Images in memory: (N, 3, H, W), uint8."""
+
+    name: str
+    images: Tensor
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Batches of ``size`` images and a smaller last one."""
+        yield from self.images.split(size)
+
+
 class ImageSet:
     """The images of a folder of PNGs, at any depth, or of the ``arr_0`` of an ``.npz``; in order, as often as asked.
 
@@ -81,7 +108,8 @@ class ImageSet:
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path / "images" if (path / "images").is_dir() else path
+        self.path = (path / "images" if (path / "images").is_dir() else path).resolve()
+        self.name = str(self.path)
         self._pngs: list[Path] = []
         if self.path.is_dir():
             self._pngs = sorted(self.path.rglob("*.png"))

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from common.checkpointing import saved_checkpoints
 from common.sit import SIZES, SiT, published_sizes
 from selftrans_reg.checkpoints import check_fit, choose_entry, load_weights, plain_keys
 from selftrans_reg.errors import CheckpointError
@@ -114,14 +115,14 @@ def checkpoints_of(folder: Path) -> list[Path]:
         CheckpointError: If there is none.
     """
     inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
-    found = [path for path in inside.glob("*.pt") if path.stem.isdecimal()] if inside.is_dir() else []
+    found = list(saved_checkpoints(inside).values())
     if not found:
         there = sorted(path.name for path in inside.iterdir()) if inside.is_dir() else []
         raise CheckpointError(
             f"There is no checkpoint of a run in {inside}.\nFound: {some_of(there)}.\n"
             "Its name is the number of steps, as 0050000.pt: pass another file by its path."
         )
-    return sorted(found, key=lambda path: int(path.stem))
+    return found
 
 
 def newest_checkpoint(path: Path) -> Path:

@@ -1,5 +1,9 @@
-"""How far samples are from data: the Fréchet distance between features of a classifier trained on the same images."""
+"""How far samples are from data, in features: the Fréchet distance, its spread, and precision and recall.
 
+Also a classifier of small images, whose features serve where the data is small too.
+"""
+
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +21,7 @@ from selftrans_reg.errors import ShapeError
 
 _BATCH_SIZE = 64
 _FEATURE_BATCH = 512
+_DISTANCE_ROWS = 1024
 
 
 class SmallClassifier(nn.Module):
@@ -120,6 +125,32 @@ def feature_statistics(features: NDArray[np.floating]) -> FeatureStatistics:
     return FeatureStatistics(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
 
 
+def streamed_statistics(batches: Iterable[NDArray[np.floating]]) -> FeatureStatistics:
+    """As `feature_statistics` of all batches (N_i, D) together, of which only one is held at a time.
+
+    Mean and scatter of what came before and of the new batch are joined by Chan's formula, which does not cancel.
+
+    Raises:
+        ShapeError: If there are not at least two rows of features.
+
+    Reference: Chan, Golub and LeVeque, 1983
+    """
+    count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
+    for batch in batches:
+        rows = batch.astype(np.float64)
+        if not count:
+            mean, scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1], rows.shape[1]))
+        own_mean = rows.mean(0)
+        apart = own_mean - mean
+        scatter += (rows - own_mean).T @ (rows - own_mean)
+        scatter += np.outer(apart, apart) * (count * len(rows) / (count + len(rows)))
+        mean = mean + apart * (len(rows) / (count + len(rows)))
+        count += len(rows)
+    if count < 2:
+        raise ShapeError(f"Statistics need features of at least two images.\nFound: {count}.")
+    return FeatureStatistics(mean, scatter / (count - 1))
+
+
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Squared 2-Wasserstein distance of two Gaussians: ``|m - n|^2 + tr(A + B - 2 (A B)^(1/2))``.
 
@@ -131,12 +162,87 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     Reference: Dowson and Landau, 1982; Heusel et al., 2017, https://arxiv.org/abs/1706.08500
     """
+    return _distance(a, _root(a.covariance), b)
+
+
+def frechet_spread(reference: FeatureStatistics, features: NDArray[np.floating], *, draws: int, seed: int = 0) -> float:
+    """Standard deviation of the Fréchet distance over bootstrap draws: as many features again, with replacement.
+
+    How far the distance would move with other samples. A draw's own distance is larger than that of all samples, since
+    it holds fewer different ones: only their spread is of use.
+
+    Shape:
+        features: (N, D), of the samples
+    """
+    rng = np.random.default_rng(seed)
+    root = _root(reference.covariance)
+    drawn = (features[rng.integers(len(features), size=len(features))] for _ in range(draws))
+    return float(np.std([_distance(reference, root, feature_statistics(again)) for again in drawn], ddof=1))
+
+
+def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    values, vectors = eigh(covariance)
+    return (vectors * np.sqrt(values.clip(0))) @ vectors.T
+
+
+def _distance(a: FeatureStatistics, root: NDArray[np.float64], b: FeatureStatistics) -> float:
     if a.mean.shape != b.mean.shape:
         raise ShapeError(
             f"The Fréchet distance needs features of one width.\nFound: {len(a.mean)} and {len(b.mean)}.\n"
             "Compute both sets of statistics with one extractor."
         )
-    values, vectors = eigh(a.covariance)
-    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
     cross = np.sqrt(eigvalsh(root @ b.covariance @ root).clip(0)).sum()
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
+
+
+class PrecisionRecall(NamedTuple):
+    """Share of the samples that lie on the data's manifold, and of the data on the samples' manifold."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(
+    data: NDArray[np.floating], samples: NDArray[np.floating], *, neighbours: int = 3
+) -> PrecisionRecall:
+    """Improved precision and recall.
+
+    A set's manifold is the union of a ball around each of its points, that reaches its k-th nearest other point.
+
+    Args:
+        data: Features (N, D) of the data.
+        samples: Features (M, D) of the samples.
+        neighbours: k.
+
+    Raises:
+        ShapeError: If the features differ in width, or a set has no k-th other point.
+
+    Reference: Kynkäänniemi et al., 2019, https://arxiv.org/abs/1904.06991
+    """
+    fewest = min(len(data), len(samples))
+    if data.ndim != 2 or samples.ndim != 2 or data.shape[1] != samples.shape[1] or fewest <= neighbours:
+        raise ShapeError(
+            f"Precision and recall need two sets of more than {neighbours} features of one width.\n"
+            f"Found: {data.shape} and {samples.shape}.\nPass more images, through one extractor."
+        )
+    # Around the data's mean, or squares of large features would cancel in the distances.
+    centre = data.mean(0, dtype=np.float64)
+    data, samples = data - centre, samples - centre
+    return PrecisionRecall(_share_inside(samples, data, neighbours), _share_inside(data, samples, neighbours))
+
+
+def _share_inside(points: NDArray[np.float64], others: NDArray[np.float64], neighbours: int) -> float:
+    """Share of the points within a ball of the others."""
+    radii = np.concatenate(
+        [np.partition(rows, neighbours, axis=1)[:, neighbours] for rows in _squared_distances(others, others)]
+    )  # a point's nearest is itself: index k is its k-th other
+    inside = [(rows <= radii).any(1) for rows in _squared_distances(points, others)]
+    return float(np.concatenate(inside).mean())
+
+
+def _squared_distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
+    """``|a_i - b_j|^2``, some rows i at a time."""
+    norms = (b**2).sum(1)
+    for start in range(0, len(a), _DISTANCE_ROWS):
+        rows = a[start : start + _DISTANCE_ROWS]
+        yield ((rows**2).sum(1, keepdims=True) + norms - 2 * rows @ b.T).clip(0)
