@@ -1,0 +1,191 @@
+"""How far images are from the data: Fréchet distance with its spread, precision and recall, in features that you name.
+
+The second form samples every checkpoint of a run as `sample.py` does, and draws the distance against the steps. What
+is finished in ``--out`` is not done again: as the run goes on, the same command adds its new checkpoints.
+
+    python examples/evaluate.py --samples samples/sit --reference data/images --features my_features:inception
+    python examples/evaluate.py --run runs/sit --out runs/sit/curve --reference digits --features digits
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import sample
+import torch
+from common.data import digits
+from common.feature_sets import (
+    DIGITS,
+    Extractor,
+    Reference,
+    evenly,
+    extractor_named,
+    load_reference,
+    reference_of,
+    save_reference,
+)
+from common.image_sets import HeldImages, Images, ImageSet, to_uint8
+from common.load_sit import checkpoints_of
+from common.metrics import feature_statistics, frechet_distance, frechet_spread, precision_recall
+from common.options import at_least
+from common.pictures import plt
+from common.run_folder import open_run_folder, write_json
+
+# FID-10K without guidance on ImageNet 256x256, batch 256, read off the authors' plot (+-0.5): steps -> distance.
+# Sun et al., 2026, https://arxiv.org/abs/2601.07773
+PUBLISHED = {
+    "SiT-B/2": {50_000: 96, 100_000: 67, 200_000: 50, 300_000: 43, 400_000: 38.6},
+    "SiT-B/2 + VAE alignment (stage 1)": {50_000: 91, 100_000: 59, 200_000: 41, 300_000: 36, 400_000: 32},
+    "SiT-B/2 + Self-Transcendence": {50_000: 74, 100_000: 52, 200_000: 31, 300_000: 26, 400_000: 23},
+}
+
+Row = dict[str, Any]
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--samples", type=Path, help="a folder of PNGs, such as that of sample.py, or an .npz")
+    what.add_argument("--run", type=Path, help="a run's folder: each of its checkpoints is sampled and measured")
+    parser.add_argument("--out", type=Path, help="folder of the samples, results and curve of --run")
+    parser.add_argument(
+        "--published", action="store_true", help="with --run on ImageNet, the published FID-10K beside it"
+    )
+    parser.add_argument("--reference", help=f"the data: a folder of PNGs, an .npz, or {DIGITS!r}")
+    parser.add_argument("--statistics", type=Path, help="file of the reference's statistics: written, or read if there")
+    parser.add_argument("--features", required=True, help=f"module:callable, or {DIGITS!r}: a small classifier of them")
+    parser.add_argument(
+        "--classifier", type=Path, default=Path("runs/digits_classifier.pt"), help=f"where that of {DIGITS!r} is kept"
+    )
+    parser.add_argument("--neighbours", type=at_least(1), default=3, help="k of precision and recall")
+    parser.add_argument("--bootstrap", type=at_least(2), default=20, help="draws for the distance's spread")
+    sample.add_sampling_options(parser)
+    run = parser.parse_args(argv)
+    if (run.run is None) != (run.out is None):
+        parser.error("--run and --out belong together")
+    if run.reference is None and run.statistics is None:
+        parser.error("name the data with --reference, or its --statistics")
+    if run.published and (run.run is None or run.features == DIGITS):
+        parser.error("--published belongs to --run, with features of Inception: its curves are FIDs on ImageNet")
+    return run
+
+
+def images_named(name: str) -> Images:
+    """The training digits, or the images at a path."""
+    if name == DIGITS:
+        pixels = torch.from_numpy(to_uint8(digits(32)[0].images))  # (N, H, W, 3)
+        return HeldImages(DIGITS, pixels.permute(0, 3, 1, 2).contiguous())
+    return ImageSet(Path(name))
+
+
+def reference_for(run: argparse.Namespace, extractor: Extractor) -> Reference:
+    """The data's features: from the file of statistics if it is there, else computed, and written if one is named."""
+    images = None if run.reference is None else images_named(run.reference)
+    if run.statistics is not None and (images is None or run.statistics.exists()):
+        return load_reference(run.statistics, extractor, None if images is None else images.name)
+    reference = reference_of(images, extractor, batch_size=run.batch_size)
+    if run.statistics is not None:
+        save_reference(reference, extractor, images.name, run.statistics)
+    return reference
+
+
+def measured(run: argparse.Namespace, images: Images, extractor: Extractor, reference: Reference) -> Row:
+    """Distance, spread, precision and recall of a set of images."""
+    features = np.concatenate(list(extractor.of(images, run.batch_size)))
+    row: Row = {
+        "samples": len(features),
+        "frechet_distance": frechet_distance(reference.statistics, feature_statistics(features)),
+        "spread": frechet_spread(reference.statistics, features, draws=run.bootstrap),
+    }
+    if reference.features is not None:
+        found = precision_recall(reference.features, features[evenly(len(features))], neighbours=run.neighbours)
+        row |= found._asdict()
+    return row
+
+
+def report(rows: dict[str, Row], extractor: Extractor, reference: Reference, bootstrap: int) -> str:
+    """The rows as a table, and what they are."""
+    lines = ["", f"{'':<24}{'images':>9}{'Fréchet distance':>19}{'spread':>9}{'precision':>11}{'recall':>9}"]
+    for name, row in rows.items():
+        line = f"{name:<24}{row['samples']:>9,}{row['frechet_distance']:>19.3f}{row['spread']:>9.3f}"
+        lines.append(
+            line + "".join(f"{row[k]:>{width}.3f}" for k, width in [("precision", 11), ("recall", 9)] if k in row)
+        )
+    count = "an unknown number of" if reference.count is None else f"{reference.count:,}"
+    lines += [
+        "",
+        f"Features: {extractor.name}. Reference: {count} images. Spread: over {bootstrap} bootstrap draws.",
+        "Distances are comparable at one number of images, in one extractor's features only.",
+    ]
+    if reference.features is None:
+        lines.append("The statistics hold no features of single images: no precision and recall.")
+    return "\n".join(lines)
+
+
+def curve(run: argparse.Namespace, extractor: Extractor, reference: Reference) -> dict[str, Row]:
+    """A row for each checkpoint of a run, by its steps; those that are finished are read."""
+    scores = run.out / "scores"
+    scores.mkdir(exist_ok=True)
+    rows = {}
+    for checkpoint in checkpoints_of(run.run):
+        out = run.out / "samples" / checkpoint.stem
+        # The folder is checked even when all is there: weights under the name of others would be found.
+        npz = sample.sample(
+            argparse.Namespace(**vars(run) | {"checkpoint": checkpoint, "out": out}), sample.Processes()
+        )
+        path = scores / f"{checkpoint.stem}.json"
+        if not path.exists():
+            write_json(measured(run, ImageSet(npz), extractor, reference), path)
+        rows[checkpoint.stem] = json.loads(path.read_text())
+    write_json(rows, run.out / "results.json")
+    return rows
+
+
+def draw_curve(rows: dict[str, Row], path: Path, *, title: str, published: bool) -> None:
+    """Distance against steps, with bars of two spreads on either side; the published curves dashed."""
+    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    steps = [int(name) for name in rows]
+    distances, spreads = ([row[key] for row in rows.values()] for key in ("frechet_distance", "spread"))
+    axes.errorbar(steps, distances, [2 * spread for spread in spreads], marker="o", capsize=3, label=title, zorder=3)
+    if published:
+        for (name, points), colour in zip(PUBLISHED.items(), ("0.65", "0.45", "0.2"), strict=True):
+            axes.plot(list(points), list(points.values()), "--", marker=".", color=colour, label=f"{name}, published")
+    samples = next(iter(rows.values()))["samples"]
+    axes.set(xlabel="training steps", ylabel=f"Fréchet distance, {samples:,} samples", xlim=(0, None), ylim=(0, None))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    partial = path.with_name(path.name + ".partial")
+    figure.savefig(partial, dpi=120, format="png")
+    plt.close(figure)
+    partial.replace(path)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
+    """Measure the samples, or a run's checkpoints; return the table's rows."""
+    run = options(argv)
+    extractor = extractor_named(run.features, classifier=run.classifier, device=run.device)
+    if run.samples is not None:
+        images = ImageSet(run.samples)
+        reference = reference_for(run, extractor)
+        rows = {run.samples.name: measured(run, images, extractor, reference)}
+    else:
+        apart = {"run", "out", "samples", "published", "classifier", "device", "batch_size"}
+        settings = {name: value for name, value in vars(run).items() if name not in apart}
+        statistics = None if run.statistics is None else str(run.statistics)
+        open_run_folder(run.out, settings | {"features": extractor.name, "statistics": statistics})
+        run.statistics = run.statistics or run.out / "statistics.npz"
+        reference = reference_for(run, extractor)
+        rows = curve(run, extractor, reference)
+        draw_curve(rows, run.out / "curve.png", title=str(run.run), published=run.published)
+        print(f"Everything is in {run.out}; look at curve.png.")
+    print(report(rows, extractor, reference, run.bootstrap))
+    return rows
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,274 @@
+"""Evaluation at a tiny size: features that a file names, statistics that are kept, and a run's curve."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import evaluate
+import numpy as np
+import pytest
+import torch
+from common import feature_sets
+from common.data import LabelledImages, digits
+from common.data_files import DataError
+from common.feature_sets import Extractor, evenly, extractor_named, reference_of
+from common.image_sets import HeldImages, write_png
+from common.metrics import FeatureStatistics
+from numpy.typing import NDArray
+from PIL import Image
+from scipy.linalg import sqrtm
+from tiny_runs import FAST, write_run
+
+from selftrans_reg.errors import SettingError, ShapeError
+
+FEATURES = '''
+"""Features that somebody wrote beside their data."""
+
+import torch
+
+calls = []
+number = 3
+
+
+def colours(images):
+    """Mean and corner of each colour, (N, 6)."""
+    calls.append(len(images))
+    images = images.float()
+    return torch.cat([images.mean((2, 3)), images[:, :, 0, 0]], dim=1)
+
+
+def brightness(images):
+    return colours(images)[:, :2].numpy()
+
+
+def infinite(images):
+    return torch.full((len(images), 2), float("inf"))
+
+
+def flat(images):
+    return images.float().mean((1, 2, 3))
+'''
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with a module of features, 40 images of the data and 30 samples."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    (tmp_path / "my_features.py").write_text(FEATURES)
+    rng = np.random.default_rng(0)
+    for name, count, low in [("data", 40, 0), ("samples", 30, 60)]:
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            write_png(rng.integers(low, 256, size=(4, 4, 3), dtype=np.uint8), tmp_path / name / f"{i:03d}.png")
+    yield tmp_path
+    sys.modules.pop("my_features", None)
+
+
+def plain_features(folder: Path) -> NDArray[np.float64]:
+    images = np.stack([np.asarray(Image.open(path)) for path in sorted(folder.glob("*.png"))]).astype(float)
+    return np.concatenate([images.mean((1, 2)), images[:, 0, 0]], axis=1)
+
+
+def plain_distance(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+    first, second = np.cov(a.T), np.cov(b.T)
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(first + second - 2 * sqrtm(first @ second).real)
+
+
+COLOURS = ["--features=my_features:colours", "--device=cpu", "--batch-size=7", "--bootstrap=4"]
+
+
+def test_the_row_is_what_the_definitions_give(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    row = evaluate.main(["--samples=samples", "--reference=data", *COLOURS])["samples"]
+    data, samples = plain_features(here / "data"), plain_features(here / "samples")
+    assert row["samples"] == 30
+    assert row["frechet_distance"] == pytest.approx(plain_distance(data, samples), rel=1e-5)
+
+    def share(points: NDArray[np.float64], others: NDArray[np.float64]) -> float:
+        radii = np.sort(np.linalg.norm(others[:, None] - others, axis=2), axis=1)[:, 3]
+        return float((np.linalg.norm(points[:, None] - others, axis=2) <= radii).any(1).mean())
+
+    assert (row["precision"], row["recall"]) == (share(samples, data), share(data, samples))
+    assert 0 < row["spread"] < row["frechet_distance"]
+    printed = capsys.readouterr().out
+    for expected in ["Fréchet distance", "my_features:colours", "Reference: 40 images", "4 bootstrap draws"]:
+        assert expected in printed
+
+
+def test_statistics_are_kept_and_read_again(here: Path) -> None:
+    arguments = ["--samples=samples", "--statistics=cache/data.npz", *COLOURS]
+    first = evaluate.main([*arguments, "--reference=data"])
+    calls = sys.modules["my_features"].calls
+    calls.clear()
+    assert evaluate.main([*arguments, "--reference=data"]) == first
+    assert sum(calls) == 30  # the samples alone
+    assert evaluate.main(arguments) == first
+    assert [path.name for path in (here / "cache").iterdir()] == ["data.npz"]
+
+
+def test_statistics_of_other_features_or_images_are_refused(here: Path) -> None:
+    evaluate.main(["--samples=samples", "--reference=data", "--statistics=data.npz", *COLOURS])
+    before = (here / "data.npz").read_bytes()
+    for match in [r"statistics of other features.\nFound: extractor 'my_features:colours' there", "brightness' asked"]:
+        with pytest.raises(DataError, match=match):
+            evaluate.main(["--samples=samples", "--statistics=data.npz", "--features=my_features:brightness"])
+    for match in [
+        r"statistics of other images.\nFound: source '.*data' there, '.*samples' asked",
+        "or remove this one",
+    ]:
+        with pytest.raises(DataError, match=match):
+            evaluate.main(["--samples=samples", "--reference=samples", "--statistics=data.npz", *COLOURS])
+    assert (here / "data.npz").read_bytes() == before
+
+
+def test_adms_reference_batch_gives_the_distance(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = plain_features(here / "data")
+    np.savez(here / "VIRTUAL.npz", arr_0=np.zeros((2, 4, 4, 3), np.uint8), mu=data.mean(0), sigma=np.cov(data.T))
+    row = evaluate.main(["--samples=samples", "--statistics=VIRTUAL.npz", *COLOURS])["samples"]
+    assert row["frechet_distance"] == pytest.approx(plain_distance(data, plain_features(here / "samples")), rel=1e-5)
+    assert "precision" not in row
+    assert "an unknown number of images" in (printed := capsys.readouterr().out)
+    assert "no precision and recall" in printed
+    with pytest.raises(ShapeError, match=r"features of one width.\nFound: 6 and 2"):
+        evaluate.main(["--samples=samples", "--statistics=VIRTUAL.npz", "--features=my_features:brightness"])
+
+
+def test_files_without_statistics_are_named(here: Path) -> None:
+    np.savez(here / "images.npz", np.zeros((2, 4, 4, 3), np.uint8))
+    np.savez(here / "flat.npz", mu=np.zeros(3), sigma=np.zeros(3))
+    (here / "text.npz").write_text("no archive")
+    for name, match in [
+        ("images.npz", "holds no statistics of features: .*mu"),
+        ("flat.npz", r"no mean \(D,\) and covariance \(D, D\): \(3,\) and \(3,\)"),
+        ("text.npz", "holds no statistics of features"),
+        ("nowhere.npz", "holds no statistics of features: .*nowhere.npz"),
+    ]:
+        with pytest.raises(DataError, match=match):
+            evaluate.main(["--samples=samples", f"--statistics={name}", *COLOURS])
+
+
+def test_an_extractor_that_is_none_is_named(here: Path) -> None:
+    def named(name: str) -> Extractor:
+        return extractor_named(name, classifier=here / "classifier.pt", device="cpu")
+
+    for name in ("inception", "my_features:nothing", "no_such_module:f", ":f", "my_features:"):
+        for match in [f"no features named '{name}'", "module:callable"]:
+            with pytest.raises(SettingError, match=match):
+                named(name)
+    with pytest.raises(SettingError, match="'my_features:number' is a int, which cannot be called"):
+        named("my_features:number")
+    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
+    with pytest.raises(ShapeError, match=r"features \(N, D\) of N images.\nFound: float32 \(2,\) for 2 images"):
+        named("my_features:flat")(images)
+    with pytest.raises(ShapeError, match="made features that are not finite"):
+        named("my_features:infinite")(images)
+
+
+def test_few_of_many_features_are_held_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feature_sets, "_PAIRED", 5)
+    assert evenly(4).tolist() == [0, 1, 2, 3]
+    assert evenly(13).tolist() == [0, 3, 6, 9, 12]
+    images = HeldImages("grey", torch.arange(13, dtype=torch.uint8).reshape(13, 1, 1, 1).expand(13, 3, 2, 2))
+    extractor = Extractor("first", lambda batch: batch[:, 0, 0, :1].float())
+    found = reference_of(images, extractor, batch_size=4)
+    assert found.features[:, 0].tolist() == [0, 3, 6, 9, 12]
+    assert found.count == 13
+    assert found.statistics == FeatureStatistics(pytest.approx(np.array([6.0])), pytest.approx(np.array([[91 / 6]])))
+
+
+def test_the_digits_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held-out digits are nearer to the training digits than the same digits inverted, by the demo's own classifier."""
+    train, held_out = (LabelledImages(d.images[:200], d.labels[:200]) for d in digits(32))
+    for module in (evaluate, feature_sets):
+        monkeypatch.setattr(module, "digits", lambda size: (train, held_out))
+    monkeypatch.setattr(feature_sets, "_CLASSIFIER_STEPS", 30)
+    rows = {}
+    for name, sign in [("held_out", 1), ("inverted", -1)]:
+        np.savez(tmp_path / f"{name}.npz", evaluate.to_uint8(sign * held_out.images))
+        arguments = [f"--samples={tmp_path / name}.npz", "--reference=digits", "--features=digits", "--device=cpu"]
+        rows |= evaluate.main([*arguments, f"--classifier={tmp_path / 'runs/classifier.pt'}", "--bootstrap=2"])
+    assert rows["held_out.npz"]["frechet_distance"] < 0.2 * rows["inverted.npz"]["frechet_distance"]
+    assert rows["held_out.npz"]["precision"] > 0.6 > 0.2 > rows["inverted.npz"]["precision"]
+
+    extractor = extractor_named("digits", classifier=tmp_path / "runs/classifier.pt", device="cpu")
+    monkeypatch.setattr(feature_sets, "_CLASSIFIER_STEPS", 31)
+    other = extractor_named("digits", classifier=tmp_path / "other.pt", device="cpu")
+    assert extractor.name.startswith("digits-")
+    assert extractor.name != other.name  # features of another training are other features
+    with pytest.raises(ShapeError, match=r"images of 32x32.\nFound: \(2, 3, 16, 16\)"):
+        extractor(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+
+
+@pytest.fixture
+def curve(here: Path) -> list[str]:
+    write_run(here / "run", 4, 12)
+    fast = [argument for argument in FAST if "batch" not in argument]
+    return ["--run=run", "--out=curve", "--reference=data", *COLOURS, *fast]
+
+
+def test_a_run_becomes_a_curve_to_which_new_checkpoints_are_added(here: Path, curve: list[str]) -> None:
+    rows = evaluate.main(curve)
+    out = here / "curve"
+    assert {path.name for path in out.iterdir()} == {
+        "settings.json", "statistics.npz", "samples", "scores", "results.json", "curve.png",
+    }  # fmt: skip
+    assert json.loads((out / "results.json").read_text()) == rows
+    alone = evaluate.main(["--samples=curve/samples/0000012", "--reference=data", *COLOURS])
+    assert alone["0000012"] == rows["0000012"]
+
+    kept = [*out.glob("samples/*/images/*.png"), *out.glob("samples/*/*.npz"), *out.glob("scores/*")]
+    times = {path: path.stat().st_mtime_ns for path in kept}
+    write_run(here / "run2", 20)
+    (here / "run2/checkpoints/0000020.pt").rename(here / "run/checkpoints/0000020.pt")
+    more = evaluate.main(curve)
+    assert list(more) == ["0000004", "0000012", "0000020"]
+    assert {name: more[name] for name in rows} == rows
+    assert {path: path.stat().st_mtime_ns for path in kept} == times
+
+
+def test_a_checkpoint_that_was_replaced_is_noticed(here: Path, curve: list[str]) -> None:
+    evaluate.main(curve)
+    (here / "run/checkpoints/0000012.pt").write_bytes((here / "run/checkpoints/0000004.pt").read_bytes())
+    with pytest.raises(SettingError, match="checkpoint_weights: "):
+        evaluate.main(curve)
+    with pytest.raises(SettingError, match="num_samples: 10 there, 9 now"):
+        evaluate.main([*curve, "--num-samples=9"])
+
+
+def test_the_published_curves_are_drawn_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(evaluate.plt, "close", drawn.append)
+    rows = {
+        name: {"samples": 10_000, "frechet_distance": value, "spread": 1.0}
+        for name, value in [("50000", 90), ("100000", 60)]
+    }
+    for published in (False, True):
+        evaluate.draw_curve(rows, tmp_path / "curve.png", title="mine", published=published)
+    plain, both = (figure.axes[0] for figure in drawn)
+    assert len(plain.lines) + 3 == len(both.lines)
+    lines = {line.get_label(): line.get_xydata().tolist() for line in both.lines}
+    assert lines["SiT-B/2, published"] == [[50e3, 96], [100e3, 67], [200e3, 50], [300e3, 43], [400e3, 38.6]]
+    assert lines["SiT-B/2 + Self-Transcendence, published"][-1] == [400e3, 23]
+    assert both.get_ylabel() == "Fréchet distance, 10,000 samples"
+    assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
+    monkeypatch.undo()
+    for figure in drawn:
+        evaluate.plt.close(figure)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        (["--samples=a", "--run=b", "--reference=c"], "not allowed with argument"),
+        (["--run=b", "--reference=c"], "--run and --out belong together"),
+        (["--samples=a", "--out=b", "--reference=c"], "--run and --out belong together"),
+        (["--samples=a"], "name the data with --reference, or its --statistics"),
+        (["--samples=a", "--reference=c", "--published"], "--published belongs to --run, with features of Inception"),
+        (["--samples=a", "--reference=c", "--bootstrap=1"], "must be 2 or more"),
+    ],
+)
+def test_options_that_do_not_go_together(arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.options([*arguments, "--features=digits"])
+    assert match in capsys.readouterr().err
