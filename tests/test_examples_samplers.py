@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 from common.paths import PATHS, linear_path
-from common.samplers import LAST_SDE_TIME, Guidance, sample_ode, sample_sde, score_from_velocity
+from common.samplers import LAST_SDE_TIME, Guidance, reversed_time, sample_ode, sample_sde, score_from_velocity
 from torch import Tensor
 
 from selftrans_reg.errors import SettingError
@@ -32,19 +32,57 @@ def points(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64).reshape(-1, 1, 1, 1)
 
 
-def ode_error(method: str, steps: int) -> float:
+def mixture_velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+    """E[dx_t / dt given x_t] on the linear path for data of N(-2, STD**2) and N(2, STD**2) in equal parts."""
+    t = t[:, None, None, None]
+    variance = (1 - t) ** 2 * STD**2 + t**2
+    parts = []
+    for mean in (-2.0, 2.0):
+        apart = x - (1 - t) * mean
+        parts.append((-(apart**2) / (2 * variance), (t - (1 - t) * STD**2) / variance * apart - mean))
+    weights = torch.stack([log for log, _ in parts]).softmax(0)
+    return sum(weight * velocity for weight, (_, velocity) in zip(weights, parts, strict=True))
+
+
+def normal_cdf(x: Tensor) -> Tensor:
+    return (1 + torch.erf(x / math.sqrt(2))) / 2
+
+
+def flow_error(flow: str, method: str, steps: int) -> float:
+    """How far the flow's end is from the known one: a flow on a line keeps each point's quantile."""
     start = points(-1.0, 0.3, 2.0)
-    # The flow keeps each point's quantile: z of N(0, 1) ends at MEAN + STD z.
-    end = sample_ode(gaussian_velocity(), start, Y.expand(3), steps=steps, method=method)
+    if flow == "mixture":
+        end = sample_ode(mixture_velocity, start, Y.expand(3), steps=steps, method=method)
+        quantile = (normal_cdf((end + 2) / STD) + normal_cdf((end - 2) / STD)) / 2
+        return (quantile - normal_cdf(start)).abs().max().item()
+    end = sample_ode(gaussian_velocity(PATHS[flow]), start, Y.expand(3), steps=steps, method=method)
     return (end - (MEAN + STD * start)).abs().max().item()
 
 
+@pytest.mark.parametrize("flow", [*PATHS, "mixture"])
 @pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
-def test_ode_converges_to_the_known_flow_at_its_order(method: str, order: int) -> None:
-    errors = [ode_error(method, steps) for steps in (64, 128, 256)]
+def test_ode_converges_to_the_known_flow_at_its_order(method: str, order: int, flow: str) -> None:
+    errors = [flow_error(flow, method, steps) for steps in (64, 128, 256)]
     assert errors[-1] < (0.02 if order == 1 else 1e-3)
     for coarse, fine in pairwise(errors):
         assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
+
+
+def test_a_model_of_reversed_time_is_sampled_as_its_own_convention_says() -> None:
+    """The SiT repository's: from s = 0, noise, to s = 1, data, along u = dx / ds."""
+
+    def towards_data(x: Tensor, s: Tensor, y: Tensor) -> Tensor:
+        s = s[:, None, None, None]
+        covariance = s * STD**2 - (1 - s)  # of x_s = s x + (1 - s) noise with x - noise
+        return MEAN + covariance / (s**2 * STD**2 + (1 - s) ** 2) * (x - s * MEAN)
+
+    start = points(-1.0, 0.3, 2.0)
+    x = start
+    for i in range(8):
+        x = x + towards_data(x, torch.full((3,), i / 8, dtype=torch.float64), Y) / 8
+    torch.testing.assert_close(sample_ode(reversed_time(towards_data), start, Y.expand(3), steps=8), x)
+    t = torch.tensor([0.1, 0.5, 0.9], dtype=torch.float64)
+    torch.testing.assert_close(reversed_time(towards_data)(start, t, Y), gaussian_velocity()(start, t, Y))
 
 
 def test_ode_steps_equal_the_formula() -> None:
@@ -78,6 +116,25 @@ def test_sde_reaches_the_datas_mean_and_variance(name: str, generator: torch.Gen
     # 20,000 samples: standard errors 0.0035 of the mean and 0.0025 of the deviation; the rest is the step size.
     assert end.mean().item() == pytest.approx(MEAN, abs=0.03)
     assert end.std().item() == pytest.approx(STD, abs=0.03)
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_sde_is_the_gaussian_chain_that_its_steps_define(steps: int, generator: torch.Generator) -> None:
+    """On Gaussian data each step is affine in x, with noise: mean and variance of all later ones follow."""
+    times = [*(1 + i / (steps - 1) * (LAST_SDE_TIME - 1) for i in range(steps)), 0.0]
+    mean, variance = 0.0, 1.0
+    for i, (t, t_next) in enumerate(pairwise(times)):
+        marginal = (1 - t) ** 2 * STD**2 + t**2
+        # dx/dt = v - t s, v = slope (x - centre) - MEAN, s = -(x - centre) / marginal
+        slope = (t - (1 - t) * STD**2 + t) / marginal
+        dt, centre = t_next - t, (1 - t) * MEAN
+        mean = mean + dt * (slope * (mean - centre) - MEAN)
+        variance = (1 + dt * slope) ** 2 * variance + (2 * t * abs(dt) if i < steps - 1 else 0)
+    start = torch.randn(40_000, 1, 1, 1, generator=generator, dtype=torch.float64)
+    end = sample_sde(gaussian_velocity(), start, Y.expand(40_000), steps=steps, generator=generator)
+    assert end.mean().item() == pytest.approx(mean, abs=4 * (variance / 40_000) ** 0.5)
+    assert end.var().item() == pytest.approx(variance, rel=4 * (2 / 40_000) ** 0.5)
+    assert abs(mean - MEAN) < 1.5 / steps
 
 
 def test_sde_steps_equal_the_formula(generator: torch.Generator) -> None:
