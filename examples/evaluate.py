@@ -1,10 +1,10 @@
 """How far images are from the data: Fréchet distance with its spread, precision and recall, in features that you name.
 
-The second form samples every checkpoint of a run as `sample.py` does, and draws the distance against the steps. What
-is finished in ``--out`` is not done again: as the run goes on, the same command adds its new checkpoints.
+The second form samples every checkpoint of some runs as `sample.py` does, and draws the distance against the steps.
+What is finished in ``--out`` is not done again: as the runs go on, the same command adds their new checkpoints.
 
     python examples/evaluate.py --samples samples/sit --reference data/images --features my_features:inception
-    python examples/evaluate.py --run runs/sit --out runs/sit/curve --reference digits --features digits
+    python examples/evaluate.py --run runs/plain runs/self --out runs/curve --reference digits --features digits
 """
 
 import argparse
@@ -50,7 +50,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--samples", type=Path, help="a folder of PNGs, such as that of sample.py, or an .npz")
-    what.add_argument("--run", type=Path, help="a run's folder: each of its checkpoints is sampled and measured")
+    what.add_argument("--run", type=Path, nargs="+", help="runs' folders: each checkpoint is sampled and measured")
     parser.add_argument("--out", type=Path, help="folder of the samples, results and curve of --run")
     parser.add_argument(
         "--published", action="store_true", help="with --run on ImageNet, the published FID-10K beside it"
@@ -67,6 +67,8 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run = parser.parse_args(argv)
     if (run.run is None) != (run.out is None):
         parser.error("--run and --out belong together")
+    if run.run is not None and len({path.name for path in run.run}) < len(run.run):
+        parser.error("the folders of --run need different names")
     if run.reference is None and run.statistics is None:
         parser.error("name the data with --reference, or its --statistics")
     if run.published and (run.run is None or run.features == DIGITS):
@@ -126,14 +128,14 @@ def report(rows: dict[str, Row], extractor: Extractor, reference: Reference, boo
     return "\n".join(lines)
 
 
-def curve(run: argparse.Namespace, extractor: Extractor, reference: Reference) -> dict[str, Row]:
+def curve(run: argparse.Namespace, folder: Path, extractor: Extractor, reference: Reference) -> dict[str, Row]:
     """A row for each checkpoint of a run, by its steps; those that are finished are read."""
-    scores = run.out / "scores"
-    scores.mkdir(exist_ok=True)
+    scores = run.out / "scores" / folder.name
+    scores.mkdir(parents=True, exist_ok=True)
     rows = {}
-    for checkpoint in checkpoints_of(run.run):
-        out = run.out / "samples" / checkpoint.stem
-        # The folder is checked even when all is there: weights under the name of others would be found.
+    for checkpoint in checkpoints_of(folder):
+        out = run.out / "samples" / folder.name / checkpoint.stem
+        # The samples are opened even when the score is there: weights under the name of others would be found.
         npz = sample.sample(
             argparse.Namespace(**vars(run) | {"checkpoint": checkpoint, "out": out}), sample.Processes()
         )
@@ -141,20 +143,20 @@ def curve(run: argparse.Namespace, extractor: Extractor, reference: Reference) -
         if not path.exists():
             write_json(measured(run, ImageSet(npz), extractor, reference), path)
         rows[checkpoint.stem] = json.loads(path.read_text())
-    write_json(rows, run.out / "results.json")
     return rows
 
 
-def draw_curve(rows: dict[str, Row], path: Path, *, title: str, published: bool) -> None:
+def draw_curves(curves: dict[str, dict[str, Row]], path: Path, *, published: bool) -> None:
     """Distance against steps, with bars of two spreads on either side; the published curves dashed."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    steps = [int(name) for name in rows]
-    distances, spreads = ([row[key] for row in rows.values()] for key in ("frechet_distance", "spread"))
-    axes.errorbar(steps, distances, [2 * spread for spread in spreads], marker="o", capsize=3, label=title, zorder=3)
+    for name, rows in curves.items():
+        steps = [int(step) for step in rows]
+        distances, spreads = ([row[key] for row in rows.values()] for key in ("frechet_distance", "spread"))
+        axes.errorbar(steps, distances, [2 * spread for spread in spreads], marker="o", ms=4, capsize=3, label=name)
     if published:
-        for (name, points), colour in zip(PUBLISHED.items(), ("0.65", "0.45", "0.2"), strict=True):
-            axes.plot(list(points), list(points.values()), "--", marker=".", color=colour, label=f"{name}, published")
-    samples = next(iter(rows.values()))["samples"]
+        for (name, points), grey in zip(PUBLISHED.items(), ("0.7", "0.45", "0.1"), strict=True):
+            axes.plot(list(points), list(points.values()), "--", marker=".", color=grey, label=f"{name}, published")
+    samples = max(row["samples"] for rows in curves.values() for row in rows.values())
     axes.set(xlabel="training steps", ylabel=f"Fréchet distance, {samples:,} samples", xlim=(0, None), ylim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     axes.grid(alpha=0.3)
@@ -166,7 +168,7 @@ def draw_curve(rows: dict[str, Row], path: Path, *, title: str, published: bool)
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
-    """Measure the samples, or a run's checkpoints; return the table's rows."""
+    """Measure the samples, or the runs' checkpoints; return the table's rows."""
     run = options(argv)
     extractor = extractor_named(run.features, classifier=run.classifier, device=run.device)
     if run.samples is not None:
@@ -180,8 +182,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
         open_run_folder(run.out, settings | {"features": extractor.name, "statistics": statistics})
         run.statistics = run.statistics or run.out / "statistics.npz"
         reference = reference_for(run, extractor)
-        rows = curve(run, extractor, reference)
-        draw_curve(rows, run.out / "curve.png", title=str(run.run), published=run.published)
+        curves = {folder.name: curve(run, folder, extractor, reference) for folder in run.run}
+        write_json(curves, run.out / "results.json")
+        draw_curves(curves, run.out / "curve.png", published=run.published)
+        rows = {f"{name} {int(step):,}": row for name, found in curves.items() for step, row in found.items()}
         print(f"Everything is in {run.out}; look at curve.png.")
     print(report(rows, extractor, reference, run.bootstrap))
     return rows

@@ -207,22 +207,27 @@ def curve(here: Path) -> list[str]:
     return ["--run=run", "--out=curve", "--reference=data", *COLOURS, *fast]
 
 
-def test_a_run_becomes_a_curve_to_which_new_checkpoints_are_added(here: Path, curve: list[str]) -> None:
+def test_runs_become_curves_to_which_new_checkpoints_are_added(here: Path, curve: list[str]) -> None:
     rows = evaluate.main(curve)
     out = here / "curve"
     assert {path.name for path in out.iterdir()} == {
         "settings.json", "statistics.npz", "samples", "scores", "results.json", "curve.png",
     }  # fmt: skip
-    assert json.loads((out / "results.json").read_text()) == rows
-    alone = evaluate.main(["--samples=curve/samples/0000012", "--reference=data", *COLOURS])
-    assert alone["0000012"] == rows["0000012"]
+    assert list(rows) == ["run 4", "run 12"]
+    assert json.loads((out / "results.json").read_text()) == {
+        "run": {"0000004": rows["run 4"], "0000012": rows["run 12"]}
+    }
+    alone = evaluate.main(["--samples=curve/samples/run/0000012", "--reference=data", *COLOURS])
+    assert alone["0000012"] == rows["run 12"]
 
-    kept = [*out.glob("samples/*/images/*.png"), *out.glob("samples/*/*.npz"), *out.glob("scores/*")]
+    kept = [*out.glob("samples/**/*.png"), *out.glob("samples/**/*.npz"), *out.glob("scores/**/*.json")]
+    kept = [path for path in kept if path.name != "grid.png"]
+    assert len(kept) == 2 * (10 + 1 + 1)
     times = {path: path.stat().st_mtime_ns for path in kept}
-    write_run(here / "run2", 20)
-    (here / "run2/checkpoints/0000020.pt").rename(here / "run/checkpoints/0000020.pt")
-    more = evaluate.main(curve)
-    assert list(more) == ["0000004", "0000012", "0000020"]
+    write_run(here / "other", 20, 24)
+    (here / "other/checkpoints/0000020.pt").rename(here / "run/checkpoints/0000020.pt")
+    more = evaluate.main([*curve, "--run", "run", "other"])
+    assert list(more) == ["run 4", "run 12", "run 20", "other 24"]
     assert {name: more[name] for name in rows} == rows
     assert {path: path.stat().st_mtime_ns for path in kept} == times
 
@@ -241,10 +246,10 @@ def test_the_published_curves_are_drawn_beside_it(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(evaluate.plt, "close", drawn.append)
     rows = {
         name: {"samples": 10_000, "frechet_distance": value, "spread": 1.0}
-        for name, value in [("50000", 90), ("100000", 60)]
+        for name, value in [("0050000", 90), ("0100000", 60)]
     }
     for published in (False, True):
-        evaluate.draw_curve(rows, tmp_path / "curve.png", title="mine", published=published)
+        evaluate.draw_curves({"mine": rows, "yours": rows}, tmp_path / "curve.png", published=published)
     plain, both = (figure.axes[0] for figure in drawn)
     assert len(plain.lines) + 3 == len(both.lines)
     lines = {line.get_label(): line.get_xydata().tolist() for line in both.lines}
@@ -263,6 +268,7 @@ def test_the_published_curves_are_drawn_beside_it(tmp_path: Path, monkeypatch: p
         (["--samples=a", "--run=b", "--reference=c"], "not allowed with argument"),
         (["--run=b", "--reference=c"], "--run and --out belong together"),
         (["--samples=a", "--out=b", "--reference=c"], "--run and --out belong together"),
+        (["--run", "a/b", "c/b", "--out=b", "--reference=c"], "folders of --run need different names"),
         (["--samples=a"], "name the data with --reference, or its --statistics"),
         (["--samples=a", "--reference=c", "--published"], "--published belongs to --run, with features of Inception"),
         (["--samples=a", "--reference=c", "--bootstrap=1"], "must be 2 or more"),
