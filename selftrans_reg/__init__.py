@@ -23,6 +23,7 @@ from .errors import MeasurementError as MeasurementError
 from .errors import NoContrastWarning as NoContrastWarning
 from .errors import NoGradientWarning as NoGradientWarning
 from .errors import NotFiniteError as NotFiniteError
+from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NullConditionError as NullConditionError
 from .errors import OptimizerError as OptimizerError
 from .errors import OutputError as OutputError
@@ -37,9 +38,11 @@ from .errors import TeacherError as TeacherError
 from .errors import TimeConventionError as TimeConventionError
 from .feature_tap import FeatureTap
 from .heads import ProjectionHead
+from .inspection import layer_report
 from .losses import VAEAlignmentLoss, feature_alignment
 from .plateau import Plateau
 from .recipes import Recipe, recipe
+from .report import LayerReport
 from .teacher import CFGFeatureTeacher, build_teacher
 from .time import TimeConvention
 
@@ -49,6 +52,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CFGFeatureTeacher",
     "FeatureTap",
+    "LayerReport",
     "LossTerms",
     "Plateau",
     "ProjectionHead",
@@ -59,6 +63,7 @@ __all__ = [
     "VAEAlignmentLoss",
     "build_teacher",
     "feature_alignment",
+    "layer_report",
     "recipe",
     "strip",
 ]

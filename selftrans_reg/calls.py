@@ -58,7 +58,7 @@ class CallSpec:
         root = unwrap(model)
         self.model_name = type(root).__name__
         self.signature = inspect.signature(root.forward)
-        self._named = [
+        self.names = [
             n for n, p in self.signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
         self._takes_any = _spill(self.signature) is not None
@@ -85,19 +85,19 @@ class CallSpec:
         if key in call:
             self.check_name(call[key], f"call=dict({key}=...)")
             return str(call[key])
-        if len(self._named) <= position:
+        if len(self.names) <= position:
             raise CallError(
                 f"{self.model_name}.forward{self.signature} does not name its arguments, so x_t and t cannot be told.\n"
                 "Attach to the module that names them, or pass call=dict(x=..., t=...) if they are keywords."
             )
-        return self._named[position]
+        return self.names[position]
 
     def check_name(self, name: object, where: str, error: type[Exception] = SettingError) -> None:
         """Raise ``error`` unless the model can take an argument called ``name``."""
-        if not isinstance(name, str) or (name not in self._named and not self._takes_any):
+        if not isinstance(name, str) or (name not in self.names and not self._takes_any):
             raise error(
                 f"{where} names {name!r}, which {self.model_name}.forward does not take.\n"
-                f"It takes {quoted(self._named)}. Nearest: {quoted(nearest(str(name), self._named)) or 'none'}."
+                f"It takes {quoted(self.names)}. Nearest: {quoted(nearest(str(name), self.names)) or 'none'}."
             )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -116,10 +116,10 @@ class CallSpec:
             CallError: If an argument of the other model is unknown here.
         """
         rest = {name: value for name, value in call.arguments.items() if name not in (source.x, source.t)}
-        if not self._takes_any and (unknown := [name for name in rest if name not in self._named]):
+        if not self._takes_any and (unknown := [name for name in rest if name not in self.names]):
             raise CallError(
                 f"The student was called with {quoted(unknown)}, which {self.model_name}.forward does not take; it "
-                f"takes {quoted(self._named)}.\n"
+                f"takes {quoted(self.names)}.\n"
                 "The teacher sees the student's own call: it must take the same conditions under the same names."
             )
         arguments = {self.x: call.arguments[source.x], self.t: call.arguments[source.t], **rest}

@@ -64,6 +64,10 @@ class PlacementError(SelfTransError, RuntimeError):
     """Model, head and teacher are not on one device."""
 
 
+class MissingDependencyError(SelfTransError, ImportError):
+    """A package that only pictures need, and that is not installed."""
+
+
 class CheckpointError(SelfTransError, ValueError):
     """A checkpoint that is unreadable, unsafe, or does not fit the model."""
 

@@ -178,7 +178,7 @@ def _from_name(name: str, variant: Variant) -> Recipe:
 
 def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] | None) -> Recipe:
     name = type(unwrap(model)).__name__
-    layers = _find_blocks(model, blocks)
+    layers = find_blocks(model, blocks)
     if len(layers) < _MIN_DEPTH:
         raise RecipeNotFoundError(
             f"The published rule needs at least {_MIN_DEPTH} blocks; {name} has {len(layers)}: {quoted(layers)}.\n"
@@ -225,7 +225,7 @@ def _plan(name: str, layers: list[str], variant: Variant, settings: _Settings, *
     )
 
 
-def _find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[str]:
+def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[str]:
     """The names of the blocks in the order in which the model runs them."""
     if blocks is not None:
         chosen = (blocks,) if isinstance(blocks, str) else tuple(blocks)

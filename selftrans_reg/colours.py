@@ -1,0 +1,102 @@
+"""Tokens as colours on one shared basis, and images laid out in grids: tensors only."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .errors import SettingError, ShapeError
+
+# Values that a basis is taken from at most: its directions are settled long before.
+_MOST_VALUES = 1 << 23
+
+
+class ColourBasis:
+    """Three principal directions of some tokens, and the range that they fill: what the three colours mean.
+
+    All tokens, the basis's and those that are drawn, are first freed of their own mean at each position: position is
+    what tokens differ in most, and it is the same in every image.
+
+    Args:
+        groups: Each (N, T, D), of one D: what the basis is taken from, such as a layer's tokens, or several layers'.
+        unit: Divide each group by the root mean square of its values, so that colours tell directions and not sizes:
+            for groups that differ in size, as layers and guidance scales do.
+
+    Raises:
+        ShapeError: If a group is not (N, T, D), or the groups differ in D.
+        SettingError: If there are fewer than 3 directions to show.
+    """
+
+    _OUTLIERS = 0.01  # this fraction at each end of a component is cut off, or a few tokens would take all the contrast
+
+    def __init__(self, *groups: Tensor, unit: bool = False) -> None:
+        shapes = [tuple(group.shape) for group in groups]
+        if not groups or any(len(shape) != 3 for shape in shapes) or len({shape[2] for shape in shapes}) > 1:
+            raise ShapeError(f"A colour basis is taken from tokens (N, T, D) of one width D; got {shapes}.")
+        if shapes[0][2] < 3:
+            raise SettingError(f"Three colours need tokens of width 3 or more; got {shapes[0][2]}.")
+        self.unit = unit
+        step = math.ceil(sum(group.numel() for group in groups) / _MOST_VALUES)
+        centred = torch.cat([self._prepared(group).flatten(0, 1)[::step] for group in groups])
+        _, _, directions = torch.linalg.svd(centred, full_matrices=False)
+        self.directions = directions[:3].T  # (D, 3)
+        quantiles = torch.tensor([self._OUTLIERS, 1 - self._OUTLIERS], dtype=torch.float64, device=centred.device)
+        self.low, self.high = torch.quantile(centred @ self.directions, quantiles, dim=0)
+
+    def colours(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Red, green and blue from the three components, clipped to the basis's range.
+
+        Args:
+            tokens: (N, T, D).
+            grid: Rows and columns of the T tokens; by default they are as many.
+
+        Shape:
+            returns: (N, rows, columns, 3), values in [0, 1], on the CPU
+
+        Raises:
+            ShapeError: If T tokens do not make the grid, or a square without one.
+        """
+        components = self._prepared(tokens) @ self.directions
+        rows, columns = grid or (math.isqrt(components.shape[1]),) * 2
+        if rows * columns != components.shape[1]:
+            raise ShapeError(
+                f"{components.shape[1]} tokens are no grid of {rows} x {columns}: pass grid=(rows, columns), and "
+                "tokens= where class or text tokens are among them."
+            )
+        colours: Tensor = ((components - self.low) / (self.high - self.low)).clamp(0, 1)
+        return colours.reshape(len(colours), rows, columns, 3).float().cpu()
+
+    def _prepared(self, tokens: Tensor) -> Tensor:
+        centred = tokens.double() - tokens.double().mean(0)
+        if not self.unit:
+            return centred
+        size = float(centred.square().mean()) ** 0.5
+        return centred / size if size > 0 else centred
+
+
+def tile(images: Tensor, columns: int, *, gap: int = 1) -> Tensor:
+    """Lay images out row by row in a grid, with a white gap.
+
+    Shape:
+        images: (N, H, W, 3), values in [0, 1]; returns: (rows * (H + gap) - gap, columns * (W + gap) - gap, 3)
+    """
+    n, height, width, channels = images.shape
+    rows = -(-n // columns)
+    canvas = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        canvas[top : top + height, left : left + width] = image
+    return canvas
+
+
+def image_colours(images: Tensor) -> Tensor:
+    """Images (N, 1 or 3, H, W) in [-1, 1] as (N, H, W, 3) in [0, 1], on the CPU.
+
+    Raises:
+        ShapeError: If they are of another shape.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ShapeError(f"Images to draw are (N, 1, H, W) or (N, 3, H, W) in [-1, 1]; got {tuple(images.shape)}.")
+    return (0.5 + images.detach().float().permute(0, 2, 3, 1).expand(-1, -1, -1, 3) / 2).clamp(0, 1).cpu()
