@@ -14,22 +14,21 @@ from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from common.data_files import DataError, first_ones
-from common.image_folder import ImageFolder, list_images, read_image
+from common.encoding import PRECISIONS, Images, collate, latent_side, load_encoder, posterior, weights_digest
+from common.image_folder import ImageFolder, list_images
 from common.latent_shards import OpenShard, Shard, moment_names, shard_name, write_shard
 from common.options import at_least
 from common.shard_index import Index, open_folder
 from common.training import progress
 from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 import selftrans_reg as st
-from selftrans_reg.errors import CheckpointError, SettingError
+from selftrans_reg.errors import SettingError
 
-PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 STORED = {"float32": torch.float32, "float16": torch.float16}
 
 _ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
@@ -61,7 +60,7 @@ class Processes(NamedTuple):
     """This process among those that torchrun or accelerate launched."""
 
     rank: int
-    count: int
+    world_size: int
     local_rank: int
 
     @classmethod
@@ -70,48 +69,13 @@ class Processes(NamedTuple):
         return cls(*(int(os.environ.get(name, alone)) for name, alone in _ALONE.items()))
 
 
-def load_vae(name: str, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE, in eval mode and frozen.
-
-    Raises:
-        CheckpointError: If there is none, or not as safetensors.
-        SettingError: If it takes other images than RGB, or shifts its latents, which no sampler here undoes.
-    """
-    try:
-        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"There is no AutoencoderKL at {name!r}: {error}\n"
-            "Name a folder that save_pretrained wrote, or a repository on the hub such as stabilityai/sd-vae-ft-mse."
-        ) from error
-    if vae.config.in_channels != 3:
-        raise SettingError(f"The VAE {name!r} takes images of {vae.config.in_channels} channels; RGB images have 3.")
-    shifts = {key: vae.config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")}
-    if any(value for value in shifts.values()):
-        raise SettingError(
-            f"The VAE {name!r} normalises its latents by more than a scale factor.\nFound: {shifts}.\n"
-            "The examples know latents = scale (mean + std noise) alone: take another VAE."
-        )
-    return vae.eval().requires_grad_(False)
-
-
-def weights_digest(vae: AutoencoderKL) -> str:
-    """SHA-256 of the VAE's weights: two folders of one VAE are the same VAE."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def planned_index(run: argparse.Namespace, vae: AutoencoderKL, found: ImageFolder) -> Index:
     """What the folder of shards will hold.
 
     Raises:
         SettingError: If the VAE cannot halve the size as often as it does.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    if run.size % factor:
-        raise SettingError(f"--size {run.size} is no multiple of {factor}, the VAE's pixels per latent.")
+    side = latent_side(vae, run.size)
     settings = {
         "vae": run.vae,
         "vae_weights": weights_digest(vae),
@@ -125,34 +89,12 @@ def planned_index(run: argparse.Namespace, vae: AutoencoderKL, found: ImageFolde
     return Index(
         settings=settings,
         scale=vae.config.scaling_factor,
-        shape=[vae.config.latent_channels, run.size // factor, run.size // factor],
+        shape=[vae.config.latent_channels, side, side],
         mirrored=run.flip,
         shards=-(-len(found.images) // run.shard_images),
         classes=found.classes,
         library=st.__version__,
     )
-
-
-class Images(Dataset[tuple[Tensor | None, str]]):
-    """The images, each as uint8 pixels and an empty reason, or as None and the reason why it cannot be read."""
-
-    def __init__(self, folder: Path, names: list[str], size: int) -> None:
-        self._folder, self._size = folder, size
-        # One array: a list of strings would be copied into every worker, page by page.
-        self._names = np.array([os.fsencode(name) for name in names])
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
-        """Pixels (3, size, size) or None, and a reason."""
-        try:
-            return read_image(self._folder / os.fsdecode(self._names[index]), self._size), ""
-        except DataError as error:
-            return None, str(error)
-
-
-def collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
-    """The pixels of the readable images (n, 3, size, size), or None without any, and the reason of each image."""
-    good = [pixels for pixels, _ in items if pixels is not None]
-    return torch.stack(good) if good else None, [reason for _, reason in items]
 
 
 def batches_of(shards: list[int], shard_images: int, images: int, batch_size: int) -> list[tuple[int, list[int]]]:
@@ -175,14 +117,6 @@ def unfinished(folder: Path, index: Index, shards: list[int]) -> list[int]:
     for shard in there:
         OpenShard(folder / shard_name(shard), index)
     return sorted({*shards} - {*there})
-
-
-@torch.no_grad()
-def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of images (N, 3, H, W), uint8: twice (N, C, h, w), float32 on the CPU."""
-    distribution = vae.encode((pixels.to(vae.device) / 127.5 - 1).to(vae.dtype)).latent_dist
-    # From the log-variance, in float32: half precision has no room for the smallest deviations.
-    return distribution.mean.float().cpu(), (0.5 * distribution.logvar.float()).exp().cpu()
 
 
 def encoded(run: argparse.Namespace, vae: AutoencoderKL, pixels: Tensor) -> list[Tensor]:
@@ -261,10 +195,10 @@ def main(argv: list[str] | None = None) -> None:
     if run.out.resolve().is_relative_to(run.images.resolve()):
         raise SettingError(f"--out {run.out} lies in {run.images}, and would be taken for images. Name another folder.")
     found = list_images(run.images)
-    vae = load_vae(run.vae, PRECISIONS[run.precision])
+    vae = load_encoder(run.vae, PRECISIONS[run.precision])
     index = planned_index(run, vae, found)
     open_folder(run.out, index, here.rank)
-    shards = unfinished(run.out, index, list(range(here.rank, index.shards, here.count)))
+    shards = unfinished(run.out, index, list(range(here.rank, index.shards, here.world_size)))
     if here.rank == 0 and found.others:
         print(f"{run.images}: not encoded are {len(found.others)} files of other kinds, such as {found.others[0]}")
     device = f"cuda:{here.local_rank}" if run.device == "cuda" else run.device

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common.coco_features import CocoFeatures, write_coco_features
+from common.coco_features import CocoFeatures, CocoWriter, write_coco_features
 from common.data_files import DataError
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -198,7 +198,7 @@ def test_wrong_items_leave_no_split(tmp_path: Path, items: list[Item]) -> None:
         ([(mean, std[:1], contexts)], r"Image 0 has mean \(4, 2, 2\), std \(1, 2, 2\)"),
         ([(mean, std, contexts[:0])], r"captions \(0, 5, 6\); needed are .*\(K, 5, 6\)"),
         ([(mean, std, contexts[:, :4])], r"captions \(1, 4, 6\)"),
-        ([], "no images to write"),
+        ([], "not finished: 0 of 0 images"),
     ]:
         with pytest.raises(DataError, match=match):
             write_coco_features(tmp_path, "train", wrong, EMPTY, scale=1.0)
@@ -208,3 +208,20 @@ def test_wrong_items_leave_no_split(tmp_path: Path, items: list[Item]) -> None:
         *sorted(["empty_context.npy", "features.json"]),
         "train",
     ]
+
+
+def test_a_split_goes_on_with_the_same_settings_alone(tmp_path: Path, items: list[Item]) -> None:
+    def writer(size: int) -> CocoWriter:
+        return CocoWriter(tmp_path, "train", EMPTY, scale=1.0, settings={"size": size})
+
+    writer(2).write(1, *items[1])
+    with pytest.raises(SettingError, match=r"other settings(.|\n)*size: 2 there, 4 now"):
+        writer(4)
+    again = writer(2)
+    assert [again.has(i) for i in range(3)] == [False, True, False]
+    with pytest.raises(DataError, match="not finished: 2 of 3 images are missing"):
+        again.finish(3)
+    again.write(0, *items[0])
+    again.write(2, *items[2])
+    again.finish(3)
+    assert CocoFeatures(tmp_path).captions.tolist() == CAPTIONS

@@ -15,7 +15,7 @@ import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,12 +24,14 @@ from torch.utils.data import Dataset
 
 from common.data_files import DataError, first_ones, read_json, read_npy, readable
 from common.moments import check_moments, read_moments
-from common.run_folder import write_json
+from common.run_folder import open_run_folder, write_json
 from selftrans_reg.errors import SettingError
 
 EMPTY = "empty_context.npy"
 _FACTS = "features.json"  # not U-ViT's: what its layout leaves to the code
+_UNFINISHED = "unfinished.npy"
 _SCALE = 0.18215
+_SAME = 0.05  # other hardware rounds otherwise; CLIP's features are about 1, and some of them 30
 _NAME = re.compile(r"(0|[1-9][0-9]{0,8})(?:_(0|[1-9][0-9]{0,8}))?\.npy")
 
 
@@ -66,8 +68,8 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self._folder = folder / split
         self._dropout = dropout
         self._second = second
-        self.empty = _read_context(folder / EMPTY)
         self.captions = _caption_counts(self._folder)
+        self.empty = _read_context(folder / EMPTY)
         self.scale, self.vae = _facts(folder / _FACTS)
         first = self._moments(0)[0]
         self.channels, self.size, _ = self._shape = first.shape
@@ -111,6 +113,89 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return context
 
 
+class CocoWriter:
+    """Writes a split image by image, under another name; only `finish` gives it its own. What is there is whole.
+
+    Args:
+        folder: Made if need be; a second split goes into the same folder.
+        split: "train" or "val"; what is there under this name is never replaced.
+        empty: (L, D), the features of the empty prompt.
+        scale: The VAE's scale factor; the same in every split.
+        vae: Path or name of the VAE; the same in every split.
+        settings: What decides the features. A split that was begun with them goes on; without them it begins anew.
+
+    Raises:
+        SettingError: If the split is there, or the folder holds features of other settings, another text encoder or
+            another VAE.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        split: str,
+        empty: Tensor,
+        *,
+        scale: float,
+        vae: str | None = None,
+        settings: dict[str, Any] | None = None,
+    ) -> None:
+        self._folder, self._split, self._empty = folder, split, empty.float().cpu()
+        self._facts = {"scale": scale, "vae": vae}
+        self._partial = folder / f"{split}.partial"
+        if (folder / split).exists():
+            raise SettingError(f"{folder / split} is there already. Name another folder, or delete this one.")
+        if (folder / _FACTS).exists() and (found := read_json(folder / _FACTS)) != self._facts:
+            raise SettingError(
+                f"{folder} holds features of another VAE.\nFound: {found}; now: {self._facts}.\nName another folder."
+            )
+        if (folder / EMPTY).exists():
+            _check_same(_read_context(folder / EMPTY), self._empty, folder / EMPTY)
+        if settings is not None:
+            open_run_folder(self._partial, settings)
+        elif self._partial.exists():
+            shutil.rmtree(self._partial)
+        self._partial.mkdir(parents=True, exist_ok=True)
+
+    def has(self, index: int) -> bool:
+        """Whether an image is written, with its captions."""
+        return (self._partial / f"{index}.npy").exists()
+
+    def write(self, index: int, mean: Tensor, std: Tensor, contexts: Tensor) -> None:
+        """Write an image: mean and std, twice (C, h, w), and its captions' features (K, L, D).
+
+        Raises:
+            DataError: If they are of another shape, or no mean and std.
+        """
+        check_moments(mean, std, f"image {index}")
+        if mean.shape != std.shape or contexts.shape[1:] != self._empty.shape or not len(contexts):
+            wanted = ", ".join(map(str, self._empty.shape))
+            raise DataError(
+                f"Image {index} has mean {tuple(mean.shape)}, std {tuple(std.shape)} and captions "
+                f"{tuple(contexts.shape)}; needed are (C, h, h) twice, and (K, {wanted})."
+            )
+        for k, context in enumerate(contexts):
+            np.save(self._partial / f"{index}_{k}.npy", context.float().cpu().numpy())
+        # Last, and at once: an image that has its moments has its captions.
+        np.save(self._partial / _UNFINISHED, torch.cat([mean, std]).float().cpu().numpy())
+        (self._partial / _UNFINISHED).replace(self._partial / f"{index}.npy")
+
+    def finish(self, images: int) -> None:
+        """Give the split its name, if all of its images are written.
+
+        Raises:
+            DataError: If one is missing, or there is none.
+        """
+        missing = [index for index in range(images) if not self.has(index)]
+        if missing or not images:
+            raise DataError(
+                f"{self._partial} is not finished: {len(missing)} of {images} images are missing. Write them first."
+            )
+        np.save(self._partial / _UNFINISHED, self._empty.numpy())
+        (self._partial / _UNFINISHED).replace(self._folder / EMPTY)
+        write_json(self._facts, self._folder / _FACTS)
+        self._partial.rename(self._folder / self._split)
+
+
 def write_coco_features(
     folder: Path,
     split: str,
@@ -120,51 +205,31 @@ def write_coco_features(
     scale: float,
     vae: str | None = None,
 ) -> None:
-    """Write a split of features, under another name and then by a rename: what is there is whole.
+    """Write a whole split with a `CocoWriter`, which says what the arguments mean.
 
     Args:
-        folder: Made if need be; a second split goes into the same folder.
-        split: "train" or "val"; what is there under this name is never replaced.
-        items: An image each, taken one at a time: mean and std, twice (C, h, w), and its captions' features (K, L, D).
-        empty: (L, D), the features of the empty prompt.
-        scale: The VAE's scale factor; the same in every split.
-        vae: Path or name of the VAE; the same in every split.
+        folder: Made if need be.
+        split: "train" or "val".
+        items: An image each, taken one at a time: mean, std, and its captions' features (K, L, D).
+        empty: The features of the empty prompt.
+        scale: The VAE's scale factor.
+        vae: Path or name of the VAE.
 
     Raises:
         SettingError: If the split is there, or the folder holds features of another text encoder or VAE.
         DataError: If an item is not what it should be, or there is none.
     """
-    facts = {"scale": scale, "vae": vae}
-    if (folder / split).exists():
-        raise SettingError(f"{folder / split} is there already. Name another folder, or delete this one.")
-    if (folder / _FACTS).exists() and (found := read_json(folder / _FACTS)) != facts:
-        raise SettingError(
-            f"{folder} holds features of another VAE.\nFound: {found}; now: {facts}.\nName another folder."
-        )
-    if (folder / EMPTY).exists() and not torch.equal(_read_context(folder / EMPTY), empty.float().cpu()):
-        raise SettingError(f"{folder / EMPTY} has other features than the empty prompt has now. Name another folder.")
-    partial = folder / f"{split}.partial"
-    if partial.exists():
-        shutil.rmtree(partial)  # of a run that was killed
-    partial.mkdir(parents=True)
-    count = 0
-    for index, (mean, std, contexts) in enumerate(items):
-        check_moments(mean, std, f"image {index}")
-        if mean.shape != std.shape or contexts.shape[1:] != empty.shape or not len(contexts):
-            raise DataError(
-                f"Image {index} has mean {tuple(mean.shape)}, std {tuple(std.shape)} and captions "
-                f"{tuple(contexts.shape)}; needed are (C, h, h) twice, and (K, {', '.join(map(str, empty.shape))})."
-            )
-        np.save(partial / f"{index}.npy", torch.cat([mean, std]).float().cpu().numpy())
-        for k, context in enumerate(contexts):
-            np.save(partial / f"{index}_{k}.npy", context.float().cpu().numpy())
-        count += 1
-    if not count:
-        raise DataError(f"There are no images to write to {folder / split}.")
-    np.save(partial / EMPTY, empty.float().cpu().numpy())
-    (partial / EMPTY).replace(folder / EMPTY)
-    write_json(facts, folder / _FACTS)
-    partial.rename(folder / split)
+    writer = CocoWriter(folder, split, empty, scale=scale, vae=vae)
+    images = 0
+    for mean, std, contexts in items:
+        writer.write(images, mean, std, contexts)
+        images += 1
+    writer.finish(images)
+
+
+def _check_same(there: Tensor, now: Tensor, path: Path) -> None:
+    if there.shape != now.shape or (there - now).abs().max() > _SAME:
+        raise SettingError(f"{path} has other features than the empty prompt has now. Name another folder.")
 
 
 def _facts(path: Path) -> tuple[float, str | None]:
@@ -191,7 +256,9 @@ def _read_context(path: Path) -> Tensor:
 def _caption_counts(folder: Path) -> Tensor:
     """The number of captions of each image, from the names of the files."""
     if not folder.is_dir():
-        raise DataError(f"There is no folder {folder}. Name the one that holds {folder.name}/ and {EMPTY}.")
+        begun = folder.with_name(f"{folder.name}.partial").exists()
+        advice = f"finish {folder.name}.partial" if begun else f"name the one that holds {folder.name}/ and {EMPTY}"
+        raise DataError(f"There is no folder {folder}: {advice}.")
     images: set[int] = set()
     captions: dict[int, set[int]] = defaultdict(set)
     problems: list[tuple[str, str]] = []

@@ -1,0 +1,130 @@
+"""Encode captioned images as VAE posteriors and CLIP text features, in U-ViT's layout: the data of ``mmdit_coco.py``.
+
+The captions come as COCO's own JSON: ``images`` with ``id`` and ``file_name``, ``annotations`` with ``image_id`` and
+``caption``. Stopped at any time, the same command goes on where it was.
+
+    python examples/encode_coco.py train2014 annotations/captions_train2014.json --out coco-256
+    python examples/encode_coco.py val2014 annotations/captions_val2014.json --out coco-256 --split val
+"""
+
+import argparse
+import hashlib
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from common.coco_features import CocoWriter
+from common.data_files import DataError, first_ones, read_json, readable
+from common.encoding import PRECISIONS, Images, collate, latent_side, load_encoder, posterior, weights_digest
+from common.options import at_least
+from common.text_features import CLIP_VIT_L14, load_text_encoder
+from common.training import progress
+from torch.utils.data import DataLoader
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("images", type=Path, help="folder of the images")
+    add("captions", type=Path, help="COCO's captions_*.json")
+    add("--out", type=Path, required=True, help="folder of the features, of all splits")
+    add("--split", default="train", help="folder in it; default train")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="an AutoencoderKL: folder or name on the hub")
+    add("--text-encoder", default=CLIP_VIT_L14, help=f"CLIP text model: folder or name on the hub; {CLIP_VIT_L14}")
+    add("--size", type=at_least(1), default=256, help="pixels a side; default 256")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the VAE; default fp32")
+    add("--cut-long", action="store_true", help="use the beginning of captions that are too long for the text model")
+    add("--batch-size", type=at_least(1), default=32)
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="that read images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args(argv)
+
+
+class Captioned(NamedTuple):
+    """Images with their captions, in the order of COCO's ids."""
+
+    images: list[str]
+    captions: list[list[str]]
+
+
+def read_captions(path: Path, folder: Path) -> Captioned:
+    """The captions of each image.
+
+    Raises:
+        DataError: If the file is not as COCO's are, an image is missing, or one has no caption.
+    """
+    content = read_json(path)
+    with readable(path, "COCO's captions"):
+        names = {image["id"]: image["file_name"] for image in sorted(content["images"], key=lambda image: image["id"])}
+        captions: dict[int, list[str]] = {image: [] for image in names}
+        for annotation in content["annotations"]:
+            captions[annotation["image_id"]].append(annotation["caption"])
+        there = {entry.name for entry in os.scandir(folder)}
+    problems = [(name, "has no captions") for image, name in names.items() if not captions[image]]
+    problems += [(str(name), f"is not in {folder}") for name in names.values() if name not in there]
+    wrong = [caption for some in captions.values() for caption in some if not isinstance(caption, str)]
+    problems += [(str(caption)[:50], "is no caption") for caption in wrong]
+    if problems or not names:
+        raise DataError(
+            f"The captions in {path} and the images in {folder} do not fit: {len(problems)} problems in {len(names)} "
+            f"images.\n{first_ones(problems)}\nEvery image needs its file and at least one caption."
+        )
+    return Captioned(list(names.values()), list(captions.values()))
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Encode what is not encoded yet.
+
+    Raises:
+        DataError: If captions are missing or an image cannot be read.
+        SettingError: If the folder holds features of another kind, or a caption is too long.
+    """
+    run = options(argv)
+    found = read_captions(run.captions, run.images)
+    vae = load_encoder(run.vae, PRECISIONS[run.precision])
+    latent_side(vae, run.size)
+    texts = load_text_encoder(run.text_encoder, device=run.device)
+    settings = {
+        "vae_weights": weights_digest(vae),
+        "text_encoder": run.text_encoder,
+        "size": run.size,
+        "precision": run.precision,
+        "cut_long": run.cut_long,
+        "captions": hashlib.sha256(repr(found).encode()).hexdigest(),
+    }
+    empty = texts.encode([""]).features[0]
+    writer = CocoWriter(run.out, run.split, empty, scale=vae.config.scaling_factor, vae=run.vae, settings=settings)
+    vae.to(run.device)
+    todo = [index for index in range(len(found.images)) if not writer.has(index)]
+    batches = [todo[start : start + run.batch_size] for start in range(0, len(todo), run.batch_size)]
+    images = Images(run.images, found.images, run.size)
+    loader = DataLoader(images, batch_sampler=batches, num_workers=run.workers, collate_fn=collate)
+    bad: list[tuple[str, str]] = []
+    cut: list[str] = []
+    with torch.backends.cudnn.flags(allow_tf32=run.precision == "tf32"):
+        for rows, (pixels, reasons) in zip(batches, progress(loader, "encoding"), strict=True):
+            bad += [(found.images[row], reason) for row, reason in zip(rows, reasons, strict=True) if reason]
+            good = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
+            if pixels is None:
+                continue
+            captions = [caption for row in good for caption in found.captions[row]]
+            features = texts.encode(captions, cut_long=run.cut_long)
+            cut += features.cut
+            contexts = features.features.split([len(found.captions[row]) for row in good])
+            for row, mean, std, context in zip(good, *posterior(vae, pixels), contexts, strict=True):
+                writer.write(row, mean, std, context)
+    if cut:
+        print(f"{len(cut)} captions are longer than the {texts.length} tokens that are read, such as {cut[0]!r}")
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(found.images)} images cannot be read; the others are written.\n{first_ones(bad)}\n"
+            "Put whole images in their place and run the same command again, or leave them out of the captions' file."
+        )
+    writer.finish(len(found.images))
+    print(f"{run.out / run.split}: {len(found.images)} images with {sum(map(len, found.captions))} captions")
+
+
+if __name__ == "__main__":
+    main()

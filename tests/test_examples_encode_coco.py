@@ -1,0 +1,157 @@
+"""Encoding captioned images: posteriors and text features of each, once, in the layout that training reads."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import encode_coco
+import numpy as np
+import pytest
+import torch
+from common.captioned_shapes import save_text_encoder
+from common.coco_features import CocoFeatures, CocoWriter
+from common.data_files import DataError
+from common.text_features import TextEncoder, load_text_encoder
+from common.vae import new_vae
+from diffusers import AutoencoderKL
+from PIL import Image
+
+from selftrans_reg.errors import SettingError
+
+SIZE = 16
+# By id: 7 comes before 12.
+NAMES = {12: "twelve.jpg.png", 7: "seven.png", 30: "thirty.png"}
+CAPTIONS = {12: ["a red circle", "a small red circle"], 7: ["a blue square"], 30: ["a green cross"] * 3}
+ORDER = [7, 12, 30]
+
+
+class Source(NamedTuple):
+    """What is encoded, and with what."""
+
+    folder: Path
+    vae: AutoencoderKL
+    texts: TextEncoder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = new_vae(image_size=SIZE, image_channels=3, widths=(8, 8, 8)).requires_grad_(False)
+    vae.quant_conv.bias[4:] = -3.0  # a trained posterior is narrow
+    vae.register_to_config(scaling_factor=0.31)
+    vae.save_pretrained(folder / "vae")
+    save_text_encoder(folder / "clip", seed=0)
+    return folder
+
+
+@pytest.fixture
+def source(models: Path, tmp_path: Path) -> Source:
+    (tmp_path / "images").mkdir()
+    for seed, name in NAMES.items():
+        pixels = torch.randint(256, (SIZE, SIZE, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name)
+    write_captions(tmp_path, CAPTIONS)
+    return Source(tmp_path, AutoencoderKL.from_pretrained(models / "vae"), load_text_encoder(str(models / "clip")))
+
+
+def write_captions(folder: Path, captions: dict[int, list[str]]) -> None:
+    content = {
+        "images": [{"id": image, "file_name": name} for image, name in NAMES.items()],
+        "annotations": [{"image_id": image, "caption": text} for image, some in captions.items() for text in some],
+    }
+    (folder / "captions.json").write_text(json.dumps(content))
+
+
+def run(folder: Path, models: Path, *more: str) -> None:
+    encode_coco.main([
+        str(folder / "images"), str(folder / "captions.json"), f"--out={folder / 'out'}", f"--vae={models / 'vae'}",
+        f"--text-encoder={models / 'clip'}", f"--size={SIZE}", "--workers=0", "--device=cpu", "--batch-size=2", *more,
+    ])  # fmt: skip
+
+
+def test_images_and_captions_are_encoded_in_the_order_of_their_ids(
+    source: Source, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(source.folder, models)
+    assert "3 images with 6 captions" in capsys.readouterr().out
+    data = CocoFeatures(source.folder / "out", dropout=0.0)
+    assert data.captions.tolist() == [1, 2, 3]
+    assert (data.scale, data.vae) == (0.31, str(models / "vae"))
+    assert torch.equal(data.empty, source.texts.encode([""]).features[0])
+    for i, image in enumerate(ORDER):
+        pixels = np.asarray(Image.open(source.folder / "images" / NAMES[image])).astype(np.float32)
+        with torch.no_grad():
+            posterior = source.vae.encode(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]).latent_dist
+        mean, std, _ = data[i]
+        torch.testing.assert_close((mean, std), (posterior.mean[0], posterior.std[0]), atol=1e-5, rtol=1e-5)
+        for k, features in enumerate(source.texts.encode(CAPTIONS[image]).features):
+            found = torch.from_numpy(np.load(source.folder / f"out/train/{i}_{k}.npy"))
+            torch.testing.assert_close(found, features, atol=1e-5, rtol=1e-5)
+    run(source.folder, models, "--split=val")
+    assert len(CocoFeatures(source.folder / "out", "val")) == 3
+    with pytest.raises(SettingError, match="train is there already"):
+        run(source.folder, models)
+
+
+def test_killed_work_goes_on_where_it_was(source: Source, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, written = CocoWriter.write, []
+
+    def counted(self: CocoWriter, index: int, *features: Any) -> None:
+        if len(written) == 1:
+            written.append(-1)
+            raise KeyboardInterrupt
+        written.append(index)
+        write(self, index, *features)
+
+    monkeypatch.setattr(CocoWriter, "write", counted)
+    with pytest.raises(KeyboardInterrupt):
+        run(source.folder, models)
+    with pytest.raises(SettingError, match=r"precision: 'fp32' there, 'bf16' now"):
+        run(source.folder, models, "--precision=bf16")
+    run(source.folder, models)
+    assert written == [0, -1, 1, 2]
+    assert len(CocoFeatures(source.folder / "out")) == 3
+
+
+def test_bad_images_are_named_and_the_others_written(source: Source, models: Path) -> None:
+    path = source.folder / "images" / NAMES[7]
+    whole = path.read_bytes()
+    path.write_bytes(whole[:100])
+    with pytest.raises(DataError, match=r"1 of 3 images cannot be read; the others are written.\n  seven.png: "):
+        run(source.folder, models)
+    with pytest.raises(DataError, match=r"There is no folder .*: finish train.partial"):
+        CocoFeatures(source.folder / "out")
+    path.write_bytes(whole)
+    run(source.folder, models)
+    assert len(CocoFeatures(source.folder / "out")) == 3
+
+
+def test_captions_that_do_not_fit_are_named(source: Source, models: Path) -> None:
+    for captions, match in [
+        ({**CAPTIONS, 12: []}, "twelve.jpg.png: has no captions"),
+        ({**CAPTIONS, 12: [None]}, "None: is no caption"),
+        ({**CAPTIONS, 99: ["a red circle"]}, "cannot be read as COCO's captions: KeyError: 99"),
+    ]:
+        write_captions(source.folder, captions)
+        with pytest.raises(DataError, match=match):
+            run(source.folder, models)
+    for content in ("[]", '{"images": [], "annotations": []}'):
+        (source.folder / "captions.json").write_text(content)
+        with pytest.raises(DataError, match=r"COCO's captions|0 problems in 0 images"):
+            run(source.folder, models)
+    write_captions(source.folder, CAPTIONS)
+    (source.folder / "images" / NAMES[30]).unlink()
+    with pytest.raises(DataError, match=r"thirty.png: is not in"):
+        run(source.folder, models)
+
+
+def test_long_captions_are_cut_only_when_asked(
+    source: Source, models: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_captions(source.folder, {**CAPTIONS, 7: [" ".join(["a red circle"] * 40)]})
+    with pytest.raises(SettingError, match="reads at most"):
+        run(source.folder, models)
+    run(source.folder, models, f"--out={source.folder / 'cut'}", "--cut-long")
+    assert "1 captions are longer than the" in capsys.readouterr().out
