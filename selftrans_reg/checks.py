@@ -6,9 +6,34 @@ import torch
 from torch import Tensor, nn
 
 from .calls import Call
-from .errors import GradientError, PlacementError, ShapeError
+from .errors import GradientError, PlacementError, ShapeError, TeacherError, TimeConventionError
 from .heads import ProjectionHead
 from .losses import VAEAlignmentLoss
+from .names import find_layer, unwrap
+from .teacher import CFGFeatureTeacher
+from .time import TimeConvention
+
+
+def check_teacher(teacher: CFGFeatureTeacher, model: nn.Module, time: TimeConvention) -> None:
+    """Make sure that ``teacher`` can teach ``model``.
+
+    Raises:
+        TeacherError: If it is the model itself, or shares the weights of its layer with it.
+        TimeConventionError: If it was built for another time convention.
+    """
+    if unwrap(teacher.model) is unwrap(model):
+        raise TeacherError("The teacher holds the student itself: build it from a copy of the model.")
+    own = {id(p) for p in unwrap(model).parameters()}
+    if any(id(p) in own for p in find_layer(teacher.model, teacher.layer).parameters()):
+        raise TeacherError(
+            f"The teacher shares the weights of its layer {teacher.layer!r} with the student, and would change with "
+            "it: build it from a copy of its own, copy.deepcopy(model)."
+        )
+    if teacher.time is not None and teacher.time != time:
+        raise TimeConventionError(
+            f"The teacher was built for the time convention {teacher.time.name!r}, the student's is {time.name!r}; "
+            "both see the same x_t and t, so they must agree."
+        )
 
 
 def check_denoising(denoising: object) -> None:

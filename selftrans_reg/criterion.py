@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
 
+from .alignment import Alignment
 from .calls import Call, CallSpec
 from .checks import (
     check_batch,
-    check_captured,
     check_denoising,
-    check_device,
-    check_patches,
     check_same_shape,
+    check_teacher,
     device_of,
 )
 from .criterion_state import check_state, fresh_observations, read_buffers, write_buffers
@@ -30,25 +29,24 @@ from .errors import (
     SettingError,
     ShapeError,
     TeacherError,
-    TimeConventionError,
 )
 from .finite import not_finite
-from .gate import Gate, Gated, check_teacher_rows, sample_rows, to_device
+from .gate import Gate, Gated
 from .gradient_probe import GradientProbe
-from .heads import ProjectionHead, check_positive, resolve_width
+from .heads import ProjectionHead, resolve_width
 from .health import Health, Look, Subject
 from .intervals import Interval
-from .layer_losses import distance_of, zero_of
-from .losses import Distance, VAEAlignmentLoss, check_distance, velocity_target
-from .names import find_layer, quoted, sharded_parts, unwrap
+from .layer_losses import zero_of
+from .losses import Distance, VAEAlignmentLoss
+from .names import find_layer, quoted
 from .plateau import Plateau, PlateauRule
 from .schedules import Schedule, check_schedule, factor, schedule_state
-from .settings import Gating, Settings, Target, check_choice, check_stop_when, check_weight, checked_step
+from .settings import Gating, Settings, Target, check_interval_of, check_stop_when, check_weight, checked_step
 from .sharing import Shareable
-from .taps import Record, Recorder, WhichForward, layer_names
+from .taps import Recorder, WhichForward, layer_names
 from .teacher import CFGFeatureTeacher
-from .time import TimeConvention, check_against_latents, check_times, check_window, resolve
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, select_tensor
+from .time import TimeConvention, check_against_latents, check_times, resolve
+from .tokens import Select, Tokens
 
 if TYPE_CHECKING:
     from .hub import Source
@@ -73,7 +71,7 @@ class LossTerms(NamedTuple):
     in_window: Tensor
 
 
-class SelfTransLoss(Shareable, nn.Module):
+class SelfTransLoss(Shareable, Alignment):
     """Denoising loss plus the alignment of Self-Transcendence. Made by :meth:`stage1` or :meth:`stage2`.
 
     Hooks record the model's own call while the loop runs it; ``criterion(loss)`` then computes
@@ -144,44 +142,36 @@ class SelfTransLoss(Shareable, nn.Module):
         teacher_chunk: int | None = None,
         teacher_rows: int | float | None = None,
     ) -> None:
-        super().__init__()
-        check_choice("target", target, get_args(Target))
-        check_choice("gating", gating, get_args(Gating))
-        check_distance(distance)
+        super().__init__(
+            heads,
+            layer=layer,
+            time=time,
+            teacher=teacher,
+            target=target,
+            distance=distance,
+            window=window,
+            gating=gating,
+            select=select,
+            tokens=tokens,
+            teacher_chunk=teacher_chunk,
+            teacher_rows=teacher_rows,
+        )
         check_weight(weight)
         check_schedule(schedule, stop_step)
         check_stop_when(stop_when, weight)
-        check_select(select)
-        check_tokens(tokens)
-        counts = {"check_interval": check_interval, "health_interval": health_interval, "teacher_chunk": teacher_chunk}
-        for name, value in counts.items():
-            if value is not None:
-                check_positive(name, value)
-        check_teacher_rows(teacher_rows)
-        self.heads = nn.ModuleList(heads)
-        self.layers = layer_names(layer)
-        self.time = resolve(time)
-        self.target = target
-        self.distance: Distance = distance
+        check_interval_of("check_interval", check_interval)
+        check_interval_of("health_interval", health_interval)
         self.weight = float(weight)
-        self.window = check_window(window)
-        self.gating = gating
         self.schedule: Schedule = schedule
         self.stop_step = stop_step
         self.stop_when = stop_when
         self.call = call
-        self.select = select
-        self.tokens = tokens
         self.which_forward: WhichForward = forward
         self.check_interval = check_interval
         self.health_interval = health_interval
-        self.teacher_chunk = teacher_chunk
-        self.teacher_rows = teacher_rows
-        self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
         # The counters live here and go to the buffers only when a state dict is made: a step writes nothing.
         self._step = -1
         self._calls = 0
-        self._checking = False
         self._check_interval = Interval(check_interval)
         self._health = Health(health_interval)
         self._plateau = PlateauRule(stop_when)
@@ -301,13 +291,7 @@ class SelfTransLoss(Shareable, nn.Module):
         if teacher is None and settings.get("stop_step") is None and settings.get("stop_when") is None:
             raise SettingError("Stage 2 needs a teacher; only a run past its stop_step can do without.")
         if teacher is not None:
-            if unwrap(teacher.model) is unwrap(model):
-                raise TeacherError("The teacher holds the student itself: build it from a copy of the model.")
-            if teacher.time is not None and teacher.time != resolve(time):
-                raise TimeConventionError(
-                    f"The teacher was built for the time convention {teacher.time.name!r}, the student's is "
-                    f"{resolve(time).name!r}; both see the same x_t and t, so they must agree."
-                )
+            check_teacher(teacher, model, resolve(time))
             teacher.to(device_of(model))
         target_size = target_size if teacher is None or target_size is not None else teacher.hidden_size
         if target_size is None:
@@ -391,16 +375,6 @@ class SelfTransLoss(Shareable, nn.Module):
         save_criterion(self, folder, source, licence, name)
 
     @property
-    def teacher(self) -> CFGFeatureTeacher | None:
-        """The teacher of stage 2; None in stage 1 and after :meth:`release_teacher`."""
-        return self._teacher[0]
-
-    @property
-    def stage(self) -> int:
-        """1 or 2."""
-        return 1 if isinstance(self.heads[0], VAEAlignmentLoss) else 2
-
-    @property
     def measures(self) -> dict[str, Tensor]:
         """What was measured last, 0-d tensors on the device; see ``health_interval`` for when.
 
@@ -462,10 +436,11 @@ class SelfTransLoss(Shareable, nn.Module):
         if isinstance(gated, SelfTransError):  # the call could not be read; the place to say so is here
             raise copy.copy(gated)  # not itself: a raised error holds this frame, which holds it and the graph
         record.check_arguments()
-        self._check(gated.call, denoising, latents)
-        look = self._new_look()
+        checking = self._check_interval.due(self._calls)
+        self._check(gated.call, denoising, latents, checking)
+        look = self._new_look(denoising)
         with torch.no_grad() if self.weight == 0.0 else contextlib.nullcontext():
-            alignment = self._alignment(record, gated, denoising, latents, look)
+            alignment = self._alignment(record, gated, latents, seed=self._calls, checking=checking, look=look)
         self._observe(look, gated, alignment)
         return self._terms(denoising, alignment, self.weight * scale, gated.inside)
 
@@ -516,12 +491,6 @@ class SelfTransLoss(Shareable, nn.Module):
             f"stop_step={self.stop_step}"
         )
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfTransLoss:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.teacher is not None:
-            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        return self
-
     def __enter__(self) -> SelfTransLoss:
         return self
 
@@ -548,12 +517,16 @@ class SelfTransLoss(Shareable, nn.Module):
             self.measures.update(self._plateau.decide(self._calls, step, device))
         return scale if self.stopped_at is None else 0.0
 
-    def _check(self, call: Call, denoising: Tensor, latents: Tensor | None) -> None:
+    def _check(self, call: Call, denoising: Tensor, latents: Tensor | None, checking: bool) -> None:
         if latents is None and self.stage == 1:
             raise ShapeError("Stage 1 aligns with the clean latents: call criterion(loss, latents=...).")
         check_batch(call, denoising, latents)
-        self._checking = self._check_interval.due(self._calls)
-        if not self._checking:
+        if self.teacher is None and self.stage == 2:
+            raise TeacherError(
+                f"The alignment is still on (step {self._step}, stop_step {self.stop_step}), but there is no teacher: "
+                "it was released, or never given.\nBuild the criterion with the teacher that the run began with."
+            )
+        if not checking:
             return
         if latents is None:
             check_times(self.time, call.t)
@@ -561,12 +534,12 @@ class SelfTransLoss(Shareable, nn.Module):
             check_same_shape(call, latents)
             check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach())
 
-    def _new_look(self) -> Look | None:
+    def _new_look(self, denoising: Tensor) -> Look | None:
         """Where this call is measured, what is to see it."""
         due = [interval.due(self._calls) for interval in (self._health.interval, self._plateau.interval)]
         if not any(due):
             return None
-        return Look(GradientProbe(self.measures.update) if self.weight > 0.0 else None)
+        return Look(denoising, GradientProbe(self.measures.update) if self.weight > 0.0 else None)
 
     def _observe(self, look: Look | None, gated: Gated, alignment: Tensor) -> None:
         call = gated.call
@@ -595,77 +568,6 @@ class SelfTransLoss(Shareable, nn.Module):
             )
         if look.probe is not None:
             self._plateau.arm(look.probe, self._calls)
-
-    def _alignment(
-        self, record: Record, gated: Gated, denoising: Tensor, latents: Tensor | None, look: Look | None
-    ) -> Tensor:
-        """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32."""
-        call = gated.call
-        captures = [record.capture(layer) for layer in self.layers]
-        tokens = []
-        for layer, capture, head in zip(self.layers, captures, self.heads, strict=True):
-            tensor = select_tensor(capture.output, self.select, layer)
-            if look is not None and look.probe is not None:
-                tensor = look.probe.branch(tensor, denoising)
-            tokens.append(as_tokens(tensor, None, self.tokens, layer=layer, arguments=lambda: call.arguments))
-            check_captured(tokens[-1], call, layer, head)
-            if isinstance(head, VAEAlignmentLoss):
-                assert latents is not None  # _check has seen to it
-                head.check_fit(latents, tokens[-1])
-            elif self.tokens is None:  # there is no latent grid to compare with
-                check_patches(tokens[-1], call, layer)
-        if self.stage == 2:
-            self._present_teacher(call.x_t.device)
-        if look is not None:
-            look.tokens = [found.detach() for found in tokens]
-        everything = self.window is None or self.gating == "released"
-        candidates = torch.arange(call.rows) if everything else gated.rows()
-        if len(candidates) == 0:
-            if self.teacher is not None and sharded_parts(self.teacher):
-                # On other ranks it runs, and gathers its weights from all of them: they wait for this one.
-                self._target(call, torch.zeros(1, dtype=torch.long, device=call.x_t.device), latents)
-            return zero_of(self.heads)
-        chosen = sample_rows(candidates, self.teacher_rows, seed=self._calls)
-        rows = None if len(chosen) == call.rows else to_device(chosen, call.x_t.device)
-        if rows is not None:
-            tokens = [found.index_select(0, rows) for found in tokens]
-        autocast = captures[0].autocast
-        with torch.autocast(call.x_t.device.type, dtype=autocast, enabled=autocast is not None):
-            target = self._target(call, rows, latents, look)
-            distances = [
-                distance_of(head, found, target, self.distance) for head, found in zip(self.heads, tokens, strict=True)
-            ]
-        if look is not None:
-            look.target, look.rows = target, rows
-        mean = torch.stack(distances).mean()  # over layers and over the chosen rows
-        # Divided by the whole batch, whatever was chosen: an average over ranks is then the global value.
-        return mean * (gated.inside.float().mean() if self.gating == "released" else len(candidates) / call.rows)
-
-    def _target(self, call: Call, rows: Tensor | None, latents: Tensor | None, look: Look | None = None) -> Tensor:
-        """What the heads' outputs are compared with, for the given rows."""
-        if self.stage == 2:
-            teacher = self._present_teacher(call.x_t.device)
-            adopted = teacher.spec.adopt(call, self.spec)
-            features = teacher.features(adopted, rows, self.teacher_chunk, check_indices=self._checking)
-            if look is not None:
-                look.taught, look.features = adopted, features
-            return teacher.guide(*features)
-        assert latents is not None  # _check has seen to it
-        target = latents.detach()
-        if self.target == "velocity":
-            check_same_shape(call, latents)
-            target = velocity_target(call.x_t.detach(), target, self.time.signal(call.t), self.time.noise(call.t))
-        return target if rows is None else target.index_select(0, rows)
-
-    def _present_teacher(self, device: torch.device) -> CFGFeatureTeacher:
-        teacher = self.teacher
-        if teacher is None:
-            raise TeacherError(
-                f"The alignment is still on (step {self._step}, stop_step {self.stop_step}), but there is no teacher: "
-                "it was released, or never given.\nBuild the criterion with the teacher that the run began with."
-            )
-        check_device(teacher, device, "teacher")
-        return teacher
 
     def _terms(self, denoising: Tensor, alignment: Tensor, weight: float, inside: Tensor | None) -> LossTerms:
         mean = denoising.mean()

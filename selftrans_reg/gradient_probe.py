@@ -34,7 +34,12 @@ class GradientProbe:
         self._found = found
 
     def branch(self, tensor: Tensor, denoising: Tensor) -> Tensor:
-        """What the alignment is to be computed from instead of ``tensor``: the same values in a branch of their own."""
+        """What the alignment is to be computed from instead of ``tensor``: the same values in a branch of their own.
+
+        Args:
+            tensor: The tapped tensor.
+            denoising: The loop's own loss, computed from it.
+        """
         if not tensor.requires_grad:
             return tensor
         if not _reaches(denoising, tensor):

@@ -43,9 +43,10 @@ _EMPTY_CALLS, _EMPTY_SAMPLES = 100, 2000
 
 @dataclass
 class Look:
-    """What a measured call sees.
+    """What a measured call sees; it is gone when the call returns, since it holds the graph.
 
     Attributes:
+        denoising: The loop's own loss.
         probe: Sees the gradients in the backward pass; None where the weight is 0, and the alignment has none.
         tokens: (N, T, D) of each layer.
         taught: The call as the teacher was shown it.
@@ -54,12 +55,17 @@ class Look:
         rows: (n,), which rows these are; None for all.
     """
 
+    denoising: Tensor
     probe: GradientProbe | None
     tokens: list[Tensor] = field(default_factory=list)
     taught: Call | None = None
     features: tuple[Tensor, Tensor] | None = None
     target: Tensor | None = None
     rows: Tensor | None = None
+
+    def branch(self, tensor: Tensor) -> Tensor:
+        """A tapped tensor, as the alignment is to be computed from it."""
+        return tensor if self.probe is None else self.probe.branch(tensor, self.denoising)
 
 
 @dataclass(frozen=True)
@@ -155,7 +161,7 @@ class Health:
                     "tokens, those of the same batch in the same order as the student's? Is the learning rate right?"
                 )
             )
-        self._probe = look.probe
+        self._probe = None if look.target is None else look.probe  # without rows inside there is nothing to reach
 
     def stop(self) -> None:
         """Forget what was measured: the alignment has stopped."""

@@ -9,6 +9,7 @@ from typing import Any, Literal, SupportsIndex, TypeAlias, TypedDict
 from torch import Tensor
 
 from .errors import SettingError
+from .heads import check_positive
 from .names import quoted
 from .plateau import Plateau
 from .schedules import Schedule
@@ -43,6 +44,12 @@ def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ``SettingError`` unless ``value`` is one of ``choices``."""
     if value not in choices:
         raise SettingError(f"{name} must be one of {quoted(choices)}; got {value!r}.")
+
+
+def check_interval_of(name: str, value: object) -> None:
+    """Raise ``SettingError`` unless ``value`` is a positive integer or None."""
+    if value is not None:
+        check_positive(name, value)
 
 
 def check_weight(weight: object) -> None:
