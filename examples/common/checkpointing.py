@@ -6,7 +6,6 @@ so that a file without that ending is complete at whatever instant the process w
 
 import os
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -114,16 +113,6 @@ def read_training_state(path: Path, keys: set[str]) -> dict[str, Any]:
             "For a new run that starts from its weights, pass it as --init."
         )
     return content
-
-
-def loading(path: Path, what: str, load: Callable[[], object]) -> None:
-    """Call ``load``; what torch says about state that does not fit is put as a `CheckpointError` naming the file."""
-    try:
-        load()
-    except (KeyError, RuntimeError, ValueError) as error:
-        if isinstance(error, CheckpointError):
-            raise
-        raise CheckpointError(f"{path}: the {what} does not fit this run: {error}") from error
 
 
 def _flush_names(folder: Path) -> None:

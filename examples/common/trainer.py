@@ -5,7 +5,6 @@ epoch). A run that was stopped at any step and resumed is therefore bit-equal to
 kernels repeat themselves, as the CPU's do.
 """
 
-import copy
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -16,42 +15,27 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 import selftrans_reg as st
-from common.checkpointing import (
-    checkpoint_path,
-    clear_old,
-    loading,
-    read_training_state,
-    resume_point,
-    save_checkpoint,
-    saved_checkpoints,
-)
+from common.checkpointing import checkpoint_path, clear_old, resume_point, save_checkpoint, saved_checkpoints
 from common.run_log import RunLog
 from common.step_sampler import SeededItems, StepSampler, mixed_seed
 from common.stop_signals import StopSignals
-from selftrans_reg.checkpoints import load_weights
-from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError
+from common.training_state import TrainingState
+from selftrans_reg.errors import NotFiniteError, SettingError
 
 Condition = Any  # what the model is conditioned on: labels, text features
 LatentsOf = Callable[[Any], tuple[Tensor, Condition]]
 Denoise = Callable[[nn.Module, Tensor, Condition], Tensor]
 Draw = Callable[[nn.Module, Path], None]
 
-_KEYS = {"model", "ema", "opt", "criterion", "scaler", "steps", "args"}
-
 # What the console shows of a line of the log.
 _SHOWN = ("denoising", "alignment", "in_window", "gradient_norm", "samples_per_second")
 
 # GradScaler halves its scale, at first 65,536, at each step that it skips: so many in a row are no overflow any more.
 _MAX_SKIPPED = 40
-
-
-class DivergedError(SelfTransError, FloatingPointError):
-    """The loss or its gradient is no number any more."""
 
 
 class LongRun(NamedTuple):
@@ -128,10 +112,6 @@ class Trainer:
         args: Plain values that describe the run, for whoever reads a checkpoint.
         draw: ``draw(ema, path)`` writes a picture of samples; called on the first process only.
 
-    Attributes:
-        steps: Optimiser steps done.
-        ema: The averaged model, frozen and in eval mode.
-
     Raises:
         SettingError: If the batch cannot be cut evenly, or the data is smaller than it.
     """
@@ -158,13 +138,9 @@ class Trainer:
         self.out = out
         self.args = args
         self.draw = draw
-        self.steps = 0
         self.micro_batches = accelerator.gradient_accumulation_steps
         self.checkpoints = out / "checkpoints"
         self._sampler(0)  # a batch that cannot be cut is named now
-        self._plain_model, self._plain_criterion = model, criterion  # what the checkpoints name
-        self.ema = copy.deepcopy(model).to(accelerator.device).eval().requires_grad_(False)
-        self._average = get_ema_multi_avg_fn(settings.ema_decay)
         # Those without a gradient too: the SiT and REPA repositories number the optimiser's state so.
         parameters = [*model.parameters(), *(criterion.parameters() if criterion is not None else [])]
         optimizer = torch.optim.AdamW(
@@ -172,9 +148,20 @@ class Trainer:
         )
         if criterion is not None:
             criterion.check_optimizer(optimizer)
+        self._state = TrainingState(accelerator, model, criterion, optimizer, settings.ema_decay)
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
         self.criterion = None if criterion is None else accelerator.prepare(criterion.train())
         self._bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # steps in a row
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps done."""
+        return self._state.steps
+
+    @property
+    def ema(self) -> nn.Module:
+        """The averaged model, frozen and in eval mode."""
+        return self._state.ema
 
     def resume(self, choice: str = "auto") -> None:
         """Go on from a checkpoint: "auto" for the newest if there is one, "never", or a path.
@@ -186,25 +173,13 @@ class Trainer:
         path = resume_point(self.checkpoints, choice)
         if path is None:
             return
-        content = read_training_state(path, _KEYS)
-        newer = [str(found) for steps, found in saved_checkpoints(self.checkpoints).items() if steps > content["steps"]]
+        self._state.load(path)
+        newer = [str(found) for steps, found in saved_checkpoints(self.checkpoints).items() if steps > self.steps]
         if newer:
             raise SettingError(
                 f"Going on from {path} would write over newer checkpoints of this run.\n"
                 f"Found: {', '.join(newer)}.\nName another folder with --out, or move these away."
             )
-        load_weights(self._plain_model, content["model"])
-        load_weights(self.ema, content["ema"])
-        if (self._plain_criterion is None) != (not content["criterion"]):
-            there, here = ("a", "none") if content["criterion"] else ("no", "one")
-            raise CheckpointError(f"{path} is of another stage: it holds {there} criterion, and this run has {here}.")
-        if self._plain_criterion is not None:
-            loading(path, "criterion", lambda: self._plain_criterion.load_state_dict(content["criterion"]))
-        # A copy: what is loaded would else stay a view of the file.
-        loading(path, "optimiser", lambda: self.optimizer.load_state_dict(copy.deepcopy(content["opt"])))
-        if self.accelerator.scaler is not None and content["scaler"]:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.steps = content["steps"]
         self._say(f"Going on from {path}, after {self.steps:,} steps.")
 
     def run(self) -> None:
@@ -212,7 +187,7 @@ class Trainer:
 
         Raises:
             SystemExit: After a SIGTERM or SIGINT to any rank, once the state is saved; the code is 128 + the signal.
-            DivergedError: If the loss or the gradient is no number any more; nothing of that is saved.
+            NotFiniteError: If the loss or the gradient is no number any more; nothing of that is saved.
         """
         if self.steps >= self.settings.steps:
             self._say(f"Nothing to train: {self.steps:,} of {self.settings.steps:,} steps are done.")
@@ -233,7 +208,7 @@ class Trainer:
         last, clock = self.settings.steps, _Clock(self.steps)
         while self.steps < last:
             terms = self._step(batches)
-            self.steps += 1
+            self._state.steps += 1
             bar.update()
             if self.steps % self.settings.log_every == 0 or self.steps in (1, last):
                 values = self._read(terms)
@@ -262,8 +237,6 @@ class Trainer:
         self._lr = settings.lr * min(1.0, (self.steps + 1) / max(1, settings.warmup_steps))
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
-        if self._plain_criterion is not None:
-            self._plain_criterion.measures.clear()  # what is there after the step was measured in it
         sums: dict[str, Tensor] = {}
         watched = [self.model] if self.criterion is None else [self.model, self.criterion]
         for part in range(self.micro_batches):
@@ -288,22 +261,16 @@ class Trainer:
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + term.detach() / self.micro_batches
         self._bad = torch.where(sums["loss"].isfinite() & norm.isfinite(), 0, self._bad + 1)
-        self._update_ema()
+        self._state.update_ema()
         return {**sums, "gradient_norm": norm}
-
-    def _update_ema(self) -> None:
-        with torch.no_grad():
-            self._average(list(self.ema.parameters()), list(self._plain_model.parameters()), 0)
-            for average, buffer in zip(self.ema.buffers(), self._plain_model.buffers(), strict=True):
-                average.copy_(buffer)
 
     def _read(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Means over the ranks, read off the device; what the criterion measures is the first rank's."""
         means = self.accelerator.reduce(torch.stack([term.double() for term in terms.values()]), "mean")
         values = {**dict(zip(terms, means.tolist(), strict=True)), "lr": self._lr}
         # A resumed process measures its first calls too: only what both measure belongs into the log.
-        if self._plain_criterion is not None and (self.steps % self.settings.log_every == 0 or self.steps == 1):
-            values |= {name: value.item() for name, value in self._plain_criterion.measures.items()}
+        if self._state.criterion is not None and (self.steps % self.settings.log_every == 0 or self.steps == 1):
+            values |= {name: value.item() for name, value in self._state.criterion.measures.items()}
         if self.accelerator.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values
@@ -313,27 +280,18 @@ class Trainer:
         bad = int(self.accelerator.gather(self._bad.reshape(1)).max())
         if bad > (_MAX_SKIPPED if self.accelerator.scaler is not None else 0):
             saved = list(saved_checkpoints(self.checkpoints).values())
-            raise DivergedError(
+            raise NotFiniteError(
                 f"The loss or its gradient has not been finite for the last {bad} steps, up to step {self.steps}.\n"
                 f"The newest checkpoint from before is {saved[-1] if saved else 'none'}; nothing was saved since.\n"
-                "Lower the learning rate or the alignment's weight, or choose bf16 over fp16; --qk-norm helps too."
+                "The same command would meet it again: go on from that checkpoint (--resume) in another folder with a "
+                "lower learning rate or weight of the alignment, or bf16 instead of fp16. With qk-norm it is rarer."
             )
 
     def _save(self) -> None:
         """Write the checkpoint of this step on the first process, then drop old ones; the others wait."""
         self._check_finite()
         if self.accelerator.is_main_process:
-            scaler, criterion = self.accelerator.scaler, self._plain_criterion
-            content = {
-                "model": self._plain_model.state_dict(),
-                "ema": self.ema.state_dict(),
-                "opt": self.optimizer.state_dict(),
-                "criterion": {} if criterion is None else criterion.state_dict(),
-                "scaler": {} if scaler is None else scaler.state_dict(),
-                "steps": self.steps,
-                "args": self.args,
-            }
-            save_checkpoint(content, checkpoint_path(self.checkpoints, self.steps))
+            save_checkpoint(self._state.content(self.args), checkpoint_path(self.checkpoints, self.steps))
             clear_old(self.checkpoints, keep=self.settings.keep, keep_every=self.settings.keep_every)
         self.accelerator.wait_for_everyone()
 

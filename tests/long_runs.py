@@ -1,0 +1,149 @@
+"""A run of the long-run trainer that takes a fraction of a second: a SiT of four blocks on twenty random latents."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.state import AcceleratorState, GradientState
+from common.paths import denoising_loss
+from common.sit import SiT
+from common.trainer import LongRun, Trainer, new_accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import selftrans_reg as st
+
+CLASSES = 5
+SIZE = {"input_size": 4, "patch_size": 1, "in_channels": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
+SETTINGS = {"batch_size": 8, "lr": 1e-2, "ema_decay": 0.9, "log_every": 2, "checkpoint_every": 100, "keep_every": None}
+UNREPEATABLE = {"samples_per_second"}
+
+
+class Items(Dataset[tuple[Tensor, int]]):
+    """Latents and labels; ``noise`` adds what an item draws."""
+
+    def __init__(self, length: int = 20, noise: float = 0.1) -> None:
+        self.latents = torch.randn(length, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+        self.noise = noise
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return self.latents[index] + self.noise * torch.randn(2, 4, 4), index % CLASSES
+
+
+def new_sit(seed: int = 0, **settings: Any) -> SiT:
+    """A SiT whose initial weights are the seed's, none of them zero."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = SiT(**(SIZE | {"num_classes": CLASSES, "learn_sigma": False} | settings))
+        for parameter in model.parameters():
+            parameter.data += 0.02 * torch.randn_like(parameter)
+    return model
+
+
+def new_criterion(stage: str, model: SiT, micro_batches: int = 1) -> st.SelfTransLoss | None:
+    settings: dict[str, Any] = {"time": "repa", "hidden_features": 8, "window": (0.2, 0.8)}
+    settings["health_interval"] = SETTINGS["log_every"] * micro_batches  # the last call of a logged step
+    if stage == "vae":
+        return st.SelfTransLoss.stage1(model, layer="blocks.1", latent_channels=2, patch_size=1, **settings)
+    if stage == "self":
+        teacher = st.build_teacher(new_sit(seed=7), None, layer="blocks.2", guidance_scale=3.0, null={"y": CLASSES})
+        return st.SelfTransLoss.stage2(model, layer="blocks.1", teacher=teacher, stop_step=5, **settings)
+    return None
+
+
+def fixed_loss(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
+    """A loss that draws nothing: time and noise are functions of the latents."""
+    t = latents.flatten(1).mean(1).sigmoid()
+    noise = latents.flip(-1)
+    x_t = (1 - t.view(-1, 1, 1, 1)) * latents + t.view(-1, 1, 1, 1) * noise
+    return (model(x_t, t, y) - (noise - latents)).square().flatten(1).mean(1)
+
+
+def new_trainer(
+    out: Path,
+    *,
+    stage: str = "vae",
+    steps: int = 7,
+    micro_batches: int = 1,
+    precision: str = "no",
+    dataset: Dataset[Any] | None = None,
+    denoise: Callable[[nn.Module, Tensor, Tensor], Tensor] = denoising_loss,
+    model: SiT | None = None,
+    draw: Callable[[nn.Module, Path], None] | None = None,
+    **settings: Any,
+) -> Trainer:
+    model = new_sit() if model is None else model
+    out.mkdir(exist_ok=True)
+    return Trainer(
+        new_accelerator(precision, micro_batches=micro_batches, cpu=True),
+        model,
+        criterion=new_criterion(stage, model, micro_batches),
+        dataset=Items() if dataset is None else dataset,
+        latents_of=lambda batch: (batch[0], batch[1]),
+        denoise=denoise,
+        settings=LongRun(steps=steps, **(SETTINGS | settings)),
+        out=out,
+        args={"model": "tiny"},
+        draw=draw,
+    )
+
+
+def trained(out: Path, resume: str = "auto", **settings: Any) -> Trainer:
+    """A trainer that has run to its last step."""
+    with own_state():
+        trainer = new_trainer(out, **settings)
+        trainer.resume(resume)
+        trainer.run()
+        return trainer
+
+
+@contextmanager
+def own_state() -> Iterator[None]:
+    """What accelerate keeps for a process, and the global generator, are as before afterwards."""
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            reset()
+
+
+def reset() -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def lines(out: Path) -> list[dict[str, Any]]:
+    """The log without what no second run repeats."""
+    found = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in UNREPEATABLE} for line in found]
+
+
+def flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf of nested containers with its place."""
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from flat(value, f"{name}/{key}")
+    elif isinstance(content, list | tuple):
+        for index, value in enumerate(content):
+            yield from flat(value, f"{name}/{index}")
+    else:
+        yield name, content
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """Places at which two checkpoints are not bit-equal."""
+    left, right = (dict(flat(torch.load(path, weights_only=True))) for path in (a, b))
+    assert left.keys() == right.keys(), left.keys() ^ right.keys()
+
+    def same(x: Any, y: Any) -> bool:
+        return torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, Tensor) else x == y
+
+    return [name for name in left if not same(left[name], right[name])]
