@@ -196,7 +196,7 @@ class Hostile:
 def test_no_npy_runs_code_or_takes_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.npy"
     np.save(path, np.array([Hostile(tmp_path / "trace")], dtype=object), allow_pickle=True)
-    with pytest.raises(DataError, match="object"):
+    with pytest.raises(DataError, match=r"holds object; floating"):
         read_npy(path)
     assert not (tmp_path / "trace").exists()
     np.save(path, np.ones((8, 2, 2), np.float32))
@@ -209,8 +209,10 @@ def test_no_npy_runs_code_or_takes_memory(tmp_path: Path) -> None:
         whole + b"\0": "has 257 bytes",
         whole[:30]: "cannot be read as .npy",
         b"": "cannot be read as .npy",
-        whole.replace(b"(8, 2, 2), }  ", b"(8,-2,-2), }  "): "truncated or damaged",
-        b"\x93NUMPY\x03" + whole[7:]: r"version \(3, 0\)",
+        whole.replace(b"(8, 2, 2), }  ", b"(8,-2,-2), }  "): "none that np.save writes",
+        whole.replace(b"'<f4', ", b"1+1,   "): "none that np.save writes",
+        whole[:8] + b"\xff\xff" + whole[10:60] + b"(" + b"1" * 60_000: "none that np.save writes",  # in no time
+        b"\x93NUMPY\x03" + whole[7:]: "none that np.save writes",
         whole.replace(b"<f4", b"<i4"): "floating-point numbers are needed",
     }
     for content, match in cases.items():
@@ -227,7 +229,14 @@ def test_no_npy_runs_code_or_takes_memory(tmp_path: Path) -> None:
 
 def test_arrays_are_read_as_numpy_reads_them(tmp_path: Path) -> None:
     array = np.random.default_rng(0).normal(size=(8, 2, 2))
-    for kind in (array, np.asfortranarray(array), array.astype(">f4"), array.astype(np.float16)):
+    for kind in (
+        array,
+        np.asfortranarray(array),
+        array.astype(">f4"),
+        array.astype(np.float16),
+        array[0, 0],
+        array[0, 0, 0],
+    ):
         np.save(tmp_path / "a.npy", kind)
         assert np.array_equal(read_npy(tmp_path / "a.npy"), np.load(tmp_path / "a.npy", allow_pickle=False))
 

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,13 @@ from selftrans_reg.errors import SelfTransError
 _MAX_JSON = 1 << 30
 # A posterior of 1024x1024 pixels with 16 channels has 2 MiB. A file of this size costs no harm, whatever it holds.
 _MAX_NPY = 64 << 20
-# Version 3 differs in its field names only, which an array of numbers has none of: np.save never writes it for one.
-_HEADER_READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+# By a .npy's first bytes, how many more hold the header's length. Versions 1 and 2; 3 is for names of fields only.
+_LENGTH_BYTES = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}
+# Not numpy's own parser: it takes ast.literal_eval, which is slow, and in Python 3.11 fails at times in threads.
+_HEADER = re.compile(
+    rb"\{'descr': '(?P<dtype>[<>|][a-zA-Z]\d{0,2})', 'fortran_order': (?P<by_column>True|False), "
+    rb"'shape': \((?P<shape>(?:\d{1,12}(?:, ?\d{1,12})*,?)?)\),? ?\}\s*"
+)
 _SHOWN = 5
 
 
@@ -42,8 +48,8 @@ def readable(path: Path, kind: str, advice: str = "Copy or make it again.") -> I
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. {advice}") from error
-    # A .npy header is parsed as Python, and a JSON entry of another type fails in as many ways.
-    except (OSError, ValueError, TypeError, KeyError, SyntaxError, RecursionError, SafetensorError) as error:
+    # An entry of JSON that is of another type fails in many ways.
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
         raise DataError(f"{path} cannot be read as {kind}: {type(error).__name__}: {error}. {advice}") from error
 
 
@@ -69,17 +75,21 @@ def read_npy(path: Path) -> NDArray[Any]:
         size = os.fstat(stream.fileno()).st_size
         if size > _MAX_NPY:
             raise DataError(f"{path} has {size} bytes; at most {_MAX_NPY} are read of a file for one image.")
-        version = np.lib.format.read_magic(stream)
-        if version not in _HEADER_READERS:
-            raise DataError(f"{path} has version {version} of the .npy format. Save the array again with np.save.")
-        shape, by_column, dtype = _HEADER_READERS[version](stream)
+        length_bytes = _LENGTH_BYTES.get(stream.read(8), 0)
+        header = stream.read(int.from_bytes(stream.read(length_bytes), "little"))
+        match = _HEADER.fullmatch(header)
+        if not match:
+            raise DataError(
+                f"{path} cannot be read as .npy: its header is none that np.save writes for an array of numbers.\n"
+                f"Found: {header[:80]!r}. Copy or make it again."
+            )
+        dtype, shape = np.dtype(match["dtype"].decode()), tuple(map(int, re.findall(rb"\d+", match["shape"])))
         if dtype.kind != "f":
             raise DataError(f"{path} holds {dtype}; floating-point numbers are needed.")
         announced = stream.tell() + math.prod(shape) * dtype.itemsize
-        if announced != size or min(shape, default=0) < 0:
+        if announced != size:
             raise DataError(
                 f"{path} has {size} bytes, but an array {shape} of {dtype} takes {announced}: it is truncated or "
                 "damaged. Copy or make it again."
             )
-        # Not np.load, which would parse the header again: half of the time that a small file takes.
-        return np.fromfile(stream, dtype).reshape(shape, order="F" if by_column else "C")
+        return np.fromfile(stream, dtype).reshape(shape, order="F" if match["by_column"] == b"True" else "C")
