@@ -45,9 +45,8 @@ def captioned_shapes(count: int, *, size: int = 32, seed: int = 0) -> CaptionedI
     shape = torch.randint(len(SHAPES), (count,), generator=generator)
     colour = torch.randint(len(names), (count,), generator=generator)
     ground = (colour + torch.randint(1, len(names), (count,), generator=generator)) % len(names)
-    radius = size * (0.25 + 0.1 * torch.rand(count, generator=generator))
-    room = (size / 2 - radius - 1).unsqueeze(1)  # the shape stays a pixel away from the border
-    centre = size / 2 + room * (2 * torch.rand(count, 2, generator=generator) - 1)
+    radius = size * (0.28 + 0.08 * torch.rand(count, generator=generator))
+    centre = size * (0.5 + 0.08 * (2 * torch.rand(count, 2, generator=generator) - 1))
 
     pixels = torch.arange(size) + 0.5
     y = pixels[None, :, None] - centre[:, 1, None, None]  # (N, S, 1), downwards
