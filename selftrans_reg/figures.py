@@ -7,6 +7,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from .errors import MissingDependencyError
 
 _DPI = 150
@@ -39,7 +41,7 @@ def save_figure(figure: Any, path: str | PathLike[str]) -> None:
 
 def show(axes: Any, picture: Any, title: str = "", label: str = "") -> None:
     """A picture (H, W, 3), pixels square and unsmoothed, with a title above and a label beside it."""
-    axes.imshow(picture, interpolation="nearest")
+    axes.imshow(picture.numpy() if isinstance(picture, Tensor) else picture, interpolation="nearest")
     axes.set_title(title, fontsize=9)
     axes.set_ylabel(label, fontsize=9)
     if label:
