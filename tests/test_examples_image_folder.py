@@ -140,6 +140,13 @@ def test_an_animation_is_refused(tmp_path: Path) -> None:
             read_image(tmp_path / name, 16)
 
 
+def test_a_photograph_with_a_second_view_is_the_first(tmp_path: Path) -> None:
+    red, blue = (Image.new("RGB", (16, 16), colour) for colour in (RED, BLUE))
+    red.save(tmp_path / "a.jpg", "MPO", save_all=True, append_images=[blue], quality=100)
+    found = read_image(tmp_path / "a.jpg", 16)
+    assert (found.float() - torch.tensor(RED).reshape(3, 1, 1)).abs().max() <= 3
+
+
 def test_decompression_bombs_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noise(64, 64).save(tmp_path / "a.png")
     noise(512, 2).save(tmp_path / "long.png")

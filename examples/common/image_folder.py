@@ -47,8 +47,9 @@ def list_images(folder: Path) -> ImageFolder:
     found = ImageFolder(classes, [], [], [name for name in loose if not _is_image(name)])
     for label, name in enumerate(classes):
         files = sorted(
-            Path(parent, file).relative_to(folder).as_posix()
+            f"{prefix}/{file}"
             for parent, _, files in os.walk(folder / name, followlinks=True)
+            for prefix in [Path(parent).relative_to(folder).as_posix()]
             for file in files
         )
         images = [file for file in files if _is_image(file)]
