@@ -547,6 +547,7 @@ class SelfTransLoss(Shareable, Alignment):
         self._health.count(call.rows, inside, alignment)
         if look is None:
             return
+        look.inside = inside
         self._health.measure(look)
         fractions, watching = self.time.noise_fraction(call.t), self._watching()
         if self.health_interval is not None:

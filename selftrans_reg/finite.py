@@ -89,8 +89,9 @@ def _where(bad: Tensor, fractions: Tensor) -> str:
 
 def _in_arguments(call: Call) -> list[str]:
     """The call's arguments as the cause."""
-    bad = [p for p, t in tensors_in(dict(call.arguments)) if t.is_floating_point() and not t.isfinite().all()]
-    return [f"The model was called with NaN or inf in {', '.join(bad)}: look at what the loop makes it of."] * bool(bad)
+    tensors = [found for name, value in call.arguments.items() for found in tensors_in(value, name)]
+    bad = [path for path, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+    return [f"The model was called with NaN or inf in {quoted(bad)}: look at what the loop makes it of."] * bool(bad)
 
 
 def _in_weights(model: nn.Module, prefix: str = "") -> list[str]:
@@ -115,7 +116,7 @@ def _first_module(teacher: CFGFeatureTeacher, call: Call, rows: Tensor) -> str:
 
     def look(name: str, output: Any) -> None:
         if not found and any(t.is_floating_point() and not t.isfinite().all() for _, t in tensors_in(output)):
-            found.append(repr(name))
+            found.append(name)
 
     layers = {module: name for name, module in named_layers(teacher.model).items()}
     handles = [
@@ -128,4 +129,4 @@ def _first_module(teacher: CFGFeatureTeacher, call: Call, rows: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"in {found[0] if found else teacher.layer!r}"
+    return f"in {(found or [teacher.layer])[0]!r}"

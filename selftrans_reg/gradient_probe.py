@@ -13,16 +13,17 @@ class GradientProbe:
 
     A hook on the tensor sees the gradient of the total, one on the alignment's own branch the alignment's part, with
     its weight; the rest is the denoising loss's. Compared are the places where the alignment has a gradient: the
-    image's tokens of the samples inside the window. A gradient scaler's factor and the weight cancel in the cosine.
-    Nothing waits for the device.
+    image's tokens of the samples inside the window. Of several layers it is the one that the backward pass reaches
+    first: further down, the deeper layer's alignment would count as denoising. A gradient scaler's factor and the
+    weight cancel in the cosine. Nothing waits for the device.
 
     Args:
         found: Called in the backward pass with ``gradient_cosine`` and ``gradient_ratio``, the norm of the alignment's
             gradient over that of the denoising loss's; 0-d.
 
     Attributes:
-        sums: (3,), float32, over all layers: Σ d·a, Σ d², Σ a², with d the denoising loss's gradient and a the
-            alignment's; None before the backward pass.
+        sums: (3,), float32: Σ d·a, Σ d², Σ a², with d the denoising loss's gradient and a the alignment's; None
+            before the backward pass.
         hidden: Whether PyTorch's graph hides how the loop's loss depends on a tapped tensor.
         missed: Whether a backward pass reached a tapped tensor without the alignment's part.
     """
@@ -48,20 +49,20 @@ class GradientProbe:
         held: list[Tensor] = []  # the hooks' own: they are freed with the graph
 
         def compare(whole: Tensor) -> None:
-            if held:
-                self._add(whole.detach().float(), held.pop().detach().float())
-            else:
+            aligned = held.pop() if held else None
+            if aligned is None:
                 self.missed = True
+            elif self.sums is None:
+                self._measure(whole.detach().float(), aligned.detach().float())
 
         branch = tensor.view_as(tensor)
         branch.register_hook(held.append)  # type: ignore[no-untyped-call]
         tensor.register_hook(compare)  # type: ignore[no-untyped-call]
         return branch
 
-    def _add(self, whole: Tensor, aligned: Tensor) -> None:
+    def _measure(self, whole: Tensor, aligned: Tensor) -> None:
         own = (whole - aligned) * (aligned != 0)
-        sums = torch.stack([(own * aligned).sum(), own.square().sum(), aligned.square().sum()])
-        self.sums = sums if self.sums is None else self.sums + sums
+        self.sums = torch.stack([(own * aligned).sum(), own.square().sum(), aligned.square().sum()])
         self._found({"gradient_cosine": cosine(self.sums), "gradient_ratio": (self.sums[2] / self.sums[1]).sqrt()})
 
 

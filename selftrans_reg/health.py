@@ -53,6 +53,7 @@ class Look:
         features: (n, T, D) twice: the teacher's (f_c, f_u).
         target: (n, T, D), or the latents in stage 1; None where no row was inside the window.
         rows: (n,), which rows these are; None for all.
+        inside: How many rows are inside the window.
     """
 
     denoising: Tensor
@@ -62,6 +63,7 @@ class Look:
     features: tuple[Tensor, Tensor] | None = None
     target: Tensor | None = None
     rows: Tensor | None = None
+    inside: int = 0
 
     def branch(self, tensor: Tensor) -> Tensor:
         """A tapped tensor, as the alignment is to be computed from it."""
@@ -161,7 +163,7 @@ class Health:
                     "tokens, those of the same batch in the same order as the student's? Is the learning rate right?"
                 )
             )
-        self._probe = None if look.target is None else look.probe  # without rows inside there is nothing to reach
+        self._probe = look.probe if look.inside else None  # without a row inside there is no gradient
 
     def stop(self) -> None:
         """Forget what was measured: the alignment has stopped."""
