@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common.checkpointing import checkpoint_path
 from common.coco_features import CocoFeatures
 from common.demo_captions import TEXT_ENCODER, VAE, make_demo
 from common.mmdit import MMDiT
@@ -22,6 +21,7 @@ from common.paths import denoising_loss
 from common.prompts import PromptSampler, encoded_prompts
 from common.run_folder import open_run_folder
 from common.run_options import CHANGEABLE
+from common.samplers import Guidance
 from common.stages import Backbone, check_teacher_stays, leave_teacher, new_criterion
 from common.text_features import load_text_encoder
 from common.trainer import LongRun, Trainer, new_accelerator
@@ -53,7 +53,7 @@ def new_sampler(run: argparse.Namespace, data: CocoFeatures) -> PromptSampler | 
         shape=(data.channels, data.size, data.size),
         scale=data.scale,
         steps=run.sample_steps,
-        cfg_scale=run.sample_cfg,
+        guidance=Guidance(run.sample_cfg),
         seed=run.seed,
     )
 
@@ -124,14 +124,11 @@ def main(argv: list[str] | None = None) -> Trainer:
     with accelerator.main_process_first():
         open_run_folder(run.out, {name: value for name, value in vars(run).items() if name not in FREE})
     trainer.resume(run.resume)
-    checkpoint = checkpoint_path(trainer.checkpoints, trainer.steps)
-    check_teacher_stays(run, steps=trainer.steps, checkpoint=checkpoint)
+    check_teacher_stays(run, trainer)
     trainer.run()
     if run.stage == "vae" and accelerator.is_main_process:
-        checkpoint = checkpoint_path(trainer.checkpoints, trainer.steps)
         source = f"examples/mmdit_coco.py --stage vae --model {run.model}, {run.teacher_weights} weights"
-        folder = leave_teacher(run, backbone, checkpoint, steps=trainer.steps, source=source)
-        print(f"The teacher for --stage self: {folder}")
+        print(f"The teacher for --stage self: {leave_teacher(run, backbone, trainer, source)}")
     accelerator.end_training()
     return trainer
 

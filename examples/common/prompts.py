@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from common.image_sets import to_uint8
 from common.pictures import plt
-from common.samplers import Guidance, Model, sample_ode
+from common.samplers import Guidance, Model, sample_ode, sample_sde
 from common.text_features import TextEncoder
 from common.vae import decode
-from selftrans_reg.errors import SettingError
+from selftrans_reg.errors import SettingError, ShapeError
 
 _SCALE_TOLERANCE = 1e-4  # relative: scale factors are written with five digits
 _COLUMNS = 8
@@ -70,7 +70,7 @@ def by_prompt(model: nn.Module, prompts: Prompts) -> Model:
 
 
 class PromptSampler:
-    """One image for each prompt, by Heun's method; its noise depends on the seed and on the prompt's place alone.
+    """One image for each prompt; its noise depends on the seed and on the prompt's place alone.
 
     Args:
         vae: Decodes the latents.
@@ -78,8 +78,9 @@ class PromptSampler:
         shape: Of a latent, (C, h, w).
         scale: The latents' scale factor, which has to be the VAE's.
         steps: Of the sampler.
-        cfg_scale: Classifier-free guidance; 1 is without.
+        guidance: Classifier-free guidance, its null left open: that is the empty prompt.
         seed: Of the noise.
+        method: "euler" or "heun", the ODE's; or "sde".
 
     Raises:
         SettingError: If the VAE is not the one that the latents came from.
@@ -93,8 +94,9 @@ class PromptSampler:
         shape: tuple[int, int, int],
         scale: float,
         steps: int,
-        cfg_scale: float,
+        guidance: Guidance,
         seed: int,
+        method: Literal["euler", "heun", "sde"] = "heun",
     ) -> None:
         channels, own_scale = vae.config.latent_channels, vae.config.scaling_factor
         if channels != shape[0] or abs(scale / own_scale - 1) > _SCALE_TOLERANCE:
@@ -107,18 +109,32 @@ class PromptSampler:
         self.prompts = prompts
         self.shape = shape
         self.steps = steps
-        self.guidance = Guidance(cfg_scale, len(prompts.texts))
+        self.guidance = guidance._replace(null=len(prompts.texts))
         self.seed = seed
+        self.method = method
 
     def images(self, model: nn.Module, numbers: Sequence[int]) -> NDArray[np.uint8]:
-        """The images (N, H, W, 3) of the prompts of these numbers, by a model in eval mode."""
+        """The images (N, H, W, 3) of the prompts of these numbers, by a model in eval mode.
+
+        Raises:
+            ShapeError: If the model's latents are not finite.
+        """
         device = next(model.parameters()).device
         generators = [torch.Generator().manual_seed(self.seed + number) for number in numbers]
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]).to(device)
         y = torch.tensor(numbers, device=device)
-        latents = sample_ode(
-            by_prompt(model, self.prompts), noise, y, steps=self.steps, method="heun", guidance=self.guidance
-        )
+        prompted, common = by_prompt(model, self.prompts), {"steps": self.steps, "guidance": self.guidance}
+        if self.method == "sde":
+            latents = sample_sde(prompted, noise, y, generator=generators, **common)
+        else:
+            latents = sample_ode(prompted, noise, y, method=self.method, **common)
+        broken = [number for number, latent in zip(numbers, latents, strict=True) if not latent.isfinite().all()]
+        if broken:
+            raise ShapeError(
+                f"The model's latents are not finite for {len(broken)} of {len(numbers)} prompts.\n"
+                f"Found: prompt {broken[0]}, {self.prompts.texts[broken[0]]!r}.\n"
+                "Take an earlier checkpoint or a smaller guidance scale."
+            )
         return to_uint8(decode(self.vae.to(device), latents))
 
     def __call__(self, model: nn.Module, path: Path) -> None:

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import selftrans_reg as st
+from common.checkpointing import checkpoint_path
+from common.trainer import Trainer
 from selftrans_reg.artefacts import CONFIG
 from selftrans_reg.errors import SettingError
 
@@ -67,7 +69,7 @@ def read_teacher(run: argparse.Namespace, backbone: Backbone) -> st.CFGFeatureTe
         SettingError: If it was trained on other latents or another null condition.
     """
     if Path(run.teacher).is_file():
-        return _built_teacher(run, backbone, Path(run.teacher), compile=run.compile)
+        return _built_teacher(run, backbone, Path(run.teacher), weights=run.teacher_weights, compile=run.compile)
     if run.teacher_weights is not None:
         raise SettingError(f"--teacher-weights is for a checkpoint; the teacher {run.teacher} was saved with one kind.")
     teacher = st.CFGFeatureTeacher.from_pretrained(run.teacher, model=backbone.new, compile=run.compile)
@@ -92,35 +94,40 @@ def read_teacher(run: argparse.Namespace, backbone: Backbone) -> st.CFGFeatureTe
     )
 
 
-def leave_teacher(run: argparse.Namespace, backbone: Backbone, checkpoint: Path, *, steps: int, source: str) -> Path:
-    """Save the teacher that a finished stage-1 run has trained, if that was not done before."""
+def leave_teacher(run: argparse.Namespace, backbone: Backbone, trainer: Trainer, source: str) -> Path:
+    """Save the teacher that a finished stage-1 run has trained, if that was not done before.
+
+    Args:
+        run: The settings.
+        backbone: Of the run.
+        trainer: At its last step.
+        source: Where the teacher comes from, for those with whom it is shared.
+    """
     folder = run.out / "teacher"
     if not (folder / CONFIG).exists():
-        _built_teacher(run, backbone, checkpoint).save_pretrained(
-            folder, source=source, step=steps, latent_scale=backbone.scale, latent_shape=backbone.shape
+        model = trainer.ema if run.teacher_weights == "ema" else trainer.accelerator.unwrap_model(trainer.model)
+        _built_teacher(run, backbone, model.state_dict()).save_pretrained(
+            folder, source=source, step=trainer.steps, latent_scale=backbone.scale, latent_shape=backbone.shape
         )
     return folder
 
 
-def check_teacher_stays(run: argparse.Namespace, *, steps: int, checkpoint: Path) -> None:
+def check_teacher_stays(run: argparse.Namespace, trainer: Trainer) -> None:
     """Refuse to train a run on that has left its teacher, on which runs of stage 2 may rest.
 
     Raises:
         SettingError: If that is asked for.
     """
-    if run.stage == "vae" and steps < run.steps and (run.out / "teacher" / CONFIG).exists():
+    if run.stage == "vae" and trainer.steps < run.steps and (run.out / "teacher" / CONFIG).exists():
         raise SettingError(
             f"{run.out} has left its teacher, on which runs of stage self may rest; more steps would make another.\n"
-            f"Found: {steps} steps done, {run.steps} asked for.\n"
-            f"Name another --out, with --resume {checkpoint}."
+            f"Found: {trainer.steps} steps done, {run.steps} asked for.\n"
+            f"Name another --out, with --resume {checkpoint_path(trainer.checkpoints, trainer.steps)}."
         )
 
 
 def _built_teacher(
-    run: argparse.Namespace,
-    backbone: Backbone,
-    checkpoint: Path,
-    compile: bool = False,  # noqa: A002
+    run: argparse.Namespace, backbone: Backbone, checkpoint: Path | dict[str, Tensor], **settings: Any
 ) -> st.CFGFeatureTeacher:
     return st.build_teacher(
         backbone.new(),
@@ -130,8 +137,7 @@ def _built_teacher(
         null=backbone.null,
         select=backbone.select,
         time=backbone.time,
-        weights=run.teacher_weights,
-        compile=compile,
+        **settings,
     )
 
 
