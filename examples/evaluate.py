@@ -47,7 +47,7 @@ Row = dict[str, Any]
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--samples", type=Path, help="a folder of PNGs, such as that of sample.py, or an .npz")
     what.add_argument("--run", type=Path, nargs="+", help="runs' folders: each checkpoint is sampled and measured")
@@ -59,10 +59,15 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--statistics", type=Path, help="file of the reference's statistics: written, or read if there")
     parser.add_argument("--features", required=True, help=f"module:callable, or {DIGITS!r}: a small classifier of them")
     parser.add_argument(
-        "--classifier", type=Path, default=Path("runs/digits_classifier.pt"), help=f"where that of {DIGITS!r} is kept"
+        "--classifier",
+        type=Path,
+        default=Path("runs/digits_classifier.pt"),
+        help=f"where that of {DIGITS!r} is kept (default runs/digits_classifier.pt)",
     )
-    parser.add_argument("--neighbours", type=at_least(1), default=3, help="k of precision and recall")
-    parser.add_argument("--bootstrap", type=at_least(2), default=20, help="draws for the distance's spread")
+    parser.add_argument("--neighbours", type=at_least(1), default=3, help="k of precision and recall (default 3)")
+    parser.add_argument(
+        "--bootstrap", type=at_least(2), default=20, help="draws for the distance's spread (default 20)"
+    )
     sample.add_sampling_options(parser)
     run = parser.parse_args(argv)
     if (run.run is None) != (run.out is None):
@@ -129,10 +134,12 @@ def report(rows: dict[str, Row], extractor: Extractor, reference: Reference, boo
 
 
 def curve(run: argparse.Namespace, folder: Path, extractor: Extractor, reference: Reference) -> dict[str, Row]:
-    """A row for each checkpoint of a run, by its steps; those that are finished are read."""
+    """A row for each checkpoint of a run, by its steps; those that are finished are read.
+
+    Trainers keep their newest checkpoints: what was measured before a checkpoint was removed stays in the curve.
+    """
     scores = run.out / "scores" / folder.name
     scores.mkdir(parents=True, exist_ok=True)
-    rows = {}
     for checkpoint in checkpoints_of(folder):
         out = run.out / "samples" / folder.name / checkpoint.stem
         # The samples are opened even when the score is there: weights under the name of others would be found.
@@ -142,8 +149,8 @@ def curve(run: argparse.Namespace, folder: Path, extractor: Extractor, reference
         path = scores / f"{checkpoint.stem}.json"
         if not path.exists():
             write_json(measured(run, ImageSet(npz), extractor, reference), path)
-        rows[checkpoint.stem] = json.loads(path.read_text())
-    return rows
+    finished = sorted(scores.glob("*.json"), key=lambda path: int(path.stem))
+    return {path.stem: json.loads(path.read_text()) for path in finished}
 
 
 def draw_curves(curves: dict[str, dict[str, Row]], path: Path, *, published: bool) -> None:

@@ -10,9 +10,10 @@ more images later adds them.
 """
 
 import argparse
-import contextlib
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -39,45 +40,47 @@ from selftrans_reg.errors import CheckpointError, SettingError, ShapeError
 from selftrans_reg.fingerprints import fingerprint
 
 GRID_COLUMNS, GRID_ROWS = 10, 4
-AUTOCAST = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 SCALE_TOLERANCE = 1e-4  # relative: scale factors are written with five digits
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """What decides the images, and with what speed they come; `evaluate.py` takes the same."""
-    model = parser.add_argument_group("the model")
-    model.add_argument("--weights", choices=["ema", "model"], default="ema")
-    model.add_argument("--model", help="the published name that the weights must have, as SiT-B/2")
-    model.add_argument("--num-heads", type=at_least(1), help="for files that do not say it")
-    model.add_argument("--num-classes", type=at_least(1), help="for files that do not say it")
-    model.add_argument(
+    add = parser.add_argument_group("the model").add_argument
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw")
+    add("--model", help="the published name that the weights must have, as SiT-B/2")
+    add("--num-heads", type=at_least(1), help="for files that do not say it")
+    add("--num-classes", type=at_least(1), help="for files that do not say it")
+    add(
         "--time",
         choices=["repa", "sit"],
-        help="what the model was trained to call t: repa, t = 1 is noise; sit, t = 1 is data, as in the published SiT "
-        "(needed unless this repository's trainer wrote the file)",
+        help="what training called t: repa, t = 1 is noise; sit, t = 1 is data, as for the published SiT. Needed for "
+        "all files but those of this repository's trainer",
     )
-    model.add_argument("--path", choices=list(PATHS), help="for files that do not say it: linear unless given")
-    model.add_argument("--vae", help="folder or hub name of diffusers' AutoencoderKL; by default the run's own")
-    model.add_argument("--scale-factor", type=float, help="of the latents; by default the run's, or the VAE's")
-    sampler = parser.add_argument_group("the sampler")
-    sampler.add_argument("--sampler", choices=["euler", "heun", "sde"], default="sde", help="two ODEs, or the SDE")
-    sampler.add_argument("--steps", type=at_least(1), default=250)
-    sampler.add_argument("--cfg-scale", type=float, default=1.0, help="1 is the conditional model, unguided")
-    sampler.add_argument("--guidance-low", type=float, default=0.0, help="smallest t, 1 being noise, with guidance")
-    sampler.add_argument("--guidance-high", type=float, default=1.0, help="largest t with guidance")
-    sampler.add_argument("--num-samples", type=at_least(1), default=50_000)
-    sampler.add_argument(
-        "--labels", default="random", help="random, balanced (0, 1, 2, ...), or classes to go through, as 207,360"
+    add("--path", choices=list(PATHS), help="for files that do not say it (default linear)")
+    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default the run's own)")
+    add("--scale-factor", type=float, help="of the latents (default the run's, or the VAE's)")
+    add = parser.add_argument_group("the sampler").add_argument
+    add("--sampler", choices=["euler", "heun", "sde"], default="sde", help="two ODEs, or the SDE (default)")
+    add("--steps", type=at_least(1), default=250, help="default 250")
+    add("--cfg-scale", type=float, default=1.0, help="default 1: the conditional model, unguided")
+    add("--guidance-low", type=float, default=0.0, help="smallest t, 1 being noise, with guidance (default 0)")
+    add("--guidance-high", type=float, default=1.0, help="largest t with guidance (default 1)")
+    add("--num-samples", type=at_least(1), default=50_000, help="default 50,000")
+    add(
+        "--labels",
+        default="random",
+        help="random (default), balanced (0, 1, 2, ...), or classes to go through, as 207,360",
     )
-    sampler.add_argument("--seed", type=int, default=0)
-    sampler.add_argument("--batch-size", type=at_least(1), default=64, help="of each process")
-    sampler.add_argument("--autocast", choices=list(AUTOCAST), default="none")
-    sampler.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--seed", type=at_least(0), default=0, help="of noise and random labels")
+    add("--batch-size", type=at_least(1), default=64, help="of each process (default 64)")
+    add("--precision", choices=["fp32", "tf32", *HALF], default="fp32", help="of the model (default fp32)")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda where there is one")
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a file, or a run's folder: its newest")
     parser.add_argument("--out", type=Path, required=True, help="folder of the images")
     add_sampling_options(parser)
@@ -212,6 +215,18 @@ def draw(seed: int, indices: Sequence[int], classes: list[int] | None, settings:
     return Drawn(labels, noise, generators)
 
 
+@contextmanager
+def precision(name: str, device_type: str) -> Iterator[None]:
+    """The arithmetic of the model: float32, with or without TF32 in its matrix products, or autocast to 16 bits."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
+    try:
+        with torch.autocast(device_type, HALF.get(name), enabled=name in HALF):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class Sampler(NamedTuple):
     """All that turns an image's number into the image."""
 
@@ -234,15 +249,14 @@ class Sampler(NamedTuple):
             ShapeError: If the model's latents are not finite.
         """
         run = self.run
-        dtype = AUTOCAST[run.autocast]
-        with torch.autocast(torch.device(run.device).type, dtype) if dtype else contextlib.nullcontext():
+        with precision(run.precision, torch.device(run.device).type):
             latents = self._latents(self.model, draw(run.seed, indices, self.classes, self.settings))
         broken = [index for index, image in zip(indices, latents, strict=True) if not image.isfinite().all()]
         if broken:
             raise ShapeError(
                 f"The model's latents are not finite for {len(broken)} of {len(indices)} images.\n"
-                f"Found: image {broken[0]}, with {run.sampler}, --steps {run.steps}, --autocast {run.autocast}.\n"
-                "Take an earlier checkpoint, no autocast, or a smaller guidance scale."
+                f"Found: image {broken[0]}, with {run.sampler}, --steps {run.steps}, --precision {run.precision}.\n"
+                "Take an earlier checkpoint, --precision fp32, or a smaller guidance scale."
             )
         return to_uint8(decode(self.vae, latents))
 
@@ -277,7 +291,7 @@ def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
         "time": time,
         "path": path,
         **{name: getattr(run, name) for name in ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")},
-        **{name: getattr(run, name) for name in ("labels", "seed", "autocast")},
+        **{name: getattr(run, name) for name in ("labels", "seed", "precision")},
     }
     model = sit.to(run.device)
     sampler = Sampler(
@@ -355,11 +369,16 @@ def sample(run: argparse.Namespace, processes: Processes) -> Path:
     left = batches_left(folder, run)
     processes.meet()  # or a slower process would find a faster one's images, and count the batches differently
     mine = left[processes.rank :: processes.count]
+    start = time.perf_counter()
     for batch in progress(mine, "batches") if processes.rank == 0 else mine:
         for index, image in zip(batch, sampler.images(batch), strict=True):
             if not (folder / png_name(index)).exists():
                 write_png(image, folder / png_name(index))
     processes.meet()
+    made, seconds = sum(map(len, left)), time.perf_counter() - start
+    if processes.rank == 0 and made:
+        where = f"{processes.count} x {run.device}" if processes.count > 1 else run.device
+        print(f"{made:,} images in {seconds:.0f} s on {where}: {made / seconds:.2f} images/s")
     npz = run.out / f"samples_{run.num_samples}.npz"
     if processes.rank == 0:
         finish(run, sampler, folder, npz)

@@ -127,6 +127,7 @@ def test_going_on_makes_only_what_is_missing(
     printed = capsys.readouterr().out
     assert "samples_10.npz: finished before" in printed
     assert "10 images of" in printed
+    assert "images/s" not in printed  # none was made
 
 
 def test_more_images_are_added_to_those_that_are_there(run_folder: Path, finished: Path, tmp_path: Path) -> None:
@@ -269,13 +270,24 @@ def test_latents_that_are_not_finite_are_named(run_folder: Path, monkeypatch: py
             broken.images([4, 5, 6])
 
 
-def test_autocast_reaches_the_model_alone(run_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "product", "matmul"),
+    [
+        ("fp32", torch.float32, "highest"),
+        ("tf32", torch.float32, "high"),
+        ("fp16", torch.float16, "highest"),
+        ("bf16", torch.bfloat16, "highest"),
+    ],
+)
+def test_the_precision_is_the_models_alone(run_folder: Path, name: str, product: torch.dtype, matmul: str) -> None:
     seen = set()
-    sampler = sampler_of(f"--checkpoint={run_folder}", "--autocast=bfloat16")
+    sampler = sampler_of(f"--checkpoint={run_folder}", f"--precision={name}")
 
     def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seen.add((x.dtype, (x @ x.mT).dtype))
+        seen.add((x.dtype, (x @ x.mT).dtype, torch.get_float32_matmul_precision()))
         return x
 
+    before = torch.get_float32_matmul_precision()
     sampler._replace(model=model).images([0])
-    assert seen == {(torch.float32, torch.bfloat16)}
+    assert seen == {(torch.float32, product, matmul)}
+    assert torch.get_float32_matmul_precision() == before
