@@ -32,6 +32,7 @@ from common.load_sit import checkpoints_of
 from common.metrics import feature_statistics, frechet_distance, frechet_spread, precision_recall
 from common.options import at_least
 from common.pictures import plt
+from common.processes import Processes
 from common.run_folder import open_run_folder, write_json
 
 # FID-10K without guidance on ImageNet 256x256, batch 256, read off the authors' plot (+-0.5): steps -> distance.
@@ -143,9 +144,7 @@ def curve(run: argparse.Namespace, folder: Path, extractor: Extractor, reference
     for checkpoint in checkpoints_of(folder):
         out = run.out / "samples" / folder.name / checkpoint.stem
         # The samples are opened even when the score is there: weights under the name of others would be found.
-        npz = sample.sample(
-            argparse.Namespace(**vars(run) | {"checkpoint": checkpoint, "out": out}), sample.Processes()
-        )
+        npz = sample.sample(argparse.Namespace(**vars(run) | {"checkpoint": checkpoint, "out": out}), Processes())
         path = scores / f"{checkpoint.stem}.json"
         if not path.exists():
             write_json(measured(run, ImageSet(npz), extractor, reference), path)

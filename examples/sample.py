@@ -14,21 +14,22 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from common.image_seeds import Drawn, classes_of, draw
 from common.image_sets import to_uint8, write_npz, write_png
 from common.load_sit import SiTCheckpoint, newest_checkpoint, sit_from_checkpoint
 from common.options import at_least
 from common.paths import PATHS, path_named
 from common.pictures import tile
+from common.processes import Processes
 from common.run_folder import open_run_folder
 from common.samplers import Guidance, Model, reversed_time, sample_ode, sample_sde
 from common.sit import SiT
+from common.sit_conventions import path_of, time_of
 from common.training import progress
 from common.vae import decode, load_vae
 from diffusers import AutoencoderKL
@@ -87,39 +88,6 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def time_of(run: argparse.Namespace, found: SiTCheckpoint) -> str:
-    """The time convention that the model was trained in.
-
-    Raises:
-        SettingError: If nothing says it, or the file says another than the caller.
-    """
-    if found.time is None and run.time is None:
-        raise SettingError(
-            f"{run.checkpoint} does not say what its training called t, and its weights do not show it.\n"
-            "Found: no settings of this repository's trainer.\n"
-            "Pass --time repa if t = 1 was noise (REPA and its forks), or --time sit if it was data (SiT's own files)."
-        )
-    if None not in (found.time, run.time) and found.time != run.time:
-        raise SettingError(
-            f"{run.checkpoint} was written by this repository's trainer, in the convention {found.time!r}.\n"
-            f"Found: --time {run.time}. Leave it out."
-        )
-    return found.time or run.time
-
-
-def path_of(run: argparse.Namespace, found: SiTCheckpoint) -> str:
-    """The path that the model was trained on.
-
-    Raises:
-        SettingError: If the file says another than the caller.
-    """
-    if None not in (found.path, run.path) and found.path != run.path:
-        raise SettingError(
-            f"{run.checkpoint} was trained on the {found.path} path.\nFound: --path {run.path}. Leave it out."
-        )
-    return found.path or run.path or "linear"
-
-
 def open_vae(run: argparse.Namespace, found: SiTCheckpoint) -> AutoencoderKL:
     """The VAE that is given, or else the run's own, with the scale factor of the run's latents in its config.
 
@@ -159,60 +127,6 @@ def open_vae(run: argparse.Namespace, found: SiTCheckpoint) -> AutoencoderKL:
         )
     vae.register_to_config(scaling_factor=scale or own)
     return vae
-
-
-def classes_of(text: str, num_classes: int) -> list[int] | None:
-    """The classes that images take in turn; None to draw them.
-
-    Raises:
-        SettingError: If a class is none of the model's.
-    """
-    if text == "random":
-        return None
-    if text == "balanced":
-        return list(range(num_classes))
-    names = text.split(",")
-    if not all(name.strip().isdecimal() and int(name) < num_classes for name in names):
-        raise SettingError(
-            f"--labels is 'random', 'balanced', or classes with commas between, each below {num_classes}; got {text!r}."
-        )
-    return [int(name) for name in names]
-
-
-def image_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of one image: its label, its first noise, and the noise of the SDE's steps, in this order.
-
-    torch's CPU generator takes 32 bits of a seed. Seeds that count up keep all images of a run apart; among 50,000
-    hashes of 32 bits, two would be equal one time in four.
-    """
-    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return torch.Generator().manual_seed((first + index) % 2**32)
-
-
-class Drawn(NamedTuple):
-    """What images begin with.
-
-    Attributes:
-        labels: (N,), int64.
-        noise: (N, C, H, W), float32.
-        generators: One for each image, in the state after both.
-    """
-
-    labels: Tensor
-    noise: Tensor
-    generators: list[torch.Generator]
-
-
-def draw(seed: int, indices: Sequence[int], classes: list[int] | None, settings: dict[str, int]) -> Drawn:
-    """Labels and noise of some images, each from its own generator."""
-    generators = [image_generator(seed, index) for index in indices]
-    # Drawn in any case, so that an image's noise is the same whatever its label comes from.
-    labels = torch.stack([torch.randint(settings["num_classes"], (), generator=g) for g in generators])
-    shape = (settings["in_channels"], settings["input_size"], settings["input_size"])
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators])
-    if classes is not None:
-        labels = torch.tensor([classes[index % len(classes)] for index in indices])
-    return Drawn(labels, noise, generators)
 
 
 @contextmanager
@@ -262,11 +176,11 @@ class Sampler(NamedTuple):
 
     def _latents(self, model: Model, drawn: Drawn) -> Tensor:
         run, noise, labels = self.run, drawn.noise.to(self.run.device), drawn.labels.to(self.run.device)
-        common = {"steps": run.steps, "guidance": self.guidance}
+        settings = {"steps": run.steps, "guidance": self.guidance}
         if run.sampler == "sde":
             path = path_named(self.path)
-            return sample_sde(model, noise, labels, generator=drawn.generators, path=path, **common)
-        return sample_ode(model, noise, labels, method=run.sampler, **common)
+            return sample_sde(model, noise, labels, generator=drawn.generators, path=path, **settings)
+        return sample_ode(model, noise, labels, method=run.sampler, **settings)
 
 
 def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
@@ -280,7 +194,7 @@ def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
         num_classes=run.num_classes,
     )
     vae = open_vae(run, found)
-    time, path = time_of(run, found), path_of(run, found)
+    convention, path = time_of(run, found), path_of(run, found)
     null = sit.num_classes if found.settings["class_dropout_prob"] else None
     guidance = Guidance(run.cfg_scale, null, run.guidance_low, run.guidance_high)
     decided = {
@@ -288,7 +202,7 @@ def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
         "checkpoint_weights": _identity(sit),
         "vae_weights": _identity(vae),
         "scale_factor": vae.config.scaling_factor,
-        "time": time,
+        "time": convention,
         "path": path,
         **{name: getattr(run, name) for name in ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")},
         **{name: getattr(run, name) for name in ("labels", "seed", "precision")},
@@ -296,7 +210,7 @@ def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
     model = sit.to(run.device)
     sampler = Sampler(
         run,
-        model if time == "repa" else reversed_time(model),
+        model if convention == "repa" else reversed_time(model),
         vae.to(run.device),
         found.settings,
         path,
@@ -309,32 +223,6 @@ def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
 
 def _identity(model: SiT | AutoencoderKL) -> str:
     return bytes(fingerprint(model, {})[:8].tolist()).hex()
-
-
-class Processes:
-    """The processes that torchrun or accelerate started, or this one alone. They share files, no tensor."""
-
-    def __init__(self) -> None:
-        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-
-    def __enter__(self) -> "Processes":
-        if self.count > 1:
-            # A process waits for the slowest one's last batch, and the others for the first one's look at the folder.
-            dist.init_process_group("gloo", timeout=timedelta(days=1))
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self.count > 1:
-            dist.destroy_process_group()
-
-    def meet(self) -> None:
-        """Wait for all."""
-        if self.count > 1:
-            dist.barrier()
-
-    def device(self, name: str) -> str:
-        """The device of this process: with "cuda", the one that it was given."""
-        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
 
 
 def batches_left(folder: Path, run: argparse.Namespace) -> list[list[int]]:

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import sample
 import torch
+from common.image_seeds import classes_of, draw, image_generator
 from common.load_sit import sit_from_checkpoint
+from common.vae import load_vae
 from PIL import Image
 from tiny_runs import ARGS, FAST, SCALE, SIZES, images_of, write_checkpoint, write_run, write_vae
 
@@ -58,8 +60,8 @@ def test_a_folder_means_its_newest_checkpoint_and_the_averaged_weights(
 def test_an_image_is_its_formula(run_folder: Path, finished: Path) -> None:
     """Image 7, alone and written out: the seed's noise, three Euler-Maruyama steps, the VAE, and DiT's rounding."""
     model, _ = sit_from_checkpoint(run_folder / "checkpoints/0000012.pt")
-    vae = sample.load_vae(run_folder / "vae")
-    generator = sample.image_generator(0, 7)
+    vae = load_vae(run_folder / "vae")
+    generator = image_generator(0, 7)
     y = torch.randint(5, (), generator=generator).reshape(1)
     x = torch.randn(4, 4, 4, generator=generator).double()[None]
     with torch.no_grad():
@@ -155,18 +157,18 @@ def test_another_run_is_never_written_into(run_folder: Path, finished: Path) -> 
     ("text", "expected"), [("balanced", [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]), ("4, 1", [4, 1, 4, 1, 4, 1, 4, 1, 4, 1])]
 )
 def test_labels_that_are_given(run_folder: Path, text: str, expected: list[int]) -> None:
-    drawn = sample.draw(0, range(10), sample.classes_of(text, 5), SIZES)
+    drawn = draw(0, range(10), classes_of(text, 5), SIZES)
     assert drawn.labels.tolist() == expected
-    assert torch.equal(drawn.noise, sample.draw(0, range(10), None, SIZES).noise)  # labels leave the noise as it is
+    assert torch.equal(drawn.noise, draw(0, range(10), None, SIZES).noise)  # labels leave the noise as it is
 
 
 def test_random_labels_are_uniform_and_follow_the_seed() -> None:
     small = SIZES | {"in_channels": 0}
-    labels = sample.draw(0, range(2000), None, small).labels
+    labels = draw(0, range(2000), None, small).labels
     counts = labels.bincount(minlength=5)
     assert (counts - 400).abs().max() < 4 * (2000 * 0.2 * 0.8) ** 0.5
-    assert torch.equal(labels[1500:], sample.draw(0, range(1500, 2000), None, small).labels)
-    assert not torch.equal(labels, sample.draw(1, range(2000), None, small).labels)
+    assert torch.equal(labels[1500:], draw(0, range(1500, 2000), None, small).labels)
+    assert not torch.equal(labels, draw(1, range(2000), None, small).labels)
 
 
 def test_no_two_images_of_a_run_begin_alike() -> None:
@@ -174,7 +176,7 @@ def test_no_two_images_of_a_run_begin_alike() -> None:
         return torch.randn(1, generator=torch.Generator().manual_seed(seed)).item()
 
     assert first(7) == first(7 + 2**32)  # why the numbers count up, instead of being hashes of 64 bits
-    seeds = {sample.image_generator(3, index).initial_seed() for index in range(0, 1_000_000, 997)}
+    seeds = {image_generator(3, index).initial_seed() for index in range(0, 1_000_000, 997)}
     assert len(seeds) == 1004
     assert max(seeds) < 2**32
 

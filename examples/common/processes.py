@@ -1,0 +1,32 @@
+"""The processes that share a job by its files: each does its part, and they wait for each other."""
+
+import os
+from datetime import timedelta
+
+import torch.distributed as dist
+
+
+class Processes:
+    """The processes that torchrun or accelerate started, or this one alone. They share files, no tensor."""
+
+    def __init__(self) -> None:
+        self.rank, self.count = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+    def __enter__(self) -> "Processes":
+        if self.count > 1:
+            # A process waits for the slowest one's last batch, and the others for the first one's look at the folder.
+            dist.init_process_group("gloo", timeout=timedelta(days=1))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.count > 1:
+            dist.destroy_process_group()
+
+    def meet(self) -> None:
+        """Wait for all."""
+        if self.count > 1:
+            dist.barrier()
+
+    def device(self, name: str) -> str:
+        """The device of this process: with "cuda", the one that it was given."""
+        return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
