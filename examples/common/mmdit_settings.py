@@ -11,15 +11,20 @@ from common.run_options import add_alignment_options, add_run_options, add_train
 from common.text_features import CLIP_VIT_L14
 from selftrans_reg.errors import SettingError
 
-_DEMO_SIZE = {"patch_size": 1, "hidden_size": 96, "depth": 6, "num_heads": 3}  # 64 image tokens, 16 of text
+_DEMO_SIZE = {
+    "patch_size": 2,
+    "hidden_size": 96,
+    "depth": 6,
+    "num_heads": 3,
+}  # 16 tokens of the image and 16 of the text
 
 _PUBLISHED = {
     "steps": 150_000, "batch_size": 256, "lr": 2e-4, "warmup_steps": 5_000, "ema_decay": 0.9999, "log_every": 100,
     "checkpoint_every": 10_000, "keep_every": 50_000, "sample_every": 10_000, "head_features": 2048,
 }  # fmt: skip
 _DEMO = {
-    "steps": 1200, "batch_size": 32, "lr": 2e-3, "warmup_steps": 100, "ema_decay": 0.99, "log_every": 50,
-    "checkpoint_every": 300, "keep_every": 300, "sample_every": 300, "head_features": 256, "stop_step": 600,
+    "steps": 1600, "batch_size": 32, "lr": 2e-3, "warmup_steps": 100, "ema_decay": 0.99, "log_every": 50,
+    "checkpoint_every": 400, "keep_every": 400, "sample_every": 400, "head_features": 256, "stop_step": 800,
 }  # fmt: skip
 
 PROMPTS = [
@@ -54,7 +59,7 @@ def options(argv: list[str] | None, description: str) -> argparse.Namespace:
     group("--prompts", nargs="+", help="of these pictures")
     group("--demo-data", type=Path, help="where the demo's images are kept; default demo-captions beside --out")
     group("--demo-images", type=at_least(32), default=2048)
-    group("--demo-vae-steps", type=at_least(2), default=800)
+    group("--demo-vae-steps", type=at_least(2), default=600)
     parser.set_defaults(betas=[0.9, 0.9], weight_decay=0.03, sample_cfg=2.0)
     run = parser.parse_args(argv)
     complete(run)

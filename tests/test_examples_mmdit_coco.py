@@ -1,0 +1,432 @@
+"""The text-to-image runs at a tiny size: every stage, resuming, the teacher, pictures, sampling, and what is refused."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import mmdit_coco
+import numpy as np
+import pytest
+import sample_prompts
+import torch
+from common.captioned_shapes import TEXT_LENGTH, TEXT_WIDTH, captioned_shapes
+from common.coco_features import CocoFeatures, write_coco_features
+from common.data_files import DataError
+from common.demo_captions import TEXT_ENCODER, VAE, make_demo
+from common.load_mmdit import mmdit_from_checkpoint
+from common.mmdit import MMDiT
+from common.mmdit_settings import DEMO_PROMPTS, options, settle
+from common.text_features import load_text_encoder
+from common.vae import decode, load_vae
+from PIL import Image
+from torch import Tensor
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+import selftrans_reg as st
+from selftrans_reg.errors import ArtefactError, CheckpointError, SelfTransError, SettingError, ShapeError
+
+IMAGES = 32
+TINY = [
+    "--data=demo", f"--demo-images={IMAGES}", "--demo-vae-steps=2", "--batch-size=4", "--checkpoint-every=2",
+    "--sample-every=4", "--sample-steps=2", "--log-every=1", "--warmup-steps=4", "--head-features=16", "--cpu",
+]  # fmt: skip
+BASELINE = [option for option in TINY if "head-features" not in option]
+
+
+@pytest.fixture(autouse=True)
+def forked() -> Iterator[None]:
+    """A run seeds the global generator."""
+    with torch.random.fork_rng():
+        yield
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of runs beside the demo's data: both stages, four steps each."""
+    runs = tmp_path_factory.mktemp("runs")
+    with torch.random.fork_rng():
+        mmdit_coco.main(["--stage=vae", f"--out={runs / 'vae'}", "--steps=4", *TINY])
+        mmdit_coco.main(
+            ["--stage=self", f"--out={runs / 'self'}", f"--teacher={runs / 'vae/teacher'}", "--steps=4",
+             "--stop-step=3", *TINY]
+        )  # fmt: skip
+    return runs
+
+
+@pytest.fixture
+def features(runs: Path, tmp_path: Path) -> Path:
+    """A copy of the demo's features, to be spoilt, which nothing says are the demo's."""
+    folder = tmp_path / "features"
+    shutil.copytree(runs / "demo-captions", folder, ignore=shutil.ignore_patterns("settings.json"))
+    return folder
+
+
+def checkpoint(run: Path, steps: int = 4) -> dict[str, Any]:
+    return torch.load(run / f"checkpoints/{steps:07d}.pt", weights_only=True)
+
+
+def log(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def on_features(features: Path, out: Path, *more: str) -> list[str]:
+    """A run on a folder of features, as one on COCO's, at the demo's size and without pictures."""
+    given = ["--steps=2", "--batch-size=4", "--log-every=1", "--cpu", "--workers=0", "--precision=no"]
+    return [f"--data={features}", f"--out={out}", "--model=demo", *given, *more]
+
+
+class TestTheDemo:
+    def test_its_data_is_u_vits_layout_of_what_was_drawn(self, runs: Path) -> None:
+        folder = runs / "demo-captions"
+        data = CocoFeatures(folder, dropout=0.0)
+        assert data.captions.tolist() == [2] * IMAGES
+        assert data.empty.shape == (TEXT_LENGTH, TEXT_WIDTH)
+        encoder, vae = load_text_encoder(str(folder / TEXT_ENCODER)), load_vae(folder / VAE)
+        torch.testing.assert_close(data.empty, encoder.encode([""]).features[0], rtol=1e-4, atol=1e-5)
+        assert data.scale == vae.config.scaling_factor
+        drawn = captioned_shapes(IMAGES)
+        for index in (0, IMAGES - 1):
+            posterior = vae.encode(drawn.images[index : index + 1]).latent_dist
+            mean, std, context = data[index]
+            torch.testing.assert_close(mean, posterior.mean[0], rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(std, posterior.std[0], rtol=1e-3, atol=1e-4)
+            captions = encoder.encode(drawn.captions[index]).features
+            assert any(torch.allclose(context, caption, atol=1e-4) for caption in captions)
+
+    def test_it_is_made_once_and_never_written_over(self, runs: Path) -> None:
+        folder = runs / "demo-captions"
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+        make_demo(folder, images=IMAGES, vae_steps=2)
+        with pytest.raises(SettingError, match=f"images: {IMAGES} there, 64 now"):
+            make_demo(folder, images=64, vae_steps=2)
+        assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+class TestStages:
+    def test_stage_1_aligns_the_image_stream_and_leaves_its_files(self, runs: Path) -> None:
+        run = runs / "vae"
+        assert {entry.name for entry in run.iterdir()} == {
+            "settings.json", "checkpoints", "teacher", "log.jsonl", "tensorboard", "samples",
+        }  # fmt: skip
+        assert {entry.name for entry in (run / "checkpoints").iterdir()} == {"0000002.pt", "0000004.pt"}
+        for line in log(run):
+            assert line["alignment"] > 0
+            assert line["in_window"] == 1  # no window: every t
+            assert line["loss"] == pytest.approx(line["denoising"] + 0.5 * line["alignment"])
+        with Image.open(run / "samples/0000004.png") as picture:
+            assert picture.width > 800
+
+    def test_what_a_checkpoint_says(self, runs: Path) -> None:
+        saved = checkpoint(runs / "vae")
+        assert saved["steps"] == 4
+        expected = {
+            "model": "demo", "stage": "vae", "input_size": 8, "in_channels": 4, "patch_size": 2, "hidden_size": 96,
+            "depth": 6, "num_heads": 3, "context_length": TEXT_LENGTH, "context_size": TEXT_WIDTH, "path": "linear",
+            "vae": str(runs / "demo-captions" / VAE), "text_encoder": str(runs / "demo-captions" / TEXT_ENCODER),
+        }  # fmt: skip
+        assert {name: saved["args"][name] for name in expected} == expected
+        (group,) = saved["opt"]["param_groups"]
+        assert (group["betas"], group["weight_decay"]) == ((0.9, 0.9), 0.03)
+        assert [line["lr"] for line in log(runs / "vae")] == pytest.approx([2e-3 * k / 4 for k in (1, 2, 3, 4)])
+        assert "projector" not in " ".join(saved["model"])  # the head is the criterion's
+
+    def test_the_teacher_is_the_averaged_model_guided_from_the_empty_prompt(
+        self, runs: Path, generator: torch.Generator
+    ) -> None:
+        empty = torch.from_numpy(np.load(runs / "demo-captions/empty_context.npy"))
+        model, found = mmdit_from_checkpoint(runs / "vae/checkpoints/0000004.pt")
+        teacher = st.CFGFeatureTeacher.from_pretrained(runs / "vae/teacher", model=MMDiT(**found.settings))
+        assert (teacher.layer, teacher.guidance_scale, teacher.select) == ("joint_blocks.3", 5.0, 1)
+        assert torch.equal(teacher.null["context"], empty)
+        assert teacher.provenance["step"] == 4
+        x, t = torch.randn(2, 4, 8, 8, generator=generator), torch.rand(2, generator=generator)
+        context = torch.randn(2, *empty.shape, generator=generator)
+
+        def tokens(text: Tensor) -> Tensor:
+            seen: list[Tensor] = []
+            hook = model.joint_blocks[3].register_forward_hook(lambda module, args, output: seen.append(output[1]))
+            model(x, t, context=text)
+            hook.remove()
+            return seen[0]
+
+        f_c, f_u = tokens(context), tokens(empty.expand_as(context))
+        torch.testing.assert_close(teacher(x, t, context=context), f_u + 5 * (f_c - f_u), rtol=1e-4, atol=1e-4)
+
+    def test_stage_2_is_taught_until_its_stop_step(self, runs: Path) -> None:
+        lines = log(runs / "self")
+        assert [line["alignment"] > 0 for line in lines] == [True, True, True, False]
+        assert not (runs / "self/teacher").exists()
+
+    def test_stages_begin_alike_and_see_the_same(self, runs: Path, tmp_path: Path) -> None:
+        out = tmp_path / "baseline"
+        data = f"--demo-data={runs / 'demo-captions'}"
+        mmdit_coco.main(["--stage=baseline", f"--out={out}", "--steps=1", data, *BASELINE])
+        (line,) = log(out)
+        assert "alignment" not in line
+        assert line["denoising"] == log(runs / "vae")[0]["denoising"] == log(runs / "self")[0]["denoising"]
+
+    def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(self, runs: Path, tmp_path: Path) -> None:
+        taught = [
+            "--stage=self", f"--out={tmp_path / 'run'}", f"--teacher={runs / 'vae/teacher'}", "--stop-step=3",
+            f"--demo-data={runs / 'demo-captions'}", *TINY,
+        ]  # fmt: skip
+        mmdit_coco.main([*taught, "--steps=2"])
+        mmdit_coco.main([*taught, "--steps=4", "--prompts", "a red ring on a blue ground"])  # pictures are free
+        resumed, whole = checkpoint(tmp_path / "run"), checkpoint(runs / "self")
+        for entry in ("model", "ema"):
+            assert all(torch.equal(resumed[entry][name], whole[entry][name]) for name in whole[entry])
+        for name, state in whole["opt"]["state"].items():
+            assert all(torch.equal(resumed["opt"]["state"][name][key], state[key]) for key in state)
+
+    def test_what_a_run_has_left_is_never_made_anew(self, runs: Path) -> None:
+        before = (runs / "vae/teacher/config.json").read_bytes()
+        mmdit_coco.main(["--stage=vae", f"--out={runs / 'vae'}", "--steps=4", *TINY])  # nothing to do
+        for match in ["has left its teacher", "4 steps done, 6 asked for"]:
+            with pytest.raises(SettingError, match=match):
+                mmdit_coco.main(["--stage=vae", f"--out={runs / 'vae'}", "--steps=6", *TINY])
+        for match in ["run with other settings", "seed: 0 there, 1 now"]:
+            with pytest.raises(SettingError, match=match):
+                mmdit_coco.main(["--stage=vae", f"--out={runs / 'vae'}", "--steps=6", "--seed=1", *TINY])
+        assert (runs / "vae/teacher/config.json").read_bytes() == before
+        assert {entry.name for entry in (runs / "vae/checkpoints").iterdir()} == {"0000002.pt", "0000004.pt"}
+
+
+def test_the_published_settings_are_the_defaults(tmp_path: Path) -> None:
+    found = {}
+    for stage, more in {"baseline": [], "vae": [], "self": [f"--teacher={tmp_path}"]}.items():
+        run = options(["--data=coco", f"--out={tmp_path / 'run'}", f"--stage={stage}", *more], "")
+        settle(run)
+        found[stage] = run
+        assert (run.lr, run.betas, run.weight_decay, run.warmup_steps) == (2e-4, [0.9, 0.9], 0.03, 5_000)
+        assert (run.batch_size, run.ema_decay, run.clip, run.context_dropout) == (256, 0.9999, 1.0, 0.1)
+        assert (run.steps, run.model) == (150_000, "MMDiT")
+    one, two = found["vae"], found["self"]
+    assert (one.layer, one.teacher_layer, one.guidance_scale) == ("joint_blocks.3", "joint_blocks.15", 5.0)
+    assert (one.window, one.weight, one.stop_step, one.teacher_weights) == ("all", 0.5, 0, "ema")
+    assert (two.layer, two.window, two.weight, two.stop_step) == ("joint_blocks.11", "all", 0.5, 50_000)
+    assert (found["baseline"].layer, found["baseline"].weight) == (None, None)
+
+
+class TestFeatures:
+    def test_a_folder_of_features_is_trained_on_without_pictures(self, features: Path, tmp_path: Path) -> None:
+        trainer = mmdit_coco.main(["--stage=vae", *on_features(features, tmp_path / "run")])
+        assert trainer.steps == 2
+        assert (tmp_path / "run/teacher/config.json").exists()
+        assert not (tmp_path / "run/samples").exists()
+
+    def test_missing_captions_are_named(self, features: Path, tmp_path: Path) -> None:
+        for name in ("7_0.npy", "9_0.npy", "9_1.npy"):
+            (features / "train" / name).unlink()
+        for match in ["2 files", "7_0.npy", "9_0.npy"]:
+            with pytest.raises(DataError, match=match):
+                mmdit_coco.main(["--stage=baseline", *on_features(features, tmp_path / "run")])
+        assert not (tmp_path / "run").exists()
+
+    def test_a_teacher_of_other_data_is_named(self, runs: Path, features: Path, tmp_path: Path) -> None:
+        taught = ["--stage=self", f"--teacher={runs / 'vae/teacher'}", *on_features(features, tmp_path / "run")]
+        empty = np.load(features / "empty_context.npy")
+        np.save(features / "empty_context.npy", empty + 1)
+        for match in ["another null condition", "another context", "same data"]:
+            with pytest.raises(SettingError, match=match):
+                mmdit_coco.main(taught)
+        np.save(features / "empty_context.npy", empty)
+        facts = json.loads((features / "features.json").read_text())
+        (features / "features.json").write_text(json.dumps(facts | {"scale": 0.18215}))
+        with pytest.raises(SettingError, match=r"latents times 0\..*\nFound: the scale factor 0.18215"):
+            mmdit_coco.main(taught)
+        assert not (tmp_path / "run").exists()
+
+    def test_a_teacher_or_checkpoint_of_another_size_is_named(
+        self, runs: Path, tmp_path: Path, generator: torch.Generator
+    ) -> None:
+        wide = tmp_path / "wide"  # text features of another width
+        moments = torch.randn(4, 8, 8, generator=generator)
+        items = [(moments, moments.abs(), torch.randn(1, TEXT_LENGTH, 10, generator=generator))] * 8
+        write_coco_features(wide, "train", items, torch.zeros(TEXT_LENGTH, 10), scale=0.5)
+        with pytest.raises(ArtefactError, match=r"context_embedder.weight: saved \(96, 64\), model \(96, 10\)"):
+            mmdit_coco.main(["--stage=self", f"--teacher={runs / 'vae/teacher'}", *on_features(wide, tmp_path / "run")])
+        resumed = f"--resume={runs / 'vae/checkpoints/0000002.pt'}"
+        with pytest.raises(CheckpointError, match=r"context_embedder.weight: saved \(96, 64\), model \(96, 10\)"):
+            mmdit_coco.main(["--stage=vae", *on_features(wide, tmp_path / "other"), resumed])
+        assert not (tmp_path / "other/checkpoints").exists()
+
+    def test_pictures_need_the_datas_own_text_encoder_and_vae(self, runs: Path, features: Path, tmp_path: Path) -> None:
+        vae, text = f"--vae={features / VAE}", f"--text-encoder={features / TEXT_ENCODER}"
+        run = ["--stage=baseline", *on_features(features, tmp_path / "run"), "--sample-steps=1", "--sample-every=2"]
+        with pytest.raises(SettingError, match="need --vae and --text-encoder"):
+            mmdit_coco.main([*run, vae])
+        with pytest.raises(SettingError, match="at most 16 tokens"):
+            mmdit_coco.main([*run, vae, text, "--prompts", "a " * 20])
+        narrow = narrow_encoder(features / TEXT_ENCODER, tmp_path / "narrow")
+        for match in [f"{narrow} have width 12", "the data needs 64"]:
+            with pytest.raises(ShapeError, match=match):
+                mmdit_coco.main([*run, vae, f"--text-encoder={narrow}", "--prompts", "a red ring"])
+        other = other_encoder(features / TEXT_ENCODER, tmp_path / "other")
+        with pytest.raises(SettingError, match="is not the text encoder of this data"):
+            mmdit_coco.main([*run, vae, f"--text-encoder={other}", "--prompts", "a red ring"])
+        scaled = load_vae(features / VAE)
+        scaled.register_to_config(scaling_factor=0.18215)
+        scaled.save_pretrained(tmp_path / "scaled")
+        with pytest.raises(SettingError, match=r"4 channels and the scale factor 0.18215; the latents have 4 and"):
+            mmdit_coco.main([*run, f"--vae={tmp_path / 'scaled'}", text, "--prompts", "a red ring"])
+        assert not (tmp_path / "run").exists()
+        mmdit_coco.main([*run, vae, text, "--prompts", "a red ring"])
+        assert (tmp_path / "run/samples/0000002.png").exists()
+
+    @pytest.mark.parametrize(
+        ("given", "match"),
+        [
+            (["--stage=baseline", "--weight=0.5"], "Stage baseline has no use for --weight"),
+            (["--stage=self"], "Stage self needs --teacher"),
+            (["--stage=vae", "--context-dropout=0"], "--context-dropout 0 never shows it"),
+        ],
+    )
+    def test_options_that_make_no_sense_are_named(self, given: list[str], match: str, tmp_path: Path) -> None:
+        with pytest.raises(SettingError, match=match):
+            mmdit_coco.main([f"--out={tmp_path / 'run'}", "--data=coco", *given])
+
+
+def narrow_encoder(source: Path, folder: Path) -> Path:
+    """A text encoder with the same tokenizer and another width."""
+    config = CLIPTextModel.from_pretrained(source).config.to_dict()
+    narrow = config | {"hidden_size": 12, "intermediate_size": 12, "num_attention_heads": 2}
+    CLIPTextModel(CLIPTextConfig(**narrow)).save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+def other_encoder(source: Path, folder: Path) -> Path:
+    """A text encoder of the same sizes with other weights."""
+    torch.manual_seed(5)
+    CLIPTextModel(CLIPTextModel.from_pretrained(source).config).save_pretrained(folder)
+    CLIPTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+class TestSampling:
+    PROMPTS = ("a red ring on a blue ground", "white ground with a black cross", "a green circle on a red ground")
+
+    def sample(self, runs: Path, out: Path, *more: str, checkpoint: str = "self") -> Path:
+        given = ["--checkpoint", str(runs / checkpoint), f"--out={out}", "--steps=2", "--device=cpu", *more]
+        return sample_prompts.main(
+            given if "--prompts-file" in " ".join(more) else [*given, "--prompts", *self.PROMPTS]
+        )
+
+    def test_images_are_guided_from_the_empty_prompt_by_the_formula(self, runs: Path, tmp_path: Path) -> None:
+        picture = self.sample(
+            runs, tmp_path / "s", "--sampler=euler", "--cfg-scale=3", "--guidance-high=0.7", "--seed=7"
+        )
+        assert picture.exists()
+        demo = runs / "demo-captions"
+        model, _ = mmdit_from_checkpoint(runs / "self/checkpoints/0000004.pt")
+        features = load_text_encoder(str(demo / TEXT_ENCODER)).encode(["", *self.PROMPTS]).features
+        for number in range(3):
+            x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7 + number))[None].double()
+            for t in (1.0, 0.5):  # two Euler steps; guidance acts in the second alone
+                v_u, v_c = (model(x.float(), torch.tensor([t]), features[i : i + 1]).double() for i in (0, number + 1))
+                x = x - 0.5 * (v_u + 3 * (v_c - v_u) if t <= 0.7 else v_c)
+            expected = decode(load_vae(demo / VAE), x.float())[0].permute(1, 2, 0)
+            found = np.asarray(Image.open(tmp_path / f"s/self-4/{number:06d}.png")).astype(np.float64)
+            assert np.abs(found - (127.5 * expected.numpy() + 127.5)).max() <= 1.5  # rounding
+
+    def test_only_what_is_missing_is_made(self, runs: Path, tmp_path: Path) -> None:
+        out = tmp_path / "s"
+        self.sample(runs, out, "--sampler=sde")
+        images = {path: path.read_bytes() for path in (out / "self-4").iterdir()}
+        assert len(images) == 3
+        times = {path: path.stat().st_mtime_ns for path in images}
+        gone = out / "self-4/000001.png"
+        gone.unlink()
+        self.sample(runs, out, "--sampler=sde")
+        assert {path: path.read_bytes() for path in images} == images
+        assert {path for path in images if path.stat().st_mtime_ns != times[path]} == {gone}
+
+    def test_another_runs_folder_is_never_written_over(self, runs: Path, tmp_path: Path) -> None:
+        out = tmp_path / "s"
+        self.sample(runs, out)
+        before = {path: path.read_bytes() for path in out.rglob("*.png")}
+        for more, match in {("--seed=1",): "seed: 0 there, 1 now", ("--weights=model",): "models"}.items():
+            with pytest.raises(SettingError, match=match):
+                self.sample(runs, out, *more)
+        with pytest.raises(SettingError, match="other settings"):
+            self.sample(runs, out, checkpoint="vae")
+        assert {path: path.read_bytes() for path in out.rglob("*.png")} == before
+
+    def test_a_row_for_each_checkpoint_and_prompts_of_a_file(self, runs: Path, tmp_path: Path) -> None:
+        (tmp_path / "prompts.txt").write_text("a red ring\na blue cross\n")
+        saved = sorted((runs / "vae/checkpoints").iterdir())
+        picture = sample_prompts.main(
+            ["--checkpoint", *map(str, saved), str(runs / "self"), f"--out={tmp_path / 's'}", "--steps=1",
+             "--device=cpu", f"--prompts-file={tmp_path / 'prompts.txt'}"]
+        )  # fmt: skip
+        assert {entry.name for entry in (tmp_path / "s").iterdir()} == {
+            "settings.json", "vae-2", "vae-4", "self-4", picture.name,
+        }  # fmt: skip
+        assert all(len(list((tmp_path / "s" / name).iterdir())) == 2 for name in ("vae-2", "vae-4", "self-4"))
+        with pytest.raises(SettingError, match="not told apart"):
+            sample_prompts.main(["--checkpoint", str(saved[0]), str(saved[0]), f"--out={tmp_path / 'other'}"])
+
+    def test_the_runs_own_prompts_are_the_default(self, runs: Path, tmp_path: Path) -> None:
+        sample_prompts.main(
+            [
+                "--checkpoint",
+                str(runs / "vae"),
+                f"--out={tmp_path / 's'}",
+                "--steps=1",
+                "--device=cpu",
+                "--batch-size=3",
+            ]
+        )
+        assert json.loads((tmp_path / "s/settings.json").read_text())["prompts"] == DEMO_PROMPTS
+        assert len(list((tmp_path / "s/vae-4").iterdir())) == len(DEMO_PROMPTS)
+
+    def test_what_does_not_go_together_is_named(self, runs: Path, tmp_path: Path) -> None:
+        out = tmp_path / "s"
+        narrow = narrow_encoder(runs / "demo-captions" / TEXT_ENCODER, tmp_path / "narrow")
+        for error, match, more in [
+            (ShapeError, "0000004.pt needs 64", [f"--text-encoder={narrow}"]),
+            (CheckpointError, "No CLIP text model", [f"--text-encoder={tmp_path / 'nothing'}"]),
+            (CheckpointError, "no VAE", [f"--vae={tmp_path / 'nothing'}"]),
+            (SettingError, "two ways", [f"--prompts-file={narrow / 'config.json'}", "--prompts", "a"]),
+            (SettingError, "0 <= low <= high <= 1", ["--guidance-low=2"]),
+        ]:
+            with pytest.raises(error, match=match):
+                self.sample(runs, out, *more)
+        assert not list(tmp_path.glob("s/**/*.png"))
+
+
+class TestLoading:
+    def test_raw_and_averaged_weights(self, runs: Path) -> None:
+        path = runs / "self/checkpoints/0000004.pt"
+        for weights in ("ema", "model"):
+            model, found = mmdit_from_checkpoint(path, weights=weights)
+            saved = checkpoint(runs / "self")[weights]
+            assert all(torch.equal(model.state_dict()[name], saved[name]) for name in saved)
+            assert not model.training
+            assert (found.steps, found.settings["context_size"]) == (4, TEXT_WIDTH)
+
+    @pytest.mark.parametrize(
+        ("changes", "match"),
+        [
+            ({"hidden_size": 48}, "does not fit MMDiT; nothing was loaded"),
+            ({"patch_size": 1}, r"pos_embed: saved \(1, 16, 96\), model \(1, 64, 96\)"),
+            ({"depth": 10**9}, "depth=1000000000.*6 joint blocks among its weights"),
+            ({"num_heads": "3"}, "num_heads='3'"),
+            ({"num_heads": 5}, "hidden_size divisible by num_heads"),
+        ],
+    )
+    def test_a_file_that_says_another_size_is_refused(
+        self, runs: Path, tmp_path: Path, changes: dict[str, Any], match: str
+    ) -> None:
+        content = checkpoint(runs / "self")
+        content["args"] |= changes
+        torch.save(content, tmp_path / "changed.pt")
+        with pytest.raises(SelfTransError, match=match):
+            mmdit_from_checkpoint(tmp_path / "changed.pt")
+
+    def test_weights_without_a_record_are_refused(self, runs: Path, tmp_path: Path) -> None:
+        torch.save(checkpoint(runs / "self")["ema"], tmp_path / "bare.pt")
+        with pytest.raises(CheckpointError, match="does not say what MMDiT it holds"):
+            mmdit_from_checkpoint(tmp_path / "bare.pt")
