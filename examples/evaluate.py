@@ -31,9 +31,10 @@ from common.image_sets import HeldImages, Images, ImageSet, to_uint8
 from common.load_sit import checkpoints_of
 from common.metrics import feature_statistics, frechet_distance, frechet_spread, precision_recall
 from common.options import at_least
-from common.pictures import plt
+from common.pictures import plt, save_panels, tile
 from common.processes import Processes
 from common.run_folder import open_run_folder, write_json
+from torch import Tensor
 
 # FID-10K without guidance on ImageNet 256x256, batch 256, read off the authors' plot (+-0.5): steps -> distance.
 # Sun et al., 2026, https://arxiv.org/abs/2601.07773
@@ -42,6 +43,8 @@ PUBLISHED = {
     "SiT-B/2 + VAE alignment (stage 1)": {50_000: 91, 100_000: 59, 200_000: 41, 300_000: 36, 400_000: 32},
     "SiT-B/2 + Self-Transcendence": {50_000: 74, 100_000: 52, 200_000: 31, 300_000: 26, 400_000: 23},
 }
+
+PANELS, PANEL_COLUMNS, PANEL_ROWS = 5, 5, 4  # of the picture of samples: checkpoints a run, images of each
 
 Row = dict[str, Any]
 
@@ -173,6 +176,24 @@ def draw_curves(curves: dict[str, dict[str, Row]], path: Path, *, published: boo
     partial.replace(path)
 
 
+def draw_samples(curves: dict[str, dict[str, Row]], samples: Path, path: Path) -> None:
+    """The first images of some checkpoints of each run: the same noise and labels along training."""
+    pictures = {}
+    for name, rows in curves.items():
+        steps = list(rows)
+        chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, PANELS)})
+        pictures[name] = {
+            f"{int(steps[i]):,} steps": tile(first_images(samples / name / steps[i]), PANEL_COLUMNS) for i in chosen
+        }
+    save_panels(pictures, path)
+
+
+def first_images(folder: Path) -> Tensor:
+    """The first images (N, H, W, 3) of a set, in [0, 1]."""
+    images = next(ImageSet(folder).batches(PANEL_COLUMNS * PANEL_ROWS))
+    return images.permute(0, 2, 3, 1) / 255
+
+
 def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
     """Measure the samples, or the runs' checkpoints; return the table's rows."""
     run = options(argv)
@@ -191,8 +212,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
         curves = {folder.name: curve(run, folder, extractor, reference) for folder in run.run}
         write_json(curves, run.out / "results.json")
         draw_curves(curves, run.out / "curve.png", published=run.published)
+        draw_samples(curves, run.out / "samples", run.out / "samples.png")
         rows = {f"{name} {int(step):,}": row for name, found in curves.items() for step, row in found.items()}
-        print(f"Everything is in {run.out}; look at curve.png.")
+        print(f"Everything is in {run.out}; look at curve.png and samples.png.")
     print(report(rows, extractor, reference, run.bootstrap))
     return rows
 

@@ -211,7 +211,7 @@ def test_runs_become_curves_to_which_new_checkpoints_are_added(here: Path, curve
     rows = evaluate.main(curve)
     out = here / "curve"
     assert {path.name for path in out.iterdir()} == {
-        "settings.json", "statistics.npz", "samples", "scores", "results.json", "curve.png",
+        "settings.json", "statistics.npz", "samples", "scores", "results.json", "curve.png", "samples.png",
     }  # fmt: skip
     assert list(rows) == ["run 4", "run 12"]
     assert json.loads((out / "results.json").read_text()) == {
@@ -261,6 +261,22 @@ def test_the_published_curves_are_drawn_beside_it(tmp_path: Path, monkeypatch: p
     monkeypatch.undo()
     for figure in drawn:
         evaluate.plt.close(figure)
+
+
+def test_samples_are_shown_along_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = {}
+    monkeypatch.setattr(evaluate, "save_panels", lambda rows, path: shown.update(rows))
+    steps = [f"{step:07d}" for step in range(1, 9)]
+    for step in steps:
+        folder = tmp_path / "samples/run" / step
+        folder.mkdir(parents=True)
+        for i in range(21):
+            write_png(np.full((2, 2, 3), int(step), np.uint8), folder / f"{i:06d}.png")
+    evaluate.draw_samples({"run": {step: {} for step in steps}}, tmp_path / "samples", tmp_path / "samples.png")
+    assert list(shown["run"]) == ["1 steps", "3 steps", "5 steps", "6 steps", "8 steps"]
+    for title, picture in shown["run"].items():
+        assert picture.shape == (4 * 3 - 1, 5 * 3 - 1, 3)
+        assert picture[0, 0] == pytest.approx(int(title[0]) / 255)
 
 
 @pytest.mark.parametrize(
