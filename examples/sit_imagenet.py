@@ -142,22 +142,22 @@ def latents_of(batch: tuple[Tensor, Tensor, Tensor], scale: float) -> tuple[Tens
     return scale * (mean + std * torch.randn_like(mean)), labels
 
 
-def leave_teacher(run: argparse.Namespace, data: Data, steps: int) -> Path:
+def leave_teacher(run: argparse.Namespace, data: Data, trainer: Trainer) -> Path:
     """Save the teacher that a finished stage-1 run has trained, if that was not done before."""
     folder = run.out / "teacher"
     if not (folder / CONFIG).exists():
+        model = trainer.ema if run.teacher_weights == "ema" else trainer.accelerator.unwrap_model(trainer.model)
         teacher = st.build_teacher(
             new_sit(run, channels=data.channels, size=data.size),
-            checkpoint_path(run.out / "checkpoints", steps),
+            model.state_dict(),
             layer=run.teacher_layer,
             guidance_scale=run.guidance_scale,
             null={"y": run.num_classes},
             time=TIMES[run.path],
-            weights=run.teacher_weights,
         )
         shape = (data.channels, data.size, data.size)
         source = f"examples/sit_imagenet.py --stage vae --model {run.model}, {run.teacher_weights} weights"
-        teacher.save_pretrained(folder, source=source, step=steps, latent_scale=data.scale, latent_shape=shape)
+        teacher.save_pretrained(folder, source=source, step=trainer.steps, latent_scale=data.scale, latent_shape=shape)
     return folder
 
 
@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         )
     trainer.run()
     if run.stage == "vae" and accelerator.is_main_process:
-        print(f"The teacher for --stage self: {leave_teacher(run, data, trainer.steps)}")
+        print(f"The teacher for --stage self: {leave_teacher(run, data, trainer)}")
     accelerator.end_training()
     return trainer
 

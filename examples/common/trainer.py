@@ -5,6 +5,7 @@ epoch). A run that was stopped at any step and resumed is therefore bit-equal to
 kernels repeat themselves, as the CPU's do.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -86,11 +87,16 @@ def new_accelerator(precision: str, *, micro_batches: int, cpu: bool) -> Acceler
         cpu: Run on the CPU even where there is a GPU.
 
     Raises:
-        SettingError: If fp16 is asked for without CUDA.
+        SettingError: If fp16 is asked for without CUDA, or not all launched processes are there.
     """
     if precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise SettingError("fp16 with gradient scaling needs CUDA.\nFound: the CPU. Choose bf16 or no mixed precision.")
-    return Accelerator(mixed_precision=precision, gradient_accumulation_steps=micro_batches, cpu=cpu)
+    cpu = cpu or not torch.accelerator.is_available()  # said aloud: or accelerate would take every process for itself
+    accelerator = Accelerator(mixed_precision=precision, gradient_accumulation_steps=micro_batches, cpu=cpu)
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise SettingError(f"{launched} processes were launched; accelerate found {accelerator.num_processes}.")
+    return accelerator
 
 
 class Trainer:
