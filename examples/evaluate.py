@@ -34,6 +34,7 @@ from common.options import at_least
 from common.pictures import plt, save_panels, tile
 from common.processes import Processes
 from common.run_folder import open_run_folder, write_json
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
 # FID-10K without guidance on ImageNet 256x256, batch 256, read off the authors' plot (+-0.5): steps -> distance.
@@ -166,8 +167,11 @@ def draw_curves(curves: dict[str, dict[str, Row]], path: Path, *, published: boo
         for (name, points), grey in zip(PUBLISHED.items(), ("0.7", "0.45", "0.1"), strict=True):
             axes.plot(list(points), list(points.values()), "--", marker=".", color=grey, label=f"{name}, published")
     samples = max(row["samples"] for rows in curves.values() for row in rows.values())
-    axes.set(xlabel="training steps", ylabel=f"Fréchet distance, {samples:,} samples", xlim=(0, None), ylim=(0, None))
+    axes.set(xlabel="training steps", ylabel=f"Fréchet distance, {samples:,} samples", xlim=(0, None), yscale="log")
     axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # a run's distances span one decade or two
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     partial = path.with_name(path.name + ".partial")
