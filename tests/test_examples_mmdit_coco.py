@@ -1,4 +1,4 @@
-"""The text-to-image runs at a tiny size: every stage, resuming, the teacher, pictures, sampling, and what is refused."""
+"""The text-to-image runs at a tiny size: every stage, resuming, the teacher, pictures, sampling, what is refused."""
 
 import json
 import shutil
@@ -15,11 +15,13 @@ from common.captioned_shapes import TEXT_LENGTH, TEXT_WIDTH, captioned_shapes
 from common.coco_features import CocoFeatures, write_coco_features
 from common.data_files import DataError
 from common.demo_captions import TEXT_ENCODER, VAE, make_demo
+from common.image_seeds import image_generator
 from common.load_mmdit import mmdit_from_checkpoint
 from common.mmdit import MMDiT
 from common.mmdit_settings import DEMO_PROMPTS, options, settle
 from common.text_features import load_text_encoder
 from common.vae import decode, load_vae
+from long_runs import own_state
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -35,10 +37,18 @@ TINY = [
 BASELINE = [option for option in TINY if "head-features" not in option]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def narrow() -> Iterator[None]:
+    """A demo of a quarter of its width."""
+    with pytest.MonkeyPatch.context() as patch:
+        sizes = {"patch_size": 2, "hidden_size": 24, "depth": 6, "num_heads": 3}
+        patch.setattr("common.mmdit_settings._DEMO_SIZE", sizes)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def forked() -> Iterator[None]:
-    """A run seeds the global generator."""
-    with torch.random.fork_rng():
+def alone() -> Iterator[None]:
+    with own_state():
         yield
 
 
@@ -46,7 +56,7 @@ def forked() -> Iterator[None]:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of runs beside the demo's data: both stages, four steps each."""
     runs = tmp_path_factory.mktemp("runs")
-    with torch.random.fork_rng():
+    with own_state():
         mmdit_coco.main(["--stage=vae", f"--out={runs / 'vae'}", "--steps=4", *TINY])
         mmdit_coco.main(
             ["--stage=self", f"--out={runs / 'self'}", f"--teacher={runs / 'vae/teacher'}", "--steps=4",
@@ -122,7 +132,7 @@ class TestStages:
         saved = checkpoint(runs / "vae")
         assert saved["steps"] == 4
         expected = {
-            "model": "demo", "stage": "vae", "input_size": 8, "in_channels": 4, "patch_size": 2, "hidden_size": 96,
+            "model": "demo", "stage": "vae", "input_size": 8, "in_channels": 4, "patch_size": 2, "hidden_size": 24,
             "depth": 6, "num_heads": 3, "context_length": TEXT_LENGTH, "context_size": TEXT_WIDTH, "path": "linear",
             "vae": str(runs / "demo-captions" / VAE), "text_encoder": str(runs / "demo-captions" / TEXT_ENCODER),
         }  # fmt: skip
@@ -245,10 +255,10 @@ class TestFeatures:
         moments = torch.randn(4, 8, 8, generator=generator)
         items = [(moments, moments.abs(), torch.randn(1, TEXT_LENGTH, 10, generator=generator))] * 8
         write_coco_features(wide, "train", items, torch.zeros(TEXT_LENGTH, 10), scale=0.5)
-        with pytest.raises(ArtefactError, match=r"context_embedder.weight: saved \(96, 64\), model \(96, 10\)"):
+        with pytest.raises(ArtefactError, match=r"context_embedder.weight: saved \(24, 64\), model \(24, 10\)"):
             mmdit_coco.main(["--stage=self", f"--teacher={runs / 'vae/teacher'}", *on_features(wide, tmp_path / "run")])
         resumed = f"--resume={runs / 'vae/checkpoints/0000002.pt'}"
-        with pytest.raises(CheckpointError, match=r"context_embedder.weight: saved \(96, 64\), model \(96, 10\)"):
+        with pytest.raises(CheckpointError, match=r"context_embedder.weight: saved \(24, 64\), model \(24, 10\)"):
             mmdit_coco.main(["--stage=vae", *on_features(wide, tmp_path / "other"), resumed])
         assert not (tmp_path / "other/checkpoints").exists()
 
@@ -309,10 +319,8 @@ class TestSampling:
     PROMPTS = ("a red ring on a blue ground", "white ground with a black cross", "a green circle on a red ground")
 
     def sample(self, runs: Path, out: Path, *more: str, checkpoint: str = "self") -> Path:
-        given = ["--checkpoint", str(runs / checkpoint), f"--out={out}", "--steps=2", "--device=cpu", *more]
-        return sample_prompts.main(
-            given if "--prompts-file" in " ".join(more) else [*given, "--prompts", *self.PROMPTS]
-        )
+        given = [f"--out={out}", "--steps=2", "--device=cpu", "--prompts", *self.PROMPTS]
+        return sample_prompts.main(["--checkpoint", str(runs / checkpoint), *given, *more])
 
     def test_images_are_guided_from_the_empty_prompt_by_the_formula(self, runs: Path, tmp_path: Path) -> None:
         picture = self.sample(
@@ -323,7 +331,7 @@ class TestSampling:
         model, _ = mmdit_from_checkpoint(runs / "self/checkpoints/0000004.pt")
         features = load_text_encoder(str(demo / TEXT_ENCODER)).encode(["", *self.PROMPTS]).features
         for number in range(3):
-            x = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(7 + number))[None].double()
+            x = torch.randn(4, 8, 8, generator=image_generator(7, number))[None].double()
             for t in (1.0, 0.5):  # two Euler steps; guidance acts in the second alone
                 v_u, v_c = (model(x.float(), torch.tensor([t]), features[i : i + 1]).double() for i in (0, number + 1))
                 x = x - 0.5 * (v_u + 3 * (v_c - v_u) if t <= 0.7 else v_c)
@@ -389,7 +397,7 @@ class TestSampling:
             (ShapeError, "0000004.pt needs 64", [f"--text-encoder={narrow}"]),
             (CheckpointError, "No CLIP text model", [f"--text-encoder={tmp_path / 'nothing'}"]),
             (CheckpointError, "no VAE", [f"--vae={tmp_path / 'nothing'}"]),
-            (SettingError, "two ways", [f"--prompts-file={narrow / 'config.json'}", "--prompts", "a"]),
+            (SettingError, "two ways", [f"--prompts-file={narrow / 'config.json'}"]),
             (SettingError, "0 <= low <= high <= 1", ["--guidance-low=2"]),
         ]:
             with pytest.raises(error, match=match):
@@ -411,7 +419,7 @@ class TestLoading:
         ("changes", "match"),
         [
             ({"hidden_size": 48}, "does not fit MMDiT; nothing was loaded"),
-            ({"patch_size": 1}, r"pos_embed: saved \(1, 16, 96\), model \(1, 64, 96\)"),
+            ({"patch_size": 1}, r"pos_embed: saved \(1, 16, 24\), model \(1, 64, 24\)"),
             ({"depth": 10**9}, "depth=1000000000.*6 joint blocks among its weights"),
             ({"num_heads": "3"}, "num_heads='3'"),
             ({"num_heads": 5}, "hidden_size divisible by num_heads"),

@@ -16,7 +16,7 @@ _DEMO_SIZE = {
     "hidden_size": 96,
     "depth": 6,
     "num_heads": 3,
-}  # 16 tokens of the image and 16 of the text
+}  # 16 tokens of image and of text
 
 _PUBLISHED = {
     "steps": 150_000, "batch_size": 256, "lr": 2e-4, "warmup_steps": 5_000, "ema_decay": 0.9999, "log_every": 100,

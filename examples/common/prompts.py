@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common.image_seeds import image_generator
 from common.image_sets import to_uint8
 from common.pictures import plt
 from common.samplers import Guidance, Model, sample_ode, sample_sde
@@ -120,7 +121,7 @@ class PromptSampler:
             ShapeError: If the model's latents are not finite.
         """
         device = next(model.parameters()).device
-        generators = [torch.Generator().manual_seed(self.seed + number) for number in numbers]
+        generators = [image_generator(self.seed, number) for number in numbers]
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]).to(device)
         y = torch.tensor(numbers, device=device)
         prompted, common = by_prompt(model, self.prompts), {"steps": self.steps, "guidance": self.guidance}

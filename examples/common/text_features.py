@@ -63,7 +63,8 @@ class TextEncoder:
         Raises:
             SettingError: If a text is too long and ``cut_long`` is not set, or the tokenizer cannot spell it.
         """
-        tokens = self.tokenizer(list(texts), truncation=False)["input_ids"]  # start ... end, unpadded
+        # Start to end, unpadded; what is too long is dealt with below, and needs no warning.
+        tokens = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
         for text, ids in zip(texts, tokens, strict=True):
             # CLIP's byte-level vocabulary spells everything: what is unknown becomes its end token in the middle.
             if self.tokenizer.unk_token_id in ids[1:-1]:
