@@ -488,7 +488,7 @@ class SelfTransLoss(Shareable, Alignment):
         return (
             f"stage={self.stage}, layers={list(self.layers)}, time={self.time.name!r}, weight={self.weight}, "
             f"window={self.window}, distance={self.distance!r}, gating={self.gating!r}, schedule={self.schedule!r}, "
-            f"stop_step={self.stop_step}"
+            f"stop_step={self.stop_step}, stop_when={self.stop_when}"
         )
 
     def __enter__(self) -> SelfTransLoss:

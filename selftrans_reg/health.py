@@ -154,7 +154,7 @@ class Health:
         self._judge_norm(found["student_norm"], look.tokens[0].shape[-1], subject)
         self._judge_teacher(found, subject)
         self._judge_window(subject)
-        if self.interval.regular(calls) and self._trend.close(found.get("sum", 0.0), calls):
+        if self.interval.regular(calls) and self._trend.close(found["sum"], calls):
             self._warn(
                 AlignmentNotFallingWarning(
                     f"After {calls} calls the alignment is {self._trend.recent[-1]:.4g} inside the window, and was "
@@ -186,8 +186,7 @@ class Health:
         values |= {name: self.measures[name] for name in ("student_norm", "contrast") if name in self.measures}
         values["finite"] = all_finite([*look.tokens, *(look.features or ()), alignment])
         values |= self._movement.since_start(subject.heads, subject.layers.values())
-        if isinstance(self._trend.sum, Tensor):
-            values["sum"] = self._trend.sum
+        values["sum"] = torch.as_tensor(self._trend.sum, device=alignment.device)
         if self._probe is not None and self._probe.sums is not None:
             values["aligned"] = self._probe.sums[2]
         if calls == 1 and subject.teacher is not None:

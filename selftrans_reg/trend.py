@@ -17,7 +17,7 @@ class Trend:
     """The alignment of the samples inside the window, averaged over stretches of the run.
 
     Attributes:
-        sum: Of the alignments since the last stretch ended; a 0-d tensor on the device once there was a call.
+        sum: Of the alignments since the last stretch ended; a 0-d tensor on the device once a sample was inside.
         first: The average over the run's first stretch; inf where that was before the run was watched.
         recent: Those over the latest ones, oldest first.
     """

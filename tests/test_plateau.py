@@ -202,12 +202,16 @@ def test_stopped_after_any_call_it_goes_on_as_if_it_had_not(done: int) -> None:
     assert torch.equal(*states)
 
 
-def test_a_run_that_was_stopped_is_not_resumed_without_the_rule() -> None:
-    run = PlantedRun(EVERY_CALL)
+def test_a_run_that_was_stopped_is_not_resumed_without_the_rule_and_the_advice_works() -> None:
+    run, without = PlantedRun(EVERY_CALL), PlantedRun(None)
     assert run.stops_at([-0.5] * 5) == 4
+    state = run.criterion.state_dict()
     with pytest.raises(st.SettingError, match="stop_when= has stopped; this criterion has none") as error:
-        PlantedRun(None).criterion.load_state_dict(run.criterion.state_dict())
-    assert error.match("same stop_when=, or with stop_step=0")
+        without.criterion.load_state_dict(state)
+    assert error.match(r"state\['plateau_state'\] = criterion\.state_dict\(\)\['plateau_state'\]")
+    state["plateau_state"] = without.criterion.state_dict()["plateau_state"]  # as the message says
+    without.criterion.load_state_dict(state)
+    assert without.call(0.5).weight == 0.5
 
 
 def test_it_is_saved_and_a_run_past_its_stop_needs_no_teacher(tmp_path: Path) -> None:
