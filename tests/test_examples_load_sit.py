@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sit_imagenet
 import torch
+from common.demo_latents import MemoryLatents
 from common.load_sit import sit_from_checkpoint
 from common.sit import SIZES, SiT
 from torch import Tensor
@@ -63,6 +65,25 @@ def test_a_file_of_our_trainer_comes_back_whole(tmp_path: Path, weights: str, se
     assert found.settings == TINY | {"mlp_ratio": 4.0}
     assert (found.entry, found.steps, found.time, found.path) == (weights, 70, "repa", "cosine")
     assert found.args == OURS
+
+
+@pytest.mark.parametrize("settings", [[], ["--path=cosine", "--qk-norm", "--learn-sigma", "--class-dropout=0"]])
+def test_what_the_trainer_records_is_enough(tmp_path: Path, settings: list[str]) -> None:
+    """A size that was not published, with the settings that `sit_imagenet.py` writes beside its weights."""
+    moments = torch.zeros(4, 4, 8, 8)
+    labels = torch.arange(4)
+    data = MemoryLatents(moments, moments, labels, num_classes=10, scale=0.7, vae="runs/demo-vae")
+    run = sit_imagenet.options(["--stage=baseline", "--data=demo", f"--out={tmp_path / 'run'}", *settings], "")
+    sit_imagenet.settle(run, num_classes=10, channels=4, size=8)
+    with torch.random.fork_rng():
+        original = sit_imagenet.new_sit(run, channels=4, size=8)
+    args = sit_imagenet.description(run, original, data)
+    path = saved(tmp_path, {"model": original.state_dict(), "ema": original.state_dict(), "steps": 3, "args": args})
+    model, found = sit_from_checkpoint(path)
+    assert same(model, original.state_dict())
+    assert (found.time, found.path, found.steps) == ("repa", run.path, 3)
+    assert (found.args["vae"], found.args["scale_factor"]) == ("runs/demo-vae", 0.7)
+    assert found.settings["class_dropout_prob"] == run.class_dropout
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
