@@ -32,6 +32,10 @@ LatentsOf = Callable[[Any], tuple[Tensor, Condition]]
 Denoise = Callable[[nn.Module, Tensor, Condition], Tensor]
 Draw = Callable[[nn.Module, Path], None]
 
+# gloo's thread needs the interpreter's lock to let go of the last barrier. A process that ends before waits for that
+# thread with the lock held, which is for ever.
+_GLOO_PAUSE = 0.5  # seconds
+
 # What the console shows of a line of the log.
 _SHOWN = ("denoising", "alignment", "in_window", "gradient_norm", "samples_per_second")
 
@@ -209,6 +213,8 @@ class Trainer:
             bar.close()
             if log is not None:
                 log.close()
+            if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cpu":
+                time.sleep(_GLOO_PAUSE)
 
     def _loop(self, batches: Iterator[Any], signals: StopSignals, log: RunLog | None, bar: tqdm) -> None:
         last, clock = self.settings.steps, _Clock(self.steps)
