@@ -19,19 +19,8 @@ class _Group(NamedTuple):
 
 
 def as_text(report: LayerReport) -> str:
-    """Head, table, notes and proposal, in lines."""
-    groups = _groups(report)
-    headings, columns = [], []
-    for group in groups:
-        widths = [max(len(name), *(len(row[i]) for row in group.cells)) + 2 for i, name in enumerate(group.columns)]
-        widths[0] += max(0, len(group.heading) + 2 - sum(widths))
-        headings.append(group.heading.rjust(sum(widths)))
-        justify = str.ljust if group is groups[0] else str.rjust
-        lines = [group.columns, *group.cells]
-        columns.append(["".join(justify(c, w) for c, w in zip(line, widths, strict=True)) for line in lines])
-    table = ["".join(headings).rstrip(), *(" ".join(parts).rstrip() for parts in zip(*columns, strict=True))]
-    table[0] = " ".join(headings).rstrip()
-    parts = ["\n".join(_head(report)), "\n".join(table)]
+    """Head, tables, notes and proposal, in lines."""
+    parts = ["\n".join(_head(report)), *(_text_table(groups) for groups in _tables(report))]
     if report.notes:
         parts.append("\n".join(f"Note: {note}" for note in report.notes))
     if report.recipe is not None:
@@ -39,18 +28,20 @@ def as_text(report: LayerReport) -> str:
     return "\n\n".join(parts)
 
 
+def _text_table(groups: list[_Group]) -> str:
+    columns = []
+    for group in groups:
+        justify = str.ljust if group is groups[0] else str.rjust
+        widths = [max(len(name), *(len(row[i]) for row in group.cells)) + 2 for i, name in enumerate(group.columns)]
+        widths[0] += max(0, len(group.heading) + 2 - sum(widths))
+        lines = ["".join(map(justify, line, widths)) for line in (group.columns, *group.cells)]
+        columns.append([justify(group.heading, sum(widths)), *lines])
+    return "\n".join(" ".join(line).rstrip() for line in zip(*columns, strict=True))
+
+
 def as_html(report: LayerReport) -> str:
     """The same as a fragment of HTML, with every measurement to unfold. Values are escaped."""
-    groups = _groups(report)
-    top = "".join(f'<th colspan="{len(group.columns)}">{_escaped(group.heading)}</th>' for group in groups)
-    names = _row("th", [name for group in groups for name in group.columns])
-    body = "".join(
-        _row("td", [cell for group in groups for cell in group.cells[index]]) for index in range(len(report.layers))
-    )
-    parts = [
-        f"<p>{'<br>'.join(map(_escaped, _head(report)))}</p>",
-        f"<table><thead><tr>{top}</tr>{names}</thead><tbody>{body}</tbody></table>",
-    ]
+    parts = [f"<p>{'<br>'.join(map(_escaped, _head(report)))}</p>", *map(_html_table, _tables(report))]
     if report.notes:
         parts.append("<ul>" + "".join(f"<li>{_escaped(note)}</li>" for note in report.notes) + "</ul>")
     if report.recipe is not None:
@@ -61,6 +52,14 @@ def as_html(report: LayerReport) -> str:
         parts.append("<ul>" + "".join(f"<li>{_escaped(note)}</li>" for note in plan.notes) + "</ul>")
     parts.append(_every_row(report))
     return f'<div class="layer-report">{"".join(parts)}</div>'
+
+
+def _html_table(groups: list[_Group]) -> str:
+    top = "".join(f'<th colspan="{len(group.columns)}">{_escaped(group.heading)}</th>' for group in groups)
+    names = _row("th", [name for group in groups for name in group.columns])
+    lines = zip(*(group.cells for group in groups), strict=True)
+    body = "".join(_row("td", [cell for cells in line for cell in cells]) for line in lines)
+    return f"<table><thead><tr>{top}</tr>{names}</thead><tbody>{body}</tbody></table>"
 
 
 def _head(report: LayerReport) -> list[str]:
@@ -77,7 +76,8 @@ def _head(report: LayerReport) -> list[str]:
     return head
 
 
-def _groups(report: LayerReport) -> list[_Group]:
+def _tables(report: LayerReport) -> list[list[_Group]]:
+    """What the layers are by themselves, and what guidance makes of them."""
     layers, scales = report.layers, report.guidance_scales
     first = scales[0]
     guided = [scale for scale in scales if scale >= 1]
@@ -89,23 +89,26 @@ def _groups(report: LayerReport) -> list[_Group]:
     def group(heading: str, columns: dict[str, list[str]]) -> _Group:
         return _Group(heading, list(columns), [list(row) for row in zip(*columns.values(), strict=True)])
 
+    names = group("", {"layer": list(layers)})
     own = {"probe": column("probe", first, "%"), "k-NN": column("knn", first, "%")} if labelled else {}
     own |= {"rank": column("effective_rank", first, ".1f"), "norm": column("norm", first, ".3g")}
-    groups = [group("", {"layer": list(layers)})]
-    groups.append(group("null condition alone" if first == 0 else "features", own))
+    table = [names, group("null condition alone" if first == 0 else "", own)]
     if len(scales) > 1:
-        groups.append(group("", {"contrast": column("contrast", 1.0, ".3f")}))
-        if labelled:
-            groups.append(group("k-NN at w", {f"{scale:g}": column("knn", scale, "%") for scale in guided}))
-        growth = {f"{scale:g}": _growth(report, scale) for scale in guided if scale > 1}
-        groups.append(group("norm at w over that at 1", growth))
+        table.append(group("", {"contrast": column("contrast", 1.0, ".3f")}))
     if report.recipe is not None and report.recipe.teacher_layer in layers:
         teacher, scale = report.recipe.teacher_layer, report.recipe.guidance_scale
         scale = scale if scale in scales else 1.0
         row = report.alignment[scales.index(scale)]
         cka = [_shown(student[layers.index(teacher)], ".2f") for student in row]
-        groups.append(group(f"CKA with {teacher}", {f"at w = {scale:g}": cka}))
-    return [g for g in groups if g.columns]
+        table.append(group(f"CKA with {teacher}", {f"at w = {scale:g}": cka}))
+    if len(scales) == 1:
+        return [table]
+    shown = [names]
+    if labelled:
+        shown.append(group("k-NN at w", {f"{scale:g}": column("knn", scale, "%") for scale in guided}))
+    shown.append(group("rank at w", {f"{scale:g}": column("effective_rank", scale, ".1f") for scale in guided}))
+    growth = {f"{scale:g}": _growth(report, scale) for scale in guided if scale > 1}
+    return [table, [*shown, group("norm at w over that at 1", growth)] if growth else shown]
 
 
 def _growth(report: LayerReport, scale: float) -> list[str]:
