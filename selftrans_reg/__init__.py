@@ -20,10 +20,10 @@ from .errors import HeadNotTrainedWarning as HeadNotTrainedWarning
 from .errors import HealthWarning as HealthWarning
 from .errors import LayerNotFoundError as LayerNotFoundError
 from .errors import MeasurementError as MeasurementError
+from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NoContrastWarning as NoContrastWarning
 from .errors import NoGradientWarning as NoGradientWarning
 from .errors import NotFiniteError as NotFiniteError
-from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NullConditionError as NullConditionError
 from .errors import OptimizerError as OptimizerError
 from .errors import OutputError as OutputError
