@@ -9,27 +9,25 @@ stopped. `--data demo` takes small digits and a small model instead, so that bot
 """
 
 import argparse
-import math
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from common.checkpointing import checkpoint_path
 from common.demo_latents import MemoryLatents, RandomLatents, demo_latents
 from common.latents import LatentFolder, open_latents
 from common.paths import denoising_loss, path_named
 from common.run_folder import open_run_folder
+from common.run_options import CHANGEABLE
 from common.sample_grid import SampleGrid
 from common.sit import SiT
-from common.sit_settings import CHANGEABLE, new_sit, options, settle
+from common.sit_settings import new_sit, options, settle
+from common.stages import Backbone, check_teacher_stays, leave_teacher, new_criterion
 from common.trainer import LongRun, Trainer, new_accelerator
 from common.vae import load_vae
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-import selftrans_reg as st
-from selftrans_reg.artefacts import CONFIG
 from selftrans_reg.checkpoints import load_weights
 from selftrans_reg.errors import SettingError
 
@@ -61,65 +59,6 @@ def open_data(run: argparse.Namespace) -> tuple[Data, AutoencoderKL | None]:
     return data, vae if run.vae is None else load_vae(run.vae)
 
 
-def read_teacher(run: argparse.Namespace, data: Data) -> st.CFGFeatureTeacher:
-    """The teacher of stage 2: a saved one, as it is or at another layer or scale, or a stage-1 checkpoint.
-
-    Raises:
-        SettingError: If it was trained on other latents.
-    """
-    new = partial(new_sit, run, channels=data.channels, size=data.size)
-    time = TIMES[run.path]
-    if Path(run.teacher).is_file():
-        return st.build_teacher(
-            new(),
-            run.teacher,
-            layer=run.teacher_layer,
-            guidance_scale=run.guidance_scale,
-            null={"y": run.num_classes},
-            time=time,
-            weights=run.teacher_weights,
-            compile=run.compile,
-        )
-    if run.teacher_weights is not None:
-        raise SettingError(f"--teacher-weights is for a checkpoint; the teacher {run.teacher} was saved with one kind.")
-    teacher = st.CFGFeatureTeacher.from_pretrained(run.teacher, model=new, compile=run.compile)
-    scale = teacher.provenance.get("latent_scale")
-    if scale is not None and not math.isclose(scale, data.scale, rel_tol=1e-4):
-        raise SettingError(
-            f"The teacher {run.teacher} was trained on latents times {scale}, which are not those of {run.data}.\n"
-            f"Found: the scale factor {data.scale}. Train both stages on the same latents."
-        )
-    asked = {"layer": run.teacher_layer, "guidance_scale": run.guidance_scale}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not asked:
-        return teacher
-    saved = {"layer": teacher.layer, "guidance_scale": teacher.guidance_scale}
-    return st.build_teacher(
-        teacher.model, None, **(saved | asked), null=teacher.null, time=teacher.time, compile=run.compile
-    )
-
-
-def new_criterion(run: argparse.Namespace, model: SiT, data: Data) -> st.SelfTransLoss | None:
-    """What the stage adds to the loss."""
-    if run.stage == "baseline":
-        return None
-    settings = {
-        "layer": run.layer,
-        "time": TIMES[run.path],
-        "weight": run.weight,
-        "window": None if run.window == "all" else run.window,
-        "gating": run.gating,
-        "stop_step": run.stop_step or None,
-        "hidden_features": run.head_features,
-        "health_interval": run.log_every * run.micro_batches,
-    }
-    if run.stage == "vae":
-        return st.SelfTransLoss.stage1(
-            model, latent_channels=data.channels, patch_size=model.patch_size, target=run.target, **settings
-        )
-    return st.SelfTransLoss.stage2(model, teacher=read_teacher(run, data), teacher_chunk=run.teacher_chunk, **settings)
-
-
 def description(run: argparse.Namespace, model: SiT, data: Data) -> dict[str, Any]:
     """What a checkpoint says of its run: the settings, and the sizes that its readers need to build the model."""
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
@@ -142,25 +81,6 @@ def latents_of(batch: tuple[Tensor, Tensor, Tensor], scale: float) -> tuple[Tens
     return scale * (mean + std * torch.randn_like(mean)), labels
 
 
-def leave_teacher(run: argparse.Namespace, data: Data, trainer: Trainer) -> Path:
-    """Save the teacher that a finished stage-1 run has trained, if that was not done before."""
-    folder = run.out / "teacher"
-    if not (folder / CONFIG).exists():
-        model = trainer.ema if run.teacher_weights == "ema" else trainer.accelerator.unwrap_model(trainer.model)
-        teacher = st.build_teacher(
-            new_sit(run, channels=data.channels, size=data.size),
-            model.state_dict(),
-            layer=run.teacher_layer,
-            guidance_scale=run.guidance_scale,
-            null={"y": run.num_classes},
-            time=TIMES[run.path],
-        )
-        shape = (data.channels, data.size, data.size)
-        source = f"examples/sit_imagenet.py --stage vae --model {run.model}, {run.teacher_weights} weights"
-        teacher.save_pretrained(folder, source=source, step=trainer.steps, latent_scale=data.scale, latent_shape=shape)
-    return folder
-
-
 def main(argv: list[str] | None = None) -> Trainer:
     """Train up to the last step, from the newest checkpoint if there is one."""
     run = options(argv, __doc__)
@@ -170,16 +90,26 @@ def main(argv: list[str] | None = None) -> Trainer:
     with accelerator.main_process_first():  # what it makes the others find
         data, vae = open_data(run)
     settle(run, num_classes=data.num_classes, channels=data.channels, size=data.size)
+    new = partial(new_sit, run, channels=data.channels, size=data.size)
     torch.manual_seed(run.seed)
-    model = new_sit(run, channels=data.channels, size=data.size)
+    model = new()
     if run.init is not None:
         load_weights(model, run.init)
+    shape = (data.channels, data.size, data.size)
+    backbone = Backbone(
+        new,
+        null={"y": run.num_classes},
+        time=TIMES[run.path],
+        shape=shape,
+        scale=data.scale,
+        patch_size=model.patch_size,
+    )
     draw = None
     if vae is not None:
         draw = SampleGrid(
             vae,
             num_classes=run.num_classes,
-            shape=(data.channels, data.size, data.size),
+            shape=shape,
             scale=data.scale,
             steps=run.sample_steps,
             cfg_scale=run.sample_cfg,
@@ -188,7 +118,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     trainer = Trainer(
         accelerator,
         model,
-        criterion=new_criterion(run, model, data),
+        criterion=new_criterion(run, model, backbone),
         dataset=data,
         latents_of=partial(latents_of, scale=data.scale),
         denoise=partial(denoising_loss, path=path_named(run.path)),
@@ -203,15 +133,11 @@ def main(argv: list[str] | None = None) -> Trainer:
     with accelerator.main_process_first():
         open_run_folder(run.out, {name: value for name, value in vars(run).items() if name not in CHANGEABLE})
     trainer.resume(run.resume)
-    if run.stage == "vae" and trainer.steps < run.steps and (run.out / "teacher" / CONFIG).exists():
-        raise SettingError(
-            f"{run.out} has left its teacher, on which runs of stage self may rest; more steps would make another.\n"
-            f"Found: {trainer.steps} steps done, {run.steps} asked for.\n"
-            f"Name another --out, with --resume {checkpoint_path(trainer.checkpoints, trainer.steps)}."
-        )
+    check_teacher_stays(run, trainer)
     trainer.run()
     if run.stage == "vae" and accelerator.is_main_process:
-        print(f"The teacher for --stage self: {leave_teacher(run, data, trainer)}")
+        source = f"examples/sit_imagenet.py --stage vae --model {run.model}, {run.teacher_weights} weights"
+        print(f"The teacher for --stage self: {leave_teacher(run, backbone, trainer, source)}")
     accelerator.end_training()
     return trainer
 
