@@ -1,12 +1,13 @@
 """The examples' trainer: its step, its average, its log, and that a criterion changes nothing but the loss."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 from common.paths import denoising_loss
 from common.sit import SiT
-from common.training import TrainSettings, endless, train
+from common.training import Training, TrainSettings, averaged_copy, endless, train
 from torch import Tensor, nn
 
 import selftrans_reg as st
@@ -97,3 +98,49 @@ def test_a_criterion_adds_its_terms_to_the_log_and_its_head_is_trained() -> None
     after = criterion.state_dict()
     assert all(not torch.equal(value, after[name]) for name, value in before.items())
     assert result.seconds > 0
+
+
+def stage1(model: SiT) -> st.SelfTransLoss:
+    return st.SelfTransLoss.stage1(
+        model, layer="blocks.1", time="repa", latent_channels=2, patch_size=1, hidden_features=8, window=None
+    )
+
+
+@pytest.mark.parametrize("with_criterion", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(with_criterion: bool, tmp_path: Path) -> None:
+    saved = tmp_path / "state.pt"
+
+    def save(run: Training) -> None:
+        if run.steps == 9:
+            torch.save(run.state_dict(), saved)
+
+    ends = []
+    for resume in (False, True):
+        model = tiny_sit()
+        criterion = stage1(model) if with_criterion else None
+        torch.manual_seed(5 if resume else 2)  # a resumed run takes the generator's state from the file
+        state = torch.load(saved, weights_only=True) if resume else None
+        result = train(model, batches(), denoising_loss, SETTINGS, criterion=criterion, resume=state, after_step=save)
+        head = criterion.state_dict() if criterion is not None else {}
+        ends.append(({**model.state_dict(), **result.ema.state_dict(), **head}, result.log, torch.rand(1)))
+    (whole, log, drawn), (resumed, resumed_log, drawn_again) = ends
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert resumed_log == log
+    assert torch.equal(drawn, drawn_again)
+
+
+def test_after_every_step_the_caller_is_told() -> None:
+    told = []
+    model = tiny_sit()
+    ema = averaged_copy(model, 0.5)
+    result = train(
+        model,
+        batches(),
+        denoising_loss,
+        SETTINGS._replace(steps=3),
+        ema=ema,
+        after_step=lambda run: told.append(run.steps),
+    )
+    assert told == [1, 2, 3]
+    assert result.ema is ema.module
+    assert not torch.equal(result.ema.x_embedder.proj.weight, model.x_embedder.proj.weight)

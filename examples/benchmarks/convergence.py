@@ -204,7 +204,7 @@ def counted_operations(setting: Setting, run: Run, out: Path) -> list[tuple[int,
 
 
 def measured_seconds(setting: Setting, runs: list[Run], out: Path, repeats: int) -> dict[str, list[tuple[int, float]]]:
-    """As `counted_operations`, the median seconds of a step, by key; all runs and parts take turns, step by step."""
+    """As `counted_operations`, the median seconds of a step, by method; all parts of all runs take turns."""
     parts = [(run, begin, end) for run in runs for begin, end in begun_parts(run)]
     trainings = [Training(*prepared(setting, run, out)) for run, _, _ in parts]
     for training, (_, begin, _) in zip(trainings, parts, strict=True):
@@ -219,9 +219,9 @@ def measured_seconds(setting: Setting, runs: list[Run], out: Path, repeats: int)
                 torch.cuda.synchronize()
             if repeat >= 0:
                 seconds[i].append(time.perf_counter() - start)
-    found: dict[str, list[tuple[int, float]]] = {run.key: [] for run in runs}
+    found: dict[str, list[tuple[int, float]]] = {str(run.method): [] for run in runs}
     for (run, _, end), values in zip(parts, seconds, strict=True):
-        found[run.key].append((end, statistics.median(values)))
+        found[str(run.method)].append((end, statistics.median(values)))
     return found
 
 

@@ -154,7 +154,7 @@ class SelfTranscendence(Method):
         """The library's stage 2."""
         return self.stage2(parts, parts.setting.protocol.new_model(parts.setting.device), parts.teacher)
 
-    def stage2(self, parts: Parts, model: nn.Module, checkpoint: Path | None) -> st.SelfTransLoss:
+    def stage2(self, parts: Parts, model: nn.Module, checkpoint: Path | None, **more: Any) -> st.SelfTransLoss:
         """Stage 2 with a teacher from a checkpoint, or from the weights that the model already has."""
         protocol = parts.setting.protocol
         teacher = st.build_teacher(
@@ -177,6 +177,7 @@ class SelfTranscendence(Method):
             window=WINDOW if self.window else None,
             gating=self.gating,
             stop_step=protocol.step_at(self.stop),
+            **more,
         )
 
 
@@ -200,7 +201,8 @@ class OwnEMA(Method):
         return OwnEarlierEMA(
             parts.ema,
             Stage1().criterion(parts),
-            lambda teacher: later.stage2(parts, teacher, None),
+            # It is taught by itself on purpose: not to be warned of.
+            lambda teacher: later.stage2(parts, teacher, None, health_interval=None),
             parts.setting.protocol.step_at(self.switch),
         )
 
