@@ -25,7 +25,7 @@ class LayerMeasures:
         layer: Its name.
         noise_fraction: σ / (σ + α), 0 is data.
         guidance_scale: w; 0 is the null condition alone, 1 the condition alone.
-        contrast: |f_c − f_u| / |f_c| over all tokens, the same at every w.
+        contrast: ``|f_c − f_u| / |f_c|`` over all tokens, the same at every w.
         norm: Root mean square of the norm of a token's f_g.
         effective_rank: Of the pooled f_g, at most the smaller of their width and the number of samples.
         knn: Accuracy of k nearest neighbours on held-out samples, from the pooled f_g.

@@ -91,7 +91,7 @@ def _tables(report: LayerReport) -> list[list[_Group]]:
 
     names = group("", {"layer": list(layers)})
     own = {"probe": column("probe", first, "%"), "k-NN": column("knn", first, "%")} if labelled else {}
-    own |= {"rank": column("effective_rank", first, ".1f"), "norm": column("norm", first, ".3g")}
+    own |= {"rank": column("effective_rank", first, ".1f"), "norm": column("norm", first, ".2f")}
     table = [names, group("null condition alone" if first == 0 else "", own)]
     if len(scales) > 1:
         table.append(group("", {"contrast": column("contrast", 1.0, ".3f")}))
@@ -113,7 +113,7 @@ def _tables(report: LayerReport) -> list[list[_Group]]:
 
 def _growth(report: LayerReport, scale: float) -> list[str]:
     pairs = [(report.mean("norm", layer, scale), report.mean("norm", layer, 1.0)) for layer in report.layers]
-    return [_shown(norm / plain if norm is not None and plain else None, ".3g") for norm, plain in pairs]
+    return [_shown(norm / plain if norm is not None and plain else None, ".2f") for norm, plain in pairs]
 
 
 def _shown(value: float | None, form: str) -> str:
