@@ -30,7 +30,6 @@ from .errors import (
     ShapeError,
     TeacherError,
 )
-from .finite import not_finite
 from .gate import Gate, Gated
 from .gradient_probe import GradientProbe
 from .heads import ProjectionHead, resolve_width
@@ -549,24 +548,12 @@ class SelfTransLoss(Shareable, Alignment):
             return
         look.inside = inside
         self._health.measure(look)
-        fractions, watching = self.time.noise_fraction(call.t), self._watching()
-        if self.health_interval is not None:
-            subject = Subject(watching.modules, self.heads, self.teacher, self.window, fractions)
-            self._health.judge(
-                look,
-                self._calls,
-                alignment,
-                subject,
-                lambda: not_finite(
-                    look,
-                    call,
-                    fractions,
-                    layers=self.layers,
-                    model=watching.model,
-                    heads=self.heads,
-                    teacher=self.teacher,
-                ),
-            )
+        model = self._watching().model
+        if self.health_interval is not None and model is not None:
+            fractions = self.time.noise_fraction(call.t)
+            layers = {layer: find_layer(model, layer) for layer in self.layers}
+            subject = Subject(call, fractions, self.window, model, layers, self.heads, self.teacher)
+            self._health.judge(look, self._calls, alignment, subject)
         if look.probe is not None:
             self._plateau.arm(look.probe, self._calls)
 

@@ -15,7 +15,7 @@ from .teacher import CFGFeatureTeacher
 from .tokens import tensors_in
 
 if TYPE_CHECKING:
-    from .health import Look
+    from .health import Look, Subject
 
 _OVERFLOW = "Use bfloat16 or float32 where it is float16, and autocast rather than a model in half precision."
 
@@ -31,31 +31,12 @@ def local(tensor: Tensor) -> Tensor:
     return part
 
 
-def not_finite(
-    look: Look,
-    call: Call,
-    fractions: Tensor,
-    *,
-    layers: Sequence[str],
-    model: nn.Module | None,
-    heads: nn.ModuleList,
-    teacher: CFGFeatureTeacher | None,
-) -> NotFiniteError:
-    """What to say of a call in which something is NaN or inf, the first cause first.
-
-    Args:
-        look: What the call saw.
-        call: The call.
-        fractions: (N,), the samples' noise fractions.
-        layers: The tapped layers' names.
-        model: The student, where it is still there.
-        heads: One for each layer.
-        teacher: The teacher of stage 2.
-    """
-    for layer, tokens in zip(layers, look.tokens, strict=True):
+def not_finite(look: Look, subject: Subject) -> NotFiniteError:
+    """What to say of a call in which something is NaN or inf, the first cause first."""
+    call, fractions, teacher = subject.call, subject.fractions, subject.teacher
+    for layer, tokens in zip(subject.layers, look.tokens, strict=True):
         if (bad := _bad_rows(tokens)).any():
-            weights = [] if model is None else _in_weights(model)
-            cause = (_in_arguments(call) + weights + [_overflowed("up to there")])[0]
+            cause = [*_in_arguments(call), *_in_weights(subject.model), _overflowed("up to there")][0]
             return NotFiniteError(f"The student's layer {layer!r} gave NaN or inf {_where(bad, fractions)}.\n{cause}")
     assert look.target is not None  # with no row inside the window nothing else was computed
     rows = torch.arange(call.rows, device=fractions.device) if look.rows is None else look.rows
@@ -70,7 +51,7 @@ def not_finite(
             )
     elif (bad := _bad_rows(look.target)).any():
         return NotFiniteError(f"The latents to align with hold NaN or inf {_where(bad, fractions[rows])}.")
-    cause = [*_in_weights(heads, "heads."), _overflowed("in the head or the distance")][0]
+    cause = [*_in_weights(subject.heads, "heads."), _overflowed("in the head or the distance")][0]
     return NotFiniteError(
         "The alignment is NaN or inf, although the layer's tokens and what they are aligned with are finite.\n" + cause
     )

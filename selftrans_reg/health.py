@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +19,9 @@ from .errors import (
     HealthWarning,
     NoContrastWarning,
     NoGradientWarning,
-    NotFiniteError,
     SameWeightsWarning,
 )
-from .finite import all_finite
+from .finite import all_finite, not_finite
 from .gradient_probe import GradientProbe
 from .intervals import Interval
 from .movement import Movement, same_weights
@@ -75,18 +74,22 @@ class Subject:
     """Whom the health is of, as things stand in this call.
 
     Attributes:
-        layers: The tapped layers by name.
-        heads: The heads.
-        teacher: The teacher of stage 2.
+        call: The student's call.
+        fractions: (N,), its noise fractions.
         window: In noise fractions; None for all.
-        fractions: (N,), the noise fractions of this call.
+        model: The student.
+        layers: Its tapped layers by name.
+        heads: One for each layer.
+        teacher: The teacher of stage 2.
     """
 
-    layers: dict[str, nn.Module]
-    heads: nn.Module
-    teacher: CFGFeatureTeacher | None
-    window: tuple[float, float] | None
+    call: Call
     fractions: Tensor
+    window: tuple[float, float] | None
+    model: nn.Module
+    layers: dict[str, nn.Module]
+    heads: nn.ModuleList
+    teacher: CFGFeatureTeacher | None
 
     @property
     def named(self) -> str:
@@ -131,9 +134,7 @@ class Health:
             self.measures["contrast"] = (conditional - unconditional).norm() / conditional.norm()
             self.measures["target_norm"] = _mean_norm([look.target])
 
-    def judge(
-        self, look: Look, calls: int, alignment: Tensor, subject: Subject, not_finite: Callable[[], NotFiniteError]
-    ) -> None:
+    def judge(self, look: Look, calls: int, alignment: Tensor, subject: Subject) -> None:
         """Read off the device, at once, what was measured, and say what looks wrong.
 
         Args:
@@ -141,14 +142,13 @@ class Health:
             calls: Its number in the run.
             alignment: What it gave.
             subject: Whom it is of.
-            not_finite: Tells why something is NaN or inf.
 
         Raises:
-            NotFiniteError: If something is.
+            NotFiniteError: If something is NaN or inf.
         """
         found = self._read(look, calls, alignment.detach(), subject)
         if not found["finite"]:
-            raise not_finite()
+            raise not_finite(look, subject)
         self._judge_gradient(found.get("aligned"), subject)
         self._judge_head(found, look, subject)
         self._judge_norm(found["student_norm"], look.tokens[0].shape[-1], subject)

@@ -31,7 +31,8 @@ class Plateau:
         interval: Calls of the criterion from one measurement to the next. What one call measures is read in the call
             of the next, so that nothing waits for the backward pass.
         patience: Measurements below the threshold, in a row.
-        threshold: Of the smoothed cosine, between -1 and 1. At 0 the two terms neither help nor hinder each other.
+        threshold: Of the smoothed cosine, between -1 and 1. At 0 the two terms neither help nor hinder each other;
+            measured ones come near it and may never pass it.
         smoothing: The share of the older measurements in the exponential mean, from 0 to below 1.
 
     Reference: after the stage-wise termination of HASTE, Wang et al., 2025, https://arxiv.org/abs/2505.16792
@@ -39,7 +40,7 @@ class Plateau:
 
     interval: int = 100
     patience: int = 20
-    threshold: float = 0.0
+    threshold: float = 0.05
     smoothing: float = 0.9
 
     def __post_init__(self) -> None:

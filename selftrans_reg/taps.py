@@ -199,7 +199,6 @@ class Recorder:
         self.device_type = "cpu"
         modules = [find_layer(model, layer) for layer in self.layers]
         self._root = weakref.ref(root)
-        self._modules = {layer: weakref.ref(module) for layer, module in zip(self.layers, modules, strict=True)}
         _keep_out_of_graphs()
         before, after = _RootHook(self, root, "_open"), _RootHook(self, root, "_close")
         self._handles: list[RemovableHandle] = [
@@ -217,13 +216,8 @@ class Recorder:
 
     @property
     def model(self) -> nn.Module | None:
-        """The unwrapped model, while there is one."""
+        """The unwrapped model, while there is one: the loop owns it."""
         return self._root()
-
-    @property
-    def modules(self) -> dict[str, nn.Module]:
-        """The watched layers by name, those that still are."""
-        return {name: module for name, found in self._modules.items() if (module := found()) is not None}
 
     def take(self) -> Record:
         """The record of the forward since the last take, which is forgotten here.
