@@ -16,7 +16,7 @@ from .figures import new_figure, save_figure, show
 from .noising import add_noise, times_at
 from .null import Null
 from .recipes import find_blocks
-from .survey import Probe, undisturbed
+from .survey import LayerReader, undisturbed
 from .taps import layer_names
 from .teacher import check_guidance_scale
 from .time import TimeConvention, resolve
@@ -76,16 +76,16 @@ def draw_features(
     if not scales or type(shown) is not int or shown < 1:
         raise SettingError(f"Name guidance scales, and show one sample or more; got {guidance_scales!r}, {shown!r}.")
     names = find_blocks(model, None) if layers is None else layer_names(layers)
-    probe = Probe(model, names, time=resolve(time), null=null, call=call, select=select, tokens=tokens)
+    reader = LayerReader(model, names, time=resolve(time), null=null, call=call, select=select, tokens=tokens)
     with undisturbed(model), torch.no_grad():
-        read = probe.read(batch)
+        read = reader.read(batch)
         latents = read.latents
         if latents.ndim != 4 or len(latents) < 2:
             raise ShapeError(f"Drawn are latents (N, C, H, W), 2 or more; got {tuple(latents.shape)}.")
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(seed)).to(latents)
-        found = probe.run(read, noise, noise_fraction)
-        t = times_at(probe.time, noise_fraction, len(latents), latents.device)
-        noisy = add_noise(probe.time, latents, noise, t)
+        found = reader.run(read, noise, noise_fraction)
+        t = times_at(reader.time, noise_fraction, len(latents), latents.device)
+        noisy = add_noise(reader.time, latents, noise, t)
         pictures = _latent_pictures(latents, noisy, decode, shown)
     maps = {
         (name, scale): c if u is None else u + scale * (c - u) for name, (c, u) in found.items() for scale in scales

@@ -18,7 +18,7 @@ from .null import Null
 from .proposal import NO_CONTRAST, propose
 from .recipes import Recipe, find_blocks, recipe
 from .report import LayerMeasures, LayerReport
-from .survey import Probe, Progress, Survey, survey
+from .survey import LayerReader, Progress, Survey, survey
 from .taps import layer_names
 from .teacher import check_guidance_scale
 from .time import TimeConvention, resolve
@@ -96,11 +96,11 @@ def layer_report(
         if type(value) is not int or value < 1:
             raise SettingError(f"{name} must be a positive integer; got {value!r}.")
     names = find_blocks(model, None) if layers is None else layer_names(layers)
-    probe = Probe(model, names, time=convention, null=null, call=call, select=select, tokens=tokens)
-    found = survey(probe, batches, fractions, samples=samples, seed=seed, progress=progress)
+    reader = LayerReader(model, names, time=convention, null=null, call=call, select=select, tokens=tokens)
+    found = survey(reader, batches, fractions, samples=samples, seed=seed, progress=progress)
     if found.samples < max(_FEWEST, k / (1 - _HELD_OUT) + 1):
         raise SettingError(f"{found.samples} samples are too few for k = {k}, a quarter of them held out: give more.")
-    split = _Split(found, seed, probe.device)
+    split = _Split(found, seed, reader.device)
     rows, alignment = _measured(found, split, scales, fractions, k, progress)
     report = LayerReport(
         model=type(unwrap(model)).__name__,

@@ -47,10 +47,11 @@ def probe_accuracy(train: Tensor, labels: Tensor, test: Tensor, test_labels: Ten
     y = targets - centre
     variances, directions = _principal(x)
     scores = x @ directions  # (n, r)
-    best, best_error = y, torch.inf
+    products = scores.T @ y  # (r, classes)
+    best, best_error = products, torch.inf
     for ridge in _RIDGES:
         shrunk = 1 / (variances + ridge * len(x))
-        weights = shrunk[:, None] * (scores.T @ y)  # (r, classes)
+        weights = shrunk[:, None] * products
         leverage = (scores.square() @ shrunk)[:, None] + 1 / len(x)  # the mean is fitted too
         error = ((y - scores @ weights) / (1 - leverage)).square().mean().item()
         if error < best_error:

@@ -52,7 +52,7 @@ class Cell:
         conditional: (N, D) a batch: f_c's mean over the tokens, float32 on the CPU.
         unconditional: f_u's, likewise; nothing without a null condition.
         sums: |f_c|², |f_u|², <f_u, f_c − f_u>, |f_c − f_u|² over all samples and tokens, and the number of tokens.
-        broken: Samples whose features are not finite.
+        broken: Samples whose features are not finite, or so large that their squares are not.
     """
 
     conditional: list[Tensor] = field(default_factory=list)
@@ -95,7 +95,7 @@ class Survey(NamedTuple):
     samples: int
 
 
-class Probe:
+class LayerReader:
     """Runs a model on noisy latents, condition and null condition in one doubled batch, and gives its layers' tokens.
 
     Args:
@@ -208,7 +208,13 @@ class Probe:
 
 @torch.no_grad()
 def survey(
-    probe: Probe, batches: Iterable[Any], fractions: Sequence[float], *, samples: int, seed: int, progress: Progress
+    reader: LayerReader,
+    batches: Iterable[Any],
+    fractions: Sequence[float],
+    *,
+    samples: int,
+    seed: int,
+    progress: Progress,
 ) -> Survey:
     """Run the model at every noise fraction on whole batches until there are so many samples, or no more batches.
 
@@ -217,20 +223,20 @@ def survey(
     Raises:
         SettingError: If some batches have labels and others none, or there is no batch.
     """
-    cells = {(layer, fraction): Cell() for layer in probe.layers for fraction in fractions}
+    cells = {(layer, fraction): Cell() for layer in reader.layers for fraction in fractions}
     labels: list[Tensor | None] = []
     order: list[nn.Module] = []
     count = 0
     generator = torch.Generator().manual_seed(seed)
     batches = batches if progress is None else progress(batches, "features")
-    with undisturbed(probe.model):
+    with undisturbed(reader.model):
         for raw in batches:
-            batch = probe.read(raw)
+            batch = reader.read(raw)
             noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
             for fraction in fractions:
-                seen = [] if order else list(probe.modules.values())
+                seen = [] if order else list(reader.modules.values())
                 with watched(seen, lambda module, args: order.append(module)):
-                    found = probe.run(batch, noise, fraction)
+                    found = reader.run(batch, noise, fraction)
                 for layer, (conditional, unconditional) in found.items():
                     _add(cells[layer, fraction], conditional, unconditional)
             labels.append(None if batch.labels is None else batch.labels.cpu())
@@ -242,7 +248,7 @@ def survey(
     known = [label for label in labels if label is not None]
     if known and len(known) != len(labels):
         raise SettingError(f"{len(known)} of {len(labels)} batches have labels: give them with all, or with none.")
-    layers = tuple(sorted(probe.layers, key=lambda layer: order.index(probe.modules[layer])))
+    layers = tuple(sorted(reader.layers, key=lambda layer: order.index(reader.modules[layer])))
     return Survey(layers, cells, torch.cat(known) if known else None, count)
 
 
@@ -264,17 +270,16 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
 def _add(cell: Cell, conditional: Tensor, unconditional: Tensor | None) -> None:
     null = conditional if unconditional is None else unconditional
     difference = conditional - null
-    pooled = conditional.mean(1), null.mean(1)
-    broken = ~(pooled[0].isfinite() & pooled[1].isfinite()).all(1)
-    products = [conditional.square(), null.square(), null * difference, difference.square()]
-    sums = torch.stack([*(product.sum((1, 2)).double().sum() for product in products), broken.sum().double()])
-    *found, count = sums.tolist()
+    products = (conditional.square(), null.square(), null * difference, difference.square())
+    rows = torch.stack([product.sum((1, 2)) for product in products])  # (4, N)
+    broken = (~rows.isfinite().all(0)).sum()
+    *found, count = torch.cat([rows.double().sum(1), broken[None].double()]).tolist()
     cell.broken += int(count)
     tokens = conditional.shape[0] * conditional.shape[1]
     cell.sums = [total + new for total, new in zip(cell.sums, [*found, tokens], strict=True)]
-    cell.conditional.append(pooled[0].cpu())
+    cell.conditional.append(conditional.mean(1).cpu())
     if unconditional is not None:
-        cell.unconditional.append(pooled[1].cpu())
+        cell.unconditional.append(unconditional.mean(1).cpu())
 
 
 def _are_labels(value: object, latents: object) -> bool:

@@ -153,8 +153,15 @@ class TestPlanted:
         scale = report.guidance_scales.index(1.0)
         missing = [(s, t) for s in range(DEPTH) for t in range(DEPTH) if report.alignment[scale][s][t] is None]
         assert missing == [(s, t) for s in range(DEPTH) for t in range(DEPTH) if 5 in (s, t)]
-        (line,) = [line for line in str(report).splitlines() if line.startswith("blocks.5")]
-        assert set(line.split()[1:]) == {"-"}
+        lines = [line for line in str(report).splitlines() if line.startswith("blocks.5")]
+        assert [set(line.split()[1:]) for line in lines] == [{"-"}, {"-"}]
+
+    def test_features_whose_squares_overflow_are_not_measured(self) -> None:
+        model = Planted(carriers=(3, 5))
+        model.blocks[5].inner.forward = lambda tokens: tokens * 1e30
+        report = report_of(model, planted_data())
+        assert any("Layer 'blocks.5' gives NaN or infinite features" in note for note in report.notes)
+        assert report.recipe.teacher_layer == "blocks.3"
 
     def test_without_labels_the_rest_is_measured(self) -> None:
         data = [{"latents": x, "y": y} for x, y in planted_data()]
@@ -264,6 +271,17 @@ def test_fewer_layers_than_the_rule_needs_are_measured_without_a_proposal() -> N
     assert report.mean("norm", "b", 1) > 0
 
 
+class Cast(nn.Module):
+    """To another dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.to(self.dtype)
+
+
 class TestUntouched:
     def test_every_layer_is_read_in_one_forward_for_each_batch_and_fraction(self) -> None:
         model = Planted(carriers=(5,))
@@ -311,6 +329,26 @@ class TestUntouched:
         assert torch.equal(torch.get_rng_state(), state)
         assert all(module.training for module in model.modules())
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_numbers_are_the_same_on_every_device(self, device: torch.device) -> None:
+        data = [(torch.randn(40, 4, 8, 8), torch.arange(40) % 4)]
+        expected = st.layer_report(ToyDiT(), data, time="repa", null={"y": 10})
+        found = st.layer_report(ToyDiT().to(device), data, time="repa", null={"y": 10})
+        for row, other in zip(found.rows, expected.rows, strict=True):
+            assert (row.contrast, row.norm) == pytest.approx((other.contrast, other.norm), rel=1e-3)
+
+    def test_a_model_in_half_precision_is_called_with_its_own(self) -> None:
+        class Model(ToyDiT):
+            def embed_t(self, t: Tensor) -> Tensor:
+                assert t.dtype == torch.float32
+                return super().embed_t(t)
+
+        model = Model().bfloat16()
+        model.t_embedder.float().append(Cast(torch.bfloat16))  # time is embedded in float32, as backbones do it
+        data = [(torch.randn(40, 4, 8, 8), torch.arange(40) % 4)]
+        whole, half = (st.layer_report(m, data, time="repa", null={"y": 10}) for m in (ToyDiT(), model))
+        for row, other in zip(half.rows, whole.rows, strict=True):
+            assert (row.contrast, row.norm) == pytest.approx((other.contrast, other.norm), rel=0.1)
 
     def test_a_criterion_on_the_same_model_does_not_notice(self) -> None:
         model = ToyDiT()
@@ -504,10 +542,16 @@ class TestShown:
             "heuristics on 400 samples of one checkpoint, not results of training",
         ]:
             assert expected in text
-        line = next(line for line in text.splitlines() if line.startswith("blocks.5"))
-        assert f"{100 * report.mean('probe', 'blocks.5', 0):.1f}" in line
-        assert f"{100 * report.mean('knn', 'blocks.5', 4):.1f}" in line
-        assert f"{report.mean('contrast', 'blocks.5', 1):.3f}" in line
+        own, guided = (line for line in text.splitlines() if line.startswith("blocks.5"))
+        values = own.split()
+        assert values[1] == f"{100 * report.mean('probe', 'blocks.5', 0):.1f}"
+        assert values[4] == f"{report.mean('norm', 'blocks.5', 0):.2f}"
+        assert values[5] == f"{report.mean('contrast', 'blocks.5', 1):.3f}"
+        assert values[6] == f"{report.alignment[1][5][5]:.2f}"  # the published scale was not measured
+        growth = report.mean("norm", "blocks.5", 4) / report.mean("norm", "blocks.5", 1)
+        expected = [f"{100 * report.mean('knn', 'blocks.5', scale):.1f}" for scale in (1, 4)]
+        expected += [f"{report.mean('effective_rank', 'blocks.5', scale):.1f}" for scale in (1, 4)]
+        assert guided.split()[1:] == [*expected, f"{growth:.2f}"]
 
     def test_html_holds_every_row_and_no_name_is_markup(self) -> None:
         hostile = type("<img src=x onerror=alert(1)>", (Planted,), {})(carriers=(5,))
