@@ -19,6 +19,7 @@ from common.image_seeds import image_generator
 from common.load_mmdit import mmdit_from_checkpoint
 from common.mmdit import MMDiT
 from common.mmdit_settings import DEMO_PROMPTS, options, settle
+from common.prompts import save_captioned
 from common.text_features import load_text_encoder
 from common.vae import decode, load_vae
 from long_runs import own_state
@@ -438,3 +439,17 @@ class TestLoading:
         torch.save(checkpoint(runs / "self")["ema"], tmp_path / "bare.pt")
         with pytest.raises(CheckpointError, match="does not say what MMDiT it holds"):
             mmdit_from_checkpoint(tmp_path / "bare.pt")
+
+
+def test_a_picture_shows_every_image_and_nothing_else_is_left(tmp_path: Path) -> None:
+    colours = [(250, 10, 10), (10, 200, 10), (10, 10, 250), (240, 200, 10)]
+    solid = np.array(colours, np.uint8)[:, None, None, :] * np.ones((1, 8, 8, 1), np.uint8)
+    save_captioned({"first": solid[:2], "second": solid[2:]}, ["a caption", "another"], tmp_path / "rows.png")
+    save_captioned({"": np.concatenate([solid] * 3)}, ["the same"] * 12, tmp_path / "wrapped.png")  # more than a line
+    for name, shown in {"rows.png": 1, "wrapped.png": 3}.items():
+        with Image.open(tmp_path / name) as picture:
+            pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        areas = [(pixels == colour).all(1).sum() / shown for colour in colours]
+        assert min(areas) > 5_000
+        assert max(areas) < 1.1 * min(areas)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"rows.png", "wrapped.png"}
