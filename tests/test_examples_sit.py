@@ -111,6 +111,24 @@ def test_forward_equals_the_plain_formula(generator: torch.Generator, learn_sigm
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("patch_size", [1, 4, 8])
+def test_other_patches_equal_the_plain_formula(generator: torch.Generator, patch_size: int) -> None:
+    model = tiny_sit(generator, patch_size=patch_size, qk_norm=True).eval()
+    x, t, y = inputs(generator)
+    expected = plain_forward(model.state_dict(), x, t, y, heads=2, qk_norm=True)
+    torch.testing.assert_close(model(x, t, y), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_in_training_a_dropped_label_is_the_null_class(generator: torch.Generator) -> None:
+    model = tiny_sit(generator, class_dropout_prob=1 - 1e-7)  # all but certain
+    x, t, y = inputs(generator)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        dropped = model.train()(x, t, y)
+    expected = plain_forward(model.state_dict(), x, t, torch.full_like(y, 5), heads=2, qk_norm=False)
+    torch.testing.assert_close(dropped, expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("grid", "width"), [(4, 16), (3, 8)])
 def test_position_embedding_equals_its_definition(grid: int, width: int) -> None:
     expected = torch.zeros(1, grid * grid, width)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -237,21 +238,21 @@ def test_a_checkpoint_of_another_kind_is_named(tmp_path: Path) -> None:
 # --- Being stopped ---------------------------------------------------------------------------------------------------
 
 
-def stopping(at: int, *numbers: int) -> "Stopping":
-    return Stopping(at, numbers)
-
-
 class Stopping:
-    """The fixed loss, which gets its process signals in its n-th call."""
+    """The fixed loss, which in its n-th call gets its process and those that read data for it signals."""
 
-    def __init__(self, at: int, numbers: tuple[int, ...]) -> None:
-        self.left, self.numbers = at, numbers
+    def __init__(self, at: int, *numbers: int) -> None:
+        self.left, self.numbers, self.readers = at, numbers, 0
+        self.others = multiprocessing.active_children()  # those of other tests are left alone
 
     def __call__(self, model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
         self.left -= 1
         if self.left == 0:
+            readers = [child.pid for child in multiprocessing.active_children() if child not in self.others]
+            self.readers = len(readers)
             for number in self.numbers:
-                os.kill(os.getpid(), number)
+                for process in [*readers, os.getpid()]:
+                    os.kill(process, number)
         return fixed_loss(model, latents, y)
 
 
@@ -261,8 +262,10 @@ def test_a_signal_saves_the_step_and_stops(
 ) -> None:
     handler = signal.getsignal(number)
     trained(tmp_path / "once", denoise=fixed_loss)
+    loss = Stopping(3, number)
     with pytest.raises(SystemExit) as caught:
-        trained(tmp_path / "twice", denoise=stopping(3, number))
+        trained(tmp_path / "twice", denoise=loss, workers=1)
+    assert loss.readers == 1
     assert caught.value.code == 128 + number
     assert f"Stopped by {number.name} after 3 steps" in capsys.readouterr().out
     assert list(saved_checkpoints(tmp_path / "twice" / "checkpoints")) == [3]
@@ -274,7 +277,7 @@ def test_a_signal_saves_the_step_and_stops(
 
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
-        trained(tmp_path, denoise=stopping(3, signal.SIGINT, signal.SIGINT))
+        trained(tmp_path, denoise=Stopping(3, signal.SIGINT, signal.SIGINT))
     assert saved_checkpoints(tmp_path / "checkpoints") == {}
 
 

@@ -85,10 +85,10 @@ class StepSampler(Sampler[MicroBatch]):
         while True:
             generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
             order = torch.randperm(self.length, generator=generator)
-            batches = order.split(self.batch_size)
             for step in range(first, steps_per_epoch):
-                parts = batches[step].view(self.micro_batches, self.ranks, -1)[:, self.rank]
-                for part, indices in enumerate(parts):
+                batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+                parts = batch.view(self.micro_batches, self.ranks, -1)  # so that another number cuts the same batch
+                for part, indices in enumerate(parts[:, self.rank]):
                     # The 1 keeps it apart from the seed of the same micro-batch's noise.
                     yield MicroBatch(indices.tolist(), mixed_seed(self.seed, epoch, step, self.rank, part, 1))
             epoch, first = epoch + 1, 0

@@ -6,8 +6,16 @@ from types import FrameType, TracebackType
 import torch
 from accelerate import Accelerator
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
 # Agreeing makes the host wait for the device. Ten steps are seconds, within any scheduler's grace; one would be felt.
 _AGREE_EVERY = 10
+
+
+def ignore_stop_signals(worker: int = 0) -> None:
+    """For a process that reads data: what is sent to all of a run's processes is for the one that trains to act on."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopSignals:
@@ -17,7 +25,7 @@ class StopSignals:
         self.received = 0
 
     def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._before = {number: signal.signal(number, self._note) for number in _STOPPING}
         return self
 
     def __exit__(

@@ -23,7 +23,7 @@ import selftrans_reg as st
 from common.checkpointing import checkpoint_path, clear_old, resume_point, save_checkpoint, saved_checkpoints
 from common.run_log import RunLog
 from common.step_sampler import SeededItems, StepSampler, mixed_seed
-from common.stop_signals import StopSignals
+from common.stop_signals import StopSignals, ignore_stop_signals
 from common.training_state import TrainingState
 from selftrans_reg.errors import NotFiniteError, SettingError
 
@@ -334,6 +334,7 @@ class Trainer:
                 SeededItems(self.dataset),
                 batch_sampler=self._sampler(self.steps),
                 num_workers=self.settings.workers,
+                worker_init_fn=ignore_stop_signals,
                 pin_memory=self.accelerator.device.type == "cuda",
             )
         )
