@@ -237,24 +237,26 @@ class TestOrdinaryStepsReadNothing:
             torch.cuda.set_sync_debug_mode("default")
 
 
-class TestNoFalseAlarm:
-    @pytest.fixture(autouse=True)
-    def _soon(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The alignment is judged after 120 calls, so that the tests need no 2,000."""
-        monkeypatch.setattr(trend, "_LEARNED", 120)
-        monkeypatch.setattr(trend, "_AVERAGED", 20)
+@pytest.fixture
+def judged_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The alignment is judged after 60 calls, so that a test needs no 2,000."""
+    monkeypatch.setattr(trend, "_LEARNED", 60)
+    monkeypatch.setattr(trend, "_AVERAGED", 10)
 
+
+@pytest.mark.usefixtures("judged_soon")
+class TestNoFalseAlarm:
     @pytest.mark.parametrize("seed", range(3))
     @pytest.mark.parametrize("stage", [1, 2])
     def test_in_a_healthy_run(self, stage: int, seed: int) -> None:
         model = ToyDiT(depth=3, seed=10 + seed)  # drops labels too
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            assert Run(stage, model, seed=seed, lr=3e-3).steps(160) == []
+            assert Run(stage, model, seed=seed, lr=3e-3).steps(80) == []
 
     @pytest.mark.parametrize("distance", ["cosine", "smooth_l1"])
     def test_with_other_distances(self, distance: str) -> None:
-        assert Run(distance=distance).steps(160) == []
+        assert Run(distance=distance).steps(70) == []
 
     def test_while_a_learning_rate_warms_up_from_0(self) -> None:
         run = Run(lr=0.0)
@@ -300,7 +302,7 @@ class TestNoFalseAlarm:
         del state["health_state"], state["plateau_state"]
         state["calls"] += 100_000
         run.criterion.load_state_dict(state)
-        assert run.steps(160) == []
+        assert run.steps(80) == []
 
 
 class TestFaults:
@@ -348,21 +350,19 @@ class TestFaults:
         run.steps(40)
         run.warned(NoGradientWarning, "gradient is exactly 0 at layer 'blocks.1'", "In float16", "gradient scaler")
 
+    @pytest.mark.usefixtures("judged_soon")
     @pytest.mark.parametrize("stage", [1, 2])
-    def test_an_alignment_that_does_not_fall(self, stage: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(trend, "_LEARNED", 120)
-        monkeypatch.setattr(trend, "_AVERAGED", 20)
-
+    def test_an_alignment_that_does_not_fall(self, stage: int) -> None:
         class Rises(Run):
             def loss(self, terms: st.LossTerms, own: Tensor) -> Tensor:
                 return -terms.total
 
         run = Rises(stage, lr=1e-4)
-        run.steps(119)
+        run.steps(59)
         assert run.said == []
-        run.steps(61)
+        run.steps(11)
         run.warned(
-            AlignmentNotFallingWarning, "After 120 calls the alignment is", "at first: it does not fall", "same batch"
+            AlignmentNotFallingWarning, "After 60 calls the alignment is", "at first: it does not fall", "same batch"
         )
 
     def test_features_that_explode(self) -> None:
@@ -412,12 +412,12 @@ class TestFaults:
     @pytest.mark.parametrize("gating", ["per-sample", "released"])
     def test_a_window_that_nothing_enters(self, gating: str) -> None:
         run = Run(gating=gating, health_interval=50)
-        run.steps(100, OUTSIDE * 3)
-        assert run.said == []  # 1,200 samples
-        run.steps(100, OUTSIDE * 3)
+        run.steps(99, OUTSIDE * 5)
+        assert run.said == []
+        run.steps(1, OUTSIDE * 5)
         run.warned(
             EmptyWindowWarning,
-            "None of the 2400 samples of the last 200 calls was inside the window (0.4, 0.7)",
+            "None of the 2000 samples of the last 100 calls was inside the window (0.4, 0.7)",
             "this call's go from 0.01 to 0.2",
             "time=",
         )
@@ -533,6 +533,7 @@ class TestNotFinite:
         self.refused(run, "The alignment is NaN or inf")
 
 
+@pytest.mark.usefixtures("judged_soon")
 class TestState:
     def test_what_was_observed_is_resumed_to_the_bit(self) -> None:
         def observed(run: Run) -> Tensor:
@@ -544,8 +545,8 @@ class TestState:
         resumed.criterion.load_state_dict(through.criterion.state_dict())
         resumed.done = through.done
         through.lr = resumed.lr = 0.0
-        through.steps(120)
-        resumed.steps(120)
+        through.steps(25)
+        resumed.steps(25)
         assert torch.equal(observed(resumed), observed(through))
         assert not torch.equal(observed(through), observed(Run()))
 
