@@ -107,6 +107,7 @@ def layer_report(
         layers=found.layers,
         noise_fractions=fractions,
         guidance_scales=scales,
+        conditioned=found.conditioned,
         samples=found.samples,
         held_out=len(split.test),
         classes=split.classes,
@@ -171,7 +172,7 @@ def _measured(
         for index, scale in enumerate(scales):
             if cell.broken:
                 column[index] = torch.nan
-                rows.append(LayerMeasures(layer, fraction, scale, None, None, None, None, None))
+                rows.append(LayerMeasures(layer, fraction, scale))
                 continue
             features = cell.pooled(scale, split.device)
             column[index] += (students[fraction] @ similarities(features[:_MOST_COMPARED])).cpu() / len(fractions)
@@ -203,7 +204,7 @@ def _broken_notes(found: Survey, fractions: tuple[float, ...]) -> list[str]:
             notes.append(
                 f"Layer {broken[0]!r} gives NaN or infinite features at noise fraction {fraction:g}, for {count} of "
                 f"{found.samples} samples"
-                + (f", and so do {len(broken) - 1} layers behind it" if len(broken) > 1 else "")
+                + (f", and so do {len(broken) - 1} behind it" if len(broken) > 1 else "")
                 + ": nothing is measured there. Its weights may be broken, or half precision overflows."
             )
     return notes
@@ -228,7 +229,7 @@ def _guidance_notes(found: Survey, fractions: tuple[float, ...], scales: tuple[f
         )
     if split.classes == 1:
         notes.append("All labels are the same: there is nothing to tell apart, and accuracies are not measured.")
-    elif split.classes is not None:
+    elif split.classes is not None and found.conditioned:
         notes.append(
             "Features of the condition (w = 1 and above) may carry the label because the model was given it; those of "
             "the null condition (w = 0) know it from the image alone."

@@ -54,8 +54,7 @@ def _teacher(report: LayerReport, published: Recipe) -> tuple[str, str]:
     # The first layer has none before it that it could teach.
     candidates = {layer: score for layer, score in scores.items() if layer != report.layers[0]}
     if not candidates:
-        why = "no labels" if report.chance is None else "no layer but the first is finite at every noise fraction"
-        return published.teacher_layer, f"not measured, {why}: {rule}"
+        return published.teacher_layer, f"not measured, {_why_not(report)}: {rule}"
     assert report.chance is not None
     best = max(candidates.values())
     margin = _margin(best, report)
@@ -114,9 +113,19 @@ def _margin(accuracy: float, report: LayerReport) -> float:
 
 
 def _recognition(report: LayerReport) -> dict[str, float]:
-    """Each layer's probe accuracy, of the null condition's features where there are any, in order of depth."""
+    """Each layer's probe accuracy by the image alone, in order of depth."""
+    if report.conditioned and report.guidance_scales[0] != 0:
+        return {}
     found = {layer: report.mean("probe", layer, report.guidance_scales[0]) for layer in report.layers}
     return {layer: score for layer, score in found.items() if score is not None}
+
+
+def _why_not(report: LayerReport) -> str:
+    if report.classes in (None, 1):
+        return "no labels to tell apart"
+    if report.conditioned and report.guidance_scales[0] != 0:
+        return "without null= the condition may tell the label"
+    return "no layer but the first is finite at every noise fraction"
 
 
 def _source(report: LayerReport) -> str:

@@ -35,11 +35,11 @@ class LayerMeasures:
     layer: str
     noise_fraction: float
     guidance_scale: float
-    contrast: float | None
-    norm: float | None
-    effective_rank: float | None
-    knn: float | None
-    probe: float | None
+    contrast: float | None = None
+    norm: float | None = None
+    effective_rank: float | None = None
+    knn: float | None = None
+    probe: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class LayerReport:
         layers: In the order in which they ran.
         noise_fractions: At which it was measured.
         guidance_scales: At which it was measured, rising: 0 and 1 among them, or 1 alone without a null condition.
+        conditioned: Whether the model was given anything beside x_t and t.
         samples: How many.
         held_out: How many of them the accuracies were counted on.
         classes: How many labels there are; None without labels.
@@ -66,6 +67,7 @@ class LayerReport:
     layers: tuple[str, ...]
     noise_fractions: tuple[float, ...]
     guidance_scales: tuple[float, ...]
+    conditioned: bool
     samples: int
     held_out: int
     classes: int | None

@@ -134,6 +134,7 @@ _REPORT: dict[str, _Fits] = {
     "layers": lambda value: is_list(value, is_text, shortest=1),
     "noise_fractions": lambda value: is_list(value, _is_number, shortest=1),
     "guidance_scales": lambda value: is_list(value, _is_number, shortest=1),
+    "conditioned": lambda value: isinstance(value, bool),
     "samples": is_whole,
     "held_out": is_whole,
     "classes": _or_none(is_whole),

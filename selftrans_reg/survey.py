@@ -87,12 +87,14 @@ class Survey(NamedTuple):
         cells: By layer and noise fraction.
         labels: (n,), on the CPU; None without.
         samples: n.
+        conditioned: Whether the model was given anything beside x_t and t.
     """
 
     layers: tuple[str, ...]
     cells: dict[tuple[str, float], Cell]
     labels: Tensor | None
     samples: int
+    conditioned: bool
 
 
 class LayerReader:
@@ -249,7 +251,7 @@ def survey(
     if known and len(known) != len(labels):
         raise SettingError(f"{len(known)} of {len(labels)} batches have labels: give them with all, or with none.")
     layers = tuple(sorted(reader.layers, key=lambda layer: order.index(reader.modules[layer])))
-    return Survey(layers, cells, torch.cat(known) if known else None, count)
+    return Survey(layers, cells, torch.cat(known) if known else None, count, bool(batch.arguments))
 
 
 @contextlib.contextmanager

@@ -147,7 +147,7 @@ class TestPlanted:
             assert expected in note
         broken = [row for row in report.rows if row.norm is None]
         assert {(row.layer, row.noise_fraction) for row in broken} == {("blocks.5", 0.6)}
-        assert broken[0] == LayerMeasures("blocks.5", 0.6, 0.0, None, None, None, None, None)
+        assert broken[0] == LayerMeasures("blocks.5", 0.6, 0.0)
         assert report.mean("probe", "blocks.5", 0) is None
         assert report.recipe.teacher_layer == "blocks.3"
         scale = report.guidance_scales.index(1.0)
@@ -169,7 +169,7 @@ class TestPlanted:
         assert report.chance is report.classes is None
         assert {(row.knn, row.probe) for row in report.rows} == {(None, None)}
         assert all(row.effective_rank > 1 and row.norm > 0 and row.contrast > 0 for row in report.rows)
-        assert "not measured, no labels: layer 5 = floor" in report.recipe.reasons["teacher_layer"]
+        assert "not measured, no labels to tell apart: layer 5 = floor" in report.recipe.reasons["teacher_layer"]
         assert "not measurable without labels" in report.recipe.reasons["guidance_scale"]
         assert "k-NN" not in str(report).partition("Proposal")[0]
 
@@ -179,12 +179,26 @@ class TestPlanted:
         assert {row.contrast for row in report.rows} == {None}
         assert any("Without null= there is no guidance" in note for note in report.notes)
         assert "not measured: the published rule" in report.recipe.reasons["guidance_scale"]
+        # The condition is the label, in every layer: nothing can be learned from finding it there.
+        assert {row.probe for row in report.rows} == {1.0}
+        assert "without null= the condition may tell the label: layer 5" in report.recipe.reasons["teacher_layer"]
+
+    def test_a_model_without_a_condition_needs_no_null_condition(self) -> None:
+        class Unconditional(Planted):
+            def forward(self, x: Tensor, t: Tensor) -> Tensor:
+                return super().forward(x, t, torch.full((len(x),), CLASSES))
+
+        data = [{"latents": x, "labels": y} for x, y in planted_data()]
+        report = report_of(Unconditional(carriers=(5,)), data, null=None)
+        assert report.recipe.teacher_layer == "blocks.5"
+        assert "measured: probe" in report.recipe.reasons["teacher_layer"]
+        assert len(report.notes) == 1
 
     def test_one_label_alone_is_said(self) -> None:
         data = [(x, torch.zeros_like(y)) for x, y in planted_data()]
         report = report_of(Planted(carriers=(5,)), data)
         assert any("All labels are the same" in note for note in report.notes)
-        assert report.recipe.teacher_layer == "blocks.4"
+        assert "no labels to tell apart: layer 5" in report.recipe.reasons["teacher_layer"]
 
 
 FRACTION, SCALE, N = 0.3, 5.0, 24
