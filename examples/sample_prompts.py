@@ -11,6 +11,7 @@ not done again.
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,10 +20,10 @@ from common.load_mmdit import MMDiTCheckpoint, mmdit_from_checkpoint
 from common.load_sit import newest_checkpoint
 from common.mmdit import MMDiT
 from common.options import at_least
-from common.prompts import Prompts, PromptSampler, encoded_prompts, save_captioned
+from common.prompts import PromptSampler, encoded_prompts, save_captioned
 from common.run_folder import open_run_folder
 from common.samplers import Guidance
-from common.text_features import load_text_encoder
+from common.text_features import TextEncoder, load_text_encoder
 from common.training import progress
 from numpy.typing import NDArray
 from PIL import Image
@@ -61,10 +62,12 @@ def prompts_of(run: argparse.Namespace, found: MMDiTCheckpoint) -> list[str]:
     """The prompts of the command line, of a file, or of the run's own pictures.
 
     Raises:
-        SettingError: If there are none, or both are given.
+        SettingError: If there are none, or they are given twice.
     """
     if run.prompts is not None and run.prompts_file is not None:
         raise SettingError("--prompts and --prompts-file are two ways to give the same.\nPass one of them.")
+    if run.prompts_file is not None and not run.prompts_file.is_file():
+        raise SettingError(f"There is no file {run.prompts_file}.\nPass with --prompts-file one with a prompt a line.")
     if run.prompts_file is not None:
         texts = run.prompts_file.read_text().splitlines()
     else:
@@ -76,8 +79,8 @@ def prompts_of(run: argparse.Namespace, found: MMDiTCheckpoint) -> list[str]:
     return texts
 
 
-def encode(run: argparse.Namespace, texts: Sequence[str], found: MMDiTCheckpoint, checkpoint: Path) -> Prompts:
-    """The prompts' features, by the text encoder that is given or the run's own.
+def encoder_of(run: argparse.Namespace, found: MMDiTCheckpoint, checkpoint: Path) -> TextEncoder:
+    """The text encoder that is given, or the run's own.
 
     Raises:
         SettingError: If none is named, or its texts have another length than those that the model was trained on.
@@ -93,7 +96,37 @@ def encode(run: argparse.Namespace, texts: Sequence[str], found: MMDiTCheckpoint
             f"{name} gives {encoder.length} tokens a text; {checkpoint} was trained on "
             f"{found.args['context_length']}.\nPass with --text-encoder the one that its captions were encoded with."
         )
-    return encoded_prompts(encoder, texts)
+    return encoder
+
+
+class Job(NamedTuple):
+    """A checkpoint's model, what samples from it, and what decides its images."""
+
+    model: MMDiT
+    sampler: PromptSampler
+    identity: dict[str, object]
+
+
+def new_job(
+    run: argparse.Namespace, checkpoint: Path, model: MMDiT, found: MMDiTCheckpoint, texts: Sequence[str]
+) -> Job:
+    """Put together what a checkpoint needs, as far as nothing is written."""
+    vae = open_vae(argparse.Namespace(**(vars(run) | {"checkpoint": checkpoint})), found)
+    encoder = encoder_of(run, found, checkpoint)
+    sizes, scale = found.settings, vae.config.scaling_factor
+    sampler = PromptSampler(
+        vae,
+        encoded_prompts(encoder, texts),
+        shape=(sizes["in_channels"], sizes["input_size"], sizes["input_size"]),
+        scale=scale,
+        steps=run.steps,
+        guidance=Guidance(run.cfg_scale, None, run.guidance_low, run.guidance_high),
+        seed=run.seed,
+        method=run.sampler,
+    )
+    parts = {"weights": model, "vae_weights": vae, "text_encoder_weights": encoder.model}
+    identity = {name: bytes(fingerprint(part, {})[:8].tolist()).hex() for name, part in parts.items()}
+    return Job(model, sampler, {**identity, "scale_factor": scale})
 
 
 def title(checkpoint: Path, found: MMDiTCheckpoint) -> str:
@@ -127,31 +160,18 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if len(set(names)) < len(names):
         raise SettingError(f"The checkpoints are not told apart by their runs' names and steps.\nFound: {names}.")
     texts = prompts_of(run, loaded[0][1])
-    jobs = {}
-    for name, checkpoint, (model, found) in zip(names, checkpoints, loaded, strict=True):
-        vae = open_vae(argparse.Namespace(**(vars(run) | {"checkpoint": checkpoint})), found)
-        sizes = found.settings
-        jobs[name] = (
-            model,
-            PromptSampler(
-                vae,
-                encode(run, texts, found, checkpoint),
-                shape=(sizes["in_channels"], sizes["input_size"], sizes["input_size"]),
-                scale=vae.config.scaling_factor,
-                steps=run.steps,
-                guidance=Guidance(run.cfg_scale, None, run.guidance_low, run.guidance_high),
-                seed=run.seed,
-                method=run.sampler,
-            ),
-        )
+    jobs = {
+        name: new_job(run, checkpoint, model, found, texts)
+        for name, checkpoint, (model, found) in zip(names, checkpoints, loaded, strict=True)
+    }
     decided = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "seed")
-    models = {name: bytes(fingerprint(model, {})[:8].tolist()).hex() for name, (model, _) in jobs.items()}
-    open_run_folder(run.out, {"models": models, "prompts": texts, **{name: getattr(run, name) for name in decided}})
+    settings = {"checkpoints": {name: job.identity for name, job in jobs.items()}, "prompts": texts}
+    open_run_folder(run.out, settings | {name: getattr(run, name) for name in decided})
     rows = {}
-    for name, (model, sampler) in jobs.items():
-        images = finished(run.out / name, sampler, model.to(run.device), run.batch_size, len(texts))
+    for name, job in jobs.items():
+        images = finished(run.out / name, job.sampler, job.model.to(run.device), run.batch_size, len(texts))
         rows[name] = np.stack(images)
-        model.cpu()
+        job.model.cpu()
     picture = run.out / "prompts.png"
     save_captioned(rows, texts[:SHOWN], picture)
     print(f"{len(texts)} images of each of {len(rows)} checkpoints, and {picture}.")

@@ -270,11 +270,11 @@ class TestFeatures:
             mmdit_coco.main([*run, vae])
         with pytest.raises(SettingError, match="at most 16 tokens"):
             mmdit_coco.main([*run, vae, text, "--prompts", "a " * 20])
-        narrow = narrow_encoder(features / TEXT_ENCODER, tmp_path / "narrow")
+        narrow = changed_encoder(features / TEXT_ENCODER, tmp_path / "narrow", **NARROW)
         for match in [f"{narrow} have width 12", "the data needs 64"]:
             with pytest.raises(ShapeError, match=match):
                 mmdit_coco.main([*run, vae, f"--text-encoder={narrow}", "--prompts", "a red ring"])
-        other = other_encoder(features / TEXT_ENCODER, tmp_path / "other")
+        other = changed_encoder(features / TEXT_ENCODER, tmp_path / "other")
         with pytest.raises(SettingError, match="is not the text encoder of this data"):
             mmdit_coco.main([*run, vae, f"--text-encoder={other}", "--prompts", "a red ring"])
         scaled = load_vae(features / VAE)
@@ -299,21 +299,16 @@ class TestFeatures:
             mmdit_coco.main([f"--out={tmp_path / 'run'}", "--data=coco", *given])
 
 
-def narrow_encoder(source: Path, folder: Path) -> Path:
-    """A text encoder with the same tokenizer and another width."""
-    config = CLIPTextModel.from_pretrained(source).config.to_dict()
-    narrow = config | {"hidden_size": 12, "intermediate_size": 12, "num_attention_heads": 2}
-    CLIPTextModel(CLIPTextConfig(**narrow)).save_pretrained(folder)
-    CLIPTokenizer.from_pretrained(source).save_pretrained(folder)
-    return folder
-
-
-def other_encoder(source: Path, folder: Path) -> Path:
-    """A text encoder of the same sizes with other weights."""
+def changed_encoder(source: Path, folder: Path, **changes: int) -> Path:
+    """A text encoder with the same tokenizer, other weights, and of another size if that is asked for."""
     torch.manual_seed(5)
-    CLIPTextModel(CLIPTextModel.from_pretrained(source).config).save_pretrained(folder)
+    config = CLIPTextModel.from_pretrained(source).config.to_dict()
+    CLIPTextModel(CLIPTextConfig(**(config | changes))).save_pretrained(folder)
     CLIPTokenizer.from_pretrained(source).save_pretrained(folder)
     return folder
+
+
+NARROW = {"hidden_size": 12, "intermediate_size": 12, "num_attention_heads": 2}
 
 
 class TestSampling:
@@ -356,11 +351,14 @@ class TestSampling:
         out = tmp_path / "s"
         self.sample(runs, out)
         before = {path: path.read_bytes() for path in out.rglob("*.png")}
-        for more, match in {("--seed=1",): "seed: 0 there, 1 now", ("--weights=model",): "models"}.items():
+        for more, match in {("--seed=1",): "seed: 0 there, 1 now", ("--weights=model",): "checkpoints: "}.items():
             with pytest.raises(SettingError, match=match):
                 self.sample(runs, out, *more)
         with pytest.raises(SettingError, match="other settings"):
             self.sample(runs, out, checkpoint="vae")
+        other = changed_encoder(runs / "demo-captions" / TEXT_ENCODER, tmp_path / "other")
+        with pytest.raises(SettingError, match="text_encoder_weights"):
+            self.sample(runs, out, f"--text-encoder={other}")
         assert {path: path.read_bytes() for path in out.rglob("*.png")} == before
 
     def test_a_row_for_each_checkpoint_and_prompts_of_a_file(self, runs: Path, tmp_path: Path) -> None:
@@ -393,9 +391,12 @@ class TestSampling:
 
     def test_what_does_not_go_together_is_named(self, runs: Path, tmp_path: Path) -> None:
         out = tmp_path / "s"
-        narrow = narrow_encoder(runs / "demo-captions" / TEXT_ENCODER, tmp_path / "narrow")
+        source = runs / "demo-captions" / TEXT_ENCODER
+        narrow = changed_encoder(source, tmp_path / "narrow", **NARROW)
+        longer = changed_encoder(source, tmp_path / "longer", max_position_embeddings=20)
         for error, match, more in [
             (ShapeError, "0000004.pt needs 64", [f"--text-encoder={narrow}"]),
+            (SettingError, "gives 20 tokens a text.* was trained on 16", [f"--text-encoder={longer}"]),
             (CheckpointError, "No CLIP text model", [f"--text-encoder={tmp_path / 'nothing'}"]),
             (CheckpointError, "no VAE", [f"--vae={tmp_path / 'nothing'}"]),
             (SettingError, "two ways", [f"--prompts-file={narrow / 'config.json'}"]),
@@ -403,7 +404,9 @@ class TestSampling:
         ]:
             with pytest.raises(error, match=match):
                 self.sample(runs, out, *more)
-        assert not list(tmp_path.glob("s/**/*.png"))
+        with pytest.raises(SettingError, match=r"no file .*nothing.txt"):
+            sample_prompts.main(["--checkpoint", str(runs / "self"), f"--out={out}", "--prompts-file=nothing.txt"])
+        assert not out.exists()
 
 
 class TestLoading:

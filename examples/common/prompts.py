@@ -84,7 +84,7 @@ class PromptSampler:
         method: "euler" or "heun", the ODE's; or "sde".
 
     Raises:
-        SettingError: If the VAE is not the one that the latents came from.
+        SettingError: If the VAE is not the one that the latents came from, or a setting makes no sense.
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class PromptSampler:
         self.guidance = guidance._replace(null=len(prompts.texts))
         self.seed = seed
         self.method = method
+        self._latents(lambda x, t, y: x, [0], "cpu")  # a setting without sense is named now
 
     def images(self, model: nn.Module, numbers: Sequence[int]) -> NDArray[np.uint8]:
         """The images (N, H, W, 3) of the prompts of these numbers, by a model in eval mode.
@@ -121,14 +122,7 @@ class PromptSampler:
             ShapeError: If the model's latents are not finite.
         """
         device = next(model.parameters()).device
-        generators = [image_generator(self.seed, number) for number in numbers]
-        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]).to(device)
-        y = torch.tensor(numbers, device=device)
-        prompted, common = by_prompt(model, self.prompts), {"steps": self.steps, "guidance": self.guidance}
-        if self.method == "sde":
-            latents = sample_sde(prompted, noise, y, generator=generators, **common)
-        else:
-            latents = sample_ode(prompted, noise, y, method=self.method, **common)
+        latents = self._latents(by_prompt(model, self.prompts), numbers, device)
         broken = [number for number, latent in zip(numbers, latents, strict=True) if not latent.isfinite().all()]
         if broken:
             raise ShapeError(
@@ -137,6 +131,14 @@ class PromptSampler:
                 "Take an earlier checkpoint or a smaller guidance scale."
             )
         return to_uint8(decode(self.vae.to(device), latents))
+
+    def _latents(self, model: Model, numbers: Sequence[int], device: str | torch.device) -> Tensor:
+        generators = [image_generator(self.seed, number) for number in numbers]
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]).to(device)
+        y, common = torch.tensor(numbers, device=device), {"steps": self.steps, "guidance": self.guidance}
+        if self.method == "sde":
+            return sample_sde(model, noise, y, generator=generators, **common)
+        return sample_ode(model, noise, y, method=self.method, **common)
 
     def __call__(self, model: nn.Module, path: Path) -> None:
         """Write a picture of all prompts, each below its image."""
