@@ -225,7 +225,7 @@ def _guidance_notes(found: Survey, fractions: tuple[float, ...], scales: tuple[f
     elif contrasts and max(contrasts) < NO_CONTRAST:
         notes.append(
             f"Condition and null condition give nearly the same features: |f_c − f_u| / |f_c| is at most "
-            f"{max(contrasts):.1g}. Is null= the null condition that the model was trained with?"
+            f"{max(contrasts):.1g}. Is null= the null condition that the model was trained with, and for long enough?"
         )
     if split.classes == 1:
         notes.append("All labels are the same: there is nothing to tell apart, and accuracies are not measured.")

@@ -78,8 +78,7 @@ def _profile(
     axes.tick_params(labelsize=8)
     _layer_axis(axes, report.layers)
     axes.grid(alpha=0.3)
-    if measure == "contrast":
-        axes.set_ylim(bottom=0)
+    axes.set_ylim(bottom=0)  # or differences of chance would fill the panel
 
 
 def _scale_panel(axes: Any, report: LayerReport, measure: Measure) -> None:

@@ -138,7 +138,7 @@ class TestPlanted:
     def test_a_faint_null_condition_is_named(self) -> None:
         report = report_of(Planted(carriers=(5,), strength=1e-4), planted_data())
         (note,) = [note for note in report.notes if "nearly the same features" in note]
-        assert "Is null= the null condition that the model was trained with?" in note
+        assert "Is null= the null condition that the model was trained with, and for long enough?" in note
 
     def test_nan_at_one_noise_fraction_is_named(self) -> None:
         report = report_of(Planted(carriers=(3, 5), broken=(5, 0.5)), planted_data())
