@@ -63,7 +63,7 @@ def layer_report(
             numbers (N,) being labels as well; or mappings of ``latents``, if there are any ``labels`` (N,), and the
             model's other arguments by name. Latents are clean, scaled as the model sees them.
         layers: Names, as the unwrapped model prints them; by default all blocks.
-        guidance_scales: w of ``f_u + w (f_c − f_u)``; 0 and 1 are always measured too.
+        guidance_scales: w of ``f_u + w (f_c − f_u)``; 0, 1 and the published one are always measured too.
         time: What the model's t means: a name or a `TimeConvention`.
         null: The null condition, as :func:`build_teacher` takes it. Without it guidance is not measured.
         noise_fractions: Noise fractions; by default the ends and the middle of the published window.
@@ -86,7 +86,8 @@ def layer_report(
     convention = resolve(time)
     check_select(select)
     check_tokens(tokens)
-    scales = _scales(guidance_scales, guided=null is not None)
+    for scale in guidance_scales:
+        check_guidance_scale(scale)
     fractions = tuple(sorted({float(fraction) for fraction in noise_fractions}))
     if not fractions:
         raise SettingError("noise_fractions is empty: name at least one, such as 0.5.")
@@ -96,17 +97,21 @@ def layer_report(
         if type(value) is not int or value < 1:
             raise SettingError(f"{name} must be a positive integer; got {value!r}.")
     names = find_blocks(model, None) if layers is None else layer_names(layers)
+    scales = {1.0}
+    if null is not None:
+        published = _published(model, names)
+        scales |= {0.0, *map(float, guidance_scales), *([published.guidance_scale] if published else [])}
     reader = LayerReader(model, names, time=convention, null=null, call=call, select=select, tokens=tokens)
     found = survey(reader, batches, fractions, samples=samples, seed=seed, progress=progress)
     if found.samples < max(_FEWEST, k / (1 - _HELD_OUT) + 1):
         raise SettingError(f"{found.samples} samples are too few for k = {k}, a quarter of them held out: give more.")
     split = _Split(found, seed, reader.device)
-    rows, alignment = _measured(found, split, scales, fractions, k, progress)
+    rows, alignment = _measured(found, split, tuple(sorted(scales)), fractions, k, progress)
     report = LayerReport(
         model=type(unwrap(model)).__name__,
         layers=found.layers,
         noise_fractions=fractions,
-        guidance_scales=scales,
+        guidance_scales=tuple(sorted(scales)),
         conditioned=found.conditioned,
         samples=found.samples,
         held_out=len(split.test),
@@ -114,17 +119,11 @@ def layer_report(
         chance=split.chance,
         rows=tuple(rows),
         alignment=alignment,
-        notes=(*_broken_notes(found, fractions), *_guidance_notes(found, fractions, scales, split)),
+        notes=(*_broken_notes(found, fractions), *_guidance_notes(found, fractions, split, guided=null is not None)),
         recipe=None,
     )
     published = _published(model, found.layers)
     return report if published is None else dataclasses.replace(report, recipe=propose(report, published))
-
-
-def _scales(guidance_scales: Sequence[float], *, guided: bool) -> tuple[float, ...]:
-    for scale in guidance_scales:
-        check_guidance_scale(scale)
-    return tuple(sorted({0.0, 1.0, *map(float, guidance_scales)})) if guided else (1.0,)
 
 
 class _Split:
@@ -210,12 +209,12 @@ def _broken_notes(found: Survey, fractions: tuple[float, ...]) -> list[str]:
     return notes
 
 
-def _guidance_notes(found: Survey, fractions: tuple[float, ...], scales: tuple[float, ...], split: _Split) -> list[str]:
+def _guidance_notes(found: Survey, fractions: tuple[float, ...], split: _Split, *, guided: bool) -> list[str]:
     """What to mind about condition, null condition and labels."""
     cells = [found.cells[layer, fraction] for layer in found.layers for fraction in fractions]
     contrasts = [cell.contrast() for cell in cells if not cell.broken]
     notes = []
-    if len(scales) == 1:
+    if not guided:
         notes.append("Without null= there is no guidance to measure: the features are those of the condition.")
     elif contrasts and max(contrasts) == 0:
         notes.append(

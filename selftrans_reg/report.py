@@ -50,7 +50,8 @@ class LayerReport:
         model: The model's class.
         layers: In the order in which they ran.
         noise_fractions: At which it was measured.
-        guidance_scales: At which it was measured, rising: 0 and 1 among them, or 1 alone without a null condition.
+        guidance_scales: At which it was measured, rising: 0, 1 and the published one among them, or 1 alone without a
+            null condition.
         conditioned: Whether the model was given anything beside x_t and t.
         samples: How many.
         held_out: How many of them the accuracies were counted on.

@@ -79,7 +79,7 @@ def test_a_quickstart_run_becomes_a_page(
     report = inspect_features.main(call)
     assert files_of(out) == FILES | {"curves.png"}
     assert (report.layers, report.classes) == (tuple(f"blocks.{i}" for i in range(4)), 10)
-    assert {row.guidance_scale for row in report.rows} == {0, 1, 4}
+    assert {row.guidance_scale for row in report.rows} == {0, 1, 4, report.recipe.guidance_scale}
     assert max(row.contrast for row in report.rows) > 0.01  # the model's own null class was used
     assert str(report) in (out / "report.txt").read_text()
     page = (out / "index.html").read_text()

@@ -21,7 +21,10 @@ from selftrans_reg import errors
 from selftrans_reg.report import LayerMeasures
 
 CLASSES = 4
-DEPTH = 8  # the published rule: stage 1 at blocks.1, student blocks.3, teacher blocks.4
+DEPTH, PUBLISHED = (
+    8,
+    st.recipe("SiT-B/2").guidance_scale,
+)  # the published rule: stage 1 at blocks.1, student blocks.3, teacher blocks.4
 
 
 class Emit(nn.Module):
@@ -73,6 +76,10 @@ class Planted(nn.Module):
         return tokens.mT[:, :4].reshape(x.shape)
 
 
+def published_scale() -> float:
+    return st.recipe(Planted(carriers=())).guidance_scale
+
+
 def planted_data(n: int = 400, signal: float = 1.0) -> list[tuple[Tensor, Tensor]]:
     """Latents whose channel y is brighter, in batches."""
     g = torch.Generator().manual_seed(1)
@@ -106,7 +113,8 @@ class TestPlanted:
     def test_where_nothing_is_told_apart_the_published_rule_holds_and_says_so(self) -> None:
         report = report_of(Planted(carriers=()), planted_data(), guidance_scales=(1,))
         plan = report.recipe
-        assert (plan.student_layer, plan.teacher_layer, plan.guidance_scale) == ("blocks.3", "blocks.4", 30.0)
+        assert (plan.student_layer, plan.teacher_layer) == ("blocks.3", "blocks.4")
+        assert plan.guidance_scale == published_scale()
         assert "no layer tells the labels apart" in plan.reasons["teacher_layer"]
         assert "floor(2 depth / 3)" in plan.reasons["teacher_layer"]
         assert plan.stage1() == st.recipe(Planted(carriers=())).stage1()
@@ -123,7 +131,7 @@ class TestPlanted:
 
     def test_a_scale_that_cannot_be_told_is_the_published_one(self) -> None:
         plan = report_of(Planted(carriers=(4,), strength=3.0), planted_data()).recipe
-        assert plan.guidance_scale == 30
+        assert plan.guidance_scale == published_scale()
         assert "not told apart, k-NN of f_g is 100% at w = 1" in plan.reasons["guidance_scale"]
         assert any("times as long as f_c" in note for note in plan.notes)
 
@@ -230,7 +238,7 @@ class TestFormulas:
 
     def test_layers_are_in_the_order_in_which_they_ran(self, measured: Any) -> None:
         assert measured[0].layers == ("blocks.0", "blocks.1", "blocks.2")
-        assert measured[0].guidance_scales == (0.0, 1.0, SCALE)
+        assert measured[0].guidance_scales == (0.0, 1.0, SCALE, measured[0].recipe.guidance_scale)
         assert (measured[0].samples, measured[0].held_out, measured[0].classes) == (N, 6, 3)
         assert measured[0].chance == pytest.approx(1 / 3)
 
@@ -489,7 +497,9 @@ class TestBatches:
 
     def test_a_mean_of_what_was_not_measured_is_an_error(self) -> None:
         report = report_of(Planted(carriers=(5,)), planted_data(), guidance_scales=(2,))
-        with pytest.raises(errors.SettingError, match=r"no layer 'blocks.5' at guidance scale 3.*\n.*Scales: 0, 1, 2"):
+        with pytest.raises(
+            errors.SettingError, match=r"no layer 'blocks.5' at guidance scale 3.*\n.*Scales: 0, 1, 2, "
+        ):
             report.mean("knn", "blocks.5", 3)
 
 
@@ -561,11 +571,12 @@ class TestShown:
         assert values[1] == f"{100 * report.mean('probe', 'blocks.5', 0):.1f}"
         assert values[4] == f"{report.mean('norm', 'blocks.5', 0):.2f}"
         assert values[5] == f"{report.mean('contrast', 'blocks.5', 1):.3f}"
-        assert values[6] == f"{report.alignment[1][5][5]:.2f}"  # the published scale was not measured
-        growth = report.mean("norm", "blocks.5", 4) / report.mean("norm", "blocks.5", 1)
-        expected = [f"{100 * report.mean('knn', 'blocks.5', scale):.1f}" for scale in (1, 4)]
-        expected += [f"{report.mean('effective_rank', 'blocks.5', scale):.1f}" for scale in (1, 4)]
-        assert guided.split()[1:] == [*expected, f"{growth:.2f}"]
+        assert values[6] == f"{report.alignment[report.guidance_scales.index(published_scale())][5][5]:.2f}"
+        scales = [scale for scale in report.guidance_scales if scale >= 1]
+        norms = [report.mean("norm", "blocks.5", scale) for scale in scales]
+        expected = [f"{100 * report.mean('knn', 'blocks.5', scale):.1f}" for scale in scales]
+        expected += [f"{report.mean('effective_rank', 'blocks.5', scale):.1f}" for scale in scales]
+        assert guided.split()[1:] == [*expected, *(f"{norm / norms[0]:.2f}" for norm in norms[1:])]
 
     def test_html_holds_every_row_and_no_name_is_markup(self) -> None:
         hostile = type("<img src=x onerror=alert(1)>", (Planted,), {})(carriers=(5,))
