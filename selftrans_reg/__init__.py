@@ -38,11 +38,11 @@ from .errors import TeacherError as TeacherError
 from .errors import TimeConventionError as TimeConventionError
 from .feature_tap import FeatureTap
 from .heads import ProjectionHead
-from .inspection import layer_report
 from .losses import VAEAlignmentLoss, feature_alignment
 from .plateau import Plateau
 from .recipes import Recipe, recipe
-from .report import LayerReport
+from .report.inspection import layer_report
+from .report.result import LayerReport
 from .teacher import CFGFeatureTeacher, build_teacher
 from .time import TimeConvention
 

@@ -63,8 +63,8 @@ def check_state(criterion: SelfTransLoss, state: MutableMapping[str, Any], prefi
     if criterion.stop_when is None and from_bits(state[f"{prefix}plateau_state"])[0] >= 0:
         raise SettingError(
             "The state is one of a run that stop_when= has stopped; this criterion has none, and the alignment would "
-            "set in again.\nBuild it with the saved stop_when=; to let it set in again on purpose, put this criterion's "
-            "state into the saved one: state['plateau_state'] = criterion.state_dict()['plateau_state']."
+            "set in again.\nBuild it with the saved stop_when=; to let it set in again on purpose, put this "
+            "criterion's state into the saved one: state['plateau_state'] = criterion.state_dict()['plateau_state']."
         )
     saved = state.get(f"{prefix}teacher_fingerprint")
     teacher = criterion.teacher

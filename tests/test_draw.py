@@ -17,8 +17,9 @@ from torch import Tensor
 from toys import ToyDiT
 
 import selftrans_reg as st
-from selftrans_reg import colours, curves, errors, feature_pictures, report_picture
-from selftrans_reg.draw import ColourBasis, draw_curves, draw_features, save_panels, tile
+from selftrans_reg import errors
+from selftrans_reg.draw import ColourBasis, colours, curves, draw_curves, draw_features, features, save_panels, tile
+from selftrans_reg.draw import report as report_picture
 
 BATCH = (torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10)
 TOY: dict[str, Any] = {"time": "repa", "null": {"y": 10}}
@@ -32,7 +33,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     def keep(save: Callable[[Figure, Any], None]) -> Callable[[Figure, Any], None]:
         return lambda figure, path: (figures.append(figure), save(figure, path))[1]
 
-    for module in (curves, feature_pictures, report_picture):
+    for module in (curves, features, report_picture):
         monkeypatch.setattr(module, "save_figure", keep(module.save_figure))
     return figures
 

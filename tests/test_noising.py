@@ -7,7 +7,7 @@ import torch
 
 from selftrans_reg import TimeConvention
 from selftrans_reg.errors import SettingError
-from selftrans_reg.noising import add_noise, time_at, times_at
+from selftrans_reg.report.noising import add_noise, time_at, times_at
 
 FRACTIONS = (0.05, 0.4, 0.55, 0.7, 0.9)
 

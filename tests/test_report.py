@@ -18,7 +18,7 @@ from toys import ToyDiT
 
 import selftrans_reg as st
 from selftrans_reg import errors
-from selftrans_reg.report import LayerMeasures
+from selftrans_reg.report.result import LayerMeasures
 
 CLASSES = 4
 DEPTH, PUBLISHED = (

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import Any
 
+from ..report.result import LayerReport, Measure
 from .figures import new_figure, save_figure
-from .report import LayerReport, Measure
 
 
 def draw_report(report: LayerReport, path: str | PathLike[str]) -> None:

@@ -2,8 +2,8 @@
 
 from .colours import ColourBasis, tile
 from .curves import draw_curves
-from .feature_pictures import draw_features
+from .features import draw_features
 from .figures import save_panels
-from .report_picture import draw_report
+from .report import draw_report
 
 __all__ = ["ColourBasis", "draw_curves", "draw_features", "draw_report", "save_panels", "tile"]

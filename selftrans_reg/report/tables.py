@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .proposal import one_error
-from .report import LayerReport, Measure
+from .result import LayerReport, Measure
 
 
 class _Group(NamedTuple):

@@ -12,8 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from .recipes import Recipe
-from .report import LayerReport
+from ..recipes import Recipe
+from .result import LayerReport
 
 # Below this part of |f_c| a difference is rounding, in bfloat16 too, or as good as none.
 NO_CONTRAST = 1e-2

@@ -8,12 +8,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .artefacts import library_version
-from .errors import ArtefactError, CheckpointError
-from .fields import is_list, is_record, is_text, is_whole
-from .recipes import Recipe
-from .report import LayerMeasures, LayerReport
-from .weight_files import read_json
+from ..artefacts import library_version
+from ..errors import ArtefactError, CheckpointError
+from ..fields import is_list, is_record, is_text, is_whole
+from ..recipes import Recipe
+from ..weight_files import read_json
+from .result import LayerMeasures, LayerReport
 
 _FORMAT = 1
 _Fits = Callable[[Any], bool]

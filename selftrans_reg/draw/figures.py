@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .errors import MissingDependencyError
+from ..errors import MissingDependencyError
 
 _DPI = 150
 

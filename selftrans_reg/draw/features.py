@@ -10,17 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..errors import SettingError, ShapeError
+from ..null import Null
+from ..recipes import find_blocks
+from ..report.noising import add_noise, times_at
+from ..report.survey import LayerReader, undisturbed
+from ..taps import layer_names
+from ..teacher import check_guidance_scale
+from ..time import TimeConvention, resolve
+from ..tokens import Select, Tokens
 from .colours import ColourBasis, image_colours, tile
-from .errors import SettingError, ShapeError
 from .figures import new_figure, save_figure, show
-from .noising import add_noise, times_at
-from .null import Null
-from .recipes import find_blocks
-from .survey import LayerReader, undisturbed
-from .taps import layer_names
-from .teacher import check_guidance_scale
-from .time import TimeConvention, resolve
-from .tokens import Select, Tokens
 
 
 def draw_features(

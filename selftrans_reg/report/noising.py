@@ -7,8 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .errors import SettingError
-from .time_conventions import TimeConvention, is_number
+from ..errors import SettingError
+from ..time_conventions import TimeConvention, is_number
 
 # A table of steps has no step at every fraction, and none may reach the ends.
 _NEAR = 0.01

@@ -9,9 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .errors import SettingError
+from ..errors import SettingError
+from ..names import quoted
 from .figures import new_figure, save_figure
-from .names import quoted
 
 Log: TypeAlias = str | PathLike[str] | Sequence[Mapping[str, Any]]
 

@@ -7,9 +7,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal, TypeAlias
 
-from .errors import SettingError
-from .names import quoted
-from .recipes import Recipe
+from ..errors import SettingError
+from ..names import quoted
+from ..recipes import Recipe
 
 Measure: TypeAlias = Literal["contrast", "norm", "effective_rank", "knn", "probe"]
 
@@ -95,7 +95,7 @@ class LayerReport:
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the report as JSON, for :meth:`load`; a file that is there is replaced, whole."""
-        from .report_files import save_report
+        from .files import save_report
 
         save_report(self, Path(path))
 
@@ -106,7 +106,7 @@ class LayerReport:
         Raises:
             ArtefactError: If the file holds none, or one that a later version wrote.
         """
-        from .report_files import load_report
+        from .files import load_report
 
         return load_report(Path(path))
 
@@ -116,16 +116,16 @@ class LayerReport:
         Raises:
             MissingDependencyError: If matplotlib is not installed.
         """
-        from .draw import draw_report
+        from ..draw import draw_report
 
         draw_report(self, path)
 
     def __str__(self) -> str:
-        from .report_tables import as_text
+        from .tables import as_text
 
         return as_text(self)
 
     def _repr_html_(self) -> str:
-        from .report_tables import as_html
+        from .tables import as_html
 
         return as_html(self)

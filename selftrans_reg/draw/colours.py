@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .errors import SettingError, ShapeError
+from ..errors import SettingError, ShapeError
 
 # Values that a basis is taken from at most: its directions are settled long before.
 _MOST_VALUES = 1 << 23

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .calls import Call, CallSpec, RowTensors, as_weights
-from .checks import device_of
-from .errors import SettingError, ShapeError
-from .feature_tap import FeatureTap
-from .names import find_layer, quoted
+from ..calls import Call, CallSpec, RowTensors, as_weights
+from ..checks import device_of
+from ..errors import SettingError, ShapeError
+from ..feature_tap import FeatureTap
+from ..names import find_layer, quoted
+from ..null import Null, checked_indices, flatten_null, null_tensors
+from ..taps import watched
+from ..time_conventions import TimeConvention
+from ..tokens import Select, Tokens
 from .noising import add_noise, times_at
-from .null import Null, checked_indices, flatten_null, null_tensors
-from .taps import watched
-from .time_conventions import TimeConvention
-from .tokens import Select, Tokens
 
 Progress: TypeAlias = Callable[[Iterable[Any], str], Iterable[Any]] | None
 

@@ -10,19 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import RecipeNotFoundError, SettingError
+from ..errors import RecipeNotFoundError, SettingError
+from ..names import unwrap
+from ..null import Null
+from ..recipes import Recipe, find_blocks, recipe
+from ..taps import layer_names
+from ..teacher import check_guidance_scale
+from ..time import TimeConvention, resolve
+from ..tokens import Select, Tokens, check_select, check_tokens
 from .measures import effective_rank, knn_accuracy, probe_accuracy, similarities
-from .names import unwrap
 from .noising import time_at
-from .null import Null
 from .proposal import NO_CONTRAST, propose
-from .recipes import Recipe, find_blocks, recipe
-from .report import LayerMeasures, LayerReport
+from .result import LayerMeasures, LayerReport
 from .survey import LayerReader, Progress, Survey, survey
-from .taps import layer_names
-from .teacher import check_guidance_scale
-from .time import TimeConvention, resolve
-from .tokens import Select, Tokens, check_select, check_tokens
 
 _HELD_OUT = 0.25
 # Layers are compared by a matrix of this many samples squared; more would hardly change it.
