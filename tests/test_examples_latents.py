@@ -47,7 +47,7 @@ def repa(tmp_path: Path, moments: tuple[Tensor, Tensor]) -> Path:
 
 def the_index(**changes: Any) -> Index:
     settings = {"vae": "some/vae"}
-    index = Index(settings, 0.5, list(SHAPE), False, 2, ["ant", "bee", "cat", "dog"], "0.1.0")
+    index = Index(settings, 0.5, list(SHAPE), False, 2, ["ant", "bee", "cat", "dog"], "1.2.3")
     return index._replace(**changes)
 
 

@@ -42,6 +42,7 @@ def loader() -> DataLoader:
 
 
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # said on machines with more than a few processors
 def test_attached_in_configure_model(tmp_path: Path) -> None:
     module = Module()
     trainer = Trainer(
