@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -242,16 +243,16 @@ class Stopping:
     """The fixed loss, which in its n-th call gets its process and those that read data for it signals."""
 
     def __init__(self, at: int, *numbers: int) -> None:
-        self.left, self.numbers, self.readers = at, numbers, 0
+        self.left, self.numbers = at, numbers
+        self.readers: list[Any] = []
         self.others = multiprocessing.active_children()  # those of other tests are left alone
 
     def __call__(self, model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
         self.left -= 1
         if self.left == 0:
-            readers = [child.pid for child in multiprocessing.active_children() if child not in self.others]
-            self.readers = len(readers)
+            self.readers = [child for child in multiprocessing.active_children() if child not in self.others]
             for number in self.numbers:
-                for process in [*readers, os.getpid()]:
+                for process in [*(reader.pid for reader in self.readers), os.getpid()]:
                     os.kill(process, number)
         return fixed_loss(model, latents, y)
 
@@ -265,7 +266,11 @@ def test_a_signal_saves_the_step_and_stops(
     loss = Stopping(3, number)
     with pytest.raises(SystemExit) as caught:
         trained(tmp_path / "twice", denoise=loss, workers=1)
-    assert loss.readers == 1
+    assert len(loss.readers) == 1
+    for reader in loss.readers:  # as when the process ends
+        reader.terminate()
+        reader.join(timeout=30)
+        assert reader.exitcode == 0
     assert caught.value.code == 128 + number
     assert f"Stopped by {number.name} after 3 steps" in capsys.readouterr().out
     assert list(saved_checkpoints(tmp_path / "twice" / "checkpoints")) == [3]

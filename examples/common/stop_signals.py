@@ -1,5 +1,7 @@
 """SIGTERM and SIGINT as a wish to stop after the current step, on which all ranks agree."""
 
+import multiprocessing
+import os
 import signal
 from types import FrameType, TracebackType
 
@@ -12,10 +14,27 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _AGREE_EVERY = 10
 
 
-def ignore_stop_signals(worker: int = 0) -> None:
-    """For a process that reads data: what is sent to all of a run's processes is for the one that trains to act on."""
-    for number in _STOPPING:
-        signal.signal(number, signal.SIG_IGN)
+class ReaderSignals:
+    """A loader's ``worker_init_fn``: its processes leave a signal that a whole job gets to the process that trains.
+
+    Until `release`, that is. Afterwards a process that reads ends on a signal, so that the one that trains can end it.
+    """
+
+    def __init__(self) -> None:
+        self._released = multiprocessing.Event()
+
+    def __call__(self, worker: int) -> None:
+        """Take the signals of the process that calls."""
+        for number in _STOPPING:
+            signal.signal(number, self._act)
+
+    def release(self) -> None:
+        """Let the readers be ended: those of a loop that an error has left are, when the process ends."""
+        self._released.set()
+
+    def _act(self, number: int, frame: FrameType | None) -> None:
+        if self._released.is_set():
+            os._exit(0)  # as torch's own handler does: any other code counts as a reader that failed
 
 
 class StopSignals:
