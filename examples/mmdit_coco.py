@@ -22,11 +22,10 @@ from common.prompts import PromptSampler, encoded_prompts
 from common.run_folder import open_run_folder
 from common.run_options import CHANGEABLE
 from common.samplers import Guidance
-from common.stages import Backbone, check_teacher_stays, leave_teacher, new_criterion
+from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion
 from common.text_features import load_text_encoder
 from common.trainer import LongRun, Trainer, new_accelerator
 from common.vae import load_vae
-from torch import Tensor
 
 from selftrans_reg.checkpoints import load_weights
 
@@ -75,12 +74,6 @@ def description(run: argparse.Namespace, model: MMDiT, data: CocoFeatures) -> di
         "scale_factor": data.scale,
         "vae": run.vae or data.vae,
     }
-
-
-def latents_of(batch: tuple[Tensor, Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """Latents drawn from their posteriors, as the model sees them, and the captions' features."""
-    mean, std, context = batch
-    return scale * (mean + std * torch.randn_like(mean)), context
 
 
 def main(argv: list[str] | None = None) -> Trainer:

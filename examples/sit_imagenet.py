@@ -22,11 +22,10 @@ from common.run_options import CHANGEABLE
 from common.sample_grid import SampleGrid
 from common.sit import SiT
 from common.sit_settings import new_sit, options, settle
-from common.stages import Backbone, check_teacher_stays, leave_teacher, new_criterion
+from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion
 from common.trainer import LongRun, Trainer, new_accelerator
 from common.vae import load_vae
 from diffusers import AutoencoderKL
-from torch import Tensor
 
 from selftrans_reg.checkpoints import load_weights
 from selftrans_reg.errors import SettingError
@@ -73,12 +72,6 @@ def description(run: argparse.Namespace, model: SiT, data: Data) -> dict[str, An
         "scale_factor": data.scale,
         "vae": run.vae or data.vae,
     }
-
-
-def latents_of(batch: tuple[Tensor, Tensor, Tensor], scale: float) -> tuple[Tensor, Tensor]:
-    """Latents drawn from their posteriors, as the model sees them, and labels."""
-    mean, std, labels = batch
-    return scale * (mean + std * torch.randn_like(mean)), labels
 
 
 def main(argv: list[str] | None = None) -> Trainer:

@@ -1,4 +1,4 @@
-"""The two stages around any backbone: the criterion of each, and the teacher that the first leaves for the second."""
+"""The stages around any backbone: the criterion of each, the teacher that one leaves for the other, the latents."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import selftrans_reg as st
 from common.checkpointing import checkpoint_path
-from common.trainer import Trainer
+from common.trainer import Condition, Trainer
 from selftrans_reg.artefacts import CONFIG
 from selftrans_reg.errors import SettingError
 
@@ -36,6 +36,12 @@ class Backbone(NamedTuple):
     scale: float
     patch_size: int
     select: int | None = None
+
+
+def latents_of(batch: tuple[Tensor, Tensor, Condition], scale: float) -> tuple[Tensor, Condition]:
+    """Latents drawn from their posteriors (mean, std), as the model sees them, and what they are conditioned on."""
+    mean, std, condition = batch
+    return scale * (mean + std * torch.randn_like(mean)), condition
 
 
 def new_criterion(run: argparse.Namespace, model: nn.Module, backbone: Backbone) -> st.SelfTransLoss | None:

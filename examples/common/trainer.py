@@ -23,7 +23,7 @@ import selftrans_reg as st
 from common.checkpointing import checkpoint_path, clear_old, resume_point, save_checkpoint, saved_checkpoints
 from common.run_log import RunLog
 from common.step_sampler import SeededItems, StepSampler, mixed_seed
-from common.stop_signals import StopSignals, ignore_stop_signals
+from common.stop_signals import ReaderSignals, StopSignals
 from common.training_state import TrainingState
 from selftrans_reg.errors import NotFiniteError, SettingError
 
@@ -161,6 +161,7 @@ class Trainer:
         self._state = TrainingState(accelerator, model, criterion, optimizer, settings.ema_decay)
         self.model, self.optimizer = accelerator.prepare(model.train(), optimizer)
         self.criterion = None if criterion is None else accelerator.prepare(criterion.train())
+        self._lr = settings.lr
         self._bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # steps in a row
 
     @property
@@ -203,13 +204,15 @@ class Trainer:
             self._say(f"Nothing to train: {self.steps:,} of {self.settings.steps:,} steps are done.")
             return
         main = self.accelerator.is_main_process
-        batches = self._batches()
+        readers = ReaderSignals()
+        batches = self._batches(readers)
         log = RunLog(self.out, self.steps) if main else None
         bar = tqdm(initial=self.steps, total=self.settings.steps, desc="training", dynamic_ncols=True, disable=not main)
         try:
             with StopSignals() as signals:
                 self._loop(batches, signals, log, bar)
         finally:
+            readers.release()
             bar.close()
             if log is not None:
                 log.close()
@@ -228,15 +231,14 @@ class Trainer:
                 values["samples_per_second"] = clock.rate(self.steps) * self.settings.batch_size
                 if log is not None:
                     log.write(self.steps, values)
-                    bar.write(
-                        f"step {self.steps:,}: " + ", ".join(f"{k} {values[k]:.4g}" for k in _SHOWN if k in values)
-                    )
+                    shown = ", ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
+                    bar.write(f"step {self.steps:,}: {shown}")
             stopped = signals.agreed(self.accelerator, self.steps)
-            if self._is_due(self.settings.sample_every) and self.draw is not None:
-                self._draw()
-                clock.restart(self.steps)
             if self._is_due(self.settings.checkpoint_every) or self.steps == last or stopped:
                 self._save()
+                clock.restart(self.steps)
+            if self._is_due(self.settings.sample_every) and self.draw is not None and not stopped:
+                self._draw()
                 clock.restart(self.steps)
             if stopped and self.steps < last:
                 name = signal.Signals(stopped).name
@@ -278,7 +280,7 @@ class Trainer:
 
     def _read(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Means over the ranks, read off the device; what the criterion measures is the first rank's."""
-        means = self.accelerator.reduce(torch.stack([term.double() for term in terms.values()]), "mean")
+        means = self.accelerator.reduce(torch.stack([term.float() for term in terms.values()]), "mean")
         values = {**dict(zip(terms, means.tolist(), strict=True)), "lr": self._lr}
         # A resumed process measures its first calls too: only what both measure belongs into the log.
         if self._state.criterion is not None and (self.steps % self.settings.log_every == 0 or self.steps == 1):
@@ -328,13 +330,13 @@ class Trainer:
             first_step=first_step,
         )
 
-    def _batches(self) -> Iterator[Any]:
+    def _batches(self, readers: ReaderSignals) -> Iterator[Any]:
         return iter(
             DataLoader(
                 SeededItems(self.dataset),
                 batch_sampler=self._sampler(self.steps),
                 num_workers=self.settings.workers,
-                worker_init_fn=ignore_stop_signals,
+                worker_init_fn=readers,
                 pin_memory=self.accelerator.device.type == "cuda",
             )
         )
