@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,10 @@ class Run:
     def weights(self, out: Path, step: int) -> Path:
         """Raw and averaged weights after so many steps."""
         return self.folder(out) / f"{step:07d}.pt"
+
+    def parts(self) -> list[tuple[int, int]]:
+        """First step and end of each part of the run within which every step costs the same."""
+        return list(pairwise([0, *self.method.part_ends(self.protocol)]))
 
     def teacher(self) -> tuple[Run, int] | None:
         """The run that comes first, and the step whose weights teach.
@@ -176,12 +181,6 @@ def even_denoising(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
     return velocity_loss(model, latents, y, t, torch.randn_like(latents))
 
 
-def begun_parts(run: Run) -> list[tuple[int, int]]:
-    """For each part of the run within which a step costs the same, its first step and its end."""
-    ends = run.method.parts_of_the_run(run.protocol)
-    return list(zip([0, *ends], ends, strict=False))
-
-
 def batch_of(setting: Setting, seed: int) -> tuple[Tensor, Tensor]:
     """A batch to count and to time with."""
     return next(setting.latents.batches(batch_size=setting.protocol.batch_size, seed=seed))
@@ -191,7 +190,7 @@ def counted_operations(setting: Setting, run: Run, out: Path) -> list[tuple[int,
     """For each part of the run its end and the operations of a step: matrix products, convolutions and attention."""
     counts = []
     with torch.random.fork_rng():
-        for begin, end in begun_parts(run):
+        for begin, end in run.parts():
             training = Training(*prepared(setting, run, out))
             training.steps = begin
             batch = batch_of(setting, run.seed)
@@ -205,7 +204,7 @@ def counted_operations(setting: Setting, run: Run, out: Path) -> list[tuple[int,
 
 def measured_seconds(setting: Setting, runs: list[Run], out: Path, repeats: int) -> dict[str, list[tuple[int, float]]]:
     """As `counted_operations`, the median seconds of a step, by method; all parts of all runs take turns."""
-    parts = [(run, begin, end) for run in runs for begin, end in begun_parts(run)]
+    parts = [(run, begin, end) for run in runs for begin, end in run.parts()]
     trainings = [Training(*prepared(setting, run, out)) for run, _, _ in parts]
     for training, (_, begin, _) in zip(trainings, parts, strict=True):
         training.steps = begin

@@ -66,8 +66,8 @@ class Method:
         """What has to be trained first."""
         return None
 
-    def parts_of_the_run(self, protocol: Protocol) -> list[int]:
-        """The steps at which the cost of a step changes, the last being the run's end."""
+    def part_ends(self, protocol: Protocol) -> list[int]:
+        """The steps at which the cost of a step changes, the last of them the run's end."""
         return [protocol.steps]
 
     def __str__(self) -> str:
@@ -146,9 +146,9 @@ class SelfTranscendence(Method):
         method = SelfTranscendence() if self.teacher_run == "self" else Stage1(self.teacher_run)
         return Teacher(method, self.teacher_share)
 
-    def parts_of_the_run(self, protocol: Protocol) -> list[int]:
+    def part_ends(self, protocol: Protocol) -> list[int]:
         """With guidance and without."""
-        return [*({protocol.step_at(self.stop)} - {protocol.steps}), protocol.steps]
+        return sorted({protocol.step_at(self.stop), protocol.steps})
 
     def criterion(self, parts: Parts) -> st.SelfTransLoss:
         """The library's stage 2."""
@@ -191,7 +191,7 @@ class OwnEMA(Method):
     stop: float = 0.8
     guidance_scale: float = 3.0
 
-    def parts_of_the_run(self, protocol: Protocol) -> list[int]:
+    def part_ends(self, protocol: Protocol) -> list[int]:
         """Stage 1, stage 2, and neither."""
         return sorted({protocol.step_at(self.switch), protocol.step_at(self.stop), protocol.steps})
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +22,7 @@ STEPS_GOAL, OPERATIONS_GOAL = 0.6, 0.75  # shares of the plain run in which its 
 MAIN = [str(parse(text)) for study in ("reduced", "peers", "questions") for text in STUDIES[study]]
 EXTERNAL = "repa"  # the one method that is not self-contained
 PLOTTED = [str(parse(text)) for study in ("reduced", "price") for text in STUDIES[study]]
+NO_ABLATIONS = "None of them has been run yet."
 MEASURES = {
     "knn_clean": "k-NN, clean",
     "knn_noisy": "k-NN, noisy",
@@ -90,6 +91,12 @@ class Study:
             if measures["step"] == step
         ]
 
+    def differences(self, method: str, other: str, step: int) -> list[float]:
+        """The distance of one method less that of another at a step, for each seed that both were run with."""
+        seeds = sorted(self.runs[method].keys() & self.runs[other].keys())
+        pairs = zip(*(self.values(m, "distance", step, seeds) for m in (method, other)), strict=True)
+        return [a - b for a, b in pairs]
+
     def curve(self, method: str, seeds: Iterable[int] | None = None) -> list[float]:
         """The mean distance over the seeds, at each of the steps."""
         return [statistics.mean(self.values(method, "distance", step, seeds)) for step in self.steps]
@@ -132,9 +139,9 @@ def crossing(steps: list[int], distances: list[float], target: float) -> float |
     return None
 
 
-def spread(values: list[float], digits: int) -> str:
+def spread(values: list[float], digits: int, sign: Literal["", "+"] = "") -> str:
     """Mean, and the standard deviation over the seeds where there are several."""
-    mean = f"{statistics.mean(values):.{digits}f}"
+    mean = f"{statistics.mean(values):{sign}.{digits}f}"
     return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
@@ -159,6 +166,16 @@ def distance_table(study: Study, methods: list[str]) -> str:
     )
 
 
+def difference_table(study: Study, methods: list[str]) -> str:
+    """Distance less that of the plain run of the same seed, at every judged step."""
+    rows = (
+        [title(parse(m)), *(spread(study.differences(m, "none", step), 1, "+") for step in study.steps)]
+        for m in methods
+        if m != "none"
+    )
+    return table(["", *(f"{step:,} steps" for step in study.steps)], rows)
+
+
 def measure_table(study: Study, methods: list[str]) -> str:
     """The other measures at the end."""
     end = study.steps[-1]
@@ -170,6 +187,15 @@ def measure_table(study: Study, methods: list[str]) -> str:
         for m in methods
     )
     return table(["", *MEASURES.values()], rows)
+
+
+def lead_table(study: Study) -> str:
+    """What Self-Transcendence has at a step, and when the plain run has it."""
+    rows = []
+    for step, found in zip(study.steps, study.curve("self"), strict=True):
+        plain = crossing(study.steps, study.curve("none"), found)
+        rows.append([f"{step:,}", f"{found:.1f}", "later than its end" if plain is None else f"{plain:,.0f}"])
+    return table(["steps of Self-Transcendence", "distance", "steps of the plain run"], rows)
 
 
 def price_table(study: Study, methods: list[str]) -> str:
@@ -207,10 +233,9 @@ def ablation_table(study: Study, methods: list[str]) -> str:
         seeds = sorted(study.runs[method].keys() & study.runs["self"].keys())
         if not seeds:
             continue
-        pairs = zip(*(study.values(m, "distance", end, seeds) for m in (method, "self")), strict=True)
         distances = [spread(study.values(method, "distance", step, seeds), 1) for step in study.steps]
         rows.append(
-            [title(parse(method)), str(len(seeds)), *distances, f"{statistics.mean(a - b for a, b in pairs):+.1f}"]
+            [title(parse(method)), str(len(seeds)), *distances, spread(study.differences(method, "self", end), 1, "+")]
         )
     return table(["", "seeds", *(f"{step:,} steps" for step in study.steps), "against the default"], rows)
 
@@ -223,9 +248,10 @@ def verdict(study: Study) -> str:
     for step, found in zip(study.steps, own, strict=True):
         best = min(peers, key=lambda m: statistics.mean(study.values(m, "distance", step)))
         other = statistics.mean(study.values(best, "distance", step))
-        word = "better than" if found < other else "worse than"
         sentences.append(
-            f"- At {step:,} steps: {found:.1f}, {word} the best of the others, {title(parse(best))}, {other:.1f}."
+            f"- At {step:,} steps: {found:.2f}; the best of the others is {title(parse(best))}, {other:.2f}: "
+            f"{'met' if found < other else 'not met'}. Seed by seed the difference is "
+            f"{spread(study.differences('self', best, step), 2, '+')}."
         )
     at = crossing(study.steps, own, study.curve("none")[-1])
     if at is None:
@@ -257,44 +283,40 @@ def origin(study: Study) -> str:
 
 
 def draw(study: Study, path: Path) -> None:
-    """Distance against steps, operations and seconds: means, and the range over the seeds."""
+    """Distance against steps, operations and seconds, and its difference from the plain run: means and ranges."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    kinds: dict[Cost, Callable[[float], float]] = {
-        "steps": lambda x: x,
-        "operations": lambda x: x / 1e12,
-        "seconds": lambda x: x,
-    }
-    labels = {"steps": "steps", "operations": "operations, 10¹²", "seconds": "seconds"}
-    figure, panels = plt.subplots(1, 3, figsize=(13, 4.4), sharey=True, layout="constrained")
-    methods = study.methods(PLOTTED)
-    for panel, (kind, scale) in zip(panels, kinds.items(), strict=True):
-        for i, method in enumerate(methods):
+    labels: dict[Cost, str] = {"steps": "steps", "operations": "operations, 10¹²", "seconds": "seconds"}
+    figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
+    for panel, (kind, label) in zip(panels.flat[[0, 2, 3]], labels.items(), strict=True):
+        panel.set(xlabel=label, ylabel="Fréchet distance", yscale="log")
+        panel.yaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_minor_formatter("{x:g}")
+        for i, method in enumerate(study.methods(PLOTTED)):
             costs = [study.cost(method, step, kind) for step in study.steps]
-            if None in costs:
-                continue
-            x = [scale(cost) for cost in costs if cost is not None]
-            found = [study.values(method, "distance", step) for step in study.steps]
-            style = "--" if "share" in method else "-"
-            panel.plot(x, study.curve(method), style, marker="o", ms=3.5, color=f"C{i}", label=title(parse(method)))
-            panel.fill_between(x, [min(v) for v in found], [max(v) for v in found], color=f"C{i}", alpha=0.15, lw=0)
-        panel.axhline(
-            study.any_line["judge"]["real_through_vae"], color="0.4", ls=":", label="real images through the VAE"
-        )
-        panel.set_xlabel(labels[kind])
+            if None not in costs:
+                x = [cost / 1e12 if kind == "operations" else cost for cost in costs]
+                _plot(panel, x, [study.values(method, "distance", step) for step in study.steps], method, i)
         panel.set_xlim(left=0)
-        panel.set_yscale("log")
+    panels[0, 1].set(xlabel="steps", ylabel="distance less that of the plain run")
+    for i, method in enumerate(study.methods(PLOTTED)):
+        _plot(panels[0, 1], study.steps, [study.differences(method, "none", step) for step in study.steps], method, i)
+    for panel in panels.flat:
         panel.grid(alpha=0.3, which="both")
-    panels[0].set_ylabel("Fréchet distance")
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9, frameon=False
-    )
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _plot(panel: Any, x: list[float], found: list[list[float]], method: str, i: int) -> None:
+    style = "--" if "share" in method else "-"
+    mean = [statistics.mean(values) for values in found]
+    panel.plot(x, mean, style, marker="o", ms=3.5, color=f"C{i}", label=title(parse(method)))
+    panel.fill_between(x, [min(v) for v in found], [max(v) for v in found], color=f"C{i}", alpha=0.15, lw=0)
 
 
 def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
@@ -306,9 +328,11 @@ def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
         "origin": origin(study),
         "verdict": verdict(study),
         "distances": distance_table(study, main),
+        "differences": difference_table(study, main),
         "measures": measure_table(study, main),
         "price": price_table(study, [*main, *(m for m in study.methods(PLOTTED) if m not in main)]),
-        "ablations": ablation_table(study, ablations),
+        "lead": lead_table(study),
+        "ablations": ablation_table(study, ablations) if len(ablations) > 1 else NO_ABLATIONS,
     }
     page = root / "docs" / "does-it-work.md"
     text = page.read_text()

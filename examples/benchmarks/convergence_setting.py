@@ -179,7 +179,7 @@ def layer_features(model: SiT, layer: str, latents: Tensor, t: float) -> Tensor:
 def knn_accuracy(
     reference: Tensor, reference_labels: Tensor, queries: Tensor, query_labels: Tensor, neighbours: int = NEIGHBOURS
 ) -> float:
-    """Fraction of the queries whose nearest references by cosine vote for their label; ties go to the smaller label.
+    """Fraction of the queries whose nearest references by cosine vote for their label.
 
     Features are centred on the references' mean first: tokens share a large constant part.
 
