@@ -19,6 +19,7 @@ from common.data_files import DataError, first_ones, read_json, readable
 from common.encoding import PRECISIONS, Images, collate, latent_side, load_encoder, posterior, weights_digest
 from common.options import at_least
 from common.text_features import CLIP_VIT_L14, load_text_encoder
+from common.tf32 import tf32
 from common.training import progress
 from torch.utils.data import DataLoader
 
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     loader = DataLoader(images, batch_sampler=batches, num_workers=run.workers, collate_fn=collate)
     bad: list[tuple[str, str]] = []
     cut: list[str] = []
-    with torch.backends.cudnn.flags(allow_tf32=run.precision == "tf32"):
+    with tf32(run.precision == "tf32"):
         for rows, (pixels, reasons) in zip(batches, progress(loader, "encoding"), strict=True):
             bad += [(found.images[row], reason) for row, reason in zip(rows, reasons, strict=True) if reason]
             good = [row for row, reason in zip(rows, reasons, strict=True) if not reason]

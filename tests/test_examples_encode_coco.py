@@ -128,6 +128,23 @@ def test_bad_images_are_named_and_the_others_written(source: Source, models: Pat
     assert len(CocoFeatures(source.folder / "out")) == 3
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_tf32_is_used_when_asked_for_and_cudnn_in_any_case(
+    source: Source, models: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    posterior, seen = encode_coco.posterior, set()
+
+    def watched(*given: Any) -> Any:
+        cudnn = torch.backends.cudnn
+        seen.add((cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return posterior(*given)
+
+    monkeypatch.setattr(encode_coco, "posterior", watched)
+    run(source.folder, models, f"--precision={precision}")
+    asked = precision == "tf32"
+    assert seen == {(True, asked, "high" if asked else "highest")}
+
+
 def test_captions_that_do_not_fit_are_named(source: Source, models: Path) -> None:
     for captions, match in [
         ({**CAPTIONS, 12: []}, "twelve.jpg.png: has no captions"),
