@@ -30,6 +30,7 @@ from common.run_folder import open_run_folder
 from common.samplers import Guidance, Model, reversed_time, sample_ode, sample_sde
 from common.sit import SiT
 from common.sit_conventions import path_of, time_of
+from common.tf32 import tf32
 from common.training import progress
 from common.vae import decode, load_vae
 from diffusers import AutoencoderKL
@@ -131,14 +132,9 @@ def open_vae(run: argparse.Namespace, found: SiTCheckpoint) -> AutoencoderKL:
 
 @contextmanager
 def precision(name: str, device_type: str) -> Iterator[None]:
-    """The arithmetic of the model: float32, with or without TF32 in its matrix products, or autocast to 16 bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if name == "tf32" else "highest")
-    try:
-        with torch.autocast(device_type, HALF.get(name), enabled=name in HALF):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
+    """The arithmetic of the model: float32, with or without TF32 in its products, or autocast to 16 bits."""
+    with tf32(name == "tf32"), torch.autocast(device_type, HALF.get(name), enabled=name in HALF):
+        yield
 
 
 class Sampler(NamedTuple):
@@ -254,6 +250,7 @@ def sample(run: argparse.Namespace, processes: Processes) -> Path:
         open_run_folder(run.out, decided)
         folder.mkdir(exist_ok=True)
     processes.meet()
+    open_run_folder(run.out, decided)  # of a run that goes on, a slower process may have found a newer checkpoint
     left = batches_left(folder, run)
     processes.meet()  # or a slower process would find a faster one's images, and count the batches differently
     mine = left[processes.rank :: processes.count]

@@ -11,6 +11,7 @@ import sample
 import torch
 from common.image_seeds import classes_of, draw, image_generator
 from common.load_sit import sit_from_checkpoint
+from common.processes import Processes
 from common.vae import load_vae
 from PIL import Image
 from tiny_runs import ARGS, FAST, SCALE, SIZES, images_of, write_checkpoint, write_run, write_vae
@@ -220,6 +221,22 @@ def test_two_processes_make_the_images_of_one(run_folder: Path, finished: Path, 
         assert all(np.array_equal(own[name], other[name]) for name in ("arr_0", "arr_1"))
 
 
+def test_a_process_that_finds_a_newer_checkpoint_stops(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second of two processes, whose run's folder was given another checkpoint since the first one looked."""
+    older, out = run_folder / "checkpoints/0000004.pt", tmp_path / "out"
+    sample.main([f"--checkpoint={older}", f"--out={out}", *FAST])
+    for png in (out / "images").iterdir():
+        png.unlink()
+    monkeypatch.setenv("RANK", "1")
+    second = Processes()
+    monkeypatch.setattr(second, "meet", lambda: None)
+    with pytest.raises(SettingError, match=r"checkpoint: '0000004.pt' there, '0000012.pt' now"):
+        sample.sample(sample.options([f"--checkpoint={run_folder}", f"--out={out}", *FAST]), second)
+    assert not any((out / "images").iterdir())
+
+
 def sampler_of(*arguments: object) -> sample.Sampler:
     return sample.new_sampler(sample.options([*map(str, arguments), "--out=unused", *FAST]))[0]
 
@@ -294,23 +311,27 @@ def test_latents_that_are_not_finite_are_named(run_folder: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    ("name", "product", "matmul"),
+    ("name", "product", "tf32"),
     [
-        ("fp32", torch.float32, "highest"),
-        ("tf32", torch.float32, "high"),
-        ("fp16", torch.float16, "highest"),
-        ("bf16", torch.bfloat16, "highest"),
+        ("fp32", torch.float32, False),
+        ("tf32", torch.float32, True),
+        ("fp16", torch.float16, False),
+        ("bf16", torch.bfloat16, False),
     ],
 )
-def test_the_precision_is_the_models_alone(run_folder: Path, name: str, product: torch.dtype, matmul: str) -> None:
+def test_the_precision_is_the_models_alone(run_folder: Path, name: str, product: torch.dtype, tf32: bool) -> None:
     seen = set()
     sampler = sampler_of(f"--checkpoint={run_folder}", f"--precision={name}")
 
+    def switches() -> tuple[object, ...]:
+        cudnn = torch.backends.cudnn
+        return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.enabled
+
     def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        seen.add((x.dtype, (x @ x.mT).dtype, torch.get_float32_matmul_precision()))
+        seen.add((x.dtype, (x @ x.mT).dtype, *switches()))
         return x
 
-    before = torch.get_float32_matmul_precision()
+    before = switches()
     sampler._replace(model=model).images([0])
-    assert seen == {(torch.float32, product, matmul)}
-    assert torch.get_float32_matmul_precision() == before
+    assert seen == {(torch.float32, product, "high" if tf32 else "highest", tf32, True)}
+    assert switches() == before
