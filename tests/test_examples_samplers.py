@@ -137,6 +137,33 @@ def test_sde_is_the_gaussian_chain_that_its_steps_define(steps: int, generator: 
     assert abs(mean - MEAN) < 1.5 / steps
 
 
+def sde_law(steps: int, monkeypatch: pytest.MonkeyPatch) -> tuple[float, float]:
+    """Mean and variance of the sampler's end on Gaussian data, without drawing: x is affine in each step's noise.
+
+    The first row has no noise at all; each of the others has a single 1, as its start or as the noise of a step.
+    """
+    unit = torch.eye(steps, dtype=torch.float64)
+    rows = torch.cat([torch.zeros(1, steps, dtype=torch.float64), unit])[:, :, None, None, None]
+    start, *noises = rows.unbind(1)
+    monkeypatch.setattr("common.samplers.randn_tensor", lambda *args, **settings: noises.pop(0))
+    end = sample_sde(gaussian_velocity(), start, Y.expand(len(rows)), steps=steps, generator=torch.Generator())
+    assert not noises  # every step has drawn but the last
+    return end[0].item(), (end[1:] - end[0]).square().sum().item()
+
+
+def test_sde_converges_in_law_at_order_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The SDE keeps the marginal of x_t down to 0.04; from there one Euler step, which is affine, is part of the method.
+    t = LAST_SDE_TIME
+    marginal = (1 - t) ** 2 * STD**2 + t**2
+    slope = (2 * t - (1 - t) * STD**2) / marginal  # of v - t s
+    laws = [sde_law(steps, monkeypatch) for steps in (64, 128, 256)]
+    assert [mean for mean, _ in laws] == pytest.approx([MEAN] * 3)  # the flow of the mean is straight: no error
+    errors = [abs(variance - (1 - t * slope) ** 2 * marginal) for _, variance in laws]
+    assert errors[-1] < 0.01
+    for coarse, fine in pairwise(errors):
+        assert math.log2(coarse / fine) == pytest.approx(1, abs=0.15)
+
+
 def test_sde_steps_equal_the_formula(generator: torch.Generator) -> None:
     model = gaussian_velocity()
     end = sample_sde(model, points(0.7), Y, steps=3, generator=generator).item()
