@@ -145,10 +145,10 @@ def test_sits_words_for_its_path_and_its_prediction(tmp_path: Path) -> None:
 
 def test_what_shapes_do_not_show_is_asked_for(tmp_path: Path) -> None:
     path = saved(tmp_path, state())
-    for match in ["does not say its num_heads", "depth 2 and hidden_size 16, no published size", "Pass num_heads="]:
+    for match in ["does not say its num_heads", "depth 2 and hidden_size 16, no published size", "--num-heads of the"]:
         with pytest.raises(CheckpointError, match=match):
             sit_from_checkpoint(path, num_classes=5)
-    for match in ["does not say its num_classes", "class table of 6 rows, whose last may be", "Pass num_classes="]:
+    for match in ["does not say its num_classes", "class table of 6 rows, whose last may be", "--num-classes of the"]:
         with pytest.raises(CheckpointError, match=match):
             sit_from_checkpoint(path, num_heads=2)
     assert sit_from_checkpoint(path, num_heads=2, num_classes=5)[1].settings["class_dropout_prob"] > 0

@@ -239,7 +239,8 @@ def _settled(sizes: dict[str, Any], said: Mapping[str, Mapping[str, Any]], where
     ):
         if known[name] is None:
             raise CheckpointError(
-                f"{where} does not say its {name}, and its shapes do not show it.\nFound: {found}.\nPass {name}=."
+                f"{where} does not say its {name}, and its shapes do not show it.\nFound: {found}.\nPass {name}=, "
+                f"or --{name.replace('_', '-')} of the examples."
             )
     known.setdefault("class_dropout_prob", 0.1 if rows - known["num_classes"] else 0.0)
     if rows != known["num_classes"] + (known["class_dropout_prob"] > 0):
