@@ -99,12 +99,18 @@ def encoder_of(run: argparse.Namespace, found: MMDiTCheckpoint, checkpoint: Path
     return encoder
 
 
+def run_of(checkpoint: Path) -> str:
+    """The name of the run that left a checkpoint."""
+    return checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.stem
+
+
 class Job(NamedTuple):
-    """A checkpoint's model, what samples from it, and what decides its images."""
+    """A checkpoint's model, what samples from it, what decides its images, and what their row is called."""
 
     model: MMDiT
     sampler: PromptSampler
     identity: dict[str, object]
+    heading: str
 
 
 def new_job(
@@ -126,13 +132,7 @@ def new_job(
     )
     parts = {"weights": model, "vae_weights": vae, "text_encoder_weights": encoder.model}
     identity = {name: bytes(fingerprint(part, {})[:8].tolist()).hex() for name, part in parts.items()}
-    return Job(model, sampler, {**identity, "scale_factor": scale})
-
-
-def title(checkpoint: Path, found: MMDiTCheckpoint) -> str:
-    """What a row of the picture and a folder are called."""
-    run = checkpoint.parent.parent.name if checkpoint.parent.name == "checkpoints" else checkpoint.stem
-    return f"{run}-{found.steps}"
+    return Job(model, sampler, {**identity, "scale_factor": scale}, f"{run_of(checkpoint)}, {found.steps} steps")
 
 
 def finished(
@@ -156,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     run = options(argv)
     checkpoints = [newest_checkpoint(path) for path in run.checkpoint]
     loaded = [mmdit_from_checkpoint(path, weights=run.weights) for path in checkpoints]
-    names = [title(path, found) for path, (_, found) in zip(checkpoints, loaded, strict=True)]
+    names = [f"{run_of(path)}-{found.steps}" for path, (_, found) in zip(checkpoints, loaded, strict=True)]
     if len(set(names)) < len(names):
         raise SettingError(f"The checkpoints are not told apart by their runs' names and steps.\nFound: {names}.")
     texts = prompts_of(run, loaded[0][1])
@@ -170,7 +170,7 @@ def main(argv: Sequence[str] | None = None) -> Path:
     rows = {}
     for name, job in jobs.items():
         images = finished(run.out / name, job.sampler, job.model.to(run.device), run.batch_size, len(texts))
-        rows[name] = np.stack(images)
+        rows[job.heading] = np.stack(images)
         job.model.cpu()
     picture = run.out / "prompts.png"
     save_captioned(rows, texts[:SHOWN], picture)

@@ -361,7 +361,11 @@ class TestSampling:
             self.sample(runs, out, f"--text-encoder={other}")
         assert {path: path.read_bytes() for path in out.rglob("*.png")} == before
 
-    def test_a_row_for_each_checkpoint_and_prompts_of_a_file(self, runs: Path, tmp_path: Path) -> None:
+    def test_a_row_for_each_checkpoint_and_prompts_of_a_file(
+        self, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn = []
+        monkeypatch.setattr(sample_prompts, "save_captioned", lambda rows, *rest: drawn.append(list(rows)))
         (tmp_path / "prompts.txt").write_text("a red ring\na blue cross\n")
         saved = sorted((runs / "vae/checkpoints").iterdir())
         picture = sample_prompts.main(
@@ -369,8 +373,10 @@ class TestSampling:
              "--device=cpu", f"--prompts-file={tmp_path / 'prompts.txt'}"]
         )  # fmt: skip
         assert {entry.name for entry in (tmp_path / "s").iterdir()} == {
-            "settings.json", "vae-2", "vae-4", "self-4", picture.name,
+            "settings.json", "vae-2", "vae-4", "self-4",
         }  # fmt: skip
+        assert picture == tmp_path / "s/prompts.png"
+        assert drawn == [["vae, 2 steps", "vae, 4 steps", "self, 4 steps"]]
         assert all(len(list((tmp_path / "s" / name).iterdir())) == 2 for name in ("vae-2", "vae-4", "self-4"))
         with pytest.raises(SettingError, match="not told apart"):
             sample_prompts.main(["--checkpoint", str(saved[0]), str(saved[0]), f"--out={tmp_path / 'other'}"])

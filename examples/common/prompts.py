@@ -161,8 +161,9 @@ def save_captioned(rows: dict[str, NDArray[np.uint8]], captions: Sequence[str], 
         for heading, images in rows.items()
         for start in range(0, len(captions), columns)
     ]
+    height = 1.75 * len(grid) if len(rows) == 1 else 1.4 * len(grid) + 0.35  # with captions in each row, or below all
     figure, axes = plt.subplots(
-        len(grid), columns, figsize=(1.35 * columns + 0.6, 1.75 * len(grid)), squeeze=False, layout="constrained"
+        len(grid), columns, figsize=(1.35 * columns + 0.6, height), squeeze=False, layout="constrained"
     )
     for line, (heading, images, texts) in enumerate(grid):
         for place, axis in enumerate(axes[line]):
