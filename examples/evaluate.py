@@ -10,6 +10,7 @@ What is finished in ``--out`` is not done again: as the runs go on, the same com
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,8 @@ from common.run_folder import open_run_folder, write_json
 from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
+from selftrans_reg.errors import SettingError
+
 # FID-10K without guidance on ImageNet 256x256, batch 256, read off the authors' plot (+-0.5): steps -> distance.
 # Sun et al., 2026, https://arxiv.org/abs/2601.07773
 PUBLISHED = {
@@ -46,6 +49,8 @@ PUBLISHED = {
 }
 
 PANELS, PANEL_COLUMNS, PANEL_ROWS = 5, 5, 4  # of the picture of samples: checkpoints a run, images of each
+MARKERS = "os^Dv"  # hollow, so that of two curves in one place both are seen
+LOGARITHMIC_FROM = 4  # largest over smallest distance: nearer ones are read better on a plain axis
 
 Row = dict[str, Any]
 
@@ -159,19 +164,24 @@ def curve(run: argparse.Namespace, folder: Path, extractor: Extractor, reference
 def draw_curves(curves: dict[str, dict[str, Row]], path: Path, *, published: bool) -> None:
     """Distance against steps, with bars of two spreads on either side; the published curves dashed."""
     figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, rows in curves.items():
+    for (name, rows), marker in zip(curves.items(), cycle(MARKERS), strict=False):
         steps = [int(step) for step in rows]
         distances, spreads = ([row[key] for row in rows.values()] for key in ("frechet_distance", "spread"))
-        axes.errorbar(steps, distances, [2 * spread for spread in spreads], marker="o", ms=4, capsize=3, label=name)
+        bars = [2 * spread for spread in spreads]
+        axes.errorbar(steps, distances, bars, marker=marker, ms=7, mfc="none", lw=1.2, capsize=3, label=name)
     if published:
         for (name, points), grey in zip(PUBLISHED.items(), ("0.7", "0.45", "0.1"), strict=True):
-            axes.plot(list(points), list(points.values()), "--", marker=".", color=grey, label=f"{name}, published")
+            label = f"{name}, published FID-10K"
+            axes.plot(list(points), list(points.values()), "--", marker=".", color=grey, label=label)
     samples = max(row["samples"] for rows in curves.values() for row in rows.values())
-    axes.set(xlabel="training steps", ylabel=f"Fréchet distance, {samples:,} samples", xlim=(0, None), yscale="log")
+    axes.set(xlabel="training steps", ylabel=f"Fréchet distance, {samples:,} samples", xlim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))  # a run's distances span one decade or two
+    low, high = axes.dataLim.intervaly
+    if high > LOGARITHMIC_FROM * low:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     partial = path.with_name(path.name + ".partial")
@@ -199,8 +209,17 @@ def first_images(folder: Path) -> Tensor:
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
-    """Measure the samples, or the runs' checkpoints; return the table's rows."""
+    """Measure the samples, or the runs' checkpoints; return the table's rows.
+
+    Raises:
+        SettingError: If several processes were started.
+    """
     run = options(argv)
+    if (count := Processes().count) > 1:
+        raise SettingError(
+            f"evaluate.py is the work of one process.\nFound: {count}.\n"
+            "Run it alone. sample.py makes the images in several, where evaluate.py then finds them."
+        )
     extractor = extractor_named(run.features, classifier=run.classifier, device=run.device)
     if run.samples is not None:
         images = ImageSet(run.samples)
@@ -215,10 +234,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
         reference = reference_for(run, extractor)
         curves = {folder.name: curve(run, folder, extractor, reference) for folder in run.run}
         write_json(curves, run.out / "results.json")
-        draw_curves(curves, run.out / "curve.png", published=run.published)
+        draw_curves(curves, run.out / "distance.png", published=run.published)
         draw_samples(curves, run.out / "samples", run.out / "samples.png")
         rows = {f"{name} {int(step):,}": row for name, found in curves.items() for step, row in found.items()}
-        print(f"Everything is in {run.out}; look at curve.png and samples.png.")
+        print(f"Everything is in {run.out}; look at distance.png and samples.png.")
     print(report(rows, extractor, reference, run.bootstrap))
     return rows
 

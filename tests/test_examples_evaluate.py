@@ -211,7 +211,7 @@ def test_runs_become_curves_to_which_new_checkpoints_are_added(here: Path, curve
     rows = evaluate.main(curve)
     out = here / "curve"
     assert {path.name for path in out.iterdir()} == {
-        "settings.json", "statistics.npz", "samples", "scores", "results.json", "curve.png", "samples.png",
+        "settings.json", "statistics.npz", "samples", "scores", "results.json", "distance.png", "samples.png",
     }  # fmt: skip
     assert list(rows) == ["run 4", "run 12"]
     assert json.loads((out / "results.json").read_text()) == {
@@ -250,14 +250,16 @@ def test_the_published_curves_are_drawn_beside_it(tmp_path: Path, monkeypatch: p
         for name, value in [("0050000", 90), ("0100000", 60)]
     }
     for published in (False, True):
-        evaluate.draw_curves({"mine": rows, "yours": rows}, tmp_path / "curve.png", published=published)
+        evaluate.draw_curves({"mine": rows, "yours": rows}, tmp_path / "distance.png", published=published)
     plain, both = (figure.axes[0] for figure in drawn)
     assert len(plain.lines) + 3 == len(both.lines)
+    assert {line.get_marker() for line in plain.lines} >= {"o", "s"}  # two curves in one place are told apart
+    assert (plain.get_yscale(), both.get_yscale()) == ("linear", "log")  # 90 and 60; 96 to 23
     lines = {line.get_label(): line.get_xydata().tolist() for line in both.lines}
-    assert lines["SiT-B/2, published"] == [[50e3, 96], [100e3, 67], [200e3, 50], [300e3, 43], [400e3, 38.6]]
-    assert lines["SiT-B/2 + Self-Transcendence, published"][-1] == [400e3, 23]
+    assert lines["SiT-B/2, published FID-10K"] == [[50e3, 96], [100e3, 67], [200e3, 50], [300e3, 43], [400e3, 38.6]]
+    assert lines["SiT-B/2 + Self-Transcendence, published FID-10K"][-1] == [400e3, 23]
     assert both.get_ylabel() == "Fréchet distance, 10,000 samples"
-    assert [path.name for path in tmp_path.iterdir()] == ["curve.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["distance.png"]
     monkeypatch.undo()
     for figure in drawn:
         evaluate.plt.close(figure)
@@ -277,6 +279,14 @@ def test_samples_are_shown_along_training(tmp_path: Path, monkeypatch: pytest.Mo
     for title, picture in shown["run"].items():
         assert picture.shape == (4 * 3 - 1, 5 * 3 - 1, 3)
         assert picture[0, 0] == pytest.approx(int(title[0]) / 255)
+
+
+def test_several_processes_are_sent_to_sample(here: Path, curve: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for match in [r"work of one process.\nFound: 2", "sample.py makes the images in several"]:
+        with pytest.raises(SettingError, match=match):
+            evaluate.main(curve)
+    assert not (here / "curve").exists()
 
 
 @pytest.mark.parametrize(
