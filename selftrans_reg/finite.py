@@ -17,6 +17,14 @@ from .tokens import tensors_in
 if TYPE_CHECKING:
     from .health import Look, Subject
 
+_BACK = (
+    "Go back to an earlier checkpoint and set health_interval=1: the call in which it begins then says where it comes "
+    "from. If nothing else is named, clip the gradients or lower the learning rate."
+)
+_REBUILD = (
+    "A teacher does not train: its checkpoint has them already, or a cast to half precision made them. Build it from "
+    "another checkpoint, or in float32."
+)
 _OVERFLOW = "Use bfloat16 or float32 where it is float16, and autocast rather than a model in half precision."
 
 
@@ -36,7 +44,7 @@ def not_finite(look: Look, subject: Subject) -> NotFiniteError:
     call, fractions, teacher = subject.call, subject.fractions, subject.teacher
     for layer, tokens in zip(subject.layers, look.tokens, strict=True):
         if (bad := _bad_rows(tokens)).any():
-            cause = [*_in_arguments(call), *_in_weights(subject.model), _overflowed("up to there")][0]
+            cause = [*_in_arguments(call), *_in_weights(subject.model, _BACK), _overflowed("up to there")][0]
             return NotFiniteError(f"The student's layer {layer!r} gave NaN or inf {_where(bad, fractions)}.\n{cause}")
     assert look.target is not None  # with no row inside the window nothing else was computed
     rows = torch.arange(call.rows, device=fractions.device) if look.rows is None else look.rows
@@ -44,14 +52,14 @@ def not_finite(look: Look, subject: Subject) -> NotFiniteError:
         with_what = {"the condition": _bad_rows(look.features[0]), "the null condition": _bad_rows(look.features[1])}
         if (bad := torch.stack(list(with_what.values())).any(0)).any():
             named = " and with ".join(name for name, found in with_what.items() if found.any())
-            causes = _in_arguments(call) + _in_weights(teacher.model)
+            causes = _in_arguments(call) + _in_weights(teacher.model, _REBUILD)
             return NotFiniteError(
                 f"The teacher's layer {teacher.layer!r} gave NaN or inf with {named} {_where(bad, fractions[rows])}.\n"
                 f"{causes[0] if causes else _overflowed(_first_module(teacher, look.taught or call, rows))}"
             )
     elif (bad := _bad_rows(look.target)).any():
         return NotFiniteError(f"The latents to align with hold NaN or inf {_where(bad, fractions[rows])}.")
-    cause = [*_in_weights(subject.heads, "heads."), _overflowed("in the head or the distance")][0]
+    cause = [*_in_weights(subject.heads, _BACK, "heads."), _overflowed("in the head or the distance")][0]
     return NotFiniteError(
         "The alignment is NaN or inf, although the layer's tokens and what they are aligned with are finite.\n" + cause
     )
@@ -75,14 +83,11 @@ def _in_arguments(call: Call) -> list[str]:
     return [f"The model was called with NaN or inf in {quoted(bad)}: look at what the loop makes it of."] * bool(bad)
 
 
-def _in_weights(model: nn.Module, prefix: str = "") -> list[str]:
+def _in_weights(model: nn.Module, advice: str, prefix: str = "") -> list[str]:
     """A model's weights as the cause."""
     bad = [f"{prefix}{name}" for name, p in model.named_parameters() if not local(p.detach()).isfinite().all()]
     listed = f"{quoted(bad[:3])}{', …' if len(bad) > 3 else ''}"
-    return [
-        f"NaN or inf is in {len(bad)} of its parameters already: {listed}.\n"
-        "Go back to an earlier checkpoint; if it comes again, clip the gradients or lower the learning rate."
-    ] * bool(bad)
+    return [f"NaN or inf is in {len(bad)} of its parameters already: {listed}.\n{advice}"] * bool(bad)
 
 
 def _overflowed(where: str) -> str:

@@ -34,6 +34,8 @@ from .trend import Trend
 _SETTLED = 20
 # With less contrast f_u + w (f_c − f_u) is f_c up to 3 % even with w = 30; trained models have 0.02 and more.
 _NO_CONTRAST = 1e-3
+# A loop may drop conditions itself, and a small batch may have no other inside. So many are hardly ever all dropped.
+_COMPARED = 16
 # Norms grow some ten times while a diffusion transformer trains. Both must be passed: a layer may begin near 0.
 _GROWN, _LARGE = 100.0, 100.0
 # A window that takes in 1 % of all samples stays empty for so many with a probability of 2e-9.
@@ -113,6 +115,7 @@ class Health:
         self._probe: GradientProbe | None = None  # of the last look: the backward pass came after it
         self._warned: set[type[HealthWarning]] = set()
         self._norm = math.nan  # the student's at the run's first look
+        self._contrast, self._compared = 0.0, 0  # the largest in any look, and the samples that were looked at
         self._movement = Movement()
         self._trend = Trend()
 
@@ -152,7 +155,7 @@ class Health:
         self._judge_gradient(found.get("aligned"), subject)
         self._judge_head(found, look, subject)
         self._judge_norm(found["student_norm"], look.tokens[0].shape[-1], subject)
-        self._judge_teacher(found, subject)
+        self._judge_teacher(found, look, subject)
         self._judge_window(subject)
         if self.interval.regular(calls) and self._trend.close(found["sum"], calls):
             self._warn(
@@ -222,13 +225,15 @@ class Health:
             )
 
     def _judge_head(self, found: Mapping[str, float], look: Look, subject: Subject) -> None:
-        if self._movement.left_out(found, ready=self._settled and look.probe is not None):
+        left_out = self._movement.left_out(found, ready=self._settled and look.probe is not None)
+        if left_out and NoGradientWarning not in self._warned:  # which is why it stays as it was
             self._warn(
                 HeadNotTrainedWarning(
                     f"The criterion's head has stayed as it was for {self._calls} calls, while {subject.named} moves: "
-                    "the optimiser does not hold it, or holds another copy.\n"
-                    "Build it from [*model.parameters(), *criterion.parameters()], after wrapping and moving both; "
-                    "criterion.check_optimizer(opt) names what is missing."
+                    "nothing trains it.\n"
+                    "Build the optimiser from [*model.parameters(), *criterion.parameters()], after wrapping and "
+                    "moving both; criterion.check_optimizer(opt) names what is missing. If nothing is: is the head "
+                    "frozen, is its learning rate 0, is backward() called on another loss than terms.total?"
                 )
             )
 
@@ -244,7 +249,7 @@ class Health:
                 )
             )
 
-    def _judge_teacher(self, found: Mapping[str, float], subject: Subject) -> None:
+    def _judge_teacher(self, found: Mapping[str, float], look: Look, subject: Subject) -> None:
         if found.get("same_weights"):
             self._warn(
                 SameWeightsWarning(
@@ -252,11 +257,14 @@ class Health:
                     "Stage 2 trains a new model from scratch. If it is to begin with the teacher's weights, go on."
                 )
             )
-        if self._settled and found.get("contrast", 1.0) < _NO_CONTRAST:
-            assert subject.teacher is not None
+        if subject.teacher is None or look.features is None:
+            return
+        self._contrast = max(self._contrast, found["contrast"])
+        self._compared += len(look.features[0])
+        if self._settled and self._compared >= _COMPARED and self._contrast < _NO_CONTRAST:
             self._warn(
                 NoContrastWarning(
-                    f"The condition changes the teacher's features by {found['contrast']:.2g} of their norm only, so "
+                    f"The condition changes the teacher's features by {self._contrast:.2g} of their norm only, so "
                     f"guidance has nothing to work with. Null condition: {subject.teacher.shown_null()}.\n"
                     "Is the null condition right, and was the teacher trained with the condition dropped at random? "
                     "Does the condition reach the teacher's layer, and was the teacher trained for long enough?"

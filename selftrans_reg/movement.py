@@ -28,11 +28,11 @@ class Movement:
     def since_start(self, heads: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
         """Whether heads and layers differ from what they were at the first call of this; 0-d, bool.
 
-        Nothing at that first call, where one of the two trains nothing, and once :meth:`left_out` knows.
+        Nothing at that first call, where the layers train nothing, and once :meth:`left_out` knows.
         """
         if not self._watching:
             return {}
-        now = _values(heads.parameters()), _values(p for layer in layers for p in layer.parameters())
+        now = _values(heads.parameters(), True), _values(p for layer in layers for p in layer.parameters())
         if self._start is None:
             rounds = self._late and any(p.dtype in (torch.bfloat16, torch.float16) for p in heads.parameters())
             self._start = now

@@ -288,6 +288,16 @@ class TestNoFalseAlarm:
             run.steps(1)
         assert run.said == []
 
+    def test_where_a_loop_drops_conditions_itself_and_a_batch_has_no_other_inside(self) -> None:
+        class Drops(Run):
+            def batch(self, times: list[float] = TIMES) -> Batch:
+                b = super().batch(times)
+                return b if self.done == 2 else b._replace(y=torch.full_like(b.y, NULL_CLASS))
+
+        run = Drops(health_interval=1)
+        assert run.steps(40) == []
+        assert run.criterion.measures["contrast"] == 0.0
+
     def test_with_weight_0_the_loops_own_loss_may_be_what_trains(self) -> None:
         class Own(Run):
             def loss(self, terms: st.LossTerms, own: Tensor) -> Tensor:
@@ -314,10 +324,16 @@ class TestFaults:
         run.steps(40)
         run.warned(
             HeadNotTrainedWarning,
-            "head has stayed as it was for 20 calls, while layer 'blocks.1' moves",
+            "head has stayed as it was for 20 calls, while layer 'blocks.1' moves: nothing trains it.",
             "[*model.parameters(), *criterion.parameters()], after wrapping and moving both",
-            "criterion.check_optimizer(opt) names what is missing",
+            "criterion.check_optimizer(opt) names what is missing. If nothing is",
         )
+
+    def test_a_head_that_is_frozen(self) -> None:
+        run = Run()
+        run.criterion.requires_grad_(False)
+        run.steps(25)
+        run.warned(HeadNotTrainedWarning, "is the head frozen, is its learning rate 0")
 
     def test_it_is_seen_after_a_resumption_too(self) -> None:
         first = Run()
@@ -334,7 +350,7 @@ class TestFaults:
                 return own
 
         run = Own()
-        run.steps(15)
+        run.steps(40)  # the head does not move either, but that is no other fault
         run.warned(
             NoGradientWarning,
             "A backward pass reached layer 'blocks.1' without the alignment's gradient",
@@ -396,6 +412,17 @@ class TestFaults:
             f"Null condition: y = {NULL_CLASS}." if ignored == "by the model" else "Null condition: y = function.",
             "dropped at random",
         )
+
+    def test_contrast_is_not_judged_by_a_few_samples(self) -> None:
+        class Drops(Run):
+            def batch(self, times: list[float] = TIMES) -> Batch:
+                b = super().batch(times)
+                return b._replace(y=torch.full_like(b.y, NULL_CLASS))
+
+        run = Drops(health_interval=25)
+        assert run.steps(74) == []  # three of each look in the calls 1, 2, 3, 25 and 50
+        run.steps(1)
+        run.warned(NoContrastWarning)
 
     def test_a_student_that_begins_as_the_teacher(self) -> None:
         model = student()
@@ -482,7 +509,7 @@ class TestNotFinite:
             run,
             "The student's layer 'blocks.1' gave NaN or inf in 4 of 4 samples",
             "in 1 of its parameters already: 'blocks.0.fc1.weight'",
-            "earlier checkpoint",
+            "Go back to an earlier checkpoint and set health_interval=1",
         )
 
     def test_a_student_that_is_called_with_nan(self) -> None:
@@ -512,6 +539,7 @@ class TestNotFinite:
             "The teacher's layer 'blocks.2' gave NaN or inf with the null condition in 3 of 3 samples, at noise "
             "fractions from 0.42 to 0.65.",
             "'y_embedder.weight'",
+            "A teacher does not train: its checkpoint has them already",
         )
 
     def test_a_head_whose_weights_are_gone(self) -> None:
@@ -523,6 +551,20 @@ class TestNotFinite:
         run, b = Run(1, check_interval=None), noisy_batch(TIMES)
         b.latents[0] = torch.inf
         self.refused(run, "The latents to align with hold NaN or inf in 1 of 3 samples, at noise fraction 0.65.", b=b)
+
+    def test_what_begins_between_two_looks_is_found_where_the_advice_says(self) -> None:
+        """By the next look the student's weights are gone too; looked at in every call, the teacher is named."""
+
+        def run_to_the_end(interval: int) -> str:
+            run = Run(teacher=new_teacher(OverflowingDiT(2)), health_interval=interval)
+            run.steps(3, times=[0.35, 0.5, 0.52])  # none of them overflows
+            with pytest.raises(NotFiniteError) as error:
+                run.steps(7)
+            return str(error.value)
+
+        assert "The student's layer 'blocks.1'" in run_to_the_end(10)
+        assert "set health_interval=1: the call in which it begins then says where" in run_to_the_end(10)
+        assert "The teacher's layer 'blocks.2' gave NaN" in run_to_the_end(1)
 
     def test_it_is_found_at_the_interval(self) -> None:
         run = Run(health_interval=5)
