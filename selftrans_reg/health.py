@@ -134,7 +134,7 @@ class Health:
         self.measures["student_norm"] = _mean_norm(look.tokens)
         if look.features is not None and look.target is not None:
             conditional, unconditional = look.features
-            self.measures["contrast"] = (conditional - unconditional).norm() / conditional.norm()
+            self.measures["contrast"] = _norm(conditional - unconditional) / _norm(conditional)
             self.measures["target_norm"] = _mean_norm([look.target])
 
     def judge(self, look: Look, calls: int, alignment: Tensor, subject: Subject) -> None:
@@ -283,6 +283,12 @@ class Health:
                     "every sample."
                 )
             )
+
+
+def _norm(tensor: Tensor) -> Tensor:
+    """The Euclidean norm of all values; 0-d, float32: in float16 that of finite features may be inf."""
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=torch.float32)
+    return norm
 
 
 def _mean_norm(tokens: Sequence[Tensor]) -> Tensor:

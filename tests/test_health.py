@@ -39,6 +39,7 @@ from selftrans_reg.errors import (
     NotFiniteError,
     SameWeightsWarning,
 )
+from selftrans_reg.health import Health, Look
 
 # t of SiT, where 1 is data: three of the four are inside the default window.
 TIMES = [0.35, 0.5, 0.58, 0.9]
@@ -107,6 +108,15 @@ class TestMeasures:
             assert measures[name].shape == ()
             assert not measures[name].requires_grad
             torch.testing.assert_close(measures[name], value.detach(), rtol=1e-5, atol=1e-6)
+
+    def test_in_float16_the_norm_of_all_features_does_not_overflow(self) -> None:
+        f_u = torch.full((8, 64, 64), 900.0)
+        health = Health(1)
+        health.measure(
+            Look(torch.zeros(()), None, [f_u.half()], features=((1.25 * f_u).half(), f_u.half()), target=f_u)
+        )
+        assert health.measures["contrast"].item() == pytest.approx(0.2, rel=1e-3)
+        assert health.measures["target_norm"].item() == pytest.approx(900 * 8)
 
     def test_stage_1_has_no_teacher_to_measure(self) -> None:
         run = Run(1)
