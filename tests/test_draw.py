@@ -300,9 +300,25 @@ class TestReport:
         cka = panel(drawn[0], "CKA").images[0].get_array()
         proposed = report.guidance_scales.index(report.recipe.guidance_scale)
         assert cka[1, 3] == pytest.approx(report.alignment[proposed][1][3])
+        shown = [text.get_text() for text in panel(drawn[0], "CKA").texts]
+        assert shown == [f"{value:.2f}" for row in report.alignment[proposed] for value in row]
         labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
-        assert labels == ["noise fraction 0.3", "noise fraction 0.6", "chance", "student layer", "teacher layer"]
+        lines = ["noise fraction 0.3", "noise fraction 0.6", "chance", "student layer", "teacher layer"]
+        assert labels == [*lines, "proposed"]
         assert (tmp_path / "report.png").stat().st_size > 10_000
+
+    def test_what_was_not_measured_has_no_number_and_many_layers_have_none(
+        self, tmp_path: Path, drawn: list[Figure]
+    ) -> None:
+        batch = (torch.randn(40, 4, 8, 8), torch.arange(40) % 4)
+        broken, deep = ToyDiT(), ToyDiT(depth=13)
+        broken.blocks[3].fc2.bias.data[0] = torch.nan
+        for model in (broken, deep):
+            st.layer_report(model, [batch], **self.SETTINGS).draw(tmp_path / "report.png")
+        for title in ("CKA", "k-NN of $f_g$"):
+            cells = panel(drawn[0], title).images[0].get_array()
+            assert len(panel(drawn[0], title).texts) == np.isfinite(cells).sum() < cells.size
+            assert len(panel(drawn[1], title).texts) == 0
 
     def test_it_does_without_labels_and_null_condition(self, tmp_path: Path, drawn: list[Figure]) -> None:
         x, y = torch.randn(40, 4, 8, 8), torch.arange(40) % 4

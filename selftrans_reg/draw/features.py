@@ -106,6 +106,7 @@ def draw_features(
         axes.set_axis_off()
     for axes, (title, picture) in zip(inputs, pictures.items(), strict=False):  # beside the first two layers
         show(axes, tile(picture, columns, gap=max(1, picture.shape[1] // 8)), title)
+    figure.get_layout_engine().set(wspace=0.1, hspace=0.12)  # or samples of one layer and the next run together
     cells = right.subplots(len(names), len(scales), squeeze=False)
     for row, name in enumerate(names):
         for column, scale in enumerate(scales):

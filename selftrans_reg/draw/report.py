@@ -10,6 +10,8 @@ from typing import Any
 from ..report.result import LayerReport, Measure
 from .figures import new_figure, save_figure
 
+_MOST_NUMBERED = 12  # layers
+
 
 def draw_report(report: LayerReport, path: str | PathLike[str]) -> None:
     """Draw a report: how well each layer knows the labels, contrast, rank, size, and alignment; the proposal marked.
@@ -22,7 +24,7 @@ def draw_report(report: LayerReport, path: str | PathLike[str]) -> None:
     labelled = report.chance is not None and report.classes != 1
     guided = len(report.guidance_scales) > 1
     figure = new_figure(13, 7.2 if labelled or guided else 3.8)
-    first_panel, *_ = all_panels = figure.subplots(2 if labelled or guided else 1, 3).flatten()
+    all_panels = figure.subplots(2 if labelled or guided else 1, 3).flatten()
     panels = iter(all_panels)
     if labelled:
         _profile(next(panels), report, "probe", f"Linear probe {own}", first, percent=True)
@@ -34,8 +36,9 @@ def draw_report(report: LayerReport, path: str | PathLike[str]) -> None:
     _alignment_panel(next(panels), report)
     for axes in panels:
         axes.set_axis_off()
-    handles, labels = first_panel.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), fontsize=8)
+    named = [pair for axes in all_panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
+    legend = {label: handle for handle, label in named}
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), fontsize=8)
     figure.suptitle(f"{_plain(report.model)}, {report.samples:,} samples", fontsize=11)
     save_figure(figure, path)
 
@@ -89,6 +92,7 @@ def _scale_panel(axes: Any, report: LayerReport, measure: Measure) -> None:
     image = [[math.nan if value is None else factor * value for value in row] for row in values]
     shown = axes.imshow(image, aspect="auto", cmap="viridis", vmin=0, vmax=100 if measure == "knn" else None)
     axes.figure.colorbar(shown, ax=axes)
+    _numbers(axes, shown, image, ".0f" if measure == "knn" else ".3g")
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales], fontsize=8)
     axes.set_xlabel("guidance scale w", fontsize=8)
     _layer_axis(axes, report.layers, which="y")
@@ -106,6 +110,7 @@ def _alignment_panel(axes: Any, report: LayerReport) -> None:
     image = [[math.nan if value is None else value for value in row] for row in matrix]
     shown = axes.imshow(image, vmin=0, vmax=1, cmap="magma")
     axes.figure.colorbar(shown, ax=axes)
+    _numbers(axes, shown, image, ".2f")
     _layer_axis(axes, report.layers)
     _layer_axis(axes, report.layers, which="y")
     axes.set_title(f"CKA: $f_c$ (row) with $f_g$ (column), w = {scale:g}", fontsize=10)
@@ -113,6 +118,20 @@ def _alignment_panel(axes: Any, report: LayerReport) -> None:
         _frame(axes, report.layers.index(plan.teacher_layer), report.layers.index(plan.student_layer))
 
 
+def _numbers(axes: Any, shown: Any, values: Sequence[Sequence[float]], form: str) -> None:
+    """Each cell's value in it, where there is room: near values are hard to tell by their colours."""
+    if len(values) > _MOST_NUMBERED:
+        return
+    for row, line in enumerate(values):
+        for column, value in enumerate(line):
+            if math.isnan(value):
+                continue
+            red, green, blue, _ = shown.to_rgba(value)
+            colour = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+            axes.text(column, row, f"{value:{form}}", color=colour, fontsize=7, ha="center", va="center")
+
+
 def _frame(axes: Any, column: int, row: int) -> None:
     x, y = column - 0.5, row - 0.5
-    axes.plot([x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y], color="red", linewidth=1.5, clip_on=False)
+    corners = [x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y]
+    axes.plot(*corners, color="red", linewidth=1.5, clip_on=False, label="proposed")
