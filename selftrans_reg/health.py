@@ -36,7 +36,7 @@ _SETTLED = 20
 _NO_CONTRAST = 1e-3
 # A loop may drop conditions itself, and a small batch may have no other inside. So many are hardly ever all dropped.
 _COMPARED = 16
-# Norms grow some ten times while a diffusion transformer trains. Both must be passed: a layer may begin near 0.
+# Norms grow while a diffusion transformer trains, by far less. Both must be passed: a layer may begin near 0.
 _GROWN, _LARGE = 100.0, 100.0
 # A window that takes in 1 % of all samples stays empty for so many with a probability of 2e-9.
 _EMPTY_CALLS, _EMPTY_SAMPLES = 100, 2000
