@@ -189,6 +189,7 @@ def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
         num_heads=run.num_heads,
         num_classes=run.num_classes,
     )
+    run.weights = found.entry or "bare"  # a state dict alone does not say which they are
     vae = open_vae(run, found)
     convention, path = time_of(run, found), path_of(run, found)
     null = sit.num_classes if found.settings["class_dropout_prob"] else None
@@ -282,7 +283,7 @@ def finish(run: argparse.Namespace, sampler: Sampler, folder: Path, npz: Path) -
     grid = tile(torch.from_numpy(np.stack(shown)) / 255, GRID_COLUMNS, gap=2)
     write_png((grid * 255).round().astype(np.uint8), run.out / "grid.png")
     print(
-        f"{run.num_samples:,} images of {run.checkpoint} ({run.weights}): {folder}, {npz} and {run.out / 'grid.png'}."
+        f"{run.num_samples:,} images of {run.checkpoint} ({run.weights} weights): {folder}, {npz} and {run.out / 'grid.png'}."
     )
 
 

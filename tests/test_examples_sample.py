@@ -252,6 +252,9 @@ def test_a_model_of_the_sit_repository_is_turned_around(run_folder: Path, tmp_pa
     with torch.no_grad():
         assert torch.equal(sampler_of(*known, "--time=repa").model(x, t, y), plain(x, t, y))
         assert torch.equal(sampler_of(*known, "--time=sit").model(x, t, y), -plain(x, 1 - t, y))
+    assert sampler_of(*known, "--time=sit").run.weights == "ema"
+    torch.save(plain.state_dict(), tmp_path / "bare.pt")
+    assert sampler_of(f"--checkpoint={tmp_path / 'bare.pt'}", *known[1:], "--time=sit").run.weights == "bare"
     with pytest.raises(SettingError, match=r"in the convention 'repa'.\nFound: --time sit. Leave it out"):
         sampler_of(f"--checkpoint={run_folder}", "--time=sit")
 
