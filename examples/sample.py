@@ -282,9 +282,8 @@ def finish(run: argparse.Namespace, sampler: Sampler, folder: Path, npz: Path) -
     shown = [np.asarray(Image.open(png)) for png in pngs[: GRID_COLUMNS * GRID_ROWS]]
     grid = tile(torch.from_numpy(np.stack(shown)) / 255, GRID_COLUMNS, gap=2)
     write_png((grid * 255).round().astype(np.uint8), run.out / "grid.png")
-    print(
-        f"{run.num_samples:,} images of {run.checkpoint} ({run.weights} weights): {folder}, {npz} and {run.out / 'grid.png'}."
-    )
+    made = f"{run.num_samples:,} images of {run.checkpoint} ({run.weights} weights)"
+    print(f"{made}: {folder}, {npz} and {run.out / 'grid.png'}.")
 
 
 if __name__ == "__main__":
