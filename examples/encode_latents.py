@@ -21,6 +21,7 @@ from common.image_folder import ImageFolder, list_images
 from common.latent_shards import OpenShard, Shard, moment_names, shard_name, write_shard
 from common.options import at_least
 from common.shard_index import Index, open_folder
+from common.tf32 import tf32
 from common.training import progress
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -202,7 +203,7 @@ def main(argv: list[str] | None = None) -> None:
     if here.rank == 0 and found.others:
         print(f"{run.images}: not encoded are {len(found.others)} files of other kinds, such as {found.others[0]}")
     device = f"cuda:{here.local_rank}" if run.device == "cuda" else run.device
-    with torch.backends.cudnn.flags(allow_tf32=run.precision == "tf32"):  # convolutions use it unless told not to
+    with tf32(run.precision == "tf32"):
         bad = encode(run, vae.to(device), found, index, shards, show=here.rank == 0)
     if bad and not run.skip_bad:
         raise DataError(

@@ -154,6 +154,23 @@ def test_workers_and_the_number_of_processes_change_nothing(
     assert same(open_latents(tmp_path / "latents"), open_latents(finished))
 
 
+@pytest.mark.parametrize("precision", ["fp32", "tf32"])
+def test_tf32_is_used_when_asked_for_and_cudnn_in_any_case(
+    source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    posterior, seen = encode_latents.posterior, set()
+
+    def watched(*given: Any) -> Any:
+        cudnn = torch.backends.cudnn
+        seen.add((cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+        return posterior(*given)
+
+    monkeypatch.setattr(encode_latents, "posterior", watched)
+    run(source, tmp_path / "out", f"--precision={precision}")
+    asked = precision == "tf32"
+    assert seen == {(True, asked, "high" if asked else "highest")}
+
+
 def test_half_precision_is_close_and_stored_in_half_the_room(source: Source, finished: Path, tmp_path: Path) -> None:
     mean, std, _ = items(open_latents(finished))
     run(source, tmp_path / "stored", "--store=float16")
