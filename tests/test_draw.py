@@ -129,11 +129,13 @@ def test_tiles_go_row_by_row_with_a_white_gap() -> None:
 def test_panels_are_written(tmp_path: Path) -> None:
     red = np.zeros((4, 4, 3), dtype=np.float32)
     red[..., 0] = 1
-    save_panels({"first": {"a": red, "b": torch.zeros(4, 4, 3)}, "second": {"c": red}}, tmp_path / "picture.png")
-    written = matplotlib.image.imread(tmp_path / "picture.png")[..., :3]
+    save_panels(
+        {"first": {"a": red, "b": torch.zeros(4, 4, 3)}, "second": {"c": red}}, tmp_path / "new" / "picture.png"
+    )
+    written = matplotlib.image.imread(tmp_path / "new" / "picture.png")[..., :3]
     assert (written == [1, 0, 0]).all(-1).mean() > 0.05
     assert (written == [0, 0, 0]).all(-1).mean() > 0.05
-    assert [entry.name for entry in tmp_path.iterdir()] == ["picture.png"]
+    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["picture.png"]
 
 
 class TestFeatures:

@@ -372,6 +372,23 @@ class TestUntouched:
         for row, other in zip(half.rows, whole.rows, strict=True):
             assert (row.contrast, row.norm) == pytest.approx((other.contrast, other.norm), rel=0.1)
 
+    @pytest.mark.parametrize("way", ["a wrapper", "in place"])
+    def test_a_model_that_is_compiled_and_has_run_is_measured_as_it_is(self, way: str) -> None:
+        model, compiled = ToyDiT().eval(), ToyDiT().eval()
+        if way == "a wrapper":
+            compiled = torch.compile(compiled, backend="eager")
+        else:
+            compiled.compile(backend="eager")
+        x, y = torch.randn(20, 4, 8, 8), torch.arange(20) % 4
+        with torch.no_grad():
+            before = compiled(x, torch.rand(20), y).shape
+        try:
+            found = st.layer_report(compiled, [(x, y)], time="repa", null={"y": 10})
+            assert compiled(x, torch.rand(20), y).shape == before
+        finally:
+            torch.compiler.reset()
+        assert found.rows == st.layer_report(model, [(x, y)], time="repa", null={"y": 10}).rows
+
     def test_a_criterion_on_the_same_model_does_not_notice(self) -> None:
         model = ToyDiT()
         criterion = st.SelfTransLoss.stage1(
@@ -515,9 +532,9 @@ class TestFiles:
         assert str(again) == str(report)
         assert again.recipe == report.recipe
         assert again.recipe.reasons == report.recipe.reasons
-        again.save(tmp_path / "again.json")
-        assert (tmp_path / "again.json").read_text() == (tmp_path / "report.json").read_text()
-        assert {entry.name for entry in tmp_path.iterdir()} == {"report.json", "again.json"}
+        again.save(tmp_path / "new" / "folder" / "again.json")
+        assert (tmp_path / "new/folder/again.json").read_text() == (tmp_path / "report.json").read_text()
+        assert [entry.name for entry in (tmp_path / "new/folder").iterdir()] == ["again.json"]
         content = json.loads((tmp_path / "report.json").read_text())
         assert content["kind"] == "layer report"
         assert content["library_version"] == st.__version__

@@ -32,8 +32,9 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def save_figure(figure: Any, path: str | PathLike[str]) -> None:
-    """Write under another name of the same ending, then rename: the file is always whole."""
+    """Write under another name of the same ending, then rename: always whole. The folder is made if there is none."""
     file = Path(path)
+    file.parent.mkdir(parents=True, exist_ok=True)
     partial = file.with_name(f"{file.stem}.partial{file.suffix}")
     figure.savefig(partial, dpi=_DPI)
     partial.replace(file)

@@ -21,9 +21,10 @@ _LONGEST = 1 << 16
 
 
 def save_report(report: LayerReport, path: Path) -> None:
-    """Write under another name, then rename: the file is always whole."""
+    """Write under another name, then rename: the file is always whole. Its folder is made if there is none."""
     content = {"kind": "layer report", "format_version": _FORMAT, "library_version": library_version()}
     content |= dataclasses.asdict(report)
+    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(_rounded(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
     partial.replace(path)

@@ -51,8 +51,8 @@ def layer_report(
     """Measure the layers of a model on noisy inputs, and propose student layer, teacher layer and guidance scale.
 
     The model runs once for each batch and noise fraction, on condition and null condition as one doubled batch, and all
-    layers are read in that one forward: without gradients, in eval mode, under the autocast that is active. Afterwards
-    the model, its mode and the global random state are as they were.
+    layers are read in that one forward: without gradients, in eval mode, under the autocast that is active, and what
+    is compiled runs as it was before. Afterwards the model, its mode and the global random state are as they were.
 
     The teacher is proposed among the layers of the model that is measured: measure a stage-1 model. Kept are, of each
     sample, the means over each layer's tokens, on the CPU: 8 bytes × samples × layers × noise fractions × D.

@@ -192,7 +192,8 @@ class LayerReader:
     def _tokens(self, call: Call, arguments: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
         args, kwargs = self.spec.arguments(arguments)
         with FeatureTap(self.model, self.layers, select=self.select, tokens=self.tokens) as tap:
-            self.model(*args, **kwargs)
+            with torch.compiler.set_stance("force_eager"):  # what was compiled before has no hook in it
+                self.model(*args, **kwargs)
             found = tap.pop()
         assert isinstance(found, dict)
         rows = call.rows if self.null is None else 2 * call.rows
