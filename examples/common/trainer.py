@@ -33,7 +33,8 @@ Denoise = Callable[[nn.Module, Tensor, Condition], Tensor]
 Draw = Callable[[nn.Module, Path], None]
 
 # gloo's thread needs the interpreter's lock to let go of the last barrier. A process that ends before waits for that
-# thread with the lock held, which is for ever.
+# thread with the lock held, which is for ever, or is aborted. Destroying the group does not end the thread: DDP's
+# wrappers keep the group, and so do defaults of torch.distributed.nn's functions.
 _GLOO_PAUSE = 0.5  # seconds
 
 # What the console shows of a line of the log.
