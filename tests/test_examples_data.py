@@ -1,8 +1,11 @@
 """The examples' digits: real, split once and for all, batched in the seed's order."""
 
+import pytest
 import torch
 from common.data import LatentData, digits, shuffled_batches
 from sklearn.datasets import load_digits
+
+from selftrans_reg.errors import SettingError
 
 
 def test_the_digits_are_sklearns_split_without_overlap() -> None:
@@ -53,3 +56,9 @@ def test_latents_are_drawn_from_their_posterior_and_scaled() -> None:
     torch.testing.assert_close(latents.mean((1, 2, 3)), 2.0 * found, atol=0.1, rtol=0)
     torch.testing.assert_close(latents.std((1, 2, 3)), torch.ones(4), atol=0.07, rtol=0)
     assert not torch.equal(latents, again)
+
+
+def test_fewer_latents_than_a_batch_are_an_error() -> None:
+    data = LatentData(torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 2, 2), torch.arange(4), scale=1.0)
+    with pytest.raises(SettingError, match="no batch"):
+        next(data.batches(batch_size=5, seed=0))

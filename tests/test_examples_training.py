@@ -11,6 +11,7 @@ from common.training import Training, TrainSettings, averaged_copy, endless, tra
 from torch import Tensor, nn
 
 import selftrans_reg as st
+from selftrans_reg.errors import SettingError
 
 SETTINGS = TrainSettings(steps=22, lr=1e-3, warmup_steps=4, ema_decay=0.9)
 
@@ -144,3 +145,14 @@ def test_after_every_step_the_caller_is_told() -> None:
     assert told == [1, 2, 3]
     assert result.ema is ema.module
     assert not torch.equal(result.ema.x_embedder.proj.weight, model.x_embedder.proj.weight)
+
+
+def test_epochs_follow_each_other_and_one_without_a_batch_is_an_error() -> None:
+    found = endless("ab")
+    assert [next(found) for _ in range(5)] == [*"ababa"]
+    with pytest.raises(SettingError, match="no batch(.|\\n)*a smaller batch"):
+        next(endless([]))
+    used_up = endless(iter("a"))
+    assert next(used_up) == "a"
+    with pytest.raises(SettingError, match="no batch"):
+        next(used_up)

@@ -10,6 +10,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from common.training import endless
+
 NUM_DIGIT_CLASSES = 10
 
 # A quarter is enough to judge the classifier and to see the floor of the distance; the rest is little to train on.
@@ -72,6 +74,5 @@ class LatentData(NamedTuple):
         The order is the seed's; the noise is drawn from the global generator, anew each time.
         """
         batches = shuffled_batches(self.mean, self.std, self.labels, batch_size=batch_size, seed=seed)
-        while True:
-            for mean, std, labels in batches:
-                yield self.scale * (mean + std * torch.randn_like(mean)), labels
+        for mean, std, labels in endless(batches):
+            yield self.scale * (mean + std * torch.randn_like(mean)), labels

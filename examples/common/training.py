@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 import selftrans_reg as st
+from selftrans_reg.errors import SettingError
 
 Item = TypeVar("Item")
 Denoise = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -21,9 +22,20 @@ _LOG_EVERY = 20
 
 
 def endless(batches: Iterable[Item]) -> Iterator[Item]:
-    """The batches of one epoch after another."""
+    """The batches of one epoch after another.
+
+    Raises:
+        SettingError: If an epoch has none.
+    """
     while True:
-        yield from batches
+        empty = True
+        for item in batches:
+            empty = False
+            yield item
+        if empty:
+            raise SettingError(
+                "An epoch has no batch.\nFewer samples than one batch make none: take more of them, or a smaller batch."
+            )
 
 
 def progress(items: Iterable[Item], title: str) -> "tqdm[Item]":
