@@ -150,7 +150,7 @@ def test_after_every_step_the_caller_is_told() -> None:
 def test_epochs_follow_each_other_and_one_without_a_batch_is_an_error() -> None:
     found = endless("ab")
     assert [next(found) for _ in range(5)] == [*"ababa"]
-    with pytest.raises(SettingError, match="no batch(.|\\n)*a smaller batch"):
+    with pytest.raises(SettingError, match="no batch"):
         next(endless([]))
     used_up = endless(iter("a"))
     assert next(used_up) == "a"
