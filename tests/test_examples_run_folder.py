@@ -33,6 +33,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
         with pytest.raises(SettingError, match=match):
             open_run_folder(tmp_path, {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.jpg"]
+    with pytest.raises(SettingError, match="is a file, and a run needs a folder"):
+        open_run_folder(tmp_path / "holiday.jpg", {})
 
 
 def test_work_is_done_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,3 +13,21 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def within(low: float, high: float) -> Callable[[str], float]:
+    """An argparse type: a number from ``low`` to ``high``."""
+
+    def number(text: str) -> float:
+        if not low <= float(text) <= high:
+            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}; got {text}")
+        return float(text)
+
+    return number
+
+
+def positive(text: str) -> float:
+    """An argparse type: a number above 0."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
+    return float(text)

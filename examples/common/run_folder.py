@@ -23,8 +23,10 @@ def open_run_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder of a run, or make sure that the one that is there was made with the same settings.
 
     Raises:
-        SettingError: If the folder holds something else: another run, or files that no run made.
+        SettingError: If the folder holds something else: another run, or files that no run made; or it is a file.
     """
+    if folder.exists() and not folder.is_dir():
+        raise SettingError(f"--out {folder} is a file, and a run needs a folder.\nName another with --out.")
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     path = folder / _SETTINGS
     if path.exists():

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from common.options import at_least
+from common.options import at_least, positive, within
 from selftrans_reg.errors import SettingError
 
 # What only some stages have; None unless given.
@@ -65,12 +65,12 @@ def add_training_options(parser: argparse.ArgumentParser) -> None:
     group("--steps", type=at_least(1), help="in all; more steps go on with a run")
     group("--batch-size", type=at_least(1), help="over all processes and micro-batches, default 256")
     group("--micro-batches", type=at_least(1), default=1, help="parts of a process's batch, to save memory")
-    group("--lr", type=float)
-    group("--betas", type=float, nargs=2, default=[0.9, 0.999])
-    group("--weight-decay", type=float, default=0.0)
+    group("--lr", type=within(0, 1))
+    group("--betas", type=within(0, 1), nargs=2, default=[0.9, 0.999])
+    group("--weight-decay", type=within(0, 1), default=0.0)
     group("--warmup-steps", type=at_least(0))
-    group("--clip", type=float, default=1.0)
-    group("--ema-decay", type=float)
+    group("--clip", type=positive, default=1.0, help="largest norm of the gradient; inf for any")
+    group("--ema-decay", type=within(0, 1))
     group("--precision", choices=["fp16", "bf16", "no"], help="default fp16, as published; no on a CPU")
     group("--tf32", action=argparse.BooleanOptionalAction, default=True, help="for what is float32 on a GPU")
     group("--compile", action="store_true", help="compile the blocks of model and teacher")

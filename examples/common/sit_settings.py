@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 import selftrans_reg as st
-from common.options import at_least
+from common.options import at_least, within
 from common.paths import PATHS
 from common.run_options import add_alignment_options, add_run_options, add_training_options, complete
 from common.sit import PATCH_SIZES, SIZES, SiT, build_sit
@@ -41,7 +41,7 @@ def options(argv: list[str] | None, description: str) -> argparse.Namespace:
     group = parser.add_argument_group("the model").add_argument
     group("--qk-norm", action=argparse.BooleanOptionalAction, help="default off; on with --recipe released")
     group("--learn-sigma", action=argparse.BooleanOptionalAction, default=False, help="SiT's doubled output")
-    group("--class-dropout", type=float, default=0.1)
+    group("--class-dropout", type=within(0, 1), default=0.1)
     group("--num-classes", type=at_least(1), help="default: the data's")
     group("--path", choices=list(PATHS), default="linear")
     add_alignment_options(parser, "blocks")
