@@ -22,12 +22,10 @@ from common.prompts import PromptSampler, encoded_prompts
 from common.run_folder import open_run_folder
 from common.run_options import CHANGEABLE
 from common.samplers import Guidance
-from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion
+from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion, start_from
 from common.text_features import load_text_encoder
 from common.trainer import LongRun, Trainer, new_accelerator
 from common.vae import load_vae
-
-from selftrans_reg.checkpoints import load_weights
 
 # What the pictures are of may change, too, when a run goes on.
 FREE = (*CHANGEABLE, "prompts", "text_encoder")
@@ -89,7 +87,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     torch.manual_seed(run.seed)
     model = new()
     if run.init is not None:
-        load_weights(model, run.init)
+        start_from(run.init, model, accelerator.print)
     backbone = Backbone(
         new,
         null={"context": data.empty},

@@ -22,12 +22,11 @@ from common.run_options import CHANGEABLE
 from common.sample_grid import SampleGrid
 from common.sit import SiT
 from common.sit_settings import new_sit, options, settle
-from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion
+from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion, start_from
 from common.trainer import LongRun, Trainer, new_accelerator
 from common.vae import load_vae
 from diffusers import AutoencoderKL
 
-from selftrans_reg.checkpoints import load_weights
 from selftrans_reg.errors import SettingError
 
 Data = LatentFolder | MemoryLatents | RandomLatents
@@ -87,7 +86,7 @@ def main(argv: list[str] | None = None) -> Trainer:
     torch.manual_seed(run.seed)
     model = new()
     if run.init is not None:
-        load_weights(model, run.init)
+        start_from(run.init, model, accelerator.print)
     shape = (data.channels, data.size, data.size)
     backbone = Backbone(
         new,

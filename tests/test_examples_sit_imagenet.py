@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import encode_latents
 import numpy as np
 import pytest
 import sit_imagenet
@@ -20,6 +21,7 @@ from common.data import LabelledImages, digits
 from common.load_sit import sit_from_checkpoint
 from common.sit_settings import options, settle
 from common.trainer import Trainer
+from common.vae import new_vae
 from long_runs import differences, lines, own_state
 from PIL import Image
 
@@ -180,11 +182,17 @@ def backend(name: str) -> Iterator[None]:
 
 # Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that pytest undoes.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_a_run_starts_from_the_weights_of_another(tmp_path: Path, runs: Path) -> None:
+def test_a_run_starts_from_the_weights_of_another(
+    tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     weights = torch.load(checkpoint(runs / "vae"), weights_only=True)["ema"]
-    arguments = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", f"--init={checkpoint(runs / 'vae')}"]
+    theirs = {"ema": weights | {f"projectors.0.{i}.weight": torch.ones(2, 2) for i in (0, 2, 4)}, "steps": 9}
+    torch.save(theirs, tmp_path / "repa.pt")
+    arguments = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", f"--init={tmp_path / 'repa.pt'}"]
     with backend("eager"):
         run(tmp_path / "new", *arguments, "--lr=0", "--compile", stage="baseline", steps=1)
+    printed = capsys.readouterr().out
+    assert f"the ema weights in {tmp_path / 'repa.pt'}; 3 weights of projection heads are left out." in printed
     found = torch.load(checkpoint(tmp_path / "new", 1), weights_only=True)["model"]
     assert found.keys() == weights.keys()
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
@@ -272,6 +280,34 @@ def test_repas_layout_trains_and_bad_files_are_left_out_on_request(tmp_path: Pat
         run(tmp_path / "c", *arguments, "--skip-bad", "--resolution=256", stage="vae")
     with pytest.raises(SelfTransError, match=r"the label 2 is not in 0 \.\. 1"):
         run(tmp_path / "d", *arguments, "--num-classes=2", stage="vae")
+
+
+def test_encoded_images_train_and_their_vae_draws_the_samples(tmp_path: Path) -> None:
+    for index in range(6):
+        path = tmp_path / "images" / "ab"[index % 2] / f"{index}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(index).integers(256, size=(16, 16, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path)
+    with torch.random.fork_rng():
+        vae = new_vae(image_size=16, image_channels=3, widths=(8, 8, 8))
+    vae.register_to_config(scaling_factor=0.3)
+    vae.save_pretrained(tmp_path / "vae")
+    latents = tmp_path / "latents"
+    encode_latents.main([
+        str(tmp_path / "images"), f"--out={latents}", f"--vae={tmp_path / 'vae'}", "--size=16", "--flip",
+        "--shard-images=4", "--workers=0", "--device=cpu",
+    ])  # fmt: skip
+    arguments = [f"--data={latents}", f"--vae={tmp_path / 'vae'}", "--model=demo", "--workers=0", "--batch-size=12"]
+    run(tmp_path / "run", *arguments, "--sample-every=1", "--sample-steps=1", stage="vae", steps=1)  # mirrored, too
+    args = torch.load(checkpoint(tmp_path / "run", 1), weights_only=True)["args"]
+    assert (args["num_classes"], args["scale_factor"], args["input_size"]) == (2, 0.3, 4)
+    assert args["vae"] == str(tmp_path / "vae")
+    with Image.open(tmp_path / "run" / "samples" / "0000001.png") as picture:
+        assert picture.mode == "RGB"
+    latents.joinpath("latents-00001.safetensors").unlink()
+    with pytest.raises(SelfTransError, match="1 of 2 shards are missing"):
+        run(tmp_path / "other", *arguments, stage="vae", steps=1)
+    assert not (tmp_path / "other").exists()
 
 
 def test_random_latents_of_either_resolution(tmp_path: Path) -> None:

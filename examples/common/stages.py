@@ -13,6 +13,7 @@ import selftrans_reg as st
 from common.checkpointing import checkpoint_path
 from common.trainer import Condition, Trainer
 from selftrans_reg.artefacts import CONFIG
+from selftrans_reg.checkpoints import load_weights
 from selftrans_reg.errors import SettingError
 
 
@@ -42,6 +43,13 @@ def latents_of(batch: tuple[Tensor, Tensor, Condition], scale: float) -> tuple[T
     """Latents drawn from their posteriors (mean, std), as the model sees them, and what they are conditioned on."""
     mean, std, condition = batch
     return scale * (mean + std * torch.randn_like(mean)), condition
+
+
+def start_from(checkpoint: str, model: nn.Module, say: Callable[[str], None]) -> None:
+    """Load the averaged weights of a checkpoint into a new model, and say what was taken and what left out."""
+    found = load_weights(model, checkpoint)
+    left_out = f"; {len(found.left_out)} weights of projection heads are left out" if found.left_out else ""
+    say(f"Starting from the {found.entry or 'only'} weights in {checkpoint}{left_out}.")
 
 
 def new_criterion(run: argparse.Namespace, model: nn.Module, backbone: Backbone) -> st.SelfTransLoss | None:
