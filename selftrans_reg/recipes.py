@@ -1,4 +1,4 @@
-"""Published settings by model name, and the published rule for models that the paper did not train."""
+"""Published settings by model name; for models that the paper did not train its rule, and what small ones need."""
 
 from __future__ import annotations
 
@@ -29,6 +29,8 @@ _MIN_DEPTH = 3
 _LISTS = (nn.ModuleList, nn.Sequential)
 # Halfway between S and B (12 blocks) and L (24), the sizes that the published number of epochs was given for.
 _LARGE_DEPTH = 18
+# The shallowest model that was published; for shallower ones there is the study of docs/does-it-work.md, on 8 blocks.
+_PUBLISHED_DEPTH = 12
 # ImageNet's 1.28 million images at batch 256.
 _STEPS_PER_EPOCH = 5_000
 _STEPS_NOTE = f"Steps are ImageNet's at batch 256, {_STEPS_PER_EPOCH:,} an epoch: scale them to your batch and data."
@@ -99,7 +101,8 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
     """The published settings of a model by its name, or the published rule applied to a live model.
 
     The rule for a depth of d blocks, counted from 1: stage 1 aligns layer 2, stage 2 teaches layer ``d // 2`` from the
-    teacher's layer ``floor(2 d / 3)``.
+    teacher's layer ``floor(2 d / 3)``. With fewer blocks than any published model, 12, the guidance scale is not the
+    published 30 but 8, from this library's own study.
 
     Args:
         model: A name, such as ``"SiT-B/2"`` or ``"MMDiT"`` (text to image), or a model, wrapped or not, whose blocks
@@ -184,8 +187,12 @@ def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] 
             f"The published rule needs at least {_MIN_DEPTH} blocks; {name} has {len(layers)}: {quoted(layers)}.\n"
             "Choose the layers yourself."
         )
-    note = "Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT')."
-    return _plan(name, layers, variant, _class_to_image(layers), _STEPS_NOTE, note)
+    settings, notes = _class_to_image(layers), [_STEPS_NOTE]
+    if len(layers) < _PUBLISHED_DEPTH:
+        settings["guidance_scale"] = (8.0, "the best of a study with 8 blocks; 30 is published, for 12 and more")
+        notes.append("With 8 blocks guidance helped to the end: try stop_step=None. See the page 'Does it work?'.")
+    notes.append("Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT').")
+    return _plan(name, layers, variant, settings, *notes)
 
 
 def _class_to_image(layers: list[str]) -> _Settings:

@@ -449,10 +449,11 @@ def test_the_lead_is_read_off_the_plain_curve(study: list[dict[str, Any]]) -> No
     found = lead_table(Study.of(study, "made-up")).splitlines()[2:]
     plain = [31, 21, 11]  # and Self-Transcendence 25, 9, 8
     at = 10 + 10 * math.log(plain[0] / 25) / math.log(plain[0] / plain[1])
+    alone, everything = 10 * 150 / (at * 100), (10 * 150 + 20 * 120) / (at * 100)
     assert found == [
-        f"| 10 | 25.0 | {at:.0f} |",
-        "| 20 | 9.0 | later than its end |",
-        "| 40 | 8.0 | later than its end |",
+        f"| Self-Transcendence | 10 | 25.0 | {at:.0f} | {alone:.2f} | {everything:.2f} |",
+        "| Self-Transcendence | 20 | 9.0 | later than its end |  |  |",
+        "| Self-Transcendence | 40 | 8.0 | later than its end |  |  |",
     ]
 
 

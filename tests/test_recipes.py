@@ -140,7 +140,8 @@ def test_rule_on_a_live_model(depth: int) -> None:
     assert layers_of(plan) == tuple(f"blocks.{layer - 1}" for layer in one_based)
     assert plan.depth == depth
     assert plan.stop_step == (100_000 if depth < 18 else 50_000)
-    assert plan.guidance_scale == 30
+    assert plan.guidance_scale == (8 if depth < 12 else 30)
+    assert ("Does it work?" in str(plan)) == (depth < 12)
     assert "see recipe('MMDiT')" in str(plan)
 
 

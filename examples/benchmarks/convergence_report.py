@@ -21,7 +21,9 @@ Cost = Literal["steps", "operations", "seconds"]
 STEPS_GOAL, OPERATIONS_GOAL = 0.6, 0.75  # shares of the plain run in which its final distance should be reached
 MAIN = [str(parse(text)) for study in ("reduced", "peers", "questions") for text in STUDIES[study]]
 EXTERNAL = "repa"  # the one method that is not self-contained
-PLOTTED = [str(parse(text)) for study in ("reduced", "price") for text in STUDIES[study]]
+BEST = "self guidance_scale=8.0 stop=1.0"  # found by the ablations, not fixed beforehand
+TAUGHT = [*(str(parse(text)) for text in ["self", *STUDIES["price"]]), BEST]
+PLOTTED = [*(str(parse(text)) for study in ("reduced", "price") for text in STUDIES[study]), BEST]
 NO_ABLATIONS = "None of them has been run yet."
 MEASURES = {
     "knn_clean": "k-NN, clean",
@@ -190,12 +192,23 @@ def measure_table(study: Study, methods: list[str]) -> str:
 
 
 def lead_table(study: Study) -> str:
-    """What Self-Transcendence has at a step, and when the plain run has it."""
+    """What Self-Transcendence has at a step, when the plain run has it, and what it spent of that one's operations."""
     rows = []
-    for step, found in zip(study.steps, study.curve("self"), strict=True):
-        plain = crossing(study.steps, study.curve("none"), found)
-        rows.append([f"{step:,}", f"{found:.1f}", "later than its end" if plain is None else f"{plain:,.0f}"])
-    return table(["steps of Self-Transcendence", "distance", "steps of the plain run"], rows)
+    for method in study.methods(TAUGHT):
+        own = study.runs[method].values()
+        for step, found in zip(study.steps, study.curve(method), strict=True):
+            plain = crossing(study.steps, study.curve("none"), found)
+            row = [title(parse(method)), f"{step:,}", f"{found:.1f}"]
+            if plain is None:
+                rows.append([*row, "later than its end", "", ""])
+                continue
+            there = study.cost("none", plain, "operations")
+            alone = spent(next(iter(own))["operations"], step)
+            rows.append([
+                *row, f"{plain:,.0f}", f"{alone / there:.2f}", f"{study.cost(method, step, 'operations') / there:.2f}",
+            ])  # fmt: skip
+    header = ["", "its steps", "distance", "steps of the plain run", "operations, teacher at hand", "operations, all"]
+    return table(header, rows)
 
 
 def price_table(study: Study, methods: list[str]) -> str:
@@ -306,7 +319,7 @@ def draw(study: Study, path: Path) -> None:
         _plot(panels[0, 1], study.steps, [study.differences(method, "none", step) for step in study.steps], method, i)
     for panel in panels.flat:
         panel.grid(alpha=0.3, which="both")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
