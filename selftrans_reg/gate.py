@@ -13,6 +13,9 @@ from .errors import SelfTransError, SettingError
 from .taps import Record
 from .time import TimeConvention, window_mask
 
+# Devices of which a copy to or from pinned memory is left to itself; on others it is waited for.
+ASYNCHRONOUS = ("cuda",)
+
 
 @dataclass(frozen=True)
 class Gated:
@@ -58,12 +61,13 @@ class Gate:
         """
         call = self.spec.bind(record.args, record.kwargs)
         inside = window_mask(self.time.noise_fraction(call.t), self.window)
-        if inside.device.type != "cuda":
+        if inside.device.type not in ASYNCHRONOUS:
             return Gated(call, inside, inside.cpu(), None)
         on_host = torch.empty(inside.shape, dtype=torch.bool, pin_memory=True)
         on_host.copy_(inside, non_blocking=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        ready.record()
+        # The copy is in the stream of the batch's device, which need not be the current one.
+        ready.record(torch.cuda.current_stream(inside.device))
         return Gated(call, inside, on_host, ready)
 
     def early(self, record: Record) -> Gated | SelfTransError:
@@ -107,4 +111,4 @@ def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Te
 
 def to_device(rows: Tensor, device: torch.device) -> Tensor:
     """Indices on ``device``, without waiting for it."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else rows.to(device)
+    return rows.pin_memory().to(device, non_blocking=True) if device.type in ASYNCHRONOUS else rows.to(device)

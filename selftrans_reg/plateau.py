@@ -123,7 +123,7 @@ class PlateauRule:
                 self.plateau.threshold,
                 self.below,
             )
-        return {"gradient_cosine_smoothed": torch.tensor(corrected, device=device)}
+        return {"gradient_cosine_smoothed": torch.full((), corrected, device=device)}
 
     def _sums(self, device: torch.device) -> Tensor:
         if self._saved is not None:

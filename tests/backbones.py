@@ -161,7 +161,7 @@ class Backbone:
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loop's own loss for each sample, (N,)."""
-        total = torch.zeros(len(batch.latents))
+        total = torch.zeros(len(batch.latents), device=batch.latents.device)
         for changes in [{}, *([] if self.second_call is None else [self.second_call])]:
             image = self.image(self.call(model, batch.arguments | changes))
             total = total + (image - batch.latents).square().flatten(1).mean(1)

@@ -2,7 +2,6 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -23,7 +22,6 @@ from loops import (
     toy,
 )
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from toys import ToyDiT
 
 import selftrans_reg as st
@@ -191,60 +189,6 @@ class TestMeasures:
     def test_an_interval_is_a_positive_integer(self, interval: object) -> None:
         with pytest.raises(st.SettingError, match="health_interval must be a positive integer"):
             new_criterion(student(), health_interval=interval)
-
-
-class NothingIsRead(TorchDispatchMode):
-    """Refuses what would wait for a device: values that become Python's."""
-
-    def __torch_dispatch__(
-        self, func: Callable[..., Any], types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        assert func is not torch.ops.aten._local_scalar_dense.default, "a value was read"
-        return func(*args, **kwargs or {})
-
-
-@pytest.fixture
-def no_reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    def refuse(tensor: Tensor) -> None:
-        raise AssertionError("a tensor was read")
-
-    for name in ("tolist", "numpy"):
-        monkeypatch.setattr(Tensor, name, refuse)
-    with NothingIsRead():
-        yield
-
-
-class TestOrdinaryStepsReadNothing:
-    @pytest.fixture(params=[1, 2])
-    def run(self, request: pytest.FixtureRequest) -> Run:
-        settings = {"teacher_rows": 2} if request.param == 2 else {"gating": "released"}
-        run = Run(request.param, health_interval=10, stop_when=st.Plateau(interval=10), check_interval=10, **settings)
-        run.steps(3)
-        return run
-
-    def step(self, run: Run) -> None:
-        b = run.batch()
-        run.criterion(denoising(run.model, b), latents=b.latents).total.backward()
-
-    def test_on_the_host(self, run: Run, no_reading: None) -> None:
-        for _ in range(6):
-            self.step(run)
-        with pytest.raises(AssertionError, match="was read"):  # the tenth call: what is refused is what reading does
-            self.step(run)
-
-    @pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA")
-    def test_on_the_gpu(self) -> None:
-        model = student("cuda")
-        criterion = new_criterion(model, health_interval=10, stop_when=st.Plateau(interval=10))
-        batches = [noisy_batch(TIMES, seed=i).to("cuda") for i in range(10)]
-        for b in batches[:3]:
-            criterion(denoising(model, b), latents=b.latents).total.backward()
-        try:
-            torch.cuda.set_sync_debug_mode("error")
-            for b in batches[3:9]:
-                criterion(denoising(model, b), latents=b.latents).total.backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture

@@ -200,7 +200,7 @@ class ToyPixArt(ToyDiT):
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         if self.training:
-            dropped = torch.rand(len(y)) < self.dropout
+            dropped = torch.rand(len(y), device=y.device) < self.dropout
             y = torch.where(dropped[:, None, None, None], self.y_embedder.y_embedding, y)
         weights = mask / mask.sum(1, keepdim=True)  # (N, L)
         caption = (weights[:, :, None] * self.caption_embedder(y[:, 0])).sum(1)
@@ -242,7 +242,9 @@ class ToyMDT(ToyDiT):
         full = tokens
         if enable_mask:
             kept = (
-                torch.rand(tokens.shape[:2]).argsort(1)[:, : tokens.shape[1] // 2, None].expand(-1, -1, full.shape[2])
+                torch.rand(tokens.shape[:2], device=x.device)
+                .argsort(1)[:, : tokens.shape[1] // 2, None]
+                .expand(-1, -1, full.shape[2])
             )
             tokens = tokens.gather(1, kept)
         for block in self.named_blocks("en_inblocks", "en_outblocks"):
@@ -265,7 +267,7 @@ class ToyMaskDiTNet(ToyDiT):
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor, mask_ratio: float) -> Tensor:
         tokens, c = self.to_tokens(x), self.embed_t(c_noise) + self.y_embedder(class_labels)
         n, count, width = tokens.shape
-        kept = torch.rand(n, count).argsort(1)[:, : round(count * (1 - mask_ratio))].sort(1).values
+        kept = torch.rand(n, count, device=x.device).argsort(1)[:, : round(count * (1 - mask_ratio))].sort(1).values
         kept = kept[:, :, None].expand(-1, -1, width)
         seen = torch.cat([self.cls_token.expand(n, -1, -1), tokens.gather(1, kept)], dim=1)
         for block in self.blocks:
