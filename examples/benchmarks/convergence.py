@@ -41,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.convergence_methods import STUDIES, Method, Parts, parse
 from benchmarks.convergence_report import write_page
 from benchmarks.convergence_setting import PROTOCOLS, Protocol, Setting
-from benchmarks.overhead import commit, hardware
+from benchmarks.recording import commit, hardware
 from common.fashion import PACKAGED
 from common.options import at_least
 from common.paths import denoising_loss, velocity_loss

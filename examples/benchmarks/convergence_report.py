@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.convergence_methods import METHODS, STUDIES, Method, parse
-from benchmarks.overhead import between
+from benchmarks.recording import between
 
 Line = dict[str, Any]
 Cost = Literal["steps", "operations", "seconds"]

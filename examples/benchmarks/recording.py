@@ -1,0 +1,47 @@
+"""What every benchmark writes down: where its numbers were taken, the file that they go to, their place in the docs."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def hardware(device: str) -> str:
+    """What the numbers were taken on, in words."""
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return f"{model[0] if model else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def commit() -> str:
+    """The commit that the numbers belong to, marked if the working tree differs from it."""
+    described = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return described.stdout.strip() or "unknown"
+
+
+def append(path: Path, result: dict[str, Any]) -> None:
+    """Add one result to the results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+def between(text: str, name: str, content: str) -> str:
+    """``text`` with ``content`` between its marks ``<!-- name: begin -->`` and ``<!-- name: end -->``."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, rest = text.partition(begin)
+    return f"{before}{begin}\n\n{content}\n{end}{rest.partition(end)[2]}"
