@@ -5,7 +5,7 @@ measured there is not measured again. Any checkpoint of the examples is read as 
 function of yours, and its batches too, as `layer_report` takes them:
 
     python examples/inspect_features.py runs/quickstart/stage1.pt --out runs/inspect/stage1
-    python examples/inspect_features.py runs/b2/vae/checkpoints/0200000.pt --out runs/inspect/b2 --device cuda
+    python examples/inspect_features.py runs/b2/vae --out runs/inspect/b2 --device cuda
     python examples/inspect_features.py mine.pt --model my_model:build --data my_data:batches --time sit --null y=1000 \
         --out runs/inspect/mine
 """
@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from common.inspect_sources import Subject, open_subject
+from common.load_sit import newest_checkpoint
 from common.options import at_least
 from common.report_page import Section, write_page
 from common.run_folder import open_run_folder
@@ -52,7 +53,8 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("checkpoint", type=Path, help="a file of quickstart, sit_imagenet, mmdit_coco, SiT or REPA; or with --model")
+    kinds = "quickstart, sit_imagenet, mmdit_coco, SiT or REPA"
+    add("checkpoint", type=Path, help=f"a file of {kinds}, or of your own with --model; or a run's folder: its newest")
     add("--out", type=Path, default=Path("runs/inspect"), help="folder of the report (default runs/inspect)")
     add("--weights", choices=["ema", "model"], default="ema", help="which of the checkpoint's (default ema)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -152,6 +154,8 @@ def token_section(run: argparse.Namespace, subject: Subject, report: st.LayerRep
 def main(argv: Sequence[str] | None = None) -> st.LayerReport:
     """Measure, draw, and write the page."""
     run = options(argv)
+    if run.checkpoint.is_dir():
+        run.checkpoint = newest_checkpoint(run.checkpoint)
     subject = open_subject(run)
     settings = {
         name: str(value) if isinstance(value, Path | slice) else value

@@ -125,6 +125,7 @@ def test_a_run_of_sit_imagenet_says_all_by_itself(tmp_path: Path, latents: Path)
     report = inspect_features.main([str(path), f"--out={out}", *FAST])
     assert files_of(out) == FILES | {"curves.png"}
     assert (len(report.layers), report.classes, report.samples) == (4, 5, 40)
+    inspect_features.main([str(run), f"--out={out}", *FAST])  # the same one, as the newest of the run's folder
 
 
 def test_the_demo_of_sit_imagenet_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

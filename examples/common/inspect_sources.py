@@ -63,7 +63,7 @@ def open_subject(run: argparse.Namespace) -> Subject:
         CheckpointError: If the file is unsafe or broken, or holds no model of the examples.
     """
     if not run.checkpoint.is_file():
-        raise SettingError(f"There is no file {run.checkpoint}. Name a checkpoint.")
+        raise SettingError(f"There is no file {run.checkpoint}. Name a checkpoint, or a run's folder.")
     if run.model is not None:
         return _of_user(run)
     foreign = [name for name in ("null", "select", "tokens") if getattr(run, name) is not None]
