@@ -70,6 +70,7 @@ def test_one_run_is_recorded_and_printed(tmp_path: Path, capsys: pytest.CaptureF
     assert list(found["variants"]) == list(VARIANTS)
     seconds = {name: values["seconds"] for name, values in found["variants"].items()}
     assert all(value > 0 for value in seconds.values())
+    assert found["tap_seconds"] > 0
     assert found["parameters"]["teacher"] < found["parameters"]["model"]
     printed = capsys.readouterr().out
     for name, measured, counted, quotient in overhead_report.ratios(found):

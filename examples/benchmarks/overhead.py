@@ -19,6 +19,7 @@ import copy
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -142,6 +143,22 @@ def teacher_size(shape: Shape) -> dict[str, int]:
     return {"model": whole, "teacher": sum(p.numel() for p in teacher.parameters())}
 
 
+def tap_seconds(calls: int = 5000) -> float:
+    """What a tap adds to one call of a model, by itself: next to a step it is lost in the noise."""
+    model, x = nn.Sequential(nn.Identity()), torch.zeros(2, 16, 4, requires_grad=True)
+
+    def seconds(after: Callable[[], object]) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            model(x)
+            after()
+        return (time.perf_counter() - start) / calls
+
+    untapped = seconds(lambda: None)
+    with st.FeatureTap(model, "0") as tap:
+        return seconds(tap.pop) - untapped
+
+
 def run(name: str, shape: Shape, args: argparse.Namespace, chosen: set[str]) -> dict[str, Any]:
     """Measure one shape and append the result to the results file."""
     bench = Bench(shape, args, chosen)
@@ -156,6 +173,7 @@ def run(name: str, shape: Shape, args: argparse.Namespace, chosen: set[str]) -> 
         "commit": commit(),
         "repeats": args.repeats,
         "parameters": teacher_size(shape),
+        "tap_seconds": tap_seconds(),
         "variants": bench.measure(args.repeats, name),
     }
     append(args.results, result)
