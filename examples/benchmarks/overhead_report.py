@@ -50,7 +50,7 @@ def describe(result: dict[str, Any]) -> str:
         f"{'bfloat16 autocast' if result['autocast'] else 'float32'}{', compiled' if result['compiled'] else ''}. "
         f"{result['hardware']}, PyTorch {result['torch']}, commit {result['commit']}, {result['repeats']} repeats, "
         f"{base * 1000:.0f} ms a step without the method. A tap by itself takes {result['tap_seconds'] * 1e6:.0f} µs a "
-        f"call, {result['tap_seconds'] / base:.3%} of that. The truncated teacher keeps "
+        "call. The truncated teacher keeps "
         f"{size['teacher'] / size['model']:.2f} of the model's parameters.\n\n"
         f"```bash\n{result['command']}\n```\n\n{table(result)}\n"
     )

@@ -26,11 +26,15 @@ def _lines(path: str) -> list[str]:
 
 
 def commit() -> str:
-    """The commit that the numbers belong to, marked if the working tree differs from it."""
-    described = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return described.stdout.strip() or "unknown"
+    """The commit that the numbers belong to, marked if the working tree differs from it in more than results."""
+    found = _git("rev-parse", "--short", "HEAD")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!examples/benchmarks/results")
+    return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
+
+
+def _git(*command: str) -> str:
+    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def append(path: Path, result: dict[str, Any]) -> None:
