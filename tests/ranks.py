@@ -28,7 +28,7 @@ def on_ranks(function: Callable[..., Any], *args: object) -> list[Any]:
         futures = [pool.submit(_in_group, function, rank, folder, args) for rank, pool in enumerate(_pools())]
         errors = [error for future in futures if (error := future.exception())]
         if errors:  # all of them: often one says why, and the other that it lost its peer
-            raise ExceptionGroup("on the ranks", errors)
+            raise BaseExceptionGroup("on the ranks", errors)
         return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(RANKS)]
 
 
@@ -42,6 +42,7 @@ def _prepare() -> None:
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", "TypedStorage is deprecated", UserWarning)  # torch 2.10 uses it for checkpoints
     # Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that "error" undoes.
     warnings.filterwarnings("ignore", "The .grad attribute of a Tensor that is not a leaf", UserWarning)
 

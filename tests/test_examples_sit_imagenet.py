@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import encode_latents
@@ -168,29 +168,18 @@ def test_a_finished_run_whose_teacher_is_missing_leaves_it(tmp_path: Path, runs:
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-@contextmanager
-def backend(name: str) -> Iterator[None]:
-    """Compile with that backend: the usual one takes its time."""
-    before = torch.compiler.get_default_backend()
-    torch.compiler.set_default_backend(name)
-    try:
-        yield
-    finally:
-        torch.compiler.set_default_backend(before)
-        torch.compiler.reset()
-
-
 # Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that pytest undoes.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_run_starts_from_the_weights_of_another(
-    tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the usual one takes its time
     weights = torch.load(checkpoint(runs / "vae"), weights_only=True)["ema"]
     theirs = {"ema": weights | {f"projectors.0.{i}.weight": torch.ones(2, 2) for i in (0, 2, 4)}, "steps": 9}
     torch.save(theirs, tmp_path / "repa.pt")
     arguments = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", f"--init={tmp_path / 'repa.pt'}"]
-    with backend("eager"):
-        run(tmp_path / "new", *arguments, "--lr=0", "--compile", stage="baseline", steps=1)
+    run(tmp_path / "new", *arguments, "--lr=0", "--compile", stage="baseline", steps=1)
+    torch.compiler.reset()
     printed = capsys.readouterr().out
     assert f"the ema weights in {tmp_path / 'repa.pt'}; 3 weights of projection heads are left out." in printed
     found = torch.load(checkpoint(tmp_path / "new", 1), weights_only=True)["model"]
