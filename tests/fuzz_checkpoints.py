@@ -477,18 +477,34 @@ def _child(first: int, count: int) -> None:
     print(json.dumps(counts))
 
 
+def _load(small: Path, large: Path) -> None:
+    """Load 64² and 4096² numbers; the second, the code being in memory by then, in little more than its file takes."""
+    for width, path in ((64, small), (4096, large)):
+        model = nn.Linear(width, width, bias=False).bfloat16()
+        base = reset_peak()
+        load_weights(model, path)
+        grown = (peak_kib() - base) * 1024
+        assert (model.weight == 0.5).all()
+        print(f"{path.name}: {grown / MIB:.0f} MiB")
+    assert grown <= large.stat().st_size + 32 * MIB, f"{grown} bytes for a file of {large.stat().st_size}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--first", type=int, default=0, help="the first case")
     parser.add_argument("--cases", type=int, default=10_000, help="how many cases")
     parser.add_argument("--child", action="store_true", help="run the cases in this process")
     parser.add_argument("--bomb", type=Path, help="judge this file, which has to be refused, in this process")
+    parser.add_argument("--load", type=Path, nargs=2, help="load two square matrices, a small one first")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.bomb:
         verdict = judge(options.bomb, "ema")
         assert verdict.message is not None, "the bomb was loaded"
         print(f"{options.bomb.name}: {verdict.grown / MIB:.0f} MiB, {verdict.seconds:.1f} s: {verdict.message}")
+        return
+    if options.load:
+        _load(*options.load)
         return
     if options.child:
         _child(options.first, options.cases)
