@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import inspect
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .errors import CallError, SettingError, ShapeError
 from .names import nearest, quoted, unwrap
+from .tokens import rebuilt
 
 _KEYS = ("x", "t", "shared", "fixed")
 
@@ -194,7 +195,7 @@ class RowTensors:
         call: The call.
 
     Raises:
-        CallError: If a tensor's first axis is a multiple of N, or a list holds one unequal tensor for each sample.
+        CallError: If a tensor's first axis is a multiple of N, or a list or tuple holds other things by sample.
     """
 
     def __init__(self, call: Call) -> None:
@@ -208,7 +209,11 @@ class RowTensors:
     def rebuild(self, tensors: list[Tensor]) -> dict[str, Any]:
         """The call's arguments with ``tensors`` in place of :attr:`tensors`."""
         replacements = iter(tensors)
-        return {name: self._replace(value, name, replacements) for name, value in self._arguments.items()}
+
+        def put(name: str, tensor: Tensor) -> Tensor:
+            return next(replacements) if self._is_row(tensor, name) else tensor
+
+        return {name: rebuilt(value, partial(put, name)) for name, value in self._arguments.items()}
 
     def _is_row(self, tensor: Tensor, name: str) -> bool:
         return name not in self._shared and tensor.ndim > 0 and tensor.shape[0] == self._n
@@ -227,9 +232,12 @@ class RowTensors:
                 yield from self._find(getattr(value, field.name), name, nested_path(path, field.name))
         elif isinstance(value, list | tuple):
             found = [f for i, item in enumerate(value) for f in self._find(item, name, nested_path(path, i))]
-            if isinstance(value, list) and len(value) == self._n > 1 and not found and name not in self._shared:
+            # A tuple of numbers or tensors is one value; of strings it is what zip(*samples) makes of captions.
+            by_sample = isinstance(value, list) or any(isinstance(item, str) for item in value)
+            if by_sample and len(value) == self._n > 1 and not found and name not in self._shared:
+                kind = "list" if isinstance(value, list) else "tuple"
                 raise CallError(
-                    f"Argument {path!r} is a list of {self._n} entries, one for each sample by the look of it, and "
+                    f"Argument {path!r} is a {kind} of {self._n} entries, one for each sample by the look of it, and "
                     "rows can only be taken from tensors.\n"
                     f"Pass a tensor with {self._n} rows; or, if all samples share the list, "
                     f"call=dict(shared=[{name!r}])."
@@ -244,27 +252,6 @@ class RowTensors:
                 f"If all samples share it, pass call=dict(shared=[{name!r}]); else call the model with one row a "
                 "sample."
             )
-
-    def _replace(self, value: Any, name: str, replacements: Iterator[Tensor]) -> Any:
-        if isinstance(value, Tensor):
-            return next(replacements) if self._is_row(value, name) else value
-        if isinstance(value, Mapping):
-            replaced = {key: self._replace(item, name, replacements) for key, item in value.items()}
-            if not isinstance(value, MutableMapping):
-                return replaced
-            clone = copy.copy(value)  # of its own kind: a model may ask it for attributes
-            for key, item in replaced.items():
-                clone[key] = item
-            return clone
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            twin = copy.copy(value)
-            for field in dataclasses.fields(value):
-                object.__setattr__(twin, field.name, self._replace(getattr(value, field.name), name, replacements))
-            return twin
-        if isinstance(value, list | tuple):
-            items = [self._replace(item, name, replacements) for item in value]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return value
 
 
 def nested_path(path: str, key: object) -> str:

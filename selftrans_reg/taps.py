@@ -22,9 +22,10 @@ from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError, SettingError
 from .names import find_layer, quoted, sharded_parts, unwrap
-from .tokens import tensors_in
+from .tokens import rebuilt, tensors_in
 
 WhichForward: TypeAlias = Literal["first", "last"] | None
+Versions: TypeAlias = tuple[tuple[Tensor, int], ...]
 Owner = TypeVar("Owner", "Recorder", "EarlyExit")
 
 
@@ -32,25 +33,27 @@ class Capture(NamedTuple):
     """What a layer returned, untouched, and the circumstances that cannot be read later."""
 
     output: Any
-    versions: tuple[int, ...] | None  # of its tensors in eager mode: an in-place layer behind the tap raises them
+    versions: Versions | None  # of its tensors in eager mode: a layer behind the tap that works in place changes them
     autocast: torch.dtype | None  # the dtype of the autocast that the layer ran under, None without
 
 
 class Record:
-    """One forward of the model: its arguments, what the tapped layers returned, and the owner's note on it."""
+    """One forward of the model: its arguments, what the tapped layers returned, and the owner's note on it.
+
+    The arguments are in containers of the record's own: the model may put others into those that it was given.
+    """
 
     __slots__ = ("args", "captures", "kwargs", "note", "versions")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str]) -> None:
-        self.args = args
-        self.kwargs = kwargs
-        self.versions = _versions((args, kwargs))
+        self.args, self.kwargs = rebuilt((args, kwargs), lambda tensor: tensor)
+        self.versions = _versions((self.args, self.kwargs))
         self.captures: dict[str, list[Capture]] = {layer: [] for layer in layers}
         self.note: Any = None
 
     def check_arguments(self) -> None:
         """Raise ``CaptureError`` if an argument of the call was changed in place since: it is to be read again."""
-        if _versions((self.args, self.kwargs)) != self.versions:
+        if _changed((self.args, self.kwargs), self.versions):
             raise CaptureError(
                 "An argument of the model's call was changed in place after the call began, so what the student was "
                 "called with can no longer be read.\n"
@@ -80,7 +83,7 @@ class Record:
                 "Tap a layer that runs once."
             )
         (capture,) = captures
-        if capture.versions is not None and capture.versions != _versions(capture.output):
+        if capture.versions is not None and _changed(capture.output, capture.versions):
             raise CaptureError(
                 f"The output of layer {layer!r} was changed in place after the layer returned it, so what was captured "
                 "is no longer what the layer gave.\n"
@@ -90,9 +93,15 @@ class Record:
         return capture
 
 
-def _versions(value: Any) -> tuple[int, ...]:
-    """How often each tensor of a nested value was changed in place; those of inference mode do not count it."""
-    return tuple(tensor._version for _, tensor in tensors_in(value) if not tensor.is_inference())
+def _versions(value: Any) -> Versions:
+    """The tensors of a nested value, and how often each was changed in place; those of inference mode do not count."""
+    return tuple((tensor, 0 if tensor.is_inference() else tensor._version) for _, tensor in tensors_in(value))
+
+
+def _changed(value: Any, before: Versions) -> bool:
+    """Whether a tensor of a nested value was changed in place, or another put there, since ``before``."""
+    now = _versions(value)
+    return len(now) != len(before) or any(a is not b or m != n for (a, m), (b, n) in zip(now, before, strict=True))
 
 
 class _Hook(Generic[Owner]):

@@ -26,6 +26,8 @@ _ROUNDING = 0.01
 _NOISE_FLOOR = 0.1
 # From this many samples on, "all at most 1" is no accident where steps up to 1000 are drawn (1e-6 for uniform ones).
 _ENOUGH = 2
+# Where t counts up to 1000, all t from 0 to 1 are one noise level within this; a noise level itself has many there.
+_ONE_LEVEL = 0.05
 # Fewer samples are fitted by some scale of the latents in any case.
 _ENOUGH_TO_SCALE = 4
 # Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
@@ -89,13 +91,13 @@ def check_times(time: TimeConvention, t: Tensor) -> None:
     """Raise unless the values of t are ones that the convention knows: finite, in its domain, whole where it has steps.
 
     Fractions given to a convention that counts up to 1000 lie inside its domain; they are refused as well, as soon as
-    four samples or more are all at most 1. One host sync.
+    there are two samples, for all t up to 1 are next to the same noise level there. One host sync.
 
     Raises:
         TimeConventionError: With the range found and the named conventions that such times would fit.
     """
     if t.numel():
-        _raise_unless_known(time, _Times(*_times(t).tolist()))
+        _raise_unless_known(time, _Times(*_times(t).tolist()), t.device)
 
 
 @torch.no_grad()
@@ -137,7 +139,7 @@ def check_against_latents(time: TimeConvention, x_t: Tensor, t: Tensor, latents:
     all_zero = (sums.latents == 0).all().float()
     numbers = torch.cat([_times(t), _fit(time, t, sums), all_zero[None]]).tolist()
     times, fit = _Times(*numbers[: len(_Times._fields)]), _Fit(*numbers[len(_Times._fields) : -1])
-    _raise_unless_known(time, times)
+    _raise_unless_known(time, times, t.device)
     if numbers[-1]:
         raise TimeConventionError(
             f"Time {time.name!r} cannot be checked: the latents of all {len(t)} samples are zero.\n"
@@ -148,7 +150,7 @@ def check_against_latents(time: TimeConvention, x_t: Tensor, t: Tensor, latents:
     others = [
         other
         for other in map(TimeConvention.named, TimeConvention.names())
-        if other is not time and _problem(other, times) is None
+        if other is not time and _problem(other, times, t.device) is None
     ]
     fitting = [other.name for other in others if _Fit(*_fit(other, t, sums).tolist()).good()]
     raise TimeConventionError(
@@ -257,7 +259,7 @@ def _times(t: Tensor) -> Tensor:
     return torch.stack([count, t.isfinite().all().float(), t.min(), t.max(), (t == t.floor()).all().float()])
 
 
-def _problem(time: TimeConvention, times: _Times) -> str | None:
+def _problem(time: TimeConvention, times: _Times, device: torch.device) -> str | None:
     """What is wrong with such times under a convention; None if nothing is."""
     if not times.finite:
         return "finite values are expected"
@@ -269,13 +271,21 @@ def _problem(time: TimeConvention, times: _Times) -> str | None:
     slack = 0.0 if time.discrete else _ROUNDED_TIME
     if times.smallest < low - slack * abs(low) - _SLACK or times.largest > high + slack * abs(high) + _SLACK:
         return f"values from {low:g} to {high:g} are expected"
-    if 1 < high < math.inf and times.largest <= 1 and not times.whole and times.samples >= _ENOUGH:
+    fractions = times.smallest >= 0 and times.largest <= 1 and not times.whole and times.samples >= _ENOUGH
+    if fractions and high > 1 and _span_up_to_1(time, device) < _ONE_LEVEL:
         return f"values from {low:g} to {high:g} are expected, and none of these is above 1"
     return None
 
 
-def _raise_unless_known(time: TimeConvention, times: _Times) -> None:
-    problem = _problem(time, times)
+def _span_up_to_1(time: TimeConvention, device: torch.device) -> float:
+    """How far apart in noise fraction the smallest legal t and t = 1 are."""
+    assert time.domain is not None
+    first, last = time.noise_fraction(torch.tensor([time.domain[0], 1.0], device=device)).tolist()
+    return float(abs(last - first))
+
+
+def _raise_unless_known(time: TimeConvention, times: _Times, device: torch.device) -> None:
+    problem = _problem(time, times, device)
     if problem is None:
         return
     found = f"t of {times.samples:.0f} samples from {times.smallest:g} to {times.largest:g}"
@@ -290,14 +300,15 @@ def _raise_unless_known(time: TimeConvention, times: _Times) -> None:
     else:
         kind = "neither fractions nor steps"
     fitting = [
-        other.name for other in map(TimeConvention.named, TimeConvention.names()) if _problem(other, times) is None
+        other.name
+        for other in map(TimeConvention.named, TimeConvention.names())
+        if _problem(other, times, device) is None
     ]
+    if fitting:
+        advice = f"Such t fit: {quoted(fitting)}. Pass the one that your loop uses."
+    else:
+        own = "Pass a TimeConvention of your own" if time.is_named else "Give yours the domain= that t really has"
+        advice = f"No named convention has such t. {own}, or look at what the loop draws."
     raise TimeConventionError(
-        f"t does not fit time={time.name!r}: {problem}.\n"
-        f"Found: {found}, which look like {kind}.\n"
-        + (
-            f"Such t fit: {quoted(fitting)}. Pass the one that your loop uses."
-            if fitting
-            else "No named convention has such t. Pass a TimeConvention of your own, or look at what the loop draws."
-        )
+        f"t does not fit time={time.name!r}: {problem}.\nFound: {found}, which look like {kind}.\n{advice}"
     )

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
@@ -123,6 +124,34 @@ def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         for field in dataclasses.fields(value):
             yield from tensors_in(getattr(value, field.name), f"{path}.{field.name}")
+
+
+def rebuilt(value: Any, put: Callable[[Tensor], Tensor]) -> Any:
+    """A copy of a nested value, each container of its own kind, with ``put(tensor)`` in place of every tensor.
+
+    What holds no tensor is not copied.
+    """
+    if isinstance(value, Tensor):
+        return put(value)
+    if next(tensors_in(value), None) is None:
+        return value
+    if isinstance(value, Mapping):
+        items = {key: rebuilt(item, put) for key, item in value.items()}
+        if not isinstance(value, MutableMapping):
+            return items
+        mapping = copy.copy(value)  # a model may ask it for attributes
+        for key, item in items.items():
+            mapping[key] = item
+        return mapping
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        record = copy.copy(value)
+        for field in dataclasses.fields(value):
+            object.__setattr__(record, field.name, rebuilt(getattr(value, field.name), put))
+        return record
+    if isinstance(value, list | tuple):
+        listed = [rebuilt(item, put) for item in value]
+        return type(value)(*listed) if hasattr(value, "_fields") else type(value)(listed)
+    return value
 
 
 def _listing(output: Any) -> str:

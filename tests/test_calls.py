@@ -207,10 +207,17 @@ class TestRows:
             assert part in str(error.value)
         assert self.rows(("cond",), cond={"text": torch.rand(rows, 7)}).paths == ["x", "t"]
 
-    @pytest.mark.parametrize("entries", [["a", "b", "c"], [torch.rand(7, 2), torch.rand(5, 2), torch.rand(4, 2)]])
-    def test_a_list_with_one_entry_a_sample_is_refused(self, entries: list[Any]) -> None:
+    @pytest.mark.parametrize(
+        "entries", [["a", "b", "c"], ("a", "b", "c"), [torch.rand(7, 2), torch.rand(5, 2), torch.rand(4, 2)]]
+    )
+    def test_a_list_with_one_entry_a_sample_is_refused(self, entries: list[Any] | tuple[str, ...]) -> None:
         with pytest.raises(CallError) as error:
             self.rows(captions=entries)
-        for part in ("'captions' is a list of 3 entries", "rows can only be taken from tensors", "shared=['captions']"):
+        for part in (
+            f"'captions' is a {type(entries).__name__} of 3 entries",
+            "rows can only be taken from tensors",
+            "shared=['captions']",
+        ):
             assert part in str(error.value)
         assert self.rows(("captions",), captions=entries).paths == ["x", "t"]
+        assert self.rows(size=(256, 256, 8), tables=(torch.rand(5, 2),) * 3).paths == ["x", "t"]

@@ -297,6 +297,29 @@ class TestDisturbances:
         with pytest.raises(st.CaptureError, match=r"changed in place after the call began.*\n.*out of place"):
             criterion(loss)
 
+    @pytest.mark.parametrize("by", ["model", "loop"])
+    def test_a_condition_that_is_replaced_in_its_dict_is_taught_as_it_was_given(self, by: str) -> None:
+        class Drops(ToyDiT):
+            def forward(self, x: Tensor, t: Tensor, cond: dict[str, list[Tensor]]) -> Tensor:
+                labels = cond["y"][0]
+                if by == "model":
+                    cond["y"][0] = torch.full_like(labels, self.num_classes)
+                return super().forward(x, t, labels)
+
+        model, b = Drops(), batch()
+        teacher = st.build_teacher(
+            Drops(seed=1), None, layer="blocks.2", guidance_scale=3.0, null={"cond": {"y": {0: 10}}}
+        )
+        criterion = stage2(model, teacher=teacher)
+        shown: list[Tensor] = []
+        teacher.model.register_forward_pre_hook(lambda module, args: shown.append(args[2]["y"][0]))
+        cond = {"y": [b["y"]]}
+        loss = model(b["x"], b["t"], cond).square().mean()
+        if by == "loop":
+            cond["y"] = [torch.full_like(b["y"], 10)]
+        criterion(loss)
+        assert shown[0].tolist() == [*b["y"].tolist(), *[10] * 8]
+
     def test_labels_that_the_model_drops_in_place_are_refused(self) -> None:
         class DropsInPlace(ToyDiT):
             def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:

@@ -206,11 +206,12 @@ class TestCaptures:
         for part in ("Layer '0' ran 2 times in one forward", "nothing is guessed", "Tap a layer that runs once"):
             assert part in str(error.value)
 
-    @pytest.mark.parametrize("form", ["tensor", "tuple"])
+    @pytest.mark.parametrize("form", ["tensor", "tuple", "replaced in a dict"])
     def test_an_output_changed_in_place_afterwards_is_an_error(self, form: str) -> None:
         class Block(nn.Linear):
             def forward(self, x: Tensor) -> Any:
-                return super().forward(x) if form == "tensor" else (super().forward(x), None)
+                tokens = super().forward(x)
+                return {"tensor": tokens, "tuple": (tokens, None)}.get(form, {0: tokens})
 
         class Model(nn.Module):
             def __init__(self) -> None:
@@ -220,7 +221,11 @@ class TestCaptures:
             def forward(self, x: Tensor, shift: float) -> Tensor:
                 output = self.block(x)
                 tokens = output if form == "tensor" else output[0]
-                return tokens.add_(shift) if shift else tokens
+                if shift and form == "replaced in a dict":
+                    output[0] = tokens + shift
+                elif shift:
+                    tokens.add_(shift)
+                return tokens
 
         model = Model()
         with st.FeatureTap(model, "block") as tap:

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+from collections.abc import Callable
 
 import diffusers
 import pytest
@@ -407,6 +408,36 @@ def test_one_small_time_is_no_proof_of_fractions() -> None:
     check_times(TimeConvention.named("flow"), torch.tensor([0.5]))
     with pytest.raises(TimeConventionError, match="look like fractions"):
         check_times(TimeConvention.named("flow"), torch.tensor([0.2, 0.5]))
+
+
+@pytest.mark.parametrize(
+    ("alpha", "sigma", "domain"),
+    [
+        (lambda t: t.sigmoid().sqrt(), lambda t: (-t).sigmoid().sqrt(), (-20, 20)),  # log SNR
+        (torch.ones_like, torch.exp, (-6, 4.4)),  # log σ
+        (torch.ones_like, lambda t: t, (0.002, 80)),  # σ
+        (torch.ones_like, lambda t: t, (0, math.inf)),
+        (lambda t: 1 - t / 4, lambda t: t / 4, (0, 4)),
+    ],
+)
+def test_times_up_to_1_are_no_fractions_where_they_are_noise_levels(
+    alpha: Callable[[Tensor], Tensor],
+    sigma: Callable[[Tensor], Tensor],
+    domain: tuple[float, float],
+    device: torch.device,
+) -> None:
+    mine = TimeConvention("mine", alpha=alpha, sigma=sigma, domain=domain)
+    check_times(mine, torch.linspace(max(domain[0], -0.5), 1.0, 64, device=device))
+    check_times(mine, torch.linspace(0.01, 0.02, 64, device=device))
+    with pytest.raises(TimeConventionError, match=r"Give yours the domain= that t really has"):
+        check_times(mine, torch.tensor([domain[0] - 1.0, 1e9], device=device))
+
+
+def test_fractions_are_told_from_the_steps_of_a_convention_of_ones_own() -> None:
+    reversed_steps = TimeConvention("mine", alpha=lambda t: t / 500, sigma=lambda t: 1 - t / 500, domain=(0, 500))
+    check_times(reversed_steps, torch.tensor([0.5, 3.0]))
+    with pytest.raises(TimeConventionError, match="none of these is above 1"):
+        check_times(reversed_steps, torch.tensor([0.2, 0.5]))
 
 
 def test_without_a_domain_only_finite_times_are_asked_for() -> None:
