@@ -14,6 +14,7 @@ from .errors import CallError as CallError
 from .errors import CaptureError as CaptureError
 from .errors import CheckpointError as CheckpointError
 from .errors import EmptyWindowWarning as EmptyWindowWarning
+from .errors import EvalModeWarning as EvalModeWarning
 from .errors import ExplodingFeaturesWarning as ExplodingFeaturesWarning
 from .errors import GradientError as GradientError
 from .errors import HeadNotTrainedWarning as HeadNotTrainedWarning
@@ -34,6 +35,7 @@ from .errors import SameWeightsWarning as SameWeightsWarning
 from .errors import SelfTransError
 from .errors import SettingError as SettingError
 from .errors import ShapeError as ShapeError
+from .errors import StepWentBackWarning as StepWentBackWarning
 from .errors import TeacherError as TeacherError
 from .errors import TimeConventionError as TimeConventionError
 from .feature_tap import FeatureTap

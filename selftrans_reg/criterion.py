@@ -424,6 +424,8 @@ class SelfTransLoss(Shareable, Alignment):
     def _forward(self, denoising: Tensor, latents: Tensor | None, step: int | None) -> LossTerms:
         check_denoising(denoising)
         if not self.training:
+            if denoising.requires_grad and self._recorder is not None and self._recorder.holds_record:
+                self._health.count_in_eval_mode()
             nothing = denoising.new_zeros((), dtype=torch.float32)
             return LossTerms(denoising.mean(), denoising.detach().mean(), nothing, nothing, nothing)
         scale = self._advance(step, denoising.device)
@@ -508,6 +510,8 @@ class SelfTransLoss(Shareable, Alignment):
         """Count the call and give the schedule's factor at this step, 0 once the alignment has stopped."""
         if step is not None:
             step = checked_step(step)
+            if self.stop_step is not None and step < self._step:
+                self._health.judge_step(step, self._step, self.stop_step)
         scale = factor(self.schedule, step, self.stop_step)
         self._calls += 1
         if step is not None:

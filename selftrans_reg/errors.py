@@ -118,3 +118,11 @@ class SameWeightsWarning(HealthWarning):
 
 class EmptyWindowWarning(HealthWarning):
     """No sample has been inside the window for many calls."""
+
+
+class EvalModeWarning(HealthWarning):
+    """The model trains, and the criterion is in eval mode: there is no alignment."""
+
+
+class StepWentBackWarning(HealthWarning):
+    """The step is smaller than one before, as of a count that begins anew with each epoch."""

@@ -14,12 +14,14 @@ from .calls import Call
 from .errors import (
     AlignmentNotFallingWarning,
     EmptyWindowWarning,
+    EvalModeWarning,
     ExplodingFeaturesWarning,
     HeadNotTrainedWarning,
     HealthWarning,
     NoContrastWarning,
     NoGradientWarning,
     SameWeightsWarning,
+    StepWentBackWarning,
 )
 from .finite import all_finite, not_finite
 from .gradient_probe import GradientProbe
@@ -112,6 +114,7 @@ class Health:
         self._calls = 0  # of this process
         self._entered = False
         self._empty_calls = self._empty_samples = 0
+        self._eval_calls = 0  # in a row
         self._probe: GradientProbe | None = None  # of the last look: the backward pass came after it
         self._warned: set[type[HealthWarning]] = set()
         self._norm = math.nan  # the student's at the run's first look
@@ -124,6 +127,7 @@ class Health:
         if self.interval.every is None:
             return
         self._calls += 1
+        self._eval_calls = 0
         self._trend.add(alignment, inside / rows)
         self._entered |= inside > 0
         self._empty_calls = 0 if inside else self._empty_calls + 1
@@ -168,6 +172,31 @@ class Health:
             )
         self._probe = look.probe if look.inside else None  # without a row inside there is no gradient
 
+    def count_in_eval_mode(self) -> None:
+        """Take part in a call in eval mode with the loss of a forward that trains, and say so where they go on."""
+        self._eval_calls += 1
+        if self._eval_calls < _SETTLED:
+            return
+        self._warn(
+            EvalModeWarning(
+                f"The criterion was in eval mode for {self._eval_calls} calls in a row, and the model ran in train "
+                "mode with gradients: these losses are the loop's own alone, without an alignment.\n"
+                "Call criterion.train() where you call model.train(). To go on without the alignment on purpose, train "
+                "on your own loss, or give a stop_step."
+            )
+        )
+
+    def judge_step(self, step: int, last: int, stop_step: int) -> None:
+        """Say that a step came after a later one."""
+        self._warn(
+            StepWentBackWarning(
+                f"The step went back from {last} to {step}, and the alignment stops at step {stop_step}: a step that "
+                "begins anew with each epoch may never get there.\n"
+                "Count the optimiser's steps over the whole run. A run that goes back to a checkpoint loads the "
+                "criterion's state too."
+            )
+        )
+
     def stop(self) -> None:
         """Forget what was measured: the alignment has stopped."""
         self.measures.clear()
@@ -202,7 +231,7 @@ class Health:
         return self._calls >= _SETTLED and self._entered
 
     def _warn(self, warning: HealthWarning) -> None:
-        if type(warning) not in self._warned:
+        if self.interval.every is not None and type(warning) not in self._warned:
             self._warned.add(type(warning))
             warnings.warn(warning, stacklevel=2)
 

@@ -228,6 +228,11 @@ class Recorder:
         """The unwrapped model, while there is one: the loop owns it."""
         return self._root()
 
+    @property
+    def holds_record(self) -> bool:
+        """Whether there was a forward to record since the last take."""
+        return self._kept is not None
+
     def take(self) -> Record:
         """The record of the forward since the last take, which is forgotten here.
 

@@ -29,6 +29,7 @@ from selftrans_reg import trend
 from selftrans_reg.errors import (
     AlignmentNotFallingWarning,
     EmptyWindowWarning,
+    EvalModeWarning,
     ExplodingFeaturesWarning,
     HeadNotTrainedWarning,
     HealthWarning,
@@ -36,6 +37,7 @@ from selftrans_reg.errors import (
     NoGradientWarning,
     NotFiniteError,
     SameWeightsWarning,
+    StepWentBackWarning,
 )
 from selftrans_reg.health import Health, Look
 
@@ -402,6 +404,46 @@ class TestFaults:
             "this call's go from 0.01 to 0.2",
             "time=",
         )
+
+    def test_a_criterion_left_in_eval_mode(self) -> None:
+        run = Run()
+        run.steps(5)
+        run.criterion.eval()
+        run.steps(19)
+        run.criterion.train()
+        run.steps(1)
+        run.criterion.eval()
+        assert run.steps(19) == []
+        run.steps(3)
+        run.warned(EvalModeWarning, "in eval mode for 20 calls in a row", "Call criterion.train()")
+
+    def test_validation_in_eval_mode_is_as_it_should_be(self) -> None:
+        run = Run()
+        run.steps(2)
+        run.criterion.eval()
+        for mode in True, False:
+            run.model.train(mode)
+            with warnings.catch_warnings(), torch.set_grad_enabled(not mode):
+                warnings.simplefilter("error")
+                for _ in range(30):
+                    run.criterion(denoising(run.model, run.batch()))
+
+    def test_a_step_that_begins_anew_with_each_epoch(self) -> None:
+        run = Run(stop_step=1000)
+        advance = run.criterion.forward
+        run.criterion.forward = lambda own, latents: advance(own, latents, step=run.done % 12)
+        assert run.steps(12) == []
+        run.steps(20)
+        run.warned(StepWentBackWarning, "went back from 11 to 0", "stops at step 1000", "over the whole run")
+
+    def test_steps_may_be_repeated_left_out_and_gone_back_to_with_the_state(self) -> None:
+        run = Run(stop_step=1000)
+        advance, state = run.criterion.forward, run.criterion.state_dict()
+        for steps in (0, 0, 3, 3, 900), (0, 1, 2):
+            run.criterion.load_state_dict(state)
+            for step in steps:
+                run.criterion.forward = lambda own, latents, step=step: advance(own, latents, step=step)
+                assert run.steps(1) == []
 
     def test_each_is_said_once(self) -> None:
         run = Run()
