@@ -21,7 +21,7 @@ from .checks import (
     check_teacher,
     device_of,
 )
-from .criterion_state import check_state, fresh_observations, read_buffers, write_buffers
+from .criterion_state import check_state, fresh_observations, read_buffers, settings_state, write_buffers
 from .errors import (
     CaptureError,
     OptimizerError,
@@ -49,6 +49,13 @@ from .tokens import Select, Tokens
 
 if TYPE_CHECKING:
     from .hub import Source
+
+
+# What is fixed when a criterion is built. Its weight, for one, is read at every call.
+_FIXED = frozenset({
+    "layers", "time", "window", "gating", "distance", "target", "call", "which_forward", "schedule", "stop_step",
+    "stop_when", "check_interval", "health_interval",
+})  # fmt: skip
 
 
 class LossTerms(NamedTuple):
@@ -111,6 +118,7 @@ class SelfTransLoss(Shareable, Alignment):
     step: Tensor
     calls: Tensor
     schedule_state: Tensor
+    settings_state: Tensor
     teacher_fingerprint: Tensor
     health_state: Tensor
     plateau_state: Tensor
@@ -178,6 +186,7 @@ class SelfTransLoss(Shareable, Alignment):
             "step": torch.tensor(-1),
             "calls": torch.tensor(0),
             "schedule_state": schedule_state(schedule, self.weight, stop_step),
+            "settings_state": settings_state(self),
             "teacher_fingerprint": torch.zeros(32, dtype=torch.uint8) if teacher is None else teacher.fingerprint,
             **fresh_observations(),
         }
@@ -187,6 +196,16 @@ class SelfTransLoss(Shareable, Alignment):
         self.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_post_hook(read_buffers)  # type: ignore[no-untyped-call]
         self.attach(model)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Half of them were read when it was built; and nn.Module would take in a teacher beside the one that it has.
+        if name == "teacher" or (name in _FIXED and name in self.__dict__):
+            raise SettingError(
+                f"{name} of a criterion cannot be changed once it is built.\n"
+                "Build a new one with the new value, and hand the head over: new.heads.load_state_dict("
+                "old.heads.state_dict()); then old.detach()."
+            )
+        super().__setattr__(name, value)
 
     @classmethod
     def stage1(

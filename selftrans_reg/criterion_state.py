@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import MutableMapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +34,25 @@ def fresh_observations() -> dict[str, Tensor]:
     return {"health_state": as_bits(Health(None).state()), "plateau_state": as_bits(PlateauRule(None).state())}
 
 
+def _settings(criterion: SelfTransLoss) -> dict[str, Any]:
+    """What a head was trained for, besides teacher and schedule: with another of these it is another head's state."""
+    return {
+        "stage": criterion.stage,
+        "layer": criterion.layers,
+        "time": criterion.time.name,
+        "window": criterion.window,
+        "gating": criterion.gating,
+        "distance": criterion.distance,
+        "target": criterion.target,
+    }
+
+
+def settings_state(criterion: SelfTransLoss) -> Tensor:
+    """(7,), int64: a number for each of the settings, equal where these are equal."""
+    digests = [hashlib.sha256(repr(value).encode()).digest() for value in _settings(criterion).values()]
+    return torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
+
+
 def write_buffers(criterion: SelfTransLoss, prefix: str, keep_vars: bool) -> None:
     """Before a state dict is made: put the counters into their buffers."""
     criterion.step.fill_(criterion._step)
@@ -50,16 +70,17 @@ def read_buffers(criterion: SelfTransLoss, incompatible: object) -> None:
 
 
 def check_state(criterion: SelfTransLoss, state: MutableMapping[str, Any], prefix: str, *rest: object) -> None:
-    """Before a state dict is loaded: see that teacher and schedule are those that it was saved with.
+    """Before a state dict is loaded: see that settings, teacher and schedule are those that it was saved with.
 
-    A state from before there were observations gets fresh ones.
+    A state from before there were observations gets fresh ones, one that tells no settings this criterion's.
 
     Raises:
         TeacherError: If the teacher is another.
-        SettingError: If the schedule is another, or the run was stopped by a rule that the criterion has not.
+        SettingError: If settings or schedule are others, or a rule stopped the run that the criterion has not.
     """
-    for name, value in fresh_observations().items():
+    for name, value in {**fresh_observations(), "settings_state": settings_state(criterion)}.items():
         state.setdefault(f"{prefix}{name}", value)
+    _check_same_settings(state[f"{prefix}settings_state"], criterion)
     if criterion.stop_when is None and from_bits(state[f"{prefix}plateau_state"])[0] >= 0:
         raise SettingError(
             "The state is one of a run that stop_when= has stopped; this criterion has none, and the alignment would "
@@ -78,6 +99,18 @@ def check_state(criterion: SelfTransLoss, state: MutableMapping[str, Any], prefi
     saved = state.get(f"{prefix}schedule_state")
     if saved is not None:
         check_same_schedule(saved, criterion.schedule, criterion.weight, criterion.stop_step)
+
+
+def _check_same_settings(saved: Tensor, criterion: SelfTransLoss) -> None:
+    same = zip(saved.tolist(), settings_state(criterion).tolist(), _settings(criterion).items(), strict=True)
+    other = {name: value for before, now, (name, value) in same if before != now}
+    if other:
+        raise SettingError(
+            "The state was saved with other settings than this criterion's "
+            f"{', '.join(f'{name}={value!r}' for name, value in other.items())}.\n"
+            "Build it with the saved settings; to change them on purpose, put the new ones into the state: "
+            "state['settings_state'] = criterion.state_dict()['settings_state']."
+        )
 
 
 def _hex(fingerprint: Tensor) -> str:

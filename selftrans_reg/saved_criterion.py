@@ -60,6 +60,7 @@ def save_criterion(criterion: SelfTransLoss, folder: Path, source: str | None, l
         "licence": licence,
     }
     state = criterion.state_dict()
+    del state["settings_state"]  # the settings themselves are saved
     write_artefact(folder, "criterion", settings, state, CRITERION_FIELDS, lambda: criterion_card(settings, name))
 
 

@@ -42,7 +42,7 @@ def student() -> ToyDiT:
 
 
 HEAD = {f"heads.0.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
-BUFFERS = {"step", "calls", "schedule_state", "teacher_fingerprint", "health_state", "plateau_state"}
+BUFFERS = {"step", "calls", "schedule_state", "settings_state", "teacher_fingerprint", "health_state", "plateau_state"}
 
 
 def test_parameters_and_state_are_the_heads_and_small_buffers_only() -> None:
@@ -117,6 +117,64 @@ def test_another_schedule_is_refused_and_the_advice_works(changed: dict[str, obj
     assert f"{key}={changed[key]!r}" in str(error.value)
     state["schedule_state"] = criterion.state_dict()["schedule_state"]  # as the message says
     criterion.load_state_dict(state)
+
+
+OTHERS = {
+    "layer": "blocks.3",
+    "time": "sit",
+    "window": (0.3, 0.7),
+    "gating": "released",
+    "distance": "cosine",
+    "target": "velocity",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_settings_are_refused_and_the_advice_works(name: str) -> None:
+    state = make(ToyDiT(), 1).state_dict()
+    make(ToyDiT(), 1).load_state_dict(state)
+    criterion = make(ToyDiT(), 1, **{name: OTHERS[name]})
+    with pytest.raises(st.SettingError, match="saved with other settings than this criterion's") as error:
+        criterion.load_state_dict(state)
+    found = {"layer": ("blocks.3",)}.get(name, OTHERS[name])
+    assert f"this criterion's {name}={found!r}.\n" in str(error.value)
+    state["settings_state"] = criterion.state_dict()["settings_state"]  # as the message says
+    criterion.load_state_dict(state)
+
+
+def test_a_state_of_the_other_stage_is_refused_in_words() -> None:
+    with pytest.raises(st.SettingError, match="other settings than this criterion's stage=2"):
+        make(ToyDiT(), 2).load_state_dict(make(ToyDiT(), 1).state_dict())
+
+
+def test_a_state_that_tells_no_settings_is_loaded() -> None:
+    state = make(ToyDiT(), 1).state_dict()
+    del state["settings_state"]
+    make(ToyDiT(), 1, window=(0.1, 0.2)).load_state_dict(state)
+
+
+@pytest.mark.parametrize("name", ["teacher", "window", "time", "layers", "stop_step", "health_interval"])
+def test_what_is_fixed_cannot_be_assigned_and_the_advice_works(name: str) -> None:
+    model, other = student(), make_teacher(guidance_scale=7.0)
+    old = make(model, 2)
+    before = old.state_dict()
+    with pytest.raises(st.SettingError, match=f"{name} of a criterion cannot be changed once it is built") as error:
+        setattr(old, name, other if name == "teacher" else None)
+    assert "new.heads.load_state_dict(old.heads.state_dict()); then old.detach()" in str(error.value)
+    assert old.state_dict().keys() == before.keys()
+    new = make(model, 2, teacher=other, generator=torch.Generator().manual_seed(5))
+    new.heads.load_state_dict(old.heads.state_dict())
+    old.detach()
+    for (key, a), (_, b) in zip(old.heads.named_parameters(), new.heads.named_parameters(), strict=True):
+        assert torch.equal(a, b), key
+    assert terms_of(model, new, step=0).alignment > 0
+
+
+def test_the_weight_may_be_assigned() -> None:
+    model = student()
+    criterion = make(model)
+    criterion.weight = 0.125
+    assert terms_of(model, criterion, step=0).weight == 0.125
 
 
 @pytest.mark.parametrize(
@@ -228,7 +286,7 @@ def test_a_resumed_run_is_checked_anew() -> None:
         terms_of(model, criterion)
     resumed_model = student()
     resumed = make(resumed_model, time="sit", check_interval=1000)
-    resumed.load_state_dict(criterion.state_dict())
+    resumed.load_state_dict(criterion.state_dict() | {"settings_state": resumed.settings_state})
     with pytest.raises(st.TimeConventionError):
         terms_of(resumed_model, resumed)
 
