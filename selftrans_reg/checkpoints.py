@@ -20,6 +20,8 @@ from .weight_files import read_checkpoint
 
 # What wrappers put into a parameter's name: DDP, torch.compile, checkpoint_wrapper, FSDP1.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# The counter that torch.optim.swa_utils.AveragedModel saves beside the model that it wraps.
+_COUNTER = "n_averaged"
 
 # Heads that training left in the backbone's state dict: REPA's and the released Self-Transcendence code's.
 _HEADS = (
@@ -56,7 +58,8 @@ def load_weights(
 ) -> LoadReport:
     """Load a checkpoint into ``model``, strictly: everything fits and is copied, or nothing is touched.
 
-    Keys are compared without the prefixes that DDP, ``torch.compile`` and checkpointing put into them, on both sides.
+    Keys are compared without the prefixes that DDP, ``torch.compile``, checkpointing and ``AveragedModel`` put into
+    them, on both sides.
     Floating-point weights take the model's dtype and device; every other dtype has to be the model's own. Of weights
     that are tied in the model, the file may hold one. Keys of the projection heads that REPA and the released
     Self-Transcendence code keep inside the backbone are left out, and reported, if the model has no such keys.
@@ -127,8 +130,12 @@ def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[
 
 
 def plain_keys(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """``state`` by keys without wrappers' prefixes, once every value is known to be a plain tensor backed by data."""
+    """``state`` by keys without wrappers' prefixes, once every value is known to be a plain tensor backed by data.
+
+    Without an ``AveragedModel``'s counter too.
+    """
     plain: dict[str, Tensor] = {}
+    averaged = all(str(key).startswith("module.") for key in state if key != _COUNTER)
     for key, value in state.items():
         if not isinstance(key, str):
             raise CheckpointError(
@@ -137,6 +144,8 @@ def plain_keys(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         problem = defect(value)
         if problem:
             raise CheckpointError(f"{where} has under {key[:100]!r} {problem}; weights are dense tensors with data.")
+        if averaged and key == _COUNTER:
+            continue
         name = plain_key(key)
         if name in plain:
             raise CheckpointError(

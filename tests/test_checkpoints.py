@@ -277,6 +277,18 @@ def test_a_wrapped_model_is_loaded_by_plain_keys(model: ToyDiT, ema: State, wrap
     assert_equal(model, ema)
 
 
+def test_the_state_of_an_averaged_model_is_loaded(model: ToyDiT, raw: State, tmp_path: Path) -> None:
+    source = ToyDiT(seed=3)
+    source.load_state_dict(raw)
+    averaged = torch.optim.swa_utils.AveragedModel(source, use_buffers=True)
+    state = averaged.state_dict()
+    assert next(iter(state)) == "n_averaged"
+    torch.save({"ema": state}, tmp_path / "run.pt")
+    assert load_weights(model, tmp_path / "run.pt").left_out == ()
+    assert_equal(model, raw)
+    assert_says(refusal(model, raw | {"n_averaged": torch.tensor(1)}), "n_averaged")  # of no wrapper: it is unknown
+
+
 def test_file_and_caller_may_hold_strided_views(model: ToyDiT, ema: State, tmp_path: Path) -> None:
     weight = ema["final_layer.weight"]
     ema["final_layer.weight"] = weight.t().contiguous().t()  # the same values, column by column
