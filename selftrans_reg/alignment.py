@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .calls import Call, CallSpec
 from .checks import check_captured, check_device, check_patches, check_same_shape
+from .errors import ShapeError
 from .gate import Gated, check_teacher_rows, sample_rows, to_device
 from .health import Look
 from .layer_losses import distance_of, zero_of
@@ -111,7 +112,7 @@ class Alignment(nn.Module):
             check_captured(tokens[-1], call, layer, head)
             if isinstance(head, VAEAlignmentLoss):
                 assert latents is not None  # the caller has seen to it
-                head.check_fit(latents, tokens[-1])
+                self._check_fit(head, latents, tokens[-1])
             elif self.tokens is None:  # there is no latent grid to compare with
                 check_patches(tokens[-1], call, layer)
         if self.teacher is not None:
@@ -140,6 +141,14 @@ class Alignment(nn.Module):
         mean = torch.stack(distances).mean()  # over layers and over the chosen rows
         # Divided by the whole batch, whatever was chosen: an average over ranks is then the global value.
         return mean * (gated.inside.float().mean() if self.gating == "released" else len(candidates) / call.rows)
+
+    def _check_fit(self, head: VAEAlignmentLoss, latents: Tensor, tokens: Tensor) -> None:
+        try:
+            head.check_fit(latents, tokens)
+        except ShapeError as error:
+            if self.tokens is not None:
+                error.add_note(f"tokens={self.tokens} was given: these are the tokens that it leaves.")
+            raise
 
     def _target(
         self,

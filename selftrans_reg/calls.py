@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .errors import CallError, SettingError, ShapeError
 from .names import nearest, quoted, unwrap
-from .tokens import rebuilt
+from .tokens import described, rebuilt
 
 _KEYS = ("x", "t", "shared", "fixed")
 
@@ -93,12 +93,15 @@ class CallSpec:
             )
         return self.names[position]
 
-    def check_name(self, name: object, where: str, error: type[Exception] = SettingError) -> None:
-        """Raise ``error`` unless the model can take an argument called ``name``."""
+    def check_name(
+        self, name: object, where: str, error: type[Exception] = SettingError, advice: str | None = None
+    ) -> None:
+        """Raise ``error``, with ``advice``, unless the model can take an argument called ``name``."""
         if not isinstance(name, str) or (name not in self.names and not self._takes_any):
             raise error(
                 f"{where} names {name!r}, which {self.model_name}.forward does not take.\n"
                 f"It takes {quoted(self.names)}. Nearest: {quoted(nearest(str(name), self.names)) or 'none'}."
+                + (f"\n{advice}" if advice else "")
             )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -138,13 +141,13 @@ class CallSpec:
         if not isinstance(x_t, Tensor) or not x_t.is_floating_point() or x_t.ndim < 2:
             raise CallError(
                 f"Argument {self.x!r} of {self.model_name} should be x_t, a floating tensor (N, ...); got "
-                f"{_describe(x_t)}.\n"
+                f"{described(x_t)}.\n"
                 "Say which argument is x_t: call=dict(x=...)."
             )
         rows = x_t.shape[0]
         if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
             raise CallError(
-                f"Argument {self.t!r} of {self.model_name} should be the time t; got {_describe(t)}.\n"
+                f"Argument {self.t!r} of {self.model_name} should be the time t; got {described(t)}.\n"
                 "Say which argument is t: call=dict(t=...)."
             )
         times = t if isinstance(t, Tensor) else torch.full((), float(t), device=x_t.device)
@@ -257,12 +260,6 @@ class RowTensors:
 def nested_path(path: str, key: object) -> str:
     """Where ``path[key]`` is, as one would type it."""
     return f"{path}[{key!r}]"
-
-
-def _describe(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a {str(value.dtype).removeprefix('torch.')} tensor of shape {tuple(value.shape)}"
-    return f"{type(value).__name__} {value!r}"[:80]
 
 
 def as_weights(model: nn.Module, tensor: Tensor, *, exact: bool) -> Tensor:

@@ -12,6 +12,7 @@ from .losses import VAEAlignmentLoss
 from .names import find_layer, unwrap
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention
+from .tokens import described
 
 
 def check_teacher(teacher: CFGFeatureTeacher, model: nn.Module, time: TimeConvention) -> None:
@@ -30,33 +31,39 @@ def check_teacher(teacher: CFGFeatureTeacher, model: nn.Module, time: TimeConven
             "it: build it from a copy of its own, copy.deepcopy(model)."
         )
     if teacher.time is not None and teacher.time != time:
+        names = f"{teacher.time.name!r}, the student's is {time.name!r}"
         raise TimeConventionError(
-            f"The teacher was built for the time convention {teacher.time.name!r}, the student's is {time.name!r}; "
-            "both see the same x_t and t, so they must agree."
+            f"The teacher was built for the time convention {names}; both see the same x_t and t, so they must agree."
+            + ("\nThese are two of one name: pass one object to both." if teacher.time.name == time.name else "")
         )
 
 
 def check_denoising(denoising: object) -> None:
     """Raise ``ShapeError`` unless the loop's own loss is a floating tensor, a scalar or (N,)."""
     if not isinstance(denoising, Tensor) or not denoising.is_floating_point() or denoising.ndim > 1:
-        found = tuple(denoising.shape) if isinstance(denoising, Tensor) else type(denoising).__name__
         raise ShapeError(
-            f"The loop's own loss must be a floating tensor, a scalar or (N,); got {found}.\n"
-            "Average what is left over channels and pixels first, as the loop does before backward()."
+            f"The loop's own loss must be a floating tensor, a scalar or (N,); got {described(denoising)}.\n"
+            "Average what is left over channels and pixels first, as the loop does before backward(). The loss comes "
+            "first: criterion(loss, latents=x, step=step)."
         )
 
 
-def check_batch(call: Call, denoising: Tensor, latents: Tensor | None) -> None:
+def check_batch(call: Call, denoising: Tensor, latents: object) -> None:
     """Make sure that loss and latents are those of the captured call.
 
     Raises:
-        ShapeError: If they have another number of samples.
+        ShapeError: If they have another number of samples, or the latents are no tensor.
         PlacementError: If the latents lie elsewhere.
     """
     if denoising.ndim == 1 and len(denoising) != call.rows:
         raise ShapeError(
             f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
             "Pass the loss of that call: a scalar, or one value for each sample."
+        )
+    if latents is not None and (not isinstance(latents, Tensor) or latents.ndim == 0):
+        raise ShapeError(
+            f"latents must be the batch's clean latents, a tensor (N, ...); got {described(latents)}.\n"
+            "Of a VAE's posterior pass the sample that the loop adds noise to, scaled as the model sees it."
         )
     if latents is not None and len(latents) != call.rows:
         raise ShapeError(

@@ -202,8 +202,8 @@ class SelfTransLoss(Shareable, Alignment):
         if name == "teacher" or (name in _FIXED and name in self.__dict__):
             raise SettingError(
                 f"{name} of a criterion cannot be changed once it is built.\n"
-                "Build a new one with the new value, and hand the head over: new.heads.load_state_dict("
-                "old.heads.state_dict()); then old.detach()."
+                "Build a new one with the new value, and hand the head over: "
+                "new.heads.load_state_dict(old.heads.state_dict()); then old.detach()."
             )
         super().__setattr__(name, value)
 

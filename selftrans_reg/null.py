@@ -16,6 +16,8 @@ from .taps import watched
 
 Null: TypeAlias = Mapping[str, Any]
 
+_NESTED = "A condition inside an argument takes a nested mapping: null={'cond': {'y': 1000}} for cond['y']."
+
 
 def flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
     """The null condition with the path of each value, as :class:`RowTensors` names paths.
@@ -29,7 +31,7 @@ def flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
             f"null= maps argument names to the null condition, such as null={{'y': 1000}}; got {null!r}."
         )
     for name in null:
-        spec.check_name(name, "null=", NullConditionError)
+        spec.check_name(name, "null=", NullConditionError, _NESTED)
     if overlap := {spec.x, spec.t} & set(null):
         raise NullConditionError(f"null= names {quoted(sorted(overlap))}, which is x_t or t, not a condition.")
 
@@ -66,6 +68,7 @@ def null_tensors(null: Mapping[str, Any], call: Call, held: RowTensors) -> Itera
             f"there; it holds {quoted(held.paths)}.\n"
             f"Nearest: {quoted(nearest(missing[0], held.paths)) or 'none'}. The model must be called with the "
             "condition that null= replaces."
+            + (f"\n{_NESTED}" if any(path.startswith(f"{missing[0]}[") for path in held.paths) else "")
         )
     for path, tensor in zip(held.paths, held.tensors, strict=True):
         yield _null_like(path, null[path], tensor, call) if path in null else tensor

@@ -14,7 +14,7 @@ from .names import quoted
 from .plateau import Plateau
 from .schedules import Schedule
 from .taps import WhichForward
-from .tokens import Select, Tokens
+from .tokens import Select, Tokens, described
 
 Target: TypeAlias = Literal["latents", "velocity"]
 Gating: TypeAlias = Literal["per-sample", "released"]
@@ -74,4 +74,4 @@ def checked_step(step: object) -> int:
     """
     if isinstance(step, SupportsIndex) and not isinstance(step, bool | Tensor) and operator.index(step) >= 0:
         return operator.index(step)
-    raise SettingError(f"step must be an integer, 0 or more; got {step!r}.")
+    raise SettingError(f"step must be an integer, 0 or more; got {described(step)}.")

@@ -262,6 +262,14 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             )
         return tokens[:wanted]
 
+    def extra_repr(self) -> str:
+        """The settings, as ``print(teacher)`` shows them."""
+        time = None if self.time is None else self.time.name
+        return (
+            f"layer={self.layer!r}, guidance_scale={self.guidance_scale:g}, null: {self.shown_null()}, time={time!r}, "
+            f"hidden_size={self.hidden_size}, select={self.select}, tokens={self.tokens}"
+        )
+
     def shown_null(self) -> str:
         """The null condition in short: numbers as they are, the rest by kind."""
         return shown(self._null)

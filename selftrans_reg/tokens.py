@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
@@ -126,6 +127,16 @@ def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from tensors_in(getattr(value, field.name), f"{path}.{field.name}")
 
 
+def described(value: Any) -> str:
+    """What a value is, in a few words: numbers and strings as they are, anything else by type and shape."""
+    if isinstance(value, bool | int | float | str | None):
+        return f"{value!r}"[:80]
+    dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
+    kind = f"{dtype} tensor" if dtype else type(value).__name__
+    shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
+    return f"{_with_article(kind)}{shape}"
+
+
 def rebuilt(value: Any, put: Callable[[Tensor], Tensor]) -> Any:
     """A copy of a nested value, each container of its own kind, with ``put(tensor)`` in place of every tensor.
 
@@ -161,8 +172,11 @@ def _listing(output: Any) -> str:
 
 
 def _kind(value: Any) -> str:
-    name = type(value).__name__
-    return f"{'an' if name[:1].lower() in 'aeiou' else 'a'} {name}"
+    return _with_article(type(value).__name__)
+
+
+def _with_article(name: str) -> str:
+    return f"{'an' if re.match('[aeio]|nd', name, re.IGNORECASE) else 'a'} {name}"  # an ndarray, a uint8 tensor
 
 
 def _show(select: Select) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 from toys import ToyDiT, batch
 
@@ -134,6 +135,14 @@ class TestBuilding:
         with pytest.raises(st.TimeConventionError) as error:
             stage2(ToyDiT(), teacher=teacher_of(time="sit"))
         check(error, "teacher was built for the time convention 'sit', the student's is 'repa'", "they must agree")
+        assert "one name" not in str(error.value)
+
+    def test_two_time_conventions_of_one_name(self) -> None:
+        mine, other = (st.TimeConvention("mine", alpha=lambda t: 1 - t, sigma=lambda t: t) for _ in range(2))
+        stage2(ToyDiT(), teacher=teacher_of(time=mine), time=mine)
+        with pytest.raises(st.TimeConventionError) as error:
+            stage2(ToyDiT(), teacher=teacher_of(time=other), time=mine)
+        check(error, "'mine', the student's is 'mine'", "two of one name: pass one object to both")
 
     def test_an_unknown_recipe(self) -> None:
         with pytest.raises(st.RecipeNotFoundError) as error:
@@ -203,7 +212,13 @@ class TestTheCall:
     def test_tokens_that_do_not_fit_the_latent_grid(self) -> None:
         model = ToyDiT()
         with pytest.raises(st.ShapeError) as error:
+            step(model, stage1(model, tokens=slice(1, None)))
+        check(error, "15 tokens do not fit the latent grid 4×4, which has 16")
+        assert error.value.__notes__ == ["tokens=slice(1, None, None) was given: these are the tokens that it leaves."]
+        model = ToyDiT()
+        with pytest.raises(st.ShapeError) as error:
             step(model, stage1(model, patch_size=4))
+        assert not hasattr(error.value, "__notes__")
         check(error, "16 tokens do not fit the latent grid 2×2, which has 4", r"tokens=slice\(12, None\)", "patch_size")
 
     @pytest.mark.parametrize(
@@ -262,11 +277,17 @@ class TestTheCall:
     @pytest.mark.parametrize(
         ("denoising", "parts"),
         [
-            (torch.zeros(16, 4, 8, 8), [r"a scalar or \(N,\); got \(16, 4, 8, 8\)", "Average what is left"]),
-            (torch.zeros(16, 1), [r"got \(16, 1\)"]),
-            (1.0, ["must be a floating tensor", "got float"]),
-            ({"loss": torch.zeros(())}, ["got dict"]),
-            (torch.zeros(16, dtype=torch.long), ["must be a floating tensor"]),
+            (
+                torch.zeros(16, 4, 8, 8),
+                [r"\(N,\); got a float32 tensor of shape \(16, 4, 8, 8\)", "Average what is left"],
+            ),
+            (
+                torch.zeros(16, 1),
+                [r"got a float32 tensor of shape \(16, 1\)", r"criterion\(loss, latents=x, step="],
+            ),
+            (1.0, ["must be a floating tensor", "got 1.0"]),
+            ({"loss": torch.zeros(())}, ["got a dict"]),
+            (torch.zeros(16, dtype=torch.long), ["must be a floating tensor", "got an int64 tensor"]),
             (torch.zeros(8), ["The loop's loss has 8 values, but the model's last call had 16 samples"]),
         ],
     )
@@ -284,7 +305,23 @@ class TestTheCall:
         if value is None:
             check(error, "stops at step 10, so every call needs the step", r"criterion\(loss, \.\.\., step=step\)")
         else:
-            check(error, "step must be an integer, 0 or more", f"got {re.escape(repr(value))}")
+            found = r"an int64 tensor of shape \(\)" if isinstance(value, torch.Tensor) else value
+            check(error, "step must be an integer, 0 or more", f"got {found}")
+
+    @pytest.mark.parametrize(
+        ("latents", "found"),
+        [
+            (B["x"].numpy(), r"an ndarray of shape \(16, 4, 8, 8\)"),
+            ([B["x"]], "a list"),
+            (DiagonalGaussianDistribution(torch.zeros(16, 8, 8, 8)), "a DiagonalGaussianDistribution"),
+            (torch.zeros(()), r"a float32 tensor of shape \(\)"),
+        ],
+    )
+    def test_latents_that_are_none(self, latents: Any, found: str) -> None:
+        model = ToyDiT()
+        with pytest.raises(st.ShapeError) as error:
+            step(model, stage1(model), latents=latents)
+        check(error, f"clean latents, a tensor .*; got {found}", "the sample that the loop adds noise to")
 
     def test_a_frozen_student(self) -> None:
         model = ToyDiT()

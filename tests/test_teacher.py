@@ -218,6 +218,17 @@ class TestNull:
         teacher = teacher_of(model, null={"text": 0, "more": {"pooled": {0: NO_POOLED}}})
         torch.testing.assert_close(teacher(*args), expected, **TOLERANCE)
 
+    def test_a_flat_null_condition_for_a_nested_argument_is_told_how_to_nest(self) -> None:
+        with pytest.raises(NullConditionError) as error:
+            teacher_of(Conditioned(), null={"more": 0})(*CALL, TEXT, {"pooled": [POOLED], "size": (64, 64)})
+        for part in ("names 'more', but the call holds no tensor with 6 rows there", "takes a nested mapping: null={"):
+            assert part in str(error.value)
+
+    def test_it_prints_its_settings(self) -> None:
+        teacher = teacher_of(ToyDiT(), time="sit", tokens=slice(1, None))
+        for part in ("layer='blocks.2', guidance_scale=3, null: y = 10, time='sit'", "tokens=slice(1, None, None)"):
+            assert part in repr(teacher)
+
     @pytest.mark.parametrize("null", [None, {}, "y", 1000])
     def test_no_null_condition_is_refused(self, null: Any) -> None:
         with pytest.raises(NullConditionError) as error:
@@ -230,7 +241,7 @@ class TestNull:
         ("null", "parts"),
         [
             ({"labels": 10}, ["null= names 'labels', which ToyDiT.forward does not take", "It takes 'x', 't', 'y'"]),
-            ({"yy": 10}, ["names 'yy'", "Nearest: 'y'"]),
+            ({"yy": 10}, ["names 'yy'", "Nearest: 'y'", "takes a nested mapping: null={'cond': {'y': 1000}}"]),
             ({"t": 0}, ["null= names 't', which is x_t or t, not a condition"]),
             ({"y": None}, ["null condition for 'y' must be a number, a tensor without batch axis", "got None"]),
             ({"y": [10]}, ["null condition for 'y' must be a number", "got [10]"]),
