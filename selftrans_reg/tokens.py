@@ -144,25 +144,36 @@ def rebuilt(value: Any, put: Callable[[Tensor], Tensor]) -> Any:
     """
     if isinstance(value, Tensor):
         return put(value)
-    if next(tensors_in(value), None) is None:
+    if not _holds_tensor(value):
         return value
+    if isinstance(value, list | tuple):
+        items = [rebuilt(item, put) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, Mapping):
-        items = {key: rebuilt(item, put) for key, item in value.items()}
+        named = {key: rebuilt(item, put) for key, item in value.items()}
         if not isinstance(value, MutableMapping):
-            return items
+            return named
         mapping = copy.copy(value)  # a model may ask it for attributes
-        for key, item in items.items():
+        for key, item in named.items():
             mapping[key] = item
         return mapping
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        record = copy.copy(value)
-        for field in dataclasses.fields(value):
-            object.__setattr__(record, field.name, rebuilt(getattr(value, field.name), put))
-        return record
+    record = copy.copy(value)
+    for field in dataclasses.fields(value):
+        object.__setattr__(record, field.name, rebuilt(getattr(value, field.name), put))
+    return record
+
+
+def _holds_tensor(value: Any) -> bool:
+    """Whether :func:`tensors_in` finds any: without its paths, as this is done at every forward."""
+    if isinstance(value, Tensor):
+        return True
     if isinstance(value, list | tuple):
-        listed = [rebuilt(item, put) for item in value]
-        return type(value)(*listed) if hasattr(value, "_fields") else type(value)(listed)
-    return value
+        return any(map(_holds_tensor, value))
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensor, value.values()))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return any(_holds_tensor(getattr(value, field.name)) for field in dataclasses.fields(value))
+    return False
 
 
 def _listing(output: Any) -> str:
