@@ -17,7 +17,17 @@ import torch
 from benchmarks import convergence
 from benchmarks.convergence import Results, Run, Setting
 from benchmarks.convergence_methods import METHODS, STUDIES, parse
-from benchmarks.convergence_report import Study, ablation_table, crossing, lead_table, spent, title, verdict, write_page
+from benchmarks.convergence_report import (
+    Study,
+    ablation_table,
+    confirmation,
+    crossing,
+    lead_table,
+    spent,
+    title,
+    verdict,
+    write_page,
+)
 from benchmarks.convergence_setting import PROTOCOLS, knn_accuracy, layer_features
 from common.paths import denoising_loss
 from common.training import Training
@@ -462,6 +472,24 @@ def test_an_ablation_is_compared_on_common_seeds_only(study: list[dict[str, Any]
     assert found[2].startswith("| Self-Transcendence | 2 |")
     assert found[2].endswith("| +0.0 ± 0.0 |")
     assert found[3] == "| Self-Transcendence, weight 1 | 1 | 20.0 | 15.0 | 13.0 | +4.0 |"  # seed 1 had 9.0
+
+
+def test_seeds_that_settings_were_chosen_on_are_told_from_others(study: list[dict[str, Any]], tmp_path: Path) -> None:
+    assert confirmation(Study.of(study, "made-up", explored=False)) == "None of them has been run yet."
+    best = "self guidance_scale=8.0 stop=1.0"
+    study += [made_up(best, 0, [1, 1, 1], 150, teacher="stage1"), made_up("stage1", 3, [30, 20, 10], 120)]
+    study += [made_up("none", seed, [30, 20, 10], 100) for seed in (3, 4)]
+    study += [made_up(best, seed, [26, 14, 9 + seed], 150, teacher="stage1") for seed in (3, 4)]
+    assert sorted(Study.of(study, "made-up").runs["none"]) == [0, 1]
+    found = confirmation(Study.of(study, "made-up", explored=False)).split("\n\n")
+    assert found[0].splitlines()[-1].endswith(", stop 1 | 2 | 26.0 ± 0.0 | 14.0 ± 0.0 | 12.5 ± 0.7 |")
+    assert found[1].splitlines()[-1].endswith(", stop 1 | -4.0 ± 0.0 | -6.0 ± 0.0 | +2.5 ± 0.7 |")
+    assert found[2].splitlines()[-1].endswith(", stop 1 | 2.10 | no | no | no | no |")  # 150 and, for half, 120
+    page = tmp_path / "docs" / "does-it-work.md"
+    page.parent.mkdir()
+    shutil.copy(ROOT / "docs" / "does-it-work.md", page)
+    write_page(study, tmp_path, "made-up")
+    assert page.read_text().count(found[1]) == 1
 
 
 def test_a_page_holds_mean_and_deviation(study: list[dict[str, Any]], tmp_path: Path) -> None:

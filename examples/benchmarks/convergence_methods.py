@@ -352,6 +352,7 @@ STUDIES: dict[str, list[str]] = {
     "reduced": ["none", "stage1", "stage1 target=velocity", "self", "sra", "layersync"],
     "price": ["self teacher_share=0.4", "self teacher_share=0.2"],
     "longer": ["self stop=1.0", "self guidance_scale=4 stop=1.0", "self guidance_scale=8 stop=1.0"],
+    "confirmation": ["none", "self guidance_scale=8 stop=1.0", "self guidance_scale=8 stop=1.0 teacher_share=0.4"],
     "peers": ["self gating=released", "deep", "dispersive", "repa"],
     "questions": ["own-ema", "own-ema switch=0.6 stop=1.0", "self teacher_run=self"],
     "scale": [f"self guidance_scale={scale}" for scale in (1, 2, 4, 8, 16, 30)],

@@ -22,9 +22,11 @@ STEPS_GOAL, OPERATIONS_GOAL = 0.6, 0.75  # shares of the plain run in which its 
 MAIN = [str(parse(text)) for study in ("reduced", "peers", "questions") for text in STUDIES[study]]
 EXTERNAL = "repa"  # the one method that is not self-contained
 BEST = "self guidance_scale=8.0 stop=1.0"  # found by the ablations, not fixed beforehand
+EXPLORED = (0, 1, 2)  # the seeds that it was found on; what is said of it on any others is a confirmation
+CONFIRMED = [str(parse(text)) for text in STUDIES["confirmation"]]
 TAUGHT = [*(str(parse(text)) for text in ["self", *STUDIES["price"]]), BEST]
 PLOTTED = [*(str(parse(text)) for study in ("reduced", "price") for text in STUDIES[study]), BEST]
-NO_ABLATIONS = "None of them has been run yet."
+NOT_RUN = "None of them has been run yet."
 MEASURES = {
     "knn_clean": "k-NN, clean",
     "knn_noisy": "k-NN, noisy",
@@ -54,8 +56,14 @@ class Study:
     seconds: dict[str, list[tuple[int, float]]]
 
     @classmethod
-    def of(cls, lines: Iterable[Line], name: str) -> Study:
-        """The lines of one protocol; a later measurement of the seconds replaces an earlier one, method by method."""
+    def of(cls, lines: Iterable[Line], name: str, *, explored: bool = True) -> Study:
+        """The lines of one protocol; a later measurement of the seconds replaces an earlier one, method by method.
+
+        Args:
+            lines: Of the results file.
+            name: The protocol.
+            explored: Whether to take the runs of the seeds that settings were chosen on, or those of all others.
+        """
         runs: dict[str, dict[int, Line]] = {}
         seconds: dict[str, list[tuple[int, float]]] = {}
         for line in lines:
@@ -63,7 +71,7 @@ class Study:
                 continue
             if line["kind"] == "seconds":
                 seconds |= line["parts"]
-            else:
+            elif (line["seed"] in EXPLORED) == explored:
                 settings = dict(line["method"])
                 method = METHODS[settings.pop("name")](**settings)
                 runs.setdefault(str(method), {})[line["seed"]] = line
@@ -278,20 +286,41 @@ def verdict(study: Study) -> str:
     return "\n".join(sentences)
 
 
+def confirmation(study: Study) -> str:
+    """Distances, differences from the plain run and price, on seeds that nothing was chosen on."""
+    methods = study.methods(CONFIRMED)
+    if not methods:
+        return NOT_RUN
+    tables = [make(study, methods) for make in (distance_table, difference_table, price_table)]
+    return "\n\n".join([*tables, f"{taken_on(study)} {floor(study)}"])
+
+
 def origin(study: Study) -> str:
-    """What the numbers were taken on, and how good the judge is."""
-    lines = [line for runs in study.runs.values() for line in runs.values()]
+    """What was run and judged, on what, and how good the judge is."""
     p, judge = study.any_line["protocol"], study.any_line["judge"]
-    said = {key: ", ".join(sorted({line[key] for line in lines})) for key in ("hardware", "torch", "commit")}
     return (
-        f"{len(lines)} runs of {study.steps[-1]:,} steps at batch {p['batch_size']}: {p['depth']} blocks of width "
-        f"{p['hidden_size']}, 16 tokens, learning rate {p['lr']:g}, average of decay {p['ema_decay']:g}. "
-        f"{p['samples']:,} samples at {p['sampler_steps']} evaluations of the averaged model, without guidance. "
-        f"{said['hardware']}; PyTorch {said['torch']}; commit {said['commit']}.\n\n"
+        f"{sum(map(len, study.runs.values()))} runs of {study.steps[-1]:,} steps at batch {p['batch_size']}: "
+        f"{p['depth']} blocks of width {p['hidden_size']}, 16 tokens, learning rate {p['lr']:g}, average of decay "
+        f"{p['ema_decay']:g}. {p['samples']:,} samples at {p['sampler_steps']} evaluations of the averaged model, "
+        f"without guidance. {taken_on(study)}\n\n{floor(study)} All {p['images'][1]:,} have {judge['real_all']:.1f}: "
+        "most of the floor comes from the small number, and is the same for every method."
+    )
+
+
+def taken_on(study: Study) -> str:
+    """Hardware, PyTorch and commit of the runs."""
+    lines = [line for runs in study.runs.values() for line in runs.values()]
+    said = {key: ", ".join(sorted({line[key] for line in lines})) for key in ("hardware", "torch", "commit")}
+    return f"{said['hardware']}; PyTorch {said['torch']}; commit {said['commit']}."
+
+
+def floor(study: Study) -> str:
+    """How good the judge is, and what it says of real images."""
+    p, judge = study.any_line["protocol"], study.any_line["judge"]
+    return (
         f"The judge is a classifier, {judge['accuracy']:.3f} right on held-out images. {p['samples']:,} of these, "
         f"which are real, have a distance of {judge['real']:.1f}, and of {judge['real_through_vae']:.1f} once they "
-        f"went through the VAE: the floor. All {p['images'][1]:,} have {judge['real_all']:.1f}: most of the floor "
-        "comes from the small number, and is the same for every method."
+        "went through the VAE: the floor."
     )
 
 
@@ -345,7 +374,8 @@ def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
         "measures": measure_table(study, main),
         "price": price_table(study, [*main, *(m for m in study.methods(PLOTTED) if m not in main)]),
         "lead": lead_table(study),
-        "ablations": ablation_table(study, ablations) if len(ablations) > 1 else NO_ABLATIONS,
+        "ablations": ablation_table(study, ablations) if len(ablations) > 1 else NOT_RUN,
+        "confirmation": confirmation(Study.of(lines, name, explored=False)),
     }
     page = root / "docs" / "does-it-work.md"
     text = page.read_text()
