@@ -71,10 +71,10 @@ class Record:
         if not captures:
             raise CaptureError(
                 f"Layer {layer!r} did not run in the last forward, or its hook was not seen.\n"
-                "If the model was compiled and called before this library was attached, the compiled code ignores the "
-                "hook: attach before the first call, or call torch._dynamo.reset() after attaching.\n"
-                "If one compiled function serves several layers, it ignores the hook of one of them: compile the model "
-                "or its modules instead, or set torch._dynamo.config.skip_nnmodule_hook_guards = False beforehand.\n"
+                "If the model is compiled, it may have run code that was compiled without the hook: before this "
+                "library was attached, for another model of the class, or for another layer that goes through the same "
+                "function. PyTorch tells them apart after torch._dynamo.config.skip_nnmodule_hook_guards = False; call "
+                "torch._dynamo.reset() too, if something is compiled already.\n"
                 "Otherwise the model's forward skips this layer: tap one that runs in every forward."
             )
         if len(captures) > 1:

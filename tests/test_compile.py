@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from toys import ToyDiT
 
-from selftrans_reg import FeatureTap
+from selftrans_reg import FeatureTap, SelfTransLoss
 from selftrans_reg.errors import CaptureError
 
 TIMES = [0.35, 0.5, 0.1, 0.9]
@@ -101,21 +101,6 @@ def test_gradients_and_graphs(way: str, attached: str, device: torch.device) -> 
     assert graphs + graphs_then == [bare_graphs[0]] * 20 == bare_graphs * 2
 
 
-@pytest.mark.parametrize("way", ["whole", "in place"])
-def test_attached_after_the_first_compiled_call_is_an_error(way: str) -> None:
-    b = noisy_batch(TIMES)
-    model = WAYS[way](student(), backend="eager")
-    denoising(model, b)
-    criterion = new_criterion(model)
-    with pytest.raises(CaptureError, match=r"Layer 'blocks\.1' did not run in the last forward") as error:
-        total(model, criterion, b)
-    assert error.match("compiled and called before this library was attached")
-    assert error.match(r"attach before the first call, or call torch\._dynamo\.reset\(\) after attaching")
-    torch._dynamo.reset()
-    total(model, criterion, b).backward()
-    assert_same(gradients(model, criterion), plain_gradients(b))
-
-
 def test_blocks_compiled_one_by_one_may_be_tapped_at_any_time() -> None:
     b = noisy_batch(TIMES)
     model = per_block(student(), backend="eager")
@@ -140,23 +125,56 @@ class Through(nn.ModuleList):
         return iter([lambda x, c, block=block: self.function(block, x, c) for block in self._modules.values()])
 
 
-def test_one_compiled_function_for_all_blocks_is_an_error_that_names_the_setting() -> None:
+Watched = tuple[nn.Module, SelfTransLoss]
+
+
+def after_its_own_call(way: str) -> Watched:
+    """A model that was compiled and called before the hooks were there."""
+    model = WAYS[way](student(), backend="eager")
+    denoising(model, noisy_batch(TIMES))
+    return model, new_criterion(model)
+
+
+def beside_another_model() -> Watched:
+    """A model that takes turns with one of its class, such as a baseline, that was compiled first."""
+    baseline, model = (torch.compile(student(), backend="eager") for _ in range(2))
+    denoising(baseline, noisy_batch(TIMES)).mean().backward()
+    criterion = new_criterion(model)
+    denoising(baseline, noisy_batch(TIMES)).mean().backward()
+    return model, criterion
+
+
+def with_one_function_for_all_blocks() -> Watched:
+    """A model whose blocks share a compiled function."""
+    model = student()
+    model.blocks = Through(model.blocks, torch.compile(run_block, backend="eager"))
+    return model, new_criterion(model)
+
+
+CASES = {
+    "after its own call": lambda: after_its_own_call("whole"),
+    "after its own call, in place": lambda: after_its_own_call("in place"),
+    "beside another model": beside_another_model,
+    "one function for all blocks": with_one_function_for_all_blocks,
+}
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_code_compiled_without_the_hook_is_an_error_and_the_advice_works(case: Callable[[], Watched]) -> None:
     b = noisy_batch(TIMES)
-
-    def attached() -> tuple[nn.Module, nn.Module]:
-        torch.compiler.reset()
-        model = student()
-        model.blocks = Through(model.blocks, torch.compile(run_block, backend="eager"))
-        return model, new_criterion(model)
-
-    model, criterion = attached()
-    with pytest.raises(CaptureError, match="one compiled function serves several layers") as error:
+    model, criterion = case()
+    with pytest.raises(CaptureError, match=r"Layer 'blocks\.1' did not run in the last forward") as error:
         total(model, criterion, b)
-    assert error.match("skip_nnmodule_hook_guards = False")
+    assert error.match("it may have run code that was compiled without the hook: before this library was attached, for")
+    assert error.match(
+        r"after torch\._dynamo\.config\.skip_nnmodule_hook_guards = False; call torch\._dynamo\.reset\(\)"
+    )
     with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
-        model, criterion = attached()
-        total(model, criterion, b).backward()
-    assert_same(gradients(model, criterion), plain_gradients(b))
+        torch._dynamo.reset()
+        for again, its_criterion in ((model, criterion), case()):  # in a session that goes on; in a new one
+            again.zero_grad()
+            total(again, its_criterion, b).backward()
+            assert_same(gradients(again, its_criterion), plain_gradients(b))
 
 
 def test_a_compiled_function_around_the_models_call() -> None:

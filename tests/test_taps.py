@@ -191,7 +191,7 @@ class TestCaptures:
                 tap.pop()
         for part in (
             "Layer 'blocks.1' did not run in the last forward, or its hook was not seen",
-            "call torch._dynamo.reset() after attaching",
+            "call torch._dynamo.reset() too, if something is compiled already",
             "skips this layer: tap one that runs in every forward",
         ):
             assert part in str(error.value)
