@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from .names import named_layers, numbered_groups
 from .truncate import Pruned
 
-# Row counts differ from step to step: padded, they need one graph of fixed and one of changing size.
-_MULTIPLE = 8
+# Sizes to which rows are padded, from a power of two to the next. How many are inside the window differs from step to
+# step. Graphs of a changing size take them all, but a block whose code depends on the size needs a graph for each.
+# Sixteen cost a sixteenth more rows at most; multiples of eight would make 24 rows of 18.
+_SIZES = 16
 
 
 def compile_blocks(model: nn.Module) -> None:
@@ -42,6 +44,7 @@ def compile_blocks(model: nn.Module) -> None:
 
 
 def pad_rows(tensor: Tensor) -> Tensor:
-    """The tensor with its last row repeated up to a multiple of eight rows."""
-    missing = -len(tensor) % _MULTIPLE
+    """The tensor with its last row repeated up to one of a few sizes, at most a sixteenth larger."""
+    octave = 2 ** (len(tensor).bit_length() - 1)
+    missing = -len(tensor) % max(1, octave // _SIZES)
     return torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])]) if missing else tensor

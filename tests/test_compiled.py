@@ -40,7 +40,7 @@ def test_compiled_teacher_gives_the_same_features_from_few_graphs(counter: Compi
     model = ToyDiT(depth=6)
     eager, compiled = new_teacher(model), new_teacher(model, compile=True)
     b = batch(32)
-    for rows in (32, 9, 10, 11, 3, 30, 5, 7, 13, 1, 17):
+    for rows in (32, 9, 10, 11, 3, 30, 5, 7, 13, 1, 17, 25):
         call = [b[name][:rows] for name in ("x", "t", "y")]
         features = compiled(*call)
         assert len(features) == rows
@@ -61,13 +61,20 @@ def test_compiled_teacher_leaves_the_students_cache_alone(counter: CompileCounte
     assert not torch._dynamo.eval_frame._get_cache_entries_for_region(ToyBlock.forward, -1)
 
 
-@pytest.mark.parametrize(("rows", "padded"), [(1, 8), (8, 8), (9, 16), (16, 16)])
+@pytest.mark.parametrize(("rows", "padded"), [(1, 1), (18, 18), (32, 32), (33, 34), (61, 62), (129, 136), (500, 512)])
 def test_padding_repeats_the_last_row(rows: int, padded: int) -> None:
     tensor = torch.arange(rows * 2.0).reshape(rows, 2)
     result = pad_rows(tensor)
     assert len(result) == padded
     assert torch.equal(result[:rows], tensor)
     assert (result[rows:] == tensor[-1]).all()
+
+
+def test_padding_costs_little_and_leaves_few_sizes() -> None:
+    padded = {rows: len(pad_rows(torch.empty(rows, 0))) for rows in range(1, 2049)}
+    assert all(rows <= size <= rows * (1 + 1 / 16) for rows, size in padded.items())
+    for octave in (32, 64, 512, 1024):
+        assert len({padded[rows] for rows in range(octave + 1, 2 * octave + 1)}) == 16
 
 
 def test_a_block_whose_forward_was_patched_keeps_it(counter: CompileCounterWithBackend) -> None:

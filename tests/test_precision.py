@@ -119,6 +119,22 @@ def test_what_runs_in_half_precision_and_what_does_not(
     assert torch.equal(guided, f_u + GUIDANCE_SCALE * (f_c - f_u)), "the combination was rounded"
 
 
+@HALVES
+def test_matrices_held_in_half_precision_give_the_same_features_to_the_bit(
+    half: torch.dtype, device: torch.device, generator: torch.Generator
+) -> None:
+    b = batch_on(device)
+    teacher = new_teacher(small_sit(generator, device), example=(b.x_t, b.t, b.y))
+    with torch.autocast(device.type, dtype=half):
+        wanted = teacher.pair(b.x_t, b.t, y=b.y)
+        for module in teacher.modules():  # as docs/cost.md has it
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.to(half)
+        found = teacher.pair(b.x_t, b.t, y=b.y)
+    assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
+    assert {p.dtype for p in teacher.model.blocks[0].parameters()} == {half}
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_float32_loss_from_bfloat16_weights(stage: int, generator: torch.Generator) -> None:
     b = noisy_batch(TIMES)

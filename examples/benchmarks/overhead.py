@@ -16,19 +16,23 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
+import shlex
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
@@ -55,11 +59,16 @@ class Bench:
         base.train()
         self.variants = variants(shape, base, chosen, args.compile)
         if args.compile:
+            # The variants' models are of one class, so PyTorch keeps their code in one place: it must tell those with
+            # hooks from those without, and make room for all of them.
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            torch._dynamo.config.recompile_limit = 8 * len(self.variants)
+            torch._dynamo.config.fail_on_recompile_limit_hit = True  # or a variant would be timed uncompiled
             for variant in self.variants:
                 variant.model.compile()
-        self.optimizers = {
-            v.name: torch.optim.AdamW([*base.parameters(), *v.extra], lr=1e-5, weight_decay=0.0) for v in self.variants
-        }
+        # The parameters have one optimiser, as they are the same in all variants; every head has its own.
+        self.optimizer = new_optimizer(base.parameters())
+        self.heads = {v.name: [new_optimizer(v.extra)] if v.extra else [] for v in self.variants}
 
     def gradients(self, variant: Variant, batch: Batch) -> None:
         """Forward and backward."""
@@ -67,21 +76,27 @@ class Bench:
         with autocast:
             denoising = F.mse_loss(variant.model(batch.x_t, batch.t, batch.y).float(), batch.velocity)
             loss = variant.loss(denoising, batch)
-        self.optimizers[variant.name].zero_grad()
+        self.zero_grad(variant)
         loss.backward()
 
     def step(self, variant: Variant, batch: Batch) -> None:
         """One training step as published: forward, backward, clip, AdamW."""
         self.gradients(variant, batch)
-        optimizer = self.optimizers[variant.name]
-        nn.utils.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"] if p.requires_grad], 1.0)
-        optimizer.step()
+        nn.utils.clip_grad_norm_([p for p in (*variant.model.parameters(), *variant.extra) if p.requires_grad], 1.0)
+        for optimizer in (self.optimizer, *self.heads[variant.name]):
+            optimizer.step()
+
+    def zero_grad(self, variant: Variant) -> None:
+        """Forget the gradients, also those that another variant left at the model."""
+        for optimizer in (self.optimizer, *self.heads[variant.name]):
+            optimizer.zero_grad()
 
     def count(self, variant: Variant, batch: Batch) -> int:
         """Operations of one step: matrix products and attention, forward and backward."""
-        # The counter sees neither into compiled code nor into every device's fused attention.
+        # The counter sees neither into compiled code nor into every device's fused attention; and rows that a compiled
+        # teacher's batch is padded with are none that the method needs.
         eager, plain = torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH)
-        with eager, plain:
+        with eager, plain, patch("selftrans_reg.teacher.pad_rows", lambda tensor: tensor):
             self.gradients(variant, batch)  # uncounted: a teacher's first call also looks for what it never runs
             with FlopCounterMode(display=False) as counter:
                 self.gradients(variant, batch)
@@ -100,31 +115,53 @@ class Bench:
             batch = Batch.draw(self.shape, generator, self.device)
             shift = repeat % len(self.variants)  # nobody is always first
             for variant in self.variants[shift:] + self.variants[:shift]:
-                self.optimizers[variant.name].zero_grad()  # the gradients are the step's, not the one's before
-                if self.device == "cuda":
-                    torch.cuda.reset_peak_memory_stats()
-                    before = torch.cuda.memory_allocated()
-                    torch.cuda.synchronize()
+                self.zero_grad(variant)  # the gradients are the step's, not the one's before
+                self.wait()
                 start = time.perf_counter()
                 self.step(variant, batch)
-                if self.device == "cuda":
-                    torch.cuda.synchronize()
-                    # What the other variants hold is no part of it.
-                    peak = torch.cuda.max_memory_allocated() - before + self.held(variant)
-                    found[variant.name]["peak_bytes"] = peak
+                self.wait()
                 if repeat >= 0:
                     seconds[variant.name].append(time.perf_counter() - start)
         base = seconds[self.variants[0].name]
-        for name, values in seconds.items():
-            found[name]["seconds"] = statistics.median(values)
-            found[name]["ratio"] = statistics.median(own / other for own, other in zip(values, base, strict=True))
+        for variant in self.variants:
+            values = seconds[variant.name]
+            found[variant.name] |= {
+                "seconds": statistics.median(values),
+                "ratio": statistics.median(own / other for own, other in zip(values, base, strict=True)),
+                "peak_bytes": self.peak_bytes(variant, batch),
+            }
         return found
 
+    def wait(self) -> None:
+        """Until the device has done what it was given."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def peak_bytes(self, variant: Variant, batch: Batch) -> int:
+        """The most memory that a variant holds within a step; what the others hold is no part of it."""
+        self.zero_grad(variant)
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.step(variant, batch)
+            return torch.cuda.max_memory_allocated() - before + self.held(variant)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            self.step(variant, batch)
+        changes = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+        changes.sort(key=lambda event: event.start_ns())
+        return max(itertools.accumulate(event.nbytes() for event in changes)) + self.held(variant)
+
     def held(self, variant: Variant) -> int:
-        """Bytes that a variant holds between two steps: model, head, teacher, the optimiser's state."""
-        state = [t for values in self.optimizers[variant.name].state.values() for t in values.values()]
+        """Bytes that a variant holds between two steps: model, head, teacher, the optimisers' state."""
+        optimizers = (self.optimizer, *self.heads[variant.name])
+        state = [t for optimizer in optimizers for values in optimizer.state.values() for t in values.values()]
         teacher = [] if variant.teacher is None else variant.teacher.parameters()
         return sum(t.nbytes for t in (*variant.model.parameters(), *variant.extra, *teacher, *state))
+
+
+def new_optimizer(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW with the published settings, but for steps that are too small to lead the variants anywhere."""
+    return torch.optim.AdamW(parameters, lr=1e-5, weight_decay=0.0)
 
 
 def teacher_size(shape: Shape) -> dict[str, int]:
@@ -259,7 +296,7 @@ def row_sampling(args: argparse.Namespace) -> None:
 
 
 def _command() -> str:
-    return "python examples/benchmarks/overhead.py " + " ".join(sys.argv[1:])
+    return "python examples/benchmarks/overhead.py " + shlex.join(sys.argv[1:])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -271,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast")
     parser.add_argument("--compile", action="store_true", help="compile the model in place, and the teacher's blocks")
+    parser.add_argument("--variants", choices=VARIANTS[1:], nargs="+", default=VARIANTS[1:], help="beside no method")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's)")
     parser.add_argument("--count", action="store_true", help="count operations at the published sizes, time nothing")
@@ -292,7 +330,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         tiny = Shape(3, 32, 2, 4, 8, 2, 2)
         shape = {"cpu": Shape(batch=args.batch), "tiny": tiny}.get(args.size) or published(args.size, args.batch)
-        print(describe(run(args.size, shape, args, set(VARIANTS))))
+        print(describe(run(args.size, shape, args, {"no method", *args.variants})))
 
 
 if __name__ == "__main__":

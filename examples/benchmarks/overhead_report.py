@@ -34,7 +34,7 @@ def table(result: dict[str, Any]) -> str:
     for name, measured, counted, quotient in ratios(result):
         row = f"| {name} | {measured:.2f} | {counted:.2f} | {quotient:.2f} |"
         if memory:
-            row += f" {result['variants'][name]['peak_bytes'] / 2**30:.1f} GiB |"
+            row += f" {result['variants'][name]['peak_bytes'] / 2**30:.2f} GiB |"
         lines.append(row)
     return "\n".join(lines)
 
