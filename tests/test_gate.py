@@ -1,10 +1,14 @@
 """Rows inside the window, and the random part of them that the teacher is shown."""
 
+import copy
 from itertools import combinations
 from math import comb
 
+import plain
 import pytest
 import torch
+import torch.nn.functional as F
+from benchmarks.overhead_variants import Batch, Shape
 from loops import LAYER, new_criterion, new_teacher, noisy_batch, student, total
 
 import selftrans_reg as st
@@ -39,6 +43,37 @@ def test_teacher_sees_only_the_rows_inside(monkeypatch: pytest.MonkeyPatch) -> N
     total(model, criterion, b)
     (doubled,) = seen
     torch.testing.assert_close(doubled, b.x_t[INSIDE].repeat(2, 1, 1, 1), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loss_and_gradients_are_those_of_the_masked_whole_batch(seed: int) -> None:
+    """To 1e-5, relative, for every parameter: with the published layers, scale and window, in the field's SiT."""
+    torch.manual_seed(seed)
+    shape = Shape(width=64, heads=4, tokens_per_side=4)
+    model, taught_by = shape.model(), shape.model()
+    b = Batch.draw(shape, torch.Generator().manual_seed(seed), "cpu")
+    teacher = st.build_teacher(copy.deepcopy(taught_by), None, layer="blocks.7", guidance_scale=30.0, null={"y": 1000})
+    model.y_embedder.dropout_prob = 0.0
+    with st.SelfTransLoss.stage2(model, layer="blocks.5", teacher=teacher, time="repa") as criterion:
+        found = criterion(F.mse_loss(model(b.x_t, b.t, b.y), b.velocity)).total
+    found.backward()
+    parameters = dict(model.named_parameters()) | dict(criterion.named_parameters())
+    gradients = {name: p.grad.clone() for name, p in parameters.items() if p.grad is not None}
+    model.zero_grad(), criterion.zero_grad()
+
+    prediction, tokens = plain.tapped(model, "blocks.5", b.x_t, b.t, b.y)
+    null = torch.full_like(b.y, 1000)
+    target = plain.guided(taught_by, "blocks.7", 30.0, (b.x_t, b.t, b.y), (b.x_t, b.t, null))
+    head = dict(criterion.heads[0].named_parameters())
+    alignment = (plain.inside(b.t) * plain.distance(plain.project(head, tokens), target)).mean()
+    wanted = F.mse_loss(prediction, b.velocity) + 0.5 * alignment
+    wanted.backward()
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=0)
+    assert alignment > 0
+    assert len(gradients) > 12 * 8
+    for name, gradient in gradients.items():
+        expected = parameters[name].grad
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm(), name
 
 
 @pytest.mark.parametrize("gating", ["per-sample", "released"])

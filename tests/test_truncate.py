@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import io
+from pathlib import Path
 
 import plain
 import pytest
 import torch
+from benchmarks.overhead_variants import Batch, Shape
 from torch import Tensor, nn
 from toys import ToyDiT, batch
 
@@ -53,6 +55,16 @@ def test_what_never_runs_is_dropped_for_good(at: str) -> None:
     names = {name for name in whole.state_dict() if not name.startswith(tuple(pruned(model)))}
     assert set(teacher.model.state_dict()) == names
     assert_as_before(teacher, whole)
+
+
+def test_two_thirds_of_the_blocks_are_at_most_seven_tenths_in_memory_and_on_disk(tmp_path: Path) -> None:
+    model = Shape(width=64, heads=4).model()
+    bytes_whole = sum(p.nbytes for p in model.parameters())
+    b = Batch.draw(Shape(batch=2), torch.Generator().manual_seed(0), "cpu")
+    teacher = teacher_of(model, "blocks.7", null={"y": 1000}, hidden_size=64, example=(b.x_t, b.t, b.y))
+    assert sum(p.nbytes for p in teacher.parameters()) <= 0.7 * bytes_whole
+    teacher.save_pretrained(tmp_path / "teacher")
+    assert sum(file.stat().st_size for file in (tmp_path / "teacher").iterdir()) <= 0.7 * bytes_whole
 
 
 def test_an_example_may_be_given_by_name() -> None:

@@ -39,18 +39,33 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def how(result: dict[str, Any]) -> str:
+    """In which precision, and whether compiled."""
+    precision = "bfloat16 autocast" if result["autocast"] else "float32"
+    return f"{precision}{', compiled' if result['compiled'] else ''}"
+
+
+def glance_table(results: list[dict[str, Any]]) -> str:
+    """Stage 2 of every result in one Markdown table."""
+    lines = ["| size | blocks, width | | machine | measured | counted | measured / counted |", f"|{'---|' * 7}"]
+    for result in results:
+        measured, counted, quotient = {name: numbers for name, *numbers in ratios(result)}["stage 2"]
+        shape = result["shape"]
+        where = f"{result['name']} | {shape['depth']}, {shape['width']} | {how(result)} | {result['hardware']}"
+        lines.append(f"| {where} | {measured:.2f} | {counted:.2f} | {quotient:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
 def describe(result: dict[str, Any]) -> str:
     """One result with what a reader needs to take it again."""
     shape, size = result["shape"], result["parameters"]
     base = result["variants"]["no method"]["seconds"]
     return (
         f"**{result['name']}**: {shape['depth']} blocks, width {shape['width']}, {shape['tokens_per_side'] ** 2} "
-        "tokens, "
-        f"batch {shape['batch']}, student layer {shape['student']}, teacher layer {shape['teacher']}; "
-        f"{'bfloat16 autocast' if result['autocast'] else 'float32'}{', compiled' if result['compiled'] else ''}. "
-        f"{result['hardware']}, PyTorch {result['torch']}, commit {result['commit']}, {result['repeats']} repeats, "
-        f"{base * 1000:.0f} ms a step without the method. A tap by itself takes {result['tap_seconds'] * 1e6:.0f} µs a "
-        "call. The truncated teacher keeps "
+        f"tokens, batch {shape['batch']}, student layer {shape['student']}, teacher layer {shape['teacher']}; "
+        f"{how(result)}. {result['hardware']}, PyTorch {result['torch']}, commit {result['commit']}, "
+        f"{result['repeats']} repeats, {base * 1000:.0f} ms a step without the method. A tap by itself takes "
+        f"{result['tap_seconds'] * 1e6:.0f} µs a call. The truncated teacher keeps "
         f"{size['teacher'] / size['model']:.2f} of the model's parameters.\n\n"
         f"```bash\n{result['command']}\n```\n\n{table(result)}\n"
     )
@@ -120,9 +135,11 @@ def report(results_file: Path) -> None:
     for result in latest.values():
         kind = result["name"].split()[0]
         found[kind if kind in found else "step"].append(result)
+    found["step"].sort(key=lambda result: (result["parameters"]["model"], result["autocast"], result["compiled"]))
     page = ROOT / "docs" / "cost.md"
     text = page.read_text()
     for part, content in (
+        ("glance", glance_table(found["step"])),
         ("overhead", "\n".join(describe(result) for result in found["step"])),
         ("counted", counted_table(found["counted"])),
         ("rows", row_table(found["teacher_rows"])),
