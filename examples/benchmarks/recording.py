@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import subprocess
@@ -25,8 +26,12 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
+@functools.cache
 def commit() -> str:
-    """The commit that the numbers belong to, marked if the working tree differs from it in more than results."""
+    """The commit that the numbers belong to, marked if the working tree differs from it in more than results.
+
+    Asked once: a process runs the code that was there when it began, whatever is edited meanwhile.
+    """
     found = _git("rev-parse", "--short", "HEAD")
     changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!examples/benchmarks/results")
     return f"{found}{'-dirty' if changed else ''}" if found else "unknown"
