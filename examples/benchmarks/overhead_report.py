@@ -125,7 +125,7 @@ def draw(results: list[dict[str, Any]], path: Path) -> None:
 
 
 def report(results_file: Path) -> None:
-    """Write the latest result of each kind into docs/cost.md, and draw the sweep."""
+    """Write the latest result of each kind that there is into docs/cost.md, and draw the sweep."""
     latest: dict[str, dict[str, Any]] = {}
     for line in results_file.read_text().splitlines():
         result = json.loads(line)
@@ -138,12 +138,14 @@ def report(results_file: Path) -> None:
     found["step"].sort(key=lambda result: (result["parameters"]["model"], result["autocast"], result["compiled"]))
     page = ROOT / "docs" / "cost.md"
     text = page.read_text()
-    for part, content in (
-        ("glance", glance_table(found["step"])),
-        ("overhead", "\n".join(describe(result) for result in found["step"])),
-        ("counted", counted_table(found["counted"])),
-        ("rows", row_table(found["teacher_rows"])),
+    for part, kind, written in (
+        ("glance", "step", glance_table),
+        ("overhead", "step", lambda results: "\n".join(map(describe, results))),
+        ("counted", "counted", counted_table),
+        ("rows", "teacher_rows", row_table),
     ):
-        text = between(text, part, content)
+        if found[kind]:
+            text = between(text, part, written(found[kind]))
     page.write_text(text)
-    draw(found["sweep"], ROOT / "docs" / "images" / "overhead.png")
+    if found["sweep"]:
+        draw(found["sweep"], ROOT / "docs" / "images" / "overhead.png")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import selftrans_reg as st
+from selftrans_reg.compiled import compile_blocks
 from selftrans_reg.gate import Gated
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -143,14 +144,15 @@ class Plain(Variant):
         self.head = st.ProjectionHead(shape.width, shape.width, device=device)
         self.extra = list(self.head.parameters())
         self.tokens: dict[int, Tensor] = {}
-        for depth in {shape.student, shape.teacher}:
-            self.model.blocks[depth - 1].register_forward_hook(self._keep(depth))
+        self.keep(shape.student)
 
-    def _keep(self, depth: int) -> Callable[..., None]:
+    def keep(self, depth: int) -> None:
+        """Have the tokens behind a block of the live model kept until the loss is computed."""
+
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             self.tokens[depth] = output
 
-        return hook
+        self.model.blocks[depth - 1].register_forward_hook(hook)
 
     def guided(self, batch: Batch) -> Tensor:
         """f_u + w (f_c − f_u) for every row."""
@@ -161,6 +163,7 @@ class Plain(Variant):
         tokens = self.tokens[self.shape.student]
         with torch.no_grad():
             target = self.guided(batch)
+        self.tokens.clear()
         return denoising + WEIGHT * len(batch.inside) / len(batch.t) * F.mse_loss(
             self.head(tokens).float(), target.float()
         )
@@ -184,6 +187,10 @@ class Released(Plain):
 class Swapped(Plain):
     """Teacher weights copied into the live model and back, two whole forwards in between."""
 
+    def __init__(self, name: str, base: nn.Module, shape: Shape, teacher: nn.Module) -> None:
+        super().__init__(name, base, shape, teacher)
+        self.keep(shape.teacher)
+
     def guided(self, batch: Batch) -> Tensor:
         """Runs the live model twice with the teacher's weights."""
         live = [p.detach().clone() for p in self.model.parameters()]
@@ -201,6 +208,7 @@ class Swapped(Plain):
     def _copy(self, source: Iterator[Tensor]) -> None:
         for parameter, value in zip(self.model.parameters(), source, strict=True):
             parameter.data.copy_(value)
+        torch.clear_autocast_cache()  # it holds what the weights were before, in half precision
 
 
 def share(model: nn.Module) -> nn.Module:
@@ -233,13 +241,19 @@ def variants(shape: Shape, base: nn.Module, chosen: set[str], compile_teacher: b
     def whole_teacher() -> nn.Module:
         return copy.deepcopy(trained).eval().requires_grad_(False)
 
+    def run_by_hand() -> nn.Module:
+        teacher = whole_teacher()
+        if compile_teacher:  # as the library's; swapping runs the live model, which is compiled as a whole
+            compile_blocks(teacher)
+        return teacher
+
     makers: dict[str, Callable[[str], Variant]] = {
         "no method": lambda name: Variant(name, base),
         "taps only": lambda name: TapsOnly(name, base, shape),
         "stage 1": lambda name: Ours(name, base, stage1),
         "stage 2": lambda name: Ours(name, base, stage2),
         "rows known": lambda name: RowsKnown(name, base, stage2),
-        "released way": lambda name: Released(name, base, shape, whole_teacher()),
+        "released way": lambda name: Released(name, base, shape, run_by_hand()),
         "swapped weights": lambda name: Swapped(name, base, shape, whole_teacher()),
     }
     return [make(name) for name, make in makers.items() if name in chosen]

@@ -38,7 +38,10 @@ def commit() -> str:
 
 
 def _git(*command: str) -> str:
-    done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    try:
+        done = subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, check=False)
+    except OSError:  # no git
+        return ""
     return done.stdout.strip()
 
 
