@@ -119,9 +119,9 @@ class Alignment(nn.Module):
             check_device(self.teacher, call.x_t.device, "teacher")
         if look is not None:
             look.tokens = [found.detach() for found in tokens]
-        everything = self.window is None or self.gating == "released"
-        candidates = torch.arange(call.rows) if everything else gated.rows()
-        if len(candidates) == 0:
+        inside = torch.arange(call.rows) if self.window is None else gated.rows()
+        candidates = torch.arange(call.rows) if self.gating == "released" else inside
+        if len(inside) == 0:
             if self.teacher is not None and sharded_parts(self.teacher):
                 # On other ranks it runs, and gathers its weights from all of them: they wait for this one.
                 self._target(call, torch.zeros(1, dtype=torch.long, device=call.x_t.device), latents, checking)

@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import nn
 
 from .errors import LayerNotFoundError, SettingError
@@ -35,6 +36,8 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def sharded_parts(model: nn.Module) -> list[nn.Module]:
     """The modules of ``model`` that FSDP2 shards (``fully_shard``), known by the method that it gives them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []  # without walking through all modules, at every step of a run on one GPU
     return [module for module in model.modules() if hasattr(type(module), "reshard")]
 
 

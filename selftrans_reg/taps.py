@@ -342,11 +342,14 @@ class _Stop(BaseException):
 
 
 class _StopHook(_Hook["EarlyExit"]):
-    """Keeps the layer's output with its owner and leaves the forward, while the owner is running one."""
+    """Keeps the layer's output with its owner and leaves the forward, or counts, while the owner is running one."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         early_exit = self.owner()
-        if early_exit is not None and early_exit.running and module is self.module():
+        if early_exit is None or module is not self.module():
+            return
+        early_exit.count += 1
+        if early_exit.running:
             early_exit.output = output
             raise _Stop
 
@@ -364,8 +367,24 @@ class EarlyExit:
         module = find_layer(model, layer)
         self.layer = layer
         self.running = False
+        self.count = 0
         self.output: Any = None
         module.register_forward_hook(_StopHook(self, module))
+
+    def check_runs_once(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let ``model(*args, **kwargs)`` go on to its end, and see that the layer does not run again.
+
+        Raises:
+            CaptureError: If it does.
+        """
+        self.count = 0
+        with contextlib.suppress(Exception):  # behind the layer nothing need work; what fails before it fails in `run`
+            model(*args, **kwargs)
+        if self.count > 1:
+            raise CaptureError(
+                f"Layer {self.layer!r} runs {self.count} times in one forward of the teacher, and nothing is guessed.\n"
+                "Tap a layer that runs once."
+            )
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The layer's raw output in ``model(*args, **kwargs)``, which goes no further.

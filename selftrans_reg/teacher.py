@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -15,17 +14,17 @@ from torch import Tensor, nn
 
 from .calls import Call, CallSpec, RowTensors, as_weights
 from .checkpoints import load_weights
-from .compiled import compile_blocks, pad_rows
+from .compiled import blocks_of, compile_blocks, pad_rows
 from .errors import SelfTransError, SettingError, ShapeError, TeacherError
 from .fingerprints import architecture, fingerprint
 from .heads import check_positive, infer_width
-from .names import find_layer, quoted, sharded_parts
+from .names import find_layer, quoted, sharded_parts, unwrap
 from .null import Null, checked_indices, flatten_null, null_tensors, shown
 from .sharing import Shareable
 from .taps import EarlyExit
 from .time import TimeConvention, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
-from .truncate import truncate
+from .truncate import pruned_error, pruned_modules, truncate
 
 if TYPE_CHECKING:
     from .hub import Source
@@ -43,7 +42,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
 
     so 1 is the conditional feature. The combination is computed in float32. The model runs without gradients, in eval
     mode whatever ``.train()`` says, under the autocast that is active. At the first call the modules that never run
-    are dropped and their memory is free.
+    are dropped and their memory is free; before, one forward goes on to its end, to see that the layer runs once.
 
     Made by :func:`build_teacher`, which describes the arguments.
 
@@ -87,10 +86,17 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 self.register_buffer(
                     f"null_{index}", value.detach(), persistent=False
                 )  # so that it moves with the teacher
+        if compile and not blocks_of(model):
+            raise SettingError(
+                "compile=True compiles the blocks of an nn.ModuleList, an nn.ModuleDict, or an nn.Sequential of one "
+                f"class; {type(unwrap(model)).__name__} has none.\n"
+                "Leave compile=True out, and compile the model's parts yourself: part.compile()."
+            )
         self.model = model.requires_grad_(False)
         self.eval()
         self._exit = EarlyExit(model, layer)
         self._prepared = False
+        self._pruned = pruned_modules(model)
         self._compile = compile
         settings = {"layer": layer, "guidance_scale": self.guidance_scale, "select": select, "tokens": tokens}
         settings |= {f"fixed {name}": value for name, value in self.spec.fixed.items()}
@@ -201,6 +207,9 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         Raises:
             NullConditionError: If the null condition does not fit the call.
             CallError: If the rows of an argument cannot be taken.
+            CaptureError: If the layer runs not at all, or several times in one forward.
+            PrunedModuleError: If a module was used that the first call dropped.
+            ShapeError: If the batch has no rows, or the layer does not keep one row for each sample.
             SettingError: If ``chunk`` is given and the model is sharded.
         """
         if chunk is not None and sharded_parts(self.model):
@@ -217,32 +226,54 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             as_weights(self.model, torch.cat([c, u]), exact=path == self.spec.t)
             for path, (c, u) in zip(held.paths, pairs, strict=True)
         ]
+        total = len(doubled[0])
+        if total == 0:
+            raise ShapeError("The teacher was called with a batch of no rows: there are no features to give.")
+        size = chunk or total
 
         def run() -> Tensor:
-            total = len(doubled[0])
-            size = chunk or total
             parts = [self._run(held, [d[i : i + size] for d in doubled]) for i in range(0, total, size)]
             return torch.cat(parts).float()
 
-        checked = check_indices or not self._prepared
-        with checked_indices(self.model, self._null) if checked else nullcontext():
+        self._forget_touched()
+        if check_indices or not self._prepared:
+            with torch.compiler.set_stance("force_eager"):  # no code is compiled for the hooks of these calls alone
+                with checked_indices(self.model, self._null):
+                    if not self._prepared:
+                        self._exit.check_runs_once(self.model, *self._arguments(held, [d[:size] for d in doubled]))
+                        self._forget_touched()
+                    features = run()
+                if not self._prepared:
+                    self._prepare(features, run)
+        else:
             features = run()
-        if not self._prepared:
-            self._check_repeatable(features, run())
-            truncate(self.model, find_layer(self.model, self.layer), run)
-            if self._compile:
-                compile_blocks(self.model)
-            self._prepared = True
+        if touched := [pruned.name for pruned in self._pruned if pruned.touched]:
+            raise pruned_error(touched)
         conditional, unconditional = features.chunk(2)
         return conditional, unconditional
+
+    def _forget_touched(self) -> None:
+        for pruned in self._pruned:
+            pruned.forget()
+
+    def _prepare(self, features: Tensor, run: Callable[[], Tensor]) -> None:
+        """What the first call does once: drop what never runs, and compile the rest if asked."""
+        self._check_repeatable(features, run())
+        truncate(self.model, find_layer(self.model, self.layer), run)
+        if self._compile:
+            compile_blocks(self.model)
+        self._pruned = pruned_modules(self.model)
+        self._prepared = True
+
+    def _arguments(self, held: RowTensors, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self.spec.arguments(held.rebuild(tensors))
 
     def _run(self, held: RowTensors, tensors: list[Tensor]) -> Tensor:
         wanted = len(tensors[0])
         if self._compile:
             tensors = [pad_rows(tensor) for tensor in tensors]
         rows = len(tensors[0])
-        arguments = held.rebuild(tensors)
-        args, kwargs = self.spec.arguments(arguments)
+        args, kwargs = self._arguments(held, tensors)
         try:
             output = self._exit.run(self.model, args, kwargs)
         except SelfTransError:
@@ -254,7 +285,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 "build_teacher(..., call=dict(shared=[...]))."
             )
             raise
-        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: arguments)
+        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: held.rebuild(tensors))
         if len(tokens) != rows:
             raise ShapeError(
                 f"The teacher's layer {self.layer!r} gives {len(tokens)} rows for a batch of {rows}: "

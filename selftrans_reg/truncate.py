@@ -2,41 +2,52 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from types import FunctionType, ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from .errors import PrunedModuleError
-from .names import named_layers, unwrap
+from .names import named_layers, quoted, unwrap
 from .taps import watched
 
 
 class Pruned(nn.Module):
-    """Stands where a module was that never ran; says its name when it is touched."""
+    """Stands where a module was that never ran; says its name when it is touched.
 
-    def __init__(self, name: str, touched: list[str]) -> None:
+    Attributes:
+        name: Where it stands.
+        touched: Whether it was. Kept besides raising, as the model may swallow the error.
+        probed: Whether a private attribute was asked for: libraries ask every module for theirs.
+    """
+
+    def __init__(self, name: str) -> None:
         super().__init__()
-        self._name = name
-        self._touched = touched  # kept besides raising: the model may swallow the error
+        self.name = name
+        self.forget()
+
+    def forget(self) -> None:
+        """Nothing has touched it."""
+        self.touched = self.probed = False
 
     def _raise(self) -> NoReturn:
-        self._touched.append(self._name)
-        raise PrunedModuleError(
-            f"Module {self._name!r} of the teacher was used, but it was dropped: the teacher's first call did not run "
-            "it before the tapped layer.\n"
-            "Give build_teacher an example= that takes every path which later calls take."
-        )
+        self.touched = True
+        raise pruned_error([self.name])
 
     def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
         """Refuse the call."""
         self._raise()
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # what copy, pickle and torch itself ask every module for
+        if name.startswith("__"):  # what copy and pickle ask every object for
             raise AttributeError(name)
+        if name.startswith("_"):
+            self.probed = True
+            raise pruned_error([self.name])
         self._raise()
 
     def __getitem__(self, index: Any) -> NoReturn:
@@ -49,12 +60,22 @@ class Pruned(nn.Module):
         self._raise()
 
 
+def pruned_error(names: Iterable[str]) -> PrunedModuleError:
+    """What to raise when modules that were dropped are used."""
+    return PrunedModuleError(
+        f"Module {quoted(names)} of the teacher was used, but it was dropped: the teacher's first call did not run "
+        "it before the tapped layer.\n"
+        "Give build_teacher an example= that takes every path which later calls take."
+    )
+
+
 def truncate(model: nn.Module, layer: nn.Module, run: Callable[[], Tensor]) -> Tensor:
     """Replace every module of ``model`` that ``run`` does not start by a :class:`Pruned`, and return ``run()``.
 
     A module that has finished is kept whole, since parts of it may be used without being called (as the output
-    projection of ``nn.MultiheadAttention``). ``run`` is repeated afterwards; whatever it touches is put back, until it
-    gives what it gave at first.
+    projection of ``nn.MultiheadAttention``); and so is one that the model holds beside its tree of modules, as in a
+    tuple or a bound method. ``run`` is repeated afterwards; whatever it touches is put back, until it gives what it
+    gave at first.
 
     Args:
         model: The model, which ``run`` calls and leaves at ``layer``.
@@ -66,31 +87,44 @@ def truncate(model: nn.Module, layer: nn.Module, run: Callable[[], Tensor]) -> T
     with watched(model.modules(), lambda module, args: started.add(module), finished.add):
         reference = run()
 
-    touched: list[str] = []
-    originals: dict[str, nn.Module] = {}
-    for name, module in list(_never_started(model, "", started, finished)):
-        originals[name] = module
-        _put(model, name, Pruned(name, touched))
+    dropped: dict[str, tuple[nn.Module, Pruned]] = {}
+    for name, module in list(_never_started(model, "", started, finished, set())):
+        dropped[name] = module, Pruned(name)
+        _put(model, name, dropped[name][1])
+
+    def put_back(names: Iterable[str]) -> None:
+        for name in names:
+            _put(model, name, dropped.pop(name)[0])
+
+    put_back(_held_elsewhere(model, {name: module for name, (module, _) in dropped.items()}))
     while True:
-        touched.clear()
+        for _, pruned in dropped.values():
+            pruned.forget()
+        failed: Exception | None = None
         try:
             result = run()
-        except Exception:
-            if not touched:
-                raise
-        if not touched:
+        except Exception as error:
+            failed = error
+        missed = [name for name, (_, pruned) in dropped.items() if pruned.touched or (failed and pruned.probed)]
+        if not missed:
             break
-        for name in set(touched):
-            _put(model, name, originals.pop(name))
+        put_back(missed)
+    if failed is not None:
+        put_back(list(dropped))
+        raise failed
     if not torch.allclose(result, reference, rtol=1e-4, atol=1e-5, equal_nan=True):
-        for name, module in originals.items():
-            _put(model, name, module)
+        put_back(list(dropped))
         warnings.warn(
             "The teacher's features changed when the modules that never run were dropped, so the teacher was kept "
             "whole. Its forward looks at its own modules: please report the model.",
             stacklevel=2,
         )
     return reference
+
+
+def pruned_modules(model: nn.Module) -> list[Pruned]:
+    """What stands in a truncated model for what it has lost."""
+    return [module for module in model.modules() if isinstance(module, Pruned)]
 
 
 def dropped_names(model: nn.Module) -> list[str]:
@@ -104,22 +138,50 @@ def drop(model: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         if name in layers:
             parent, _, child = name.rpartition(".")
-            unwrap(layers[parent] if parent else model)._modules[child] = Pruned(name, [])
+            unwrap(layers[parent] if parent else model)._modules[child] = Pruned(name)
 
 
 def _never_started(
-    module: nn.Module, prefix: str, started: set[nn.Module], finished: set[nn.Module]
+    module: nn.Module, prefix: str, started: set[nn.Module], finished: set[nn.Module], seen: set[nn.Module]
 ) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules of which nothing ran, outside of those that finished."""
-    for name, child in module.named_children():
+    """The largest modules of which nothing ran, outside of those that finished, by each of their names."""
+    seen.add(module)
+    for name, child in module._modules.items():  # named_children leaves out a shared module's other names
         path = f"{prefix}.{name}" if prefix else name
-        if child in finished:
+        if child is None or child in finished:
             continue
         # Lists are not called but counted and indexed: they stay, and their members go.
         if isinstance(child, nn.ModuleList | nn.ModuleDict) or any(m in started for m in child.modules()):
-            yield from _never_started(child, path, started, finished)
+            if child not in seen:
+                yield from _never_started(child, path, started, finished, seen)
         else:
             yield path, child
+
+
+def _held_elsewhere(model: nn.Module, dropped: dict[str, nn.Module]) -> list[str]:
+    """The names of dropped modules that ``model`` still reaches: it may use their weights without calling them.
+
+    Such weights would be in no state dict, and moved by no ``.to()``.
+    """
+    kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    parts: dict[int, set[str]] = {}  # modules, parameters and buffers, by the dropped modules that hold them
+    for name, module in dropped.items():
+        for part in (*module.modules(), *module.parameters(), *module.buffers()):
+            if id(part) not in kept:
+                parts.setdefault(id(part), set()).add(name)
+    found: set[str] = set()
+    seen = {id(model)}
+    todo: list[Any] = [model]
+    while todo:
+        thing = todo.pop()
+        found |= parts.get(id(thing), set())
+        # All that a function's globals hold is not the model's.
+        held = [thing.__closure__, thing.__defaults__, thing.__dict__] if isinstance(thing, FunctionType) else None
+        for other in gc.get_referents(thing) if held is None else held:
+            if id(other) not in seen and not isinstance(other, type | ModuleType):
+                seen.add(id(other))
+                todo.append(other)
+    return [name for name in dropped if name in found]
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

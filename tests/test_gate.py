@@ -171,10 +171,11 @@ def test_chunks_bound_the_teachers_batch() -> None:
     assert sizes == [3, 3, 2]  # four rows, doubled
 
 
-def test_no_row_inside_means_no_teacher_call_and_an_exact_zero() -> None:
+@pytest.mark.parametrize("gating", ["per-sample", "released"])
+def test_no_row_inside_means_no_teacher_call_and_an_exact_zero(gating: str) -> None:
     teacher = new_teacher()
     model = student()
-    criterion = new_criterion(model, teacher=teacher)
+    criterion = new_criterion(model, teacher=teacher, gating=gating)
     teacher.model.register_forward_pre_hook(lambda module, args: pytest.fail("the teacher ran"))
     b = noisy_batch([0.9, 0.95, 0.05])
     terms = criterion(torch.tensor(1.0) + 0 * model(b.x_t, b.t, b.y).sum(), latents=b.latents)

@@ -100,6 +100,43 @@ class TestGuidance:
         torch.testing.assert_close(seen[0], B["t"].repeat(2), rtol=0, atol=0)
 
 
+class Loops(ToyDiT):
+    """Goes through its blocks twice."""
+
+    def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
+        return super().through_blocks(super().through_blocks(tokens, c), c)
+
+
+class Shares(ToyDiT):
+    """All blocks are one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.blocks[0]] * 4)
+
+
+class TestLayer:
+    @pytest.mark.parametrize(("model", "times"), [(Loops(), 2), (Shares(), 4)], ids=["loops", "shares"])
+    def test_a_layer_that_runs_several_times_is_refused(self, model: ToyDiT, times: int) -> None:
+        teacher = teacher_of(model, layer="blocks.2")
+        for _ in range(2):
+            with pytest.raises(CaptureError, match=rf"Layer 'blocks\.2' runs {times} times in one forward") as error:
+                teacher(*CALL)
+            assert error.match("nothing is guessed")
+            assert error.match("Tap a layer that runs once")
+
+    def test_what_lies_behind_the_layer_may_fail(self) -> None:
+        model = ToyDiT()
+        expected = plain.guided(model, "blocks.2", 3.0, CALL, NULL_CALL)
+        model.final_layer = nn.Linear(3, 3)  # does not fit
+        torch.testing.assert_close(teacher_of(model)(*CALL), expected, **TOLERANCE)
+
+    def test_a_batch_of_no_rows_is_refused_in_words(self) -> None:
+        teacher = teacher_of(ToyDiT())
+        with pytest.raises(ShapeError, match="The teacher was called with a batch of no rows"):
+            teacher(*(tensor[:0] for tensor in CALL))
+
+
 class TestFrozen:
     def test_it_takes_the_model_over_frozen_and_in_eval_mode_for_good(self) -> None:
         model = ToyDiT().train()

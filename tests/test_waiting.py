@@ -21,6 +21,8 @@ SETTINGS = {
     "stage 1, released gating": {"stage": 1, "gating": "released"},
     "stage 1, velocity": {"stage": 1, "target": "velocity"},
     "stage 2": {},
+    "stage 2, two layers": {"layer": ["blocks.0", "blocks.1"]},
+    "stage 2, released gating": {"gating": "released"},
     "stage 2, every row": {"window": None},
     "stage 2, some rows": {"teacher_rows": 2},
     "stage 2, in chunks": {"teacher_chunk": 3},

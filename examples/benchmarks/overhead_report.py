@@ -64,7 +64,7 @@ def describe(result: dict[str, Any]) -> str:
         f"**{result['name']}**: {shape['depth']} blocks, width {shape['width']}, {shape['tokens_per_side'] ** 2} "
         f"tokens, batch {shape['batch']}, student layer {shape['student']}, teacher layer {shape['teacher']}; "
         f"{how(result)}. {result['hardware']}, PyTorch {result['torch']}, commit {result['commit']}, "
-        f"{result['repeats']} repeats, {base * 1000:.0f} ms a step without the method. A tap by itself takes "
+        f"{result['repeats']} repeats, {base * 1000:.0f} ms a step without the method. A `FeatureTap` by itself takes "
         f"{result['tap_seconds'] * 1e6:.0f} µs a call. The truncated teacher keeps "
         f"{size['teacher'] / size['model']:.2f} of the model's parameters.\n\n"
         f"```bash\n{result['command']}\n```\n\n{table(result)}\n"
