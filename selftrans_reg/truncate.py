@@ -163,7 +163,7 @@ def _held_elsewhere(model: nn.Module, dropped: dict[str, nn.Module]) -> list[str
 
     Such weights would be in no state dict, and moved by no ``.to()``.
     """
-    kept = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    kept = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}  # shared with those dropped
     parts: dict[int, set[str]] = {}  # modules, parameters and buffers, by the dropped modules that hold them
     for name, module in dropped.items():
         for part in (*module.modules(), *module.parameters(), *module.buffers()):
@@ -178,7 +178,7 @@ def _held_elsewhere(model: nn.Module, dropped: dict[str, nn.Module]) -> list[str
         # All that a function's globals hold is not the model's.
         held = [thing.__closure__, thing.__defaults__, thing.__dict__] if isinstance(thing, FunctionType) else None
         for other in gc.get_referents(thing) if held is None else held:
-            if id(other) not in seen and not isinstance(other, type | ModuleType):
+            if id(other) not in seen and not issubclass(type(other), type | ModuleType):
                 seen.add(id(other))
                 todo.append(other)
     return [name for name in dropped if name in found]

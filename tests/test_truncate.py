@@ -221,6 +221,18 @@ def test_a_module_that_the_model_holds_elsewhere_is_kept_and_saved(how: str, tmp
     torch.testing.assert_close(teacher(*CALL), expected, rtol=0, atol=0)
 
 
+def test_a_part_that_all_blocks_share_keeps_none_of_them() -> None:
+    model = ToyDiT()
+    table = nn.Linear(2, 2)  # never called, but used by blocks that are kept whole, such as one of rotary angles
+    for block in model.blocks:
+        block.table = table
+    whole = copy.deepcopy(model)
+    teacher = teacher_of(model)
+    teacher(*CALL)
+    assert pruned(model) == {"blocks.2", "blocks.3", "final_layer"}
+    assert_as_before(teacher, whole)
+
+
 def test_one_block_by_many_names_is_dropped_by_all_of_them() -> None:
     model = ToyDiT()
     model.tail = nn.ModuleList([model.blocks[3]] * 3)
