@@ -176,8 +176,9 @@ def _held_elsewhere(model: nn.Module, dropped: dict[str, nn.Module]) -> list[str
         thing = todo.pop()
         found |= parts.get(id(thing), set())
         # All that a function's globals hold is not the model's.
-        held = [thing.__closure__, thing.__defaults__, thing.__dict__] if isinstance(thing, FunctionType) else None
-        for other in gc.get_referents(thing) if held is None else held:
+        own = ("__closure__", "__defaults__", "__kwdefaults__", "__dict__")
+        held = [getattr(thing, name) for name in own] if isinstance(thing, FunctionType) else gc.get_referents(thing)
+        for other in held:
             if id(other) not in seen and not issubclass(type(other), type | ModuleType):
                 seen.add(id(other))
                 todo.append(other)

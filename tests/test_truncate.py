@@ -192,12 +192,14 @@ class HoldsElsewhere(ToyDiT):
 
     def __init__(self, how: str) -> None:
         super().__init__()
-        self.extra = nn.Linear(16, 16)
+        self.extra = extra = nn.Linear(16, 16)
         self.held = {
-            "tuple": (self.extra,),
-            "bound method": self.extra.forward,
-            "closure": lambda x, inner=self.extra: F.linear(x, inner.weight),
-            "parameter": [self.extra.weight],
+            "tuple": (extra,),
+            "bound method": extra.forward,
+            "closure": lambda x: F.linear(x, extra.weight),
+            "default": lambda x, inner=extra: F.linear(x, inner.weight),
+            "keyword": lambda x, *, inner=extra: F.linear(x, inner.weight),
+            "parameter": [extra.weight],
         }[how]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -210,7 +212,7 @@ class HoldsElsewhere(ToyDiT):
         return super().forward(x, t, y)
 
 
-@pytest.mark.parametrize("how", ["tuple", "bound method", "closure", "parameter"])
+@pytest.mark.parametrize("how", ["tuple", "bound method", "closure", "default", "keyword", "parameter"])
 def test_a_module_that_the_model_holds_elsewhere_is_kept_and_saved(how: str, tmp_path: Path) -> None:
     model = HoldsElsewhere(how)
     teacher = teacher_of(model)

@@ -28,14 +28,10 @@ def ratios(result: dict[str, Any]) -> list[tuple[str, float, float, float]]:
 
 def table(result: dict[str, Any]) -> str:
     """One result as a Markdown table."""
-    memory = "peak_bytes" in result["variants"]["no method"]
-    lines = ["| step | measured | counted | measured / counted |" + (" peak memory |" if memory else "")]
-    lines.append("|---|---|---|---|" + ("---|" if memory else ""))
+    lines = ["| step | measured | counted | measured / counted | peak memory |", f"|{'---|' * 5}"]
     for name, measured, counted, quotient in ratios(result):
-        row = f"| {name} | {measured:.2f} | {counted:.2f} | {quotient:.2f} |"
-        if memory:
-            row += f" {result['variants'][name]['peak_bytes'] / 2**30:.2f} GiB |"
-        lines.append(row)
+        peak = result["variants"][name]["peak_bytes"] / 2**30
+        lines.append(f"| {name} | {measured:.2f} | {counted:.2f} | {quotient:.2f} | {peak:.2f} GiB |")
     return "\n".join(lines)
 
 
