@@ -7,6 +7,7 @@ Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 """
 
 from .artefacts import strip
+from .checkpoints import load_weights
 from .criterion import LossTerms, SelfTransLoss
 from .errors import AlignmentNotFallingWarning as AlignmentNotFallingWarning
 from .errors import ArtefactError as ArtefactError
@@ -47,6 +48,7 @@ from .report.inspection import layer_report
 from .report.result import LayerReport
 from .teacher import CFGFeatureTeacher, build_teacher
 from .time import TimeConvention
+from .weight_files import read_checkpoint
 
 __version__ = "0.1.0"
 
@@ -66,6 +68,8 @@ __all__ = [
     "build_teacher",
     "feature_alignment",
     "layer_report",
+    "load_weights",
+    "read_checkpoint",
     "recipe",
     "strip",
 ]
