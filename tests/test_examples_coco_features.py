@@ -215,7 +215,7 @@ def test_a_split_goes_on_with_the_same_settings_alone(tmp_path: Path, items: lis
         return CocoWriter(tmp_path, "train", EMPTY, scale=1.0, settings={"size": size})
 
     writer(2).write(1, *items[1])
-    with pytest.raises(SettingError, match=r"other settings(.|\n)*size: 2 there, 4 now"):
+    with pytest.raises(ValueError, match=r"other settings(.|\n)*size: 2 there, 4 now"):
         writer(4)
     again = writer(2)
     assert [again.has(i) for i in range(3)] == [False, True, False]

@@ -108,7 +108,7 @@ def test_killed_work_goes_on_where_it_was(source: Source, models: Path, monkeypa
     monkeypatch.setattr(CocoWriter, "write", counted)
     with pytest.raises(KeyboardInterrupt):
         run(source.folder, models)
-    with pytest.raises(SettingError, match=r"precision: 'fp32' there, 'bf16' now"):
+    with pytest.raises(ValueError, match=r"precision: 'fp32' there, 'bf16' now"):
         run(source.folder, models, "--precision=bf16")
     run(source.folder, models)
     assert written == [0, -1, 1, 2]

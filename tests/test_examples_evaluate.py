@@ -238,7 +238,7 @@ def test_a_checkpoint_that_was_replaced_is_noticed(here: Path, curve: list[str])
     (here / "run/checkpoints/0000012.pt").write_bytes((here / "run/checkpoints/0000004.pt").read_bytes())
     with pytest.raises(SettingError, match="checkpoint_weights: "):
         evaluate.main(curve)
-    with pytest.raises(SettingError, match="num_samples: 10 there, 9 now"):
+    with pytest.raises(ValueError, match="num_samples: 10 there, 9 now"):
         evaluate.main([*curve, "--num-samples=9"])
 
 

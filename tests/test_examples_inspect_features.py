@@ -95,7 +95,7 @@ def test_a_quickstart_run_becomes_a_page(
     capsys.readouterr()
     assert inspect_features.main(call) == st.LayerReport.load(out / "report.json")
     assert "measured before" in capsys.readouterr().out
-    with pytest.raises(SettingError, match=r"other settings.*\n.*k: 3 there, 5 now"):
+    with pytest.raises(ValueError, match=r"other settings.*\n.*k: 3 there, 5 now"):
         inspect_features.main([*call, "--k=5"])
 
 

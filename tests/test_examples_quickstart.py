@@ -10,7 +10,7 @@ import quickstart
 import torch
 from common.data import LabelledImages, digits
 
-from selftrans_reg.errors import LayerNotFoundError, SettingError
+from selftrans_reg.errors import LayerNotFoundError
 
 TINY = [
     "--steps=6", "--samples=20", "--sampler-steps=2", "--vae-steps=3", "--classifier-steps=3", "--depth=4",
@@ -88,7 +88,7 @@ def test_going_on_does_only_what_is_missing(finished: Path, capsys: pytest.Captu
 
 def test_another_run_is_never_written_over(finished: Path) -> None:
     for match in ["other settings", "steps: 6 there, 7 now"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(ValueError, match=match):
             quickstart.main([*TINY, "--steps=7", f"--out={finished}"])
 
 

@@ -170,7 +170,7 @@ def test_another_run_is_never_written_into(run_folder: Path, finished: Path) -> 
         ([f"--checkpoint={run_folder}", "--weights=model"], "checkpoint_weights: '[0-9a-f]{16}' there"),
         ([f"--checkpoint={run_folder}", "--cfg-scale=1.9"], "cfg_scale: 1.0 there, 1.9 now"),
     ]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(ValueError, match=match):
             sample.main([*arguments, f"--out={finished}", *FAST])
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
@@ -232,7 +232,7 @@ def test_a_process_that_finds_a_newer_checkpoint_stops(
     monkeypatch.setenv("RANK", "1")
     second = Processes()
     monkeypatch.setattr(second, "meet", lambda: None)
-    with pytest.raises(SettingError, match=r"checkpoint: '0000004.pt' there, '0000012.pt' now"):
+    with pytest.raises(ValueError, match=r"checkpoint: '0000004.pt' there, '0000012.pt' now"):
         sample.sample(sample.options([f"--checkpoint={run_folder}", f"--out={out}", *FAST]), second)
     assert not any((out / "images").iterdir())
 

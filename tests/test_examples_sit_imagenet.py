@@ -146,7 +146,7 @@ def test_the_same_command_goes_on_to_more_steps_bit_equal(tmp_path: Path, runs: 
 
 def test_a_folder_belongs_to_its_settings(runs: Path) -> None:
     for match in ["other settings", "lr: 0.003 there, 0.001 now", "--out"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(ValueError, match=match):
             run(runs / "baseline", "--demo-vae-steps=3", "--lr=1e-3", stage="baseline")
 
 
