@@ -25,7 +25,7 @@ from common.run_folder import open_run_folder
 from common.training import progress
 
 import selftrans_reg as st
-from selftrans_reg.draw import draw_curves, draw_features
+from selftrans_reg.analysis.draw import draw_curves, draw_features
 from selftrans_reg.errors import ShapeError
 
 MOST_ROWS = 6  # layers in the picture of tokens

@@ -39,7 +39,7 @@ from PIL import Image
 from torch import Tensor
 
 from selftrans_reg.errors import CheckpointError, SettingError, ShapeError
-from selftrans_reg.fingerprints import fingerprint
+from selftrans_reg.modules import fingerprint
 
 GRID_COLUMNS, GRID_ROWS = 10, 4
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}

@@ -30,7 +30,7 @@ from PIL import Image
 from sample import open_vae
 
 from selftrans_reg.errors import SettingError
-from selftrans_reg.fingerprints import fingerprint
+from selftrans_reg.modules import fingerprint
 
 SHOWN = 16  # prompts in the picture
 

@@ -6,6 +6,8 @@ classifier-free-guided features, and one loss object that combines them in an ex
 Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 """
 
+from .analysis.inspection import layer_report
+from .analysis.result import LayerReport
 from .artefacts import strip
 from .checkpoints import load_weights
 from .criterion import LossTerms, SelfTransLoss
@@ -39,13 +41,11 @@ from .errors import ShapeError as ShapeError
 from .errors import StepWentBackWarning as StepWentBackWarning
 from .errors import TeacherError as TeacherError
 from .errors import TimeConventionError as TimeConventionError
-from .feature_tap import FeatureTap
 from .heads import ProjectionHead
 from .losses import VAEAlignmentLoss, feature_alignment
 from .plateau import Plateau
 from .recipes import Recipe, recipe
-from .report.inspection import layer_report
-from .report.result import LayerReport
+from .taps import FeatureTap
 from .teacher import CFGFeatureTeacher, build_teacher
 from .time import TimeConvention
 from .weight_files import read_checkpoint

@@ -1,26 +1,249 @@
-"""From a recorded forward to the alignment: the part of the loss that knows of heads, targets and windows."""
+"""From a recorded forward to the alignment: the rows inside the window, their tokens, targets and distances."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Self, get_args
 
 import torch
 from torch import Tensor, nn
 
 from .calls import Call, CallSpec
-from .checks import check_captured, check_device, check_patches, check_same_shape
-from .errors import ShapeError
-from .gate import Gated, check_teacher_rows, sample_rows, to_device
+from .errors import (
+    GradientError,
+    PlacementError,
+    SelfTransError,
+    SettingError,
+    ShapeError,
+    TeacherError,
+    TimeConventionError,
+)
+from .heads import ProjectionHead
 from .health import Look
-from .layer_losses import distance_of, zero_of
-from .losses import Distance, VAEAlignmentLoss, check_distance, velocity_target
-from .names import sharded_parts
+from .losses import Distance, VAEAlignmentLoss, check_distance, distance_of, velocity_target, zero_of
+from .modules import check_device, find_layer, sharded_parts, unwrap
 from .settings import Gating, Target, check_choice, check_interval_of
 from .taps import Record, layer_names
 from .teacher import CFGFeatureTeacher
-from .time import TimeConvention, check_window, resolve
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, select_tensor
+from .time import TimeConvention, check_window, resolve, window_mask
+from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, described, select_tensor
+
+# Devices of which a copy to or from pinned memory is left to itself; on others it is waited for.
+ASYNCHRONOUS = ("cuda",)
+
+
+@dataclass(frozen=True)
+class Gated:
+    """A call and its rows inside the window.
+
+    Attributes:
+        call: The model's call by names.
+        inside: (N,), bool, on the batch's device.
+        on_host: (N,), the same on the host, once ``ready`` has happened.
+        ready: The end of the copy; None where there was nothing to wait for.
+    """
+
+    call: Call
+    inside: Tensor
+    on_host: Tensor
+    ready: torch.cuda.Event | None
+
+    def rows(self) -> Tensor:
+        """(n,), the indices of the rows inside, on the host. Waits only for what was queued before the forward."""
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.on_host.nonzero().squeeze(1)
+
+
+class Gate:
+    """Finds the rows inside the window when the model is called, so that the loss need not wait for the forward.
+
+    On CUDA the mask is copied to the host asynchronously before the forward is queued; the number of rows, on which
+    shapes depend, is then known while the forward still runs.
+    """
+
+    def __init__(self, spec: CallSpec, time: TimeConvention, window: tuple[float, float] | None) -> None:
+        self.spec = spec
+        self.time = time
+        self.window = window
+
+    @torch.no_grad()
+    def __call__(self, record: Record) -> Gated:
+        """Bind the record's call and see which rows are inside.
+
+        Raises:
+            CallError: If x_t or t cannot be told from the call.
+        """
+        call = self.spec.bind(record.args, record.kwargs)
+        inside = window_mask(self.time.noise_fraction(call.t), self.window)
+        if inside.device.type not in ASYNCHRONOUS:
+            return Gated(call, inside, inside.cpu(), None)
+        on_host = torch.empty(inside.shape, dtype=torch.bool, pin_memory=True)
+        on_host.copy_(inside, non_blocking=True)
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # The copy is in the stream of the batch's device, which need not be the current one.
+        ready.record(torch.cuda.current_stream(inside.device))
+        return Gated(call, inside, on_host, ready)
+
+    def early(self, record: Record) -> Gated | SelfTransError:
+        """The same at the moment of the call; an error is kept for the loss, where the user expects it."""
+        try:
+            return self(record)
+        except SelfTransError as error:
+            return error.with_traceback(None)  # whose frames hold the record, and with it the graph
+
+
+def check_teacher_rows(teacher_rows: object) -> None:
+    """Raise ``SettingError`` unless ``teacher_rows`` is None, a count of at least 1, or a share in (0, 1)."""
+    count = isinstance(teacher_rows, int) and not isinstance(teacher_rows, bool) and teacher_rows >= 1
+    share = isinstance(teacher_rows, float) and 0.0 < teacher_rows < 1.0
+    if not (teacher_rows is None or count or share):
+        raise SettingError(
+            f"teacher_rows must be None, a whole number of rows from 1, or a share between 0 and 1; got "
+            f"{teacher_rows!r}."
+        )
+
+
+def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Tensor:
+    """A random part of ``rows``: at most a count, or a share (rounded up), each subset as likely as any other.
+
+    Args:
+        rows: (n,), indices on the host.
+        teacher_rows: The count or the share; None for all.
+        seed: What the choice depends on, and nothing else: no random number generator is advanced.
+
+    Shape:
+        returns: (k,), in ascending order
+    """
+    if teacher_rows is None:
+        return rows
+    wanted = math.ceil(teacher_rows * len(rows)) if isinstance(teacher_rows, float) else teacher_rows
+    if wanted >= len(rows):
+        return rows
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:wanted]
+    return rows[chosen.sort().values]
+
+
+def to_device(rows: Tensor, device: torch.device) -> Tensor:
+    """Indices on ``device``, without waiting for it."""
+    return rows.pin_memory().to(device, non_blocking=True) if device.type in ASYNCHRONOUS else rows.to(device)
+
+
+def check_teacher(teacher: CFGFeatureTeacher, model: nn.Module, time: TimeConvention) -> None:
+    """Make sure that ``teacher`` can teach ``model``.
+
+    Raises:
+        TeacherError: If it is the model itself, or shares the weights of its layer with it.
+        TimeConventionError: If it was built for another time convention.
+    """
+    if unwrap(teacher.model) is unwrap(model):
+        raise TeacherError("The teacher holds the student itself: build it from a copy of the model.")
+    own = {id(p) for p in unwrap(model).parameters()}
+    if any(id(p) in own for p in find_layer(teacher.model, teacher.layer).parameters()):
+        raise TeacherError(
+            f"The teacher shares the weights of its layer {teacher.layer!r} with the student, and would change with "
+            "it: build it from a copy of its own, copy.deepcopy(model)."
+        )
+    if teacher.time is not None and teacher.time != time:
+        names = f"{teacher.time.name!r}, the student's is {time.name!r}"
+        raise TimeConventionError(
+            f"The teacher was built for the time convention {names}; both see the same x_t and t, so they must agree."
+            + ("\nThese are two of one name: pass one object to both." if teacher.time.name == time.name else "")
+        )
+
+
+def check_denoising(denoising: object) -> None:
+    """Raise ``ShapeError`` unless the loop's own loss is a floating tensor, a scalar or (N,)."""
+    if not isinstance(denoising, Tensor) or not denoising.is_floating_point() or denoising.ndim > 1:
+        raise ShapeError(
+            f"The loop's own loss must be a floating tensor, a scalar or (N,); got {described(denoising)}.\n"
+            "Average what is left over channels and pixels first, as the loop does before backward(). The loss comes "
+            "first: criterion(loss, latents=x, step=step)."
+        )
+
+
+def check_batch(call: Call, denoising: Tensor, latents: object) -> None:
+    """Make sure that loss and latents are those of the captured call.
+
+    Raises:
+        ShapeError: If they have another number of samples, or the latents are no tensor.
+        PlacementError: If the latents lie elsewhere.
+    """
+    if denoising.ndim == 1 and len(denoising) != call.rows:
+        raise ShapeError(
+            f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
+            "Pass the loss of that call: a scalar, or one value for each sample."
+        )
+    if latents is not None and (not isinstance(latents, Tensor) or latents.ndim == 0):
+        raise ShapeError(
+            f"latents must be the batch's clean latents, a tensor (N, ...); got {described(latents)}.\n"
+            "Of a VAE's posterior pass the sample that the loop adds noise to, scaled as the model sees it."
+        )
+    if latents is not None and len(latents) != call.rows:
+        raise ShapeError(
+            f"There are {len(latents)} latents, but the model's last call had {call.rows} samples: pass the same batch."
+        )
+    if latents is not None and latents.device != call.x_t.device:
+        raise PlacementError(f"The latents lie on {latents.device}, x_t on {call.x_t.device}: move them there.")
+
+
+def check_same_shape(call: Call, latents: Tensor) -> None:
+    """Raise ``ShapeError`` unless latents and captured x_t have one shape."""
+    if latents.shape != call.x_t.shape:
+        raise ShapeError(
+            f"The latents {tuple(latents.shape)} and the captured x_t {tuple(call.x_t.shape)} differ in shape, so x_t "
+            "cannot be checked against them, nor a velocity be computed.\n"
+            "Pass the clean latents of this batch in the layout in which the model gets x_t: packed if that is packed, "
+            "with channel_axis= for stage 1 if its channels are not on axis 1. Where x_t holds more than the noisy "
+            "latents, as for inpainting, switch the check off with check_interval=None."
+        )
+
+
+def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> None:
+    """Make sure that a head can be trained on the tokens.
+
+    Raises:
+        ShapeError: If there is not one row for each sample, or the head reads another width.
+        PlacementError: If the head lies elsewhere.
+        GradientError: If the tokens carry no gradient although gradients are enabled.
+    """
+    if len(tokens) != call.rows:
+        raise ShapeError(
+            f"Layer {layer!r} gave {len(tokens)} rows in a call of {call.rows} samples: tap a layer that keeps one row "
+            "for each sample."
+        )
+    assert isinstance(head, ProjectionHead | VAEAlignmentLoss)
+    if tokens.shape[-1] != head.in_features:
+        raise ShapeError(
+            f"Layer {layer!r} gave tokens of width {tokens.shape[-1]}, but the head reads {head.in_features}.\n"
+            f"Build the criterion with hidden_size={tokens.shape[-1]}; or, if the layer's maps are not (N, D, H, W), "
+            "turn them into (N, T, D) with tokens= a callable."
+        )
+    check_device(head, tokens.device, "head")
+    if torch.is_grad_enabled() and not tokens.requires_grad:
+        raise GradientError(
+            f"The tokens of layer {layer!r} carry no gradient, so aligning them would train nothing of the model.\n"
+            "Either everything up to this layer is frozen: tap a later one. Or reentrant activation checkpointing "
+            "hides the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the very "
+            "module that is checkpointed."
+        )
+
+
+def check_patches(tokens: Tensor, call: Call, layer: str) -> None:
+    """Raise ``ShapeError`` if so many tokens cannot be patches of x_t: patches divide a sample's values evenly.
+
+    For features without a latent grid to compare with; it tells text or class tokens at the usual sizes.
+    """
+    values = call.x_t[0].numel()
+    if values % tokens.shape[1]:
+        raise ShapeError(
+            f"Layer {layer!r} gave {tokens.shape[1]} tokens, which cannot be the patches of x_t "
+            f"{tuple(call.x_t.shape)}: its {values} values a sample do not divide by {tokens.shape[1]}.\n"
+            "Is it another stream, such as the text's (select=)? Are class, time or text tokens among the image's "
+            "(tokens=)? To align all of them on purpose, pass tokens=slice(None)."
+        )
 
 
 class Alignment(nn.Module):

@@ -1,13 +1,12 @@
-"""The projection head, and how wide the layer is that it reads."""
+"""The projection head, and one layer's tokens through it."""
 
 from __future__ import annotations
-
-from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
-from .errors import SettingError, ShapeError
+from .errors import ShapeError
+from .modules import check_positive
 
 
 class ProjectionHead(nn.Sequential):
@@ -79,12 +78,6 @@ class ProjectionHead(nn.Sequential):
         return result
 
 
-def check_positive(name: str, value: object) -> None:
-    """Raise ``SettingError`` unless ``value`` is a positive integer."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise SettingError(f"{name} must be a positive integer; got {value!r}.")
-
-
 def linear(
     in_features: int, out_features: int, generator: torch.Generator, device: torch.device | str | None
 ) -> nn.Linear:
@@ -94,40 +87,3 @@ def linear(
     nn.init.zeros_(layer.bias)
     moved: nn.Linear = layer.to(device)
     return moved
-
-
-def infer_width(layer: nn.Module) -> int | None:
-    """The width of a layer's output tokens where its parts leave no doubt, else None.
-
-    A Linear tells by itself, a Sequential by its last module. In a transformer block the residual width is the one
-    that is normalised, enters a Linear and leaves at least two, the attention's last and the MLP's; the MLP's inner
-    width is not normalised, a head's width (qk-norm) enters no Linear, and in a final layer at most one Linear gives
-    it, that of the condition.
-    """
-    if isinstance(layer, nn.Linear):
-        return layer.out_features
-    if isinstance(layer, nn.Sequential) and len(layer):
-        return infer_width(layer[-1])
-    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
-    normalised = {m.normalized_shape[-1] for m in layer.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)}
-    given = Counter(m.out_features for m in linears)
-    widths = [width for width in normalised & {m.in_features for m in linears} if given[width] > 1]
-    return widths[0] if len(widths) == 1 else None
-
-
-def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
-    """``hidden_size`` if given, else the layer's width.
-
-    Raises:
-        SettingError: If it was not given and the layer does not tell.
-    """
-    if hidden_size is not None:
-        check_positive("hidden_size", hidden_size)
-        return hidden_size
-    width = infer_width(layer)
-    if width is None:
-        raise SettingError(
-            f"The width of layer {name!r} ({type(layer).__name__}) cannot be read off with certainty.\n"
-            "Pass hidden_size=, the last axis of that layer's tokens."
-        )
-    return width

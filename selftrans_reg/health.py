@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from statistics import mean
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +22,235 @@ from .errors import (
     HealthWarning,
     NoContrastWarning,
     NoGradientWarning,
+    NotFiniteError,
     SameWeightsWarning,
     StepWentBackWarning,
 )
-from .finite import all_finite, not_finite
-from .gradient_probe import GradientProbe
-from .intervals import Interval
-from .movement import Movement, same_weights
-from .names import quoted
+from .modules import named_layers, quoted, sharded_parts, unwrap
+from .plateau import GradientProbe, Interval
 from .teacher import CFGFeatureTeacher
-from .trend import Trend
+from .tokens import tensors_in
+
+# The alignment is averaged over at least so many calls, and so many averages are compared with the first.
+_AVERAGED, _RECENT = 100, 5
+# Within so many calls of a run any head learns at least the mean of what it is to predict.
+_LEARNED = 2000
+
+
+class Trend:
+    """The alignment of the samples inside the window, averaged over stretches of the run.
+
+    Attributes:
+        sum: Of the alignments since the last stretch ended; a 0-d tensor on the device once a sample was inside.
+        first: The average over the run's first stretch; inf where that was before the run was watched.
+        recent: Those over the latest ones, oldest first.
+    """
+
+    def __init__(self) -> None:
+        self.sum: Tensor | float = 0.0
+        self.first = math.nan
+        self.recent: list[float] = []
+        self._inside = 0.0
+        self._calls = 0
+
+    def add(self, alignment: Tensor, inside: float) -> None:
+        """Take in one call: its alignment and the share of its samples that were inside. Nothing is read."""
+        self._calls += 1
+        self._inside += inside
+        if inside:
+            self.sum = self.sum + alignment.detach()
+
+    def close(self, total: float, calls: int) -> bool:
+        """End a stretch if it is long enough, and say whether the alignment should have fallen and has not.
+
+        Args:
+            total: The value of ``sum``.
+            calls: The number of this call in the run.
+        """
+        if self._calls < _AVERAGED or not self._inside:
+            return False
+        average = total / self._inside
+        if math.isnan(self.first):
+            self.first = average if calls - self._calls < _AVERAGED else math.inf
+        else:
+            self.recent = [*self.recent, average][-_RECENT:]
+        self.sum, self._inside, self._calls = 0.0, 0.0, 0
+        return calls >= _LEARNED and len(self.recent) == _RECENT and mean(self.recent) >= self.first
+
+    def state(self) -> list[float]:
+        """What a resumed run needs, as floating numbers."""
+        recent = [*self.recent, *[math.nan] * (_RECENT - len(self.recent))]
+        return [float(self.sum), self._inside, self._calls, self.first, *recent]
+
+    def load(self, state: list[float]) -> None:
+        """Go on from what :meth:`state` gave."""
+        self.sum, self._inside, calls, self.first, *recent = state
+        self._calls = int(calls)
+        self.recent = [value for value in recent if not math.isnan(value)]
+
+
+_VALUES = 256  # of each parameter
+
+
+class Movement:
+    """Whether the heads move while the tapped layers do.
+
+    Args:
+        late: Whether the run is in its middle, where a small step may round to none.
+    """
+
+    def __init__(self, late: bool = False) -> None:
+        self._late = late
+        self._watching = True
+        self._start: tuple[Tensor, Tensor] | None = None
+
+    def since_start(self, heads: nn.Module, layers: Iterable[nn.Module]) -> dict[str, Tensor]:
+        """Whether heads and layers differ from what they were at the first call of this; 0-d, bool.
+
+        Nothing at that first call, where the layers train nothing, and once :meth:`left_out` knows.
+        """
+        if not self._watching:
+            return {}
+        now = _values(heads.parameters(), True), _values(p for layer in layers for p in layer.parameters())
+        if self._start is None:
+            rounds = self._late and any(p.dtype in (torch.bfloat16, torch.float16) for p in heads.parameters())
+            self._start = now
+            self._watching = all(len(values) for values in now) and not rounds
+            return {}
+        same_size = all(then.shape == found.shape for then, found in zip(self._start, now, strict=True))
+        self._watching = same_size  # else the model was wrapped anew
+        differ = [(then != found).any() for then, found in zip(self._start, now, strict=True)] if same_size else []
+        return dict(zip(("heads_moved", "layers_moved"), differ, strict=False))
+
+    def left_out(self, found: Mapping[str, float], ready: bool) -> bool:
+        """Whether the layers moved and the heads did not, once ``ready``; what was found is as :meth:`since_start`."""
+        if "heads_moved" not in found or not (found["heads_moved"] or (ready and found["layers_moved"])):
+            return False
+        self._watching, self._start = False, None
+        return not found["heads_moved"]
+
+
+def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> Tensor | None:
+    """Whether each of the layers holds what the teacher's of the same name does; 0-d, bool; None if none compares."""
+    taught = named_layers(teacher)
+    pairs = []
+    for name, layer in layers.items():
+        theirs = dict(taught[name].named_parameters()) if name in taught else {}
+        mine = dict(layer.named_parameters())
+        if not mine or mine.keys() != theirs.keys():
+            return None
+        pairs.append((_values(mine.values(), True), _values(theirs.values(), True)))
+    if any(a.shape != b.shape for a, b in pairs):
+        return None
+    return torch.stack([(a == b).all() for a, b in pairs]).all()
+
+
+def _values(parameters: Iterable[nn.Parameter], frozen: bool = False) -> Tensor:
+    """(n,), float32, a copy of the first values of each parameter that trains, or of each."""
+    found = [local(p.detach()).flatten()[:_VALUES].float() for p in parameters if p.requires_grad or frozen]
+    return torch.cat(found) if found else torch.zeros(0)
+
+
+_BACK = (
+    "Go back to an earlier checkpoint and set health_interval=1: the call in which it begins then says where it comes "
+    "from. If nothing else is named, clip the gradients or lower the learning rate."
+)
+_REBUILD = (
+    "A teacher does not train: its checkpoint has them already, or a cast to half precision made them. Build it from "
+    "another checkpoint, or in float32."
+)
+_OVERFLOW = "Use bfloat16 or float32 where it is float16, and autocast rather than a model in half precision."
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """0-d, bool: whether every value is neither NaN nor inf."""
+    return torch.stack([tensor.detach().isfinite().all() for tensor in tensors]).all()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """A sharded tensor's part on this rank; any other tensor as it is."""
+    part: Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return part
+
+
+def not_finite(look: Look, subject: Subject) -> NotFiniteError:
+    """What to say of a call in which something is NaN or inf, the first cause first."""
+    call, fractions, teacher = subject.call, subject.fractions, subject.teacher
+    for layer, tokens in zip(subject.layers, look.tokens, strict=True):
+        if (bad := _bad_rows(tokens)).any():
+            cause = [*_in_arguments(call), *_in_weights(subject.model, _BACK), _overflowed("up to there")][0]
+            return NotFiniteError(f"The student's layer {layer!r} gave NaN or inf {_where(bad, fractions)}.\n{cause}")
+    assert look.target is not None  # with no row inside the window nothing else was computed
+    rows = torch.arange(call.rows, device=fractions.device) if look.rows is None else look.rows
+    if teacher is not None and look.features is not None:
+        with_what = {"the condition": _bad_rows(look.features[0]), "the null condition": _bad_rows(look.features[1])}
+        if (bad := torch.stack(list(with_what.values())).any(0)).any():
+            named = " and with ".join(name for name, found in with_what.items() if found.any())
+            causes = _in_arguments(call) + _in_weights(teacher.model, _REBUILD)
+            return NotFiniteError(
+                f"The teacher's layer {teacher.layer!r} gave NaN or inf with {named} {_where(bad, fractions[rows])}.\n"
+                f"{causes[0] if causes else _overflowed(_first_module(teacher, look.taught or call, rows))}"
+            )
+    elif (bad := _bad_rows(look.target)).any():
+        return NotFiniteError(f"The latents to align with hold NaN or inf {_where(bad, fractions[rows])}.")
+    cause = [*_in_weights(subject.heads, _BACK, "heads."), _overflowed("in the head or the distance")][0]
+    return NotFiniteError(
+        "The alignment is NaN or inf, although the layer's tokens and what they are aligned with are finite.\n" + cause
+    )
+
+
+def _bad_rows(tensor: Tensor) -> Tensor:
+    return ~tensor.detach().flatten(1).isfinite().all(1)
+
+
+def _where(bad: Tensor, fractions: Tensor) -> str:
+    found = fractions[bad].float()
+    low, high = (f"{value:.2f}" for value in (found.min().item(), found.max().item()))
+    at = f"noise fraction {low}" if low == high else f"noise fractions from {low} to {high}"
+    return f"in {int(bad.sum())} of {len(bad)} samples, at {at}"
+
+
+def _in_arguments(call: Call) -> list[str]:
+    """The call's arguments as the cause."""
+    tensors = [found for name, value in call.arguments.items() for found in tensors_in(value, name)]
+    bad = [path for path, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]
+    return [f"The model was called with NaN or inf in {quoted(bad)}: look at what the loop makes it of."] * bool(bad)
+
+
+def _in_weights(model: nn.Module, advice: str, prefix: str = "") -> list[str]:
+    """A model's weights as the cause."""
+    bad = [f"{prefix}{name}" for name, p in model.named_parameters() if not local(p.detach()).isfinite().all()]
+    listed = f"{quoted(bad[:3])}{', …' if len(bad) > 3 else ''}"
+    return [f"NaN or inf is in {len(bad)} of its parameters already: {listed}.\n{advice}"] * bool(bad)
+
+
+def _overflowed(where: str) -> str:
+    return f"What goes in and all weights are finite, so a value overflowed {where}. {_OVERFLOW}"
+
+
+def _first_module(teacher: CFGFeatureTeacher, call: Call, rows: Tensor) -> str:
+    """Where the teacher first gives NaN or inf: it is run again."""
+    if sharded_parts(teacher.model):  # running it takes all ranks
+        return "up to there"
+    found: list[str] = []
+
+    def look(name: str, output: Any) -> None:
+        if not found and any(t.is_floating_point() and not t.isfinite().all() for _, t in tensors_in(output)):
+            found.append(name)
+
+    layers = {module: name for name, module in named_layers(teacher.model).items()}
+    handles = [
+        module.register_forward_hook(lambda module, args, output, name=name: look(name, output))
+        for module, name in layers.items()
+        if module is not unwrap(teacher.model)
+    ]
+    try:
+        teacher.features(call, rows)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"in {(found or [teacher.layer])[0]!r}"
+
 
 # What the first steps of a good run may look like too, such as a learning rate that warms up, is not spoken of before
 # so many calls of a process.

@@ -1,7 +1,4 @@
-"""Artefacts on the Hugging Face hub, by huggingface_hub's own functions.
-
-Of a repository the two files of the format are downloaded and nothing else, so that no code can come with them.
-"""
+"""Artefacts on the Hugging Face hub, by huggingface_hub's own functions."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from .artefacts import CARD, CONFIG, WEIGHTS, library_version
 from .errors import ArtefactError
@@ -117,3 +114,44 @@ def push(
         except Exception as error:
             raise ArtefactError(f"The upload to {repository!r} failed: {type(error).__name__}: {error}") from error
     return commit.commit_url
+
+
+class Shareable:
+    """What teacher and criterion share: an upload of what ``save_pretrained`` saves."""
+
+    _save: Callable[..., None]  # (folder, name, **details): saves; the model card calls it by the name
+
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload by selftrans_reg",
+        **details: Any,
+    ) -> str:
+        """Save as ``save_pretrained`` does and upload that to the hub.
+
+        Args:
+            repository: ``"owner/name"``; created if there is none.
+            private: Whether a new repository is private.
+            token: An access token that may write; by default the stored one.
+            revision: The branch; created if there is none.
+            commit_message: Of the upload.
+            **details: As for ``save_pretrained``.
+
+        Returns:
+            The address of the commit.
+
+        Raises:
+            ArtefactError: If something cannot be saved, or the hub refuses.
+        """
+        return push(
+            repository,
+            lambda folder: self._save(folder, repository, **details),
+            private=private,
+            token=token,
+            revision=revision,
+            commit_message=commit_message,
+        )

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from .errors import RecipeNotFoundError, SettingError
-from .names import find_layer, named_layers, nearest, numbered_groups, quoted, unwrap
+from .modules import find_layer, named_layers, nearest, numbered_groups, quoted, unwrap
 
 Variant: TypeAlias = Literal["paper", "released"]
 

@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .artefacts import read_artefact, write_artefact
-from .cards import criterion_card
-from .criterion import SelfTransLoss
-from .criterion_state import fresh_observations, from_bits
+from .artefacts import (
+    CRITERION_FIELDS,
+    ask,
+    criterion_card,
+    fitting,
+    read_artefact,
+    restored_settings,
+    shared_settings,
+    write_artefact,
+)
+from .criterion import SelfTransLoss, fresh_observations, from_bits
 from .errors import ArtefactError, SettingError, TeacherError
-from .fields import CRITERION_FIELDS
 from .heads import ProjectionHead
 from .health import Health
 from .losses import VAEAlignmentLoss
-from .names import quoted
+from .modules import quoted
 from .plateau import Plateau, PlateauRule
-from .saved_settings import ask, fitting, restored_settings, shared_settings
-from .schedules import schedule_state
+from .settings import schedule_state
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention
 from .tokens import Select, Tokens

@@ -9,15 +9,22 @@ from typing import Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from .artefacts import read_artefact, strip, write_artefact
-from .cards import teacher_card
+from .artefacts import (
+    TEACHER_FIELDS,
+    ask,
+    fitting,
+    read_artefact,
+    restored_settings,
+    shared_settings,
+    strip,
+    teacher_card,
+    unsaved,
+    write_artefact,
+)
+from .calls import Null
 from .checkpoints import check_fit, check_values, own_tensors
 from .errors import ArtefactError, SettingError
-from .fields import TEACHER_FIELDS
-from .fingerprints import architecture
-from .names import unwrap
-from .null import Null
-from .saved_settings import ask, fitting, restored_settings, shared_settings, unsaved
+from .modules import architecture, unwrap
 from .teacher import CFGFeatureTeacher, check_settings
 from .time import TimeConvention
 from .tokens import Select, Tokens

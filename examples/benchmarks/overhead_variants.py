@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import selftrans_reg as st
-from selftrans_reg.compiled import compile_blocks
-from selftrans_reg.gate import Gated
+from selftrans_reg.alignment import Gated
+from selftrans_reg.truncate import compile_blocks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.paths import interpolate, linear_path

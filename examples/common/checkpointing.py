@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
+from selftrans_reg.checkpoints import read_checkpoint
 from selftrans_reg.errors import CheckpointError, SettingError
-from selftrans_reg.weight_files import read_checkpoint
 
 PARTIAL = ".partial"
 _NAME = re.compile(r"(\d{7,})\.pt")

@@ -23,7 +23,7 @@ from common.metrics import (
 )
 from common.training import progress
 from selftrans_reg.errors import SettingError, ShapeError
-from selftrans_reg.fingerprints import fingerprint
+from selftrans_reg.modules import fingerprint
 
 DIGITS = "digits"
 _CLASSIFIER_STEPS = 300  # what the quickstart gives it

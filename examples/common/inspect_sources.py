@@ -23,9 +23,8 @@ from common.load_mmdit import mmdit_from_checkpoint
 from common.load_sit import SiTCheckpoint, sit_from_checkpoint
 from common.sit_conventions import path_of, time_of
 from common.vae import decode, encode_moments, load_vae
-from selftrans_reg.checkpoints import load_weights
+from selftrans_reg.checkpoints import load_weights, read_checkpoint
 from selftrans_reg.errors import SettingError
-from selftrans_reg.weight_files import read_checkpoint
 
 _SIT_TIMES = {
     ("repa", "linear"): "repa",

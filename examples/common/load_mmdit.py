@@ -6,9 +6,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from common.mmdit import MMDiT
-from selftrans_reg.checkpoints import check_fit, choose_entry, load_weights, plain_keys
+from selftrans_reg.checkpoints import check_fit, choose_entry, load_weights, plain_keys, read_checkpoint
 from selftrans_reg.errors import CheckpointError
-from selftrans_reg.weight_files import read_checkpoint
 
 _RECORDED = ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "context_size")
 

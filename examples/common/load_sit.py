@@ -16,10 +16,9 @@ from torch import Tensor
 
 from common.checkpointing import saved_checkpoints
 from common.sit import SIZES, SiT, published_sizes
-from selftrans_reg.checkpoints import check_fit, choose_entry, load_weights, plain_keys
+from selftrans_reg.checkpoints import check_fit, choose_entry, load_weights, plain_keys, read_checkpoint
 from selftrans_reg.errors import CheckpointError
-from selftrans_reg.names import some_of
-from selftrans_reg.weight_files import read_checkpoint
+from selftrans_reg.modules import some_of
 
 # Settings that a file of this repository's trainer holds, under the names of SiT's arguments. Others name fewer.
 _RECORDED = (

@@ -1,0 +1,244 @@
+"""Measure the layers of a model: which could teach, which could be taught, and with how much guidance."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..calls import Null
+from ..errors import RecipeNotFoundError, SettingError
+from ..modules import unwrap
+from ..recipes import Recipe, find_blocks, recipe
+from ..taps import layer_names
+from ..teacher import check_guidance_scale
+from ..time import TimeConvention, resolve
+from ..tokens import Select, Tokens, check_select, check_tokens
+from .measures import effective_rank, knn_accuracy, probe_accuracy, similarities
+from .noising import time_at
+from .proposal import NO_CONTRAST, propose
+from .result import LayerMeasures, LayerReport
+from .survey import LayerReader, Progress, Survey, survey
+
+_HELD_OUT = 0.25
+# Layers are compared by a matrix of this many samples squared; more would hardly change it.
+_MOST_COMPARED = 512
+# Fewer have no unbiased similarity, and nothing else of worth either.
+_FEWEST = 8
+
+
+def layer_report(
+    model: nn.Module,
+    batches: Iterable[Any],
+    layers: Sequence[str] | None = None,
+    guidance_scales: Sequence[float] = (1, 2, 4, 8, 16, 30),
+    *,
+    time: str | TimeConvention,
+    null: Null | None = None,
+    noise_fractions: Sequence[float] = (0.4, 0.55, 0.7),
+    call: Mapping[str, Any] | None = None,
+    select: Select = None,
+    tokens: Tokens = None,
+    samples: int = 2000,
+    k: int = 10,
+    seed: int = 0,
+    progress: Progress = None,
+) -> LayerReport:
+    """Measure the layers of a model on noisy inputs, and propose student layer, teacher layer and guidance scale.
+
+    The model runs once for each batch and noise fraction, on condition and null condition as one doubled batch, and all
+    layers are read in that one forward: without gradients, in eval mode, under the autocast that is active, and what
+    is compiled runs as it was before. Afterwards the model, its mode and the global random state are as they were.
+
+    The teacher is proposed among the layers of the model that is measured: measure a stage-1 model. Kept are, of each
+    sample, the means over each layer's tokens, on the CPU: 8 bytes × samples × layers × noise fractions × D.
+
+    Args:
+        model: Any backbone, wrapped or not.
+        batches: What yields ``(latents, *condition)``, the condition in the order of the model's arguments, and whole
+            numbers (N,) being labels as well; or mappings of ``latents``, if there are any ``labels`` (N,), and the
+            model's other arguments by name. Latents are clean, scaled as the model sees them.
+        layers: Names, as the unwrapped model prints them; by default all blocks.
+        guidance_scales: w of ``f_u + w (f_c − f_u)``; 0, 1 and the published one are always measured too.
+        time: What the model's t means: a name or a `TimeConvention`.
+        null: The null condition, as :func:`build_teacher` takes it. Without it guidance is not measured.
+        noise_fractions: Noise fractions; by default the ends and the middle of the published window.
+        call: Where x_t and t are, as for :func:`build_teacher`.
+        select: Which tensor of a layer's output.
+        tokens: Which tokens are the image's.
+        samples: Stop after the batch that reaches so many.
+        k: Of the nearest neighbours.
+        seed: Of the noise, and of which quarter of the samples is held out.
+        progress: ``progress(items, title)`` iterates over the items and shows how far it is.
+
+    Raises:
+        SettingError: If an argument makes no sense, or there are too few samples.
+        RecipeNotFoundError: If ``layers`` is None and the model's blocks are not certain.
+        LayerNotFoundError: If the model has no such layer.
+        NullConditionError: If the null condition does not fit the call.
+        CaptureError: If a layer does not run in every forward, or runs more than once.
+        OutputError: If a layer's output holds several tensors and ``select`` was not given.
+    """
+    convention = resolve(time)
+    check_select(select)
+    check_tokens(tokens)
+    for scale in guidance_scales:
+        check_guidance_scale(scale)
+    fractions = tuple(sorted({float(fraction) for fraction in noise_fractions}))
+    if not fractions:
+        raise SettingError("noise_fractions is empty: name at least one, such as 0.5.")
+    for fraction in fractions:
+        time_at(convention, fraction)
+    for name, value in {"samples": samples, "k": k}.items():
+        if type(value) is not int or value < 1:
+            raise SettingError(f"{name} must be a positive integer; got {value!r}.")
+    names = find_blocks(model, None) if layers is None else layer_names(layers)
+    scales = {1.0}
+    if null is not None:
+        published = _published(model, names)
+        scales |= {0.0, *map(float, guidance_scales), *([published.guidance_scale] if published else [])}
+    reader = LayerReader(model, names, time=convention, null=null, call=call, select=select, tokens=tokens)
+    found = survey(reader, batches, fractions, samples=samples, seed=seed, progress=progress)
+    if found.samples < max(_FEWEST, k / (1 - _HELD_OUT) + 1):
+        raise SettingError(f"{found.samples} samples are too few for k = {k}, a quarter of them held out: give more.")
+    split = _Split(found, seed, reader.device)
+    rows, alignment = _measured(found, split, tuple(sorted(scales)), fractions, k, progress)
+    report = LayerReport(
+        model=type(unwrap(model)).__name__,
+        layers=found.layers,
+        noise_fractions=fractions,
+        guidance_scales=tuple(sorted(scales)),
+        conditioned=found.conditioned,
+        samples=found.samples,
+        held_out=len(split.test),
+        classes=split.classes,
+        chance=split.chance,
+        rows=tuple(rows),
+        alignment=alignment,
+        notes=(*_broken_notes(found, fractions), *_guidance_notes(found, fractions, split, guided=null is not None)),
+        recipe=None,
+    )
+    published = _published(model, found.layers)
+    return report if published is None else dataclasses.replace(report, recipe=propose(report, published))
+
+
+class _Split:
+    """Labels as numbers from 0, and which samples are held out."""
+
+    def __init__(self, found: Survey, seed: int, device: torch.device) -> None:
+        self.device = device if device.type == "cuda" else torch.device("cpu")  # others may have no float64
+        order = torch.randperm(found.samples, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        held_out = round(_HELD_OUT * len(order))
+        self.test, self.train = order[:held_out], order[held_out:]
+        self.labels: Tensor | None = None
+        self.classes: int | None = None
+        self.chance: float | None = None
+        if found.labels is not None:
+            seen, inverse, counts = torch.unique(found.labels, return_inverse=True, return_counts=True)
+            self.labels, self.classes = inverse.to(self.device), len(seen)
+            self.chance = int(counts.max()) / found.samples
+
+    def accuracies(self, features: Tensor, k: int) -> tuple[float | None, float | None]:
+        """Of k-NN and probe; none without labels, or with one label alone."""
+        if self.labels is None or self.classes == 1:
+            return None, None
+        parts = (features[self.train], self.labels[self.train], features[self.test], self.labels[self.test])
+        return knn_accuracy(*parts, k), probe_accuracy(*parts)
+
+
+def _measured(
+    found: Survey,
+    split: _Split,
+    scales: tuple[float, ...],
+    fractions: tuple[float, ...],
+    k: int,
+    progress: Progress,
+) -> tuple[list[LayerMeasures], tuple[tuple[tuple[float | None, ...], ...], ...]]:
+    """The rows, and the alignment's mean over the noise fractions."""
+    rows = []
+    alignment = torch.zeros(len(scales), len(found.layers), len(found.layers), dtype=torch.float64)
+    pairs = [(fraction, layer) for fraction in fractions for layer in found.layers]
+    students: dict[float, Tensor] = {}
+    for fraction, layer in pairs if progress is None else progress(pairs, "measures"):
+        if fraction not in students:
+            students = {fraction: _compared(found, fraction, split.device)}  # those of the last fraction are dropped
+        cell = found.cells[layer, fraction]
+        column = alignment[:, :, found.layers.index(layer)]  # a view
+        for index, scale in enumerate(scales):
+            if cell.broken:
+                column[index] = torch.nan
+                rows.append(LayerMeasures(layer, fraction, scale))
+                continue
+            features = cell.pooled(scale, split.device)
+            column[index] += (students[fraction] @ similarities(features[:_MOST_COMPARED])).cpu() / len(fractions)
+            contrast = cell.contrast() if cell.unconditional else None
+            sizes = cell.norm(scale), effective_rank(features)
+            rows.append(LayerMeasures(layer, fraction, scale, contrast, *sizes, *split.accuracies(features, k)))
+    matrices = [
+        tuple(tuple(None if value != value else value for value in row) for row in matrix)
+        for matrix in alignment.tolist()
+    ]
+    return rows, tuple(matrices)
+
+
+def _compared(found: Survey, fraction: float, device: torch.device) -> Tensor:
+    """What every layer's f_c is compared by, (layers, n * n); NaN where it is not finite."""
+    count = min(found.samples, _MOST_COMPARED)
+    cells = [found.cells[layer, fraction] for layer in found.layers]
+    missing = torch.full((count**2,), torch.nan, dtype=torch.float64, device=device)
+    return torch.stack([missing if c.broken else similarities(c.pooled(1.0, device)[:count]) for c in cells])
+
+
+def _broken_notes(found: Survey, fractions: tuple[float, ...]) -> list[str]:
+    """The first layer with features that are not finite, for each noise fraction; the ones behind it inherit them."""
+    notes = []
+    for fraction in fractions:
+        broken = [layer for layer in found.layers if found.cells[layer, fraction].broken]
+        if broken:
+            count = found.cells[broken[0], fraction].broken
+            notes.append(
+                f"Layer {broken[0]!r} gives NaN or infinite features at noise fraction {fraction:g}, for {count} of "
+                f"{found.samples} samples"
+                + (f", and so do {len(broken) - 1} behind it" if len(broken) > 1 else "")
+                + ": nothing is measured there. Its weights may be broken, or half precision overflows."
+            )
+    return notes
+
+
+def _guidance_notes(found: Survey, fractions: tuple[float, ...], split: _Split, *, guided: bool) -> list[str]:
+    """What to mind about condition, null condition and labels."""
+    cells = [found.cells[layer, fraction] for layer in found.layers for fraction in fractions]
+    contrasts = [cell.contrast() for cell in cells if not cell.broken]
+    notes = []
+    if not guided:
+        notes.append("Without null= there is no guidance to measure: the features are those of the condition.")
+    elif contrasts and max(contrasts) == 0:
+        notes.append(
+            "Condition and null condition give the same features in every layer: f_c − f_u is 0, and guidance would "
+            "do nothing. The model ignores what null= replaces, or null= is no other than the condition."
+        )
+    elif contrasts and max(contrasts) < NO_CONTRAST:
+        notes.append(
+            f"Condition and null condition give nearly the same features: |f_c − f_u| / |f_c| is at most "
+            f"{max(contrasts):.1g}. Is null= the null condition that the model was trained with, and for long enough?"
+        )
+    if split.classes == 1:
+        notes.append("All labels are the same: there is nothing to tell apart, and accuracies are not measured.")
+    elif split.classes is not None and found.conditioned:
+        notes.append(
+            "Features of the condition (w = 1 and above) may carry the label because the model was given it; those of "
+            "the null condition (w = 0) know it from the image alone."
+        )
+    return notes
+
+
+def _published(model: nn.Module, layers: Sequence[str]) -> Recipe | None:
+    """The published rule for the model's blocks or, where these are not certain, for the layers as its blocks."""
+    for blocks in (None, layers):
+        with contextlib.suppress(RecipeNotFoundError):
+            return recipe(model, blocks=blocks)
+    return None  # fewer layers than the rule needs

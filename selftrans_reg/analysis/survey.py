@@ -1,0 +1,288 @@
+"""Run a model on noisy inputs with condition and null condition, and keep what a report needs of every layer.
+
+Of each layer's tokens the mean over them is kept, on the CPU, and a few sums: the guided features of any scale follow
+from these, since both the mean and ``f_u + w (f_c − f_u)`` are linear.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from ..calls import Call, CallSpec, Null, RowTensors, as_weights, flatten_null, null_tensors
+from ..errors import SettingError, ShapeError
+from ..modules import device_of, find_layer, quoted
+from ..taps import FeatureTap, watched
+from ..teacher import checked_indices
+from ..time import TimeConvention
+from ..tokens import Select, Tokens
+from .noising import add_noise, times_at
+
+Progress: TypeAlias = Callable[[Iterable[Any], str], Iterable[Any]] | None
+
+
+class Batch(NamedTuple):
+    """One batch as the caller gave it, on the model's device.
+
+    Attributes:
+        latents: (N, ...), clean.
+        labels: (N,), whole numbers; None without.
+        arguments: Of the model, by name: all but x_t and t.
+    """
+
+    latents: Tensor
+    labels: Tensor | None
+    arguments: dict[str, Any]
+
+
+@dataclass
+class Cell:
+    """One layer at one noise fraction.
+
+    Attributes:
+        conditional: (N, D) a batch: f_c's mean over the tokens, float32 on the CPU.
+        unconditional: f_u's, likewise; nothing without a null condition.
+        sums: |f_c|², |f_u|², <f_u, f_c − f_u>, |f_c − f_u|² over all samples and tokens, and the number of tokens.
+        broken: Samples whose features are not finite, or so large that their squares are not.
+    """
+
+    conditional: list[Tensor] = field(default_factory=list)
+    unconditional: list[Tensor] = field(default_factory=list)
+    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
+    broken: int = 0
+
+    def pooled(self, scale: float, device: torch.device) -> Tensor:
+        """The pooled features f_u + scale (f_c − f_u) of all samples, (n, D), in float64."""
+        conditional = torch.cat(self.conditional).to(device).double()
+        if not self.unconditional:
+            return conditional
+        unconditional = torch.cat(self.unconditional).to(device).double()
+        return unconditional + scale * (conditional - unconditional)
+
+    def contrast(self) -> float:
+        """|f_c − f_u| / |f_c|."""
+        return math.sqrt(self.sums[3] / self.sums[0]) if self.sums[0] else 0.0
+
+    def norm(self, scale: float) -> float:
+        """Root mean square, over samples and tokens, of the norm of a token's guided features."""
+        _, null, product, difference, tokens = self.sums
+        square = null + 2 * scale * product + scale**2 * difference if self.unconditional else self.sums[0]
+        return math.sqrt(max(square, 0.0) / tokens)
+
+
+class Survey(NamedTuple):
+    """What a model's layers gave.
+
+    Attributes:
+        layers: Their names, in the order in which they ran.
+        cells: By layer and noise fraction.
+        labels: (n,), on the CPU; None without.
+        samples: n.
+        conditioned: Whether the model was given anything beside x_t and t.
+    """
+
+    layers: tuple[str, ...]
+    cells: dict[tuple[str, float], Cell]
+    labels: Tensor | None
+    samples: int
+    conditioned: bool
+
+
+class LayerReader:
+    """Runs a model on noisy latents, condition and null condition in one doubled batch, and gives its layers' tokens.
+
+    Args:
+        model: Left as it is.
+        layers: Names.
+        time: Of the model's t.
+        null: As `build_teacher` takes it; None for the condition alone.
+        call: As `build_teacher` takes it.
+        select: Which tensor of a layer's output.
+        tokens: Which tokens.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[str],
+        *,
+        time: TimeConvention,
+        null: Null | None,
+        call: Mapping[str, Any] | None,
+        select: Select,
+        tokens: Tokens,
+    ) -> None:
+        self.model, self.layers, self.time = model, tuple(layers), time
+        self.select, self.tokens = select, tokens
+        self.spec = CallSpec(model, call)
+        self.null = None if null is None else dict(flatten_null(null, self.spec))
+        self.modules = {name: find_layer(model, name) for name in self.layers}
+        self.device = device_of(model)
+
+    def read(self, batch: Any) -> Batch:
+        """A caller's batch by parts.
+
+        Raises:
+            SettingError: If it is neither ``(latents, *condition)`` nor a mapping with ``latents``, or holds what the
+                model does not take, or latents that are not finite.
+            ShapeError: If the labels are not one whole number for each sample.
+        """
+        batch = dict(batch) if isinstance(batch, Mapping) else batch
+        batch = tree_map_only(Tensor, lambda tensor: tensor.to(self.device), batch)
+        names = [name for name in self.spec.names if name not in (self.spec.x, self.spec.t)]
+        if isinstance(batch, Mapping) and "latents" in batch:
+            latents, labels = batch["latents"], batch.get("labels")
+            own = {"latents"} if "labels" in names else {"latents", "labels"}
+            arguments = {name: value for name, value in batch.items() if name not in own}
+        elif isinstance(batch, list | tuple) and 0 < len(batch) <= 1 + len(names):
+            latents, labels = batch[0], None
+            arguments = dict(zip(names, batch[1:], strict=False))
+            if len(batch) > 1 and _are_labels(batch[1], latents):
+                labels = batch[1]
+        else:
+            found = f"the keys {quoted(map(str, batch))}" if isinstance(batch, Mapping) else type(batch).__name__
+            raise SettingError(
+                f"A batch must be (latents, *condition), the condition in the order of {quoted(names)}; or a mapping "
+                f"with 'latents', if there are any 'labels', and the model's other arguments by name.\nGot {found}"
+                + (f" of {len(batch)}." if isinstance(batch, list | tuple) else ".")
+            )
+        if not isinstance(latents, Tensor) or not latents.is_floating_point() or not latents.isfinite().all():
+            raise SettingError(
+                "The latents of a batch must be a floating tensor (N, ...) of finite values; got "
+                + (f"{tuple(latents.shape)} {latents.dtype}." if isinstance(latents, Tensor) else f"{latents!r:.80}.")
+            )
+        if labels is not None and not _are_labels(labels, latents):
+            found = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else f"{labels!r:.80}"
+            raise ShapeError(f"Labels must be whole numbers (N,), one for each of {len(latents)} latents; got {found}.")
+        return Batch(latents, labels, arguments)
+
+    def run(self, batch: Batch, noise: Tensor, fraction: float) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The tokens (f_c, f_u), each (N, T, D) in float32, of every layer; f_u is None without a null condition.
+
+        Raises:
+            NullConditionError: If the null condition does not fit the call.
+            CaptureError: If a layer does not run, or runs more than once.
+            ShapeError: If a layer keeps no row for each sample.
+        """
+        t = times_at(self.time, fraction, len(batch.latents), self.device)
+        x_t = add_noise(self.time, batch.latents, noise, t)
+        args, kwargs = self.spec.arguments({self.spec.x: x_t, self.spec.t: t, **batch.arguments})
+        call = self.spec.bind(args, kwargs)
+        held = RowTensors(call)
+        tensors = held.tensors
+        if self.null is not None:
+            null = {path: v.to(self.device) if isinstance(v, Tensor) else v for path, v in self.null.items()}
+            tensors = [torch.cat(pair) for pair in zip(tensors, null_tensors(null, call, held), strict=True)]
+        tensors = [
+            as_weights(self.model, tensor, exact=path == self.spec.t)
+            for path, tensor in zip(held.paths, tensors, strict=True)
+        ]
+        with checked_indices(self.model, self.null or {}):
+            return self._tokens(call, held.rebuild(tensors))
+
+    def _tokens(self, call: Call, arguments: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
+        args, kwargs = self.spec.arguments(arguments)
+        with FeatureTap(self.model, self.layers, select=self.select, tokens=self.tokens) as tap:
+            with torch.compiler.set_stance("force_eager"):  # what was compiled before has no hook in it
+                self.model(*args, **kwargs)
+            found = tap.pop()
+        assert isinstance(found, dict)
+        rows = call.rows if self.null is None else 2 * call.rows
+        for name, tokens in found.items():
+            if len(tokens) != rows:
+                raise ShapeError(
+                    f"Layer {name!r} gives {len(tokens)} rows for a batch of {rows}: name layers that keep one row "
+                    "for each sample."
+                )
+        if self.null is None:
+            return {name: (tokens.float(), None) for name, tokens in found.items()}
+        pairs = {name: tokens.float().chunk(2) for name, tokens in found.items()}
+        return {name: (conditional, unconditional) for name, (conditional, unconditional) in pairs.items()}
+
+
+@torch.no_grad()
+def survey(
+    reader: LayerReader,
+    batches: Iterable[Any],
+    fractions: Sequence[float],
+    *,
+    samples: int,
+    seed: int,
+    progress: Progress,
+) -> Survey:
+    """Run the model at every noise fraction on whole batches until there are so many samples, or no more batches.
+
+    The noise of a sample is the same at all fractions.
+
+    Raises:
+        SettingError: If some batches have labels and others none, or there is no batch.
+    """
+    cells = {(layer, fraction): Cell() for layer in reader.layers for fraction in fractions}
+    labels: list[Tensor | None] = []
+    order: list[nn.Module] = []
+    count = 0
+    generator = torch.Generator().manual_seed(seed)
+    batches = batches if progress is None else progress(batches, "features")
+    with undisturbed(reader.model):
+        for raw in batches:
+            batch = reader.read(raw)
+            noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
+            for fraction in fractions:
+                seen = [] if order else list(reader.modules.values())
+                with watched(seen, lambda module, args: order.append(module)):
+                    found = reader.run(batch, noise, fraction)
+                for layer, (conditional, unconditional) in found.items():
+                    _add(cells[layer, fraction], conditional, unconditional)
+            labels.append(None if batch.labels is None else batch.labels.cpu())
+            count += len(batch.latents)
+            if count >= samples:
+                break
+    if not labels:
+        raise SettingError("There is no batch to measure on: batches= is empty, or an iterator that is used up.")
+    known = [label for label in labels if label is not None]
+    if known and len(known) != len(labels):
+        raise SettingError(f"{len(known)} of {len(labels)} batches have labels: give them with all, or with none.")
+    layers = tuple(sorted(reader.layers, key=lambda layer: order.index(reader.modules[layer])))
+    return Survey(layers, cells, torch.cat(known) if known else None, count, bool(batch.arguments))
+
+
+@contextlib.contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """While inside, the model is in eval mode; afterwards it and the global random state are as they were."""
+    training = {module: module.training for module in model.modules()}
+    device = device_of(model)
+    cuda = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=cuda):
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, mode in training.items():
+                module.training = mode
+
+
+def _add(cell: Cell, conditional: Tensor, unconditional: Tensor | None) -> None:
+    null = conditional if unconditional is None else unconditional
+    difference = conditional - null
+    products = (conditional.square(), null.square(), null * difference, difference.square())
+    rows = torch.stack([product.sum((1, 2)) for product in products])  # (4, N)
+    broken = (~rows.isfinite().all(0)).sum()
+    *found, count = torch.cat([rows.double().sum(1), broken[None].double()]).tolist()
+    cell.broken += int(count)
+    tokens = conditional.shape[0] * conditional.shape[1]
+    cell.sums = [total + new for total, new in zip(cell.sums, [*found, tokens], strict=True)]
+    cell.conditional.append(conditional.mean(1).cpu())
+    if unconditional is not None:
+        cell.unconditional.append(unconditional.mean(1).cpu())
+
+
+def _are_labels(value: object, latents: object) -> bool:
+    whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
+    return whole and isinstance(latents, Tensor) and value.shape == latents.shape[:1]  # type: ignore[attr-defined]

@@ -1,0 +1,213 @@
+"""A model whatever wraps it: its layers by name, its blocks, the width and device of a layer, its fingerprint."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import LayerNotFoundError, PlacementError, SettingError
+
+# Children under these names are the wrapped module itself: torch.compile, checkpoint_wrapper, FSDP1.
+_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+
+
+def _looks_through(parent: nn.Module, child: str) -> bool:
+    """Whether ``parent.child`` is what ``parent`` wraps, so that ``child`` is no part of a layer's name."""
+    if child in _TRANSPARENT:
+        return True
+    if child == "module":  # DDP, DataParallel, DeepSpeed, AveragedModel: one child, called so
+        return len(parent._modules) == 1
+    # PEFT, recognised without importing it: PeftModel.base_model, and the tuner's own `model`.
+    return child in ("base_model", "model") and type(parent).__module__.partition(".")[0] == "peft"
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The user's own model: what DDP, ``torch.compile``, checkpoint wrappers, FSDP and PEFT hold."""
+    while True:
+        inner = next((c for name, c in model.named_children() if _looks_through(model, name)), None)
+        if inner is None:
+            return model
+        model = inner
+
+
+def sharded_parts(model: nn.Module) -> list[nn.Module]:
+    """The modules of ``model`` that FSDP2 shards (``fully_shard``), known by the method that it gives them."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return []  # without walking through all modules, at every step of a run on one GPU
+    return [module for module in model.modules() if hasattr(type(module), "reshard")]
+
+
+def named_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every layer of the unwrapped model by the name that it prints, wrappers' prefixes left out.
+
+    Where a wrapper and what it wraps share a name, the wrapper is meant: its output is the one that the model goes on
+    with, and under reentrant checkpointing the only one that carries a gradient.
+    """
+    found: dict[str, nn.Module] = {}
+
+    def walk(module: nn.Module, name: str) -> None:
+        found.setdefault(name, module)
+        for child_name, child in module._modules.items():  # named_children leaves out a shared module's other names
+            if child is None:
+                continue
+            child_path = name if _looks_through(module, child_name) else f"{name}.{child_name}" if name else child_name
+            walk(child, child_path)
+
+    walk(unwrap(model), "")
+    del found[""]
+    return found
+
+
+def numbered_groups(layers: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
+    """The lists of blocks, outermost first: ``blocks`` -> [blocks.0, blocks.1, ...]."""
+    groups: dict[str, list[nn.Module]] = {}
+    for name, module in layers.items():
+        group, _, index = name.rpartition(".")
+        if index.isdecimal() and not re.search(r"(^|\.)\d+(\.|$)", group):
+            groups.setdefault(group, []).append(module)
+    return groups
+
+
+def find_layer(model: nn.Module, name: str) -> nn.Module:
+    """The module that ``name`` means.
+
+    Raises:
+        LayerNotFoundError: If there is none; it lists the numbered groups and the nearest names.
+        SettingError: If ``name`` is not a string.
+    """
+    if not isinstance(name, str):
+        raise SettingError(
+            f"A layer is named by its dotted module name, such as 'blocks.7'; got {name!r}.\n"
+            "Names count from 0: the eighth block (REPA's encoder_depth=8) is 'blocks.7'."
+        )
+    layers = named_layers(model)
+    if name not in layers:
+        raise LayerNotFoundError(
+            f"{type(unwrap(model)).__name__} has no layer {name!r}.\n"
+            f"Found: {_summary(layers)}.\n"
+            f"Nearest: {quoted(nearest(name, layers)) or 'none'}."
+        )
+    return layers[name]
+
+
+def _summary(layers: dict[str, nn.Module]) -> str:
+    parts = []
+    for group, members in numbered_groups(layers).items():
+        kinds = sorted({type(m).__name__ for m in members})
+        if len(kinds) > 1 and group and not isinstance(layers[group], nn.ModuleList):
+            continue  # the parts of a small Sequential, such as an embedder's: no blocks
+        prefix = f"{group}." if group else ""
+        parts.append(f"{prefix}0 … {prefix}{len(members) - 1} ({len(members)} {' / '.join(kinds)})")
+    return ", ".join(parts or [name for name in layers if "." not in name] or ["no layers at all"])
+
+
+def nearest(name: str, names: Iterable[str]) -> list[str]:
+    """The three nearest names, best first."""
+    return difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
+
+
+def quoted(names: Iterable[str]) -> str:
+    """``'a', 'b'``: names as an error message lists them."""
+    return ", ".join(repr(name) for name in names)
+
+
+def some_of(names: Sequence[str], *, quote: bool = True) -> str:
+    """Up to twenty names, each cut at a hundred characters, and how many more there are."""
+    shown = [repr(name[:100]) if quote else name for name in names[:20]]
+    return ", ".join(shown) + (f" ... and {len(names) - 20} more" if len(names) > 20 else "") or "nothing"
+
+
+def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> Tensor:
+    """SHA-256 of a model's weights and of what its features depend on besides, as 32 bytes in a uint8 tensor.
+
+    Args:
+        model: The model, whole.
+        settings: By name, numbers, strings, slices, tensors, and functions, which count by their names.
+    """
+    digest = hashlib.sha256()
+    digest.update("\n".join(f"{name}={_plain(value)}" for name, value in sorted(settings.items())).encode())
+    for name, value in sorted(unwrap(model).state_dict().items()):
+        if isinstance(value, Tensor):  # a module's extra state may be anything
+            digest.update(f"\n{name} {_plain(value)}".encode())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+def architecture(model: nn.Module) -> str:
+    """SHA-256 of the keys and shapes of the model's weights, in hexadecimal."""
+    state = unwrap(model).state_dict()
+    lines = [f"{key} {tuple(value.shape)}" for key, value in sorted(state.items()) if isinstance(value, Tensor)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, Tensor):
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2 holds a part on each rank
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        data = memoryview(flat.view(torch.uint8).numpy())
+        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
+    return getattr(value, "__qualname__", "callable") if callable(value) else repr(value)
+
+
+def check_positive(name: str, value: object) -> None:
+    """Raise ``SettingError`` unless ``value`` is a positive integer."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise SettingError(f"{name} must be a positive integer; got {value!r}.")
+
+
+def infer_width(layer: nn.Module) -> int | None:
+    """The width of a layer's output tokens where its parts leave no doubt, else None.
+
+    A Linear tells by itself, a Sequential by its last module. In a transformer block the residual width is the one
+    that is normalised, enters a Linear and leaves at least two, the attention's last and the MLP's; the MLP's inner
+    width is not normalised, a head's width (qk-norm) enters no Linear, and in a final layer at most one Linear gives
+    it, that of the condition.
+    """
+    if isinstance(layer, nn.Linear):
+        return layer.out_features
+    if isinstance(layer, nn.Sequential) and len(layer):
+        return infer_width(layer[-1])
+    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
+    normalised = {m.normalized_shape[-1] for m in layer.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)}
+    given = Counter(m.out_features for m in linears)
+    widths = [width for width in normalised & {m.in_features for m in linears} if given[width] > 1]
+    return widths[0] if len(widths) == 1 else None
+
+
+def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
+    """``hidden_size`` if given, else the layer's width.
+
+    Raises:
+        SettingError: If it was not given and the layer does not tell.
+    """
+    if hidden_size is not None:
+        check_positive("hidden_size", hidden_size)
+        return hidden_size
+    width = infer_width(layer)
+    if width is None:
+        raise SettingError(
+            f"The width of layer {name!r} ({type(layer).__name__}) cannot be read off with certainty.\n"
+            "Pass hidden_size=, the last axis of that layer's tokens."
+        )
+    return width
+
+
+def check_device(module: nn.Module, device: torch.device, what: str) -> None:
+    """Raise ``PlacementError`` unless ``module`` lies on ``device``."""
+    if device_of(module) != device:
+        raise PlacementError(
+            f"The {what} lies on {device_of(module)}, the batch on {device}: call criterion.to({str(device)!r}) where "
+            "the model is moved."
+        )
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a module's parameters lie; the CPU for one without, or one on the meta device."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device

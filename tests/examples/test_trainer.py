@@ -1,0 +1,500 @@
+"""The long-run trainer against a plain loop; resuming, signals, kills, several processes, and what it leaves."""
+
+import json
+import math
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+from common.checkpointing import saved_checkpoints
+from common.run_log import RunLog, read_lines
+from common.step_sampler import StepSampler
+from common.trainer import LongRun, Trainer, new_accelerator
+from long_runs import (
+    Items,
+    differences,
+    fixed_loss,
+    lines,
+    new_criterion,
+    new_sit,
+    new_trainer,
+    own_state,
+    reset,
+    trained,
+)
+from ranks import RANKS, on_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+
+from selftrans_reg.errors import CheckpointError, NotFiniteError, SettingError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def _no_state_left() -> Iterator[None]:
+    with own_state():
+        yield
+
+
+def checkpoint(out: Path, steps: int) -> Path:
+    return out / "checkpoints" / f"{steps:07d}.pt"
+
+
+# --- What a step computes --------------------------------------------------------------------------------------------
+
+
+def plain_run(stage: str, data: Tensor, *, steps: int, lr: float, warmup: int, clip: float, decay: float) -> nn.Module:
+    """The averaged model after some full-batch steps of AdamW, written out."""
+    model = new_sit(class_dropout_prob=0.0) if stage == "baseline" else new_sit()
+    criterion = new_criterion(stage, model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters += [] if criterion is None else list(criterion.parameters())
+    averages = [p.detach().clone() for p in model.parameters()]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    labels = torch.arange(len(data)) % 5
+    for step in range(1, steps + 1):
+        loss = fixed_loss(model, data, labels)
+        total = loss.mean() if criterion is None else criterion(loss, latents=data, step=step - 1).total
+        gradients = torch.autograd.grad(total, parameters)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        for p, g, (m, v) in zip(parameters, gradients, moments, strict=True):
+            g = g * min(1.0, clip / norm.item())
+            m.mul_(0.9).add_(0.1 * g)
+            v.mul_(0.999).add_(0.001 * g * g)
+            update = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
+            p.data -= lr * min(1.0, step / warmup) * update
+        for average, p in zip(averages, model.parameters(), strict=True):
+            average.mul_(decay).add_((1 - decay) * p.detach())
+    for average, p in zip(averages, model.parameters(), strict=True):
+        p.data.copy_(average)
+    return model
+
+
+def test_steps_equal_a_plain_loop(tmp_path: Path) -> None:
+    data = Items(length=8, noise=0.0)
+    # Without label dropout nothing is drawn.
+    model = new_sit(class_dropout_prob=0.0)
+    settings = {"lr": 1e-2, "warmup_steps": 4, "clip": 0.05, "ema_decay": 0.8, "steps": 6}
+    trainer = trained(tmp_path, stage="baseline", dataset=data, denoise=fixed_loss, model=model, **settings)
+    wanted = plain_run("baseline", data.latents, steps=6, lr=1e-2, warmup=4, clip=0.05, decay=0.8).state_dict()
+    for name, tensor in trainer.ema.state_dict().items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-5)
+    assert [line["lr"] for line in lines(tmp_path)] == pytest.approx([0.0025, 0.005, 0.01, 0.01])
+    assert all(line["gradient_norm"] > 0.05 for line in lines(tmp_path)), "nothing was clipped"
+    assert not trainer.ema.training
+    assert not any(p.requires_grad for p in trainer.ema.parameters())
+
+
+@pytest.mark.parametrize("stage", ["vae", "self"])
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path, stage: str) -> None:
+    same = {"stage": stage, "dataset": Items(noise=0.0), "denoise": fixed_loss, "steps": 3}
+    trained(tmp_path / "whole", model=new_sit(class_dropout_prob=1e-9), **same)
+    trained(tmp_path / "parts", model=new_sit(class_dropout_prob=1e-9), micro_batches=4, **same)
+    whole, parts = (torch.load(checkpoint(tmp_path / name, 3))["model"] for name in ("whole", "parts"))
+    for name, tensor in whole.items():
+        torch.testing.assert_close(parts[name], tensor, rtol=1e-3, atol=1e-4)
+    for one, other in zip(lines(tmp_path / "whole"), lines(tmp_path / "parts"), strict=True):
+        for term in ("loss", "denoising", "alignment", "in_window", "gradient_norm"):
+            assert other[term] == pytest.approx(one[term], rel=1e-3)
+
+
+def test_the_log_holds_the_terms_and_tensorboard_the_same(tmp_path: Path) -> None:
+    trained(tmp_path, stage="self", steps=6)
+    found = lines(tmp_path)
+    assert [line["step"] for line in found] == [1, 2, 4, 6]
+    for line in found:
+        assert line["loss"] == pytest.approx(line["denoising"] + line["weight"] * line["alignment"])
+    assert {"in_window", "gradient_norm", "lr", "student_norm", "target_norm", "contrast"} <= found[0].keys()
+    # The fixture's guidance stops after five steps: then there is nothing to align, or to measure.
+    assert found[2]["alignment"] > 0
+    assert found[3]["alignment"] == 0
+    assert "contrast" not in found[3]
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert [(event.step, event.value) for event in board.Scalars("denoising")] == [
+        (line["step"], pytest.approx(line["denoising"])) for line in found
+    ]
+    assert all(json.loads(text)["samples_per_second"] > 0 for text in (tmp_path / "log.jsonl").read_text().splitlines())
+
+
+def test_mixed_precision_trains(tmp_path: Path) -> None:
+    trainer = trained(tmp_path, precision="bf16", steps=2)
+    assert {p.dtype for p in trainer.ema.parameters()} == {torch.float32}
+    exact = trained(tmp_path / "exact", steps=2)
+    difference = trainer.ema.blocks[0].mlp.fc1.weight - exact.ema.blocks[0].mlp.fc1.weight
+    assert 0 < difference.abs().max() < 0.05
+
+
+def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
+    trained(tmp_path, stage="baseline", steps=2, model=new_sit(learn_sigma=True))
+    content = torch.load(checkpoint(tmp_path, 2), weights_only=True)
+    assert content.keys() == {"model", "ema", "opt", "criterion", "scaler", "steps", "args"}
+    assert (content["steps"], content["args"], content["criterion"]) == (2, {"model": "tiny"}, {})
+    # As the SiT and REPA repositories load them.
+    model = new_sit(learn_sigma=True)
+    model.load_state_dict(content["model"])
+    model.load_state_dict(content["ema"])
+    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer.load_state_dict(content["opt"])
+    moments = {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters() if p in optimizer.state}
+    assert moments.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert moments["blocks.0.mlp.fc1.weight"].shape == model.blocks[0].mlp.fc1.weight.shape
+
+
+# --- Going on --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("stage", "micro_batches"), [("baseline", 1), ("vae", 2), ("self", 1), ("self", 2)])
+def test_a_resumed_run_is_bit_equal(tmp_path: Path, stage: str, micro_batches: int) -> None:
+    """Label dropout, noise, times, what items draw and the teacher's rows included; over the end of an epoch."""
+    same = {"stage": stage, "micro_batches": micro_batches}
+    trained(tmp_path / "once", steps=7, **same)
+    for steps in (1, 3, 7):
+        trained(tmp_path / "often", steps=steps, workers=int(steps == 3), **same)
+    assert differences(checkpoint(tmp_path / "once", 7), checkpoint(tmp_path / "often", 7)) == []
+    often = [line for line in lines(tmp_path / "often") if line["step"] != 3]  # that was the last of a shorter run
+    assert often == lines(tmp_path / "once")
+
+
+def test_another_seed_is_another_run(tmp_path: Path) -> None:
+    trained(tmp_path / "0", steps=1)
+    trained(tmp_path / "1", steps=1, seed=1)
+    assert any(name.startswith("/model") for name in differences(*(checkpoint(tmp_path / seed, 1) for seed in "01")))
+
+
+def test_lines_that_a_stopped_process_wrote_beyond_its_checkpoint_are_not_doubled(tmp_path: Path) -> None:
+    trained(tmp_path, steps=2)
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write('{"step": 4, "loss": 0.5}\n{"step": 6, "lo')
+    trained(tmp_path, steps=4)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2, 4]
+    assert lines(tmp_path)[-1]["loss"] != 0.5
+
+
+def test_values_that_are_not_finite_are_null_in_the_log(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, 0)
+    log.write(1, {"a": math.nan, "b": 2.0})
+    log.close()
+    assert read_lines(tmp_path / "log.jsonl") == [{"step": 1, "a": None, "b": 2.0}]
+
+
+def test_a_finished_run_has_nothing_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained(tmp_path, steps=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    trained(tmp_path, steps=2)
+    assert "Nothing to train: 2 of 2 steps are done." in capsys.readouterr().out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_checkpoint_of_another_folder_is_gone_on_from(tmp_path: Path) -> None:
+    trained(tmp_path / "a", steps=4, checkpoint_every=2)
+    trained(tmp_path / "b", resume=str(checkpoint(tmp_path / "a", 2)), steps=4)
+    assert differences(*(checkpoint(tmp_path / name, 4) for name in "ab")) == []
+
+
+def test_what_cannot_be_resumed_is_named_and_nothing_written(tmp_path: Path) -> None:
+    trained(tmp_path, steps=4, checkpoint_every=2)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
+    cases = [
+        (SettingError, {"resume": "never"}, ["would write over", "2 checkpoints, the newest after 4", "--out"]),
+        (SettingError, {"resume": str(checkpoint(tmp_path, 2))}, ["over newer checkpoints", "0000004.pt", "--out"]),
+        (CheckpointError, {"resume": str(tmp_path / "none.pt")}, ["There is no checkpoint", "none.pt"]),
+        (CheckpointError, {"stage": "self"}, ["criterion does not fit", "0000004.pt"]),
+        (CheckpointError, {"stage": "baseline"}, ["another stage", "holds a criterion", "this run has none"]),
+        (CheckpointError, {"model": new_sit(depth=3)}, ["does not fit SiT", "blocks.3.attn.qkv.weight"]),
+    ]
+    for kind, settings, texts in cases:
+        with pytest.raises(kind) as caught:
+            trained(tmp_path, steps=6, **settings)
+        assert all(text in str(caught.value) for text in texts), caught.value
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.pt")} == before
+
+
+@pytest.mark.parametrize("size", [0, 1000, -1])
+def test_a_damaged_newest_checkpoint_is_named(tmp_path: Path, size: int) -> None:
+    trained(tmp_path, steps=4, checkpoint_every=2)
+    path = checkpoint(tmp_path, 4)
+    path.write_bytes(path.read_bytes()[:size])
+    for match in ["0000004.pt", "zip archive" if size == 0 else "cannot be read as a checkpoint"]:
+        with pytest.raises(CheckpointError, match=match):
+            trained(tmp_path, steps=6)
+
+
+def test_a_checkpoint_of_another_kind_is_named(tmp_path: Path) -> None:
+    torch.save({"model": new_sit().state_dict(), "steps": 3}, tmp_path / "theirs.pt")
+    for match in ["training can go on from", "without \\['args', 'criterion', 'ema'", "--init"]:
+        with pytest.raises(CheckpointError, match=match):
+            trained(tmp_path, resume=str(tmp_path / "theirs.pt"))
+
+
+# --- Being stopped ---------------------------------------------------------------------------------------------------
+
+
+class Stopping:
+    """The fixed loss, which in its n-th call gets its process and those that read data for it signals."""
+
+    def __init__(self, at: int, *numbers: int) -> None:
+        self.left, self.numbers = at, numbers
+        self.readers: list[Any] = []
+        self.others = multiprocessing.active_children()  # those of other tests are left alone
+
+    def __call__(self, model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
+        self.left -= 1
+        if self.left == 0:
+            self.readers = [child for child in multiprocessing.active_children() if child not in self.others]
+            for number in self.numbers:
+                for process in [*(reader.pid for reader in self.readers), os.getpid()]:
+                    os.kill(process, number)
+        return fixed_loss(model, latents, y)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_step_and_stops(
+    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(number)
+    trained(tmp_path / "once", denoise=fixed_loss)
+    loss = Stopping(3, number)
+    with pytest.raises(SystemExit) as caught:
+        trained(tmp_path / "twice", denoise=loss, workers=1)
+    assert len(loss.readers) == 1
+    for reader in loss.readers:  # as when the process ends
+        reader.terminate()
+        reader.join(timeout=30)
+        assert reader.exitcode == 0
+    assert caught.value.code == 128 + number
+    assert f"Stopped by {number.name} after 3 steps" in capsys.readouterr().out
+    assert list(saved_checkpoints(tmp_path / "twice" / "checkpoints")) == [3]
+    assert signal.getsignal(number) == handler
+    trained(tmp_path / "twice", denoise=fixed_loss)
+    assert differences(*(checkpoint(tmp_path / name, 7) for name in ("once", "twice"))) == []
+    assert lines(tmp_path / "once") == lines(tmp_path / "twice")
+
+
+def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, denoise=Stopping(3, signal.SIGINT, signal.SIGINT))
+    assert saved_checkpoints(tmp_path / "checkpoints") == {}
+
+
+def test_a_killed_save_loses_nothing_older(tmp_path: Path) -> None:
+    script = ROOT / "tests" / "support" / "interrupted_checkpoints.py"
+    paths = os.pathsep.join(map(str, (ROOT / "examples", ROOT / "tests" / "support")))
+    done = subprocess.run(
+        [sys.executable, script, tmp_path],
+        env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    # Before the rename the old one alone, then both, then the new one alone.
+    assert report["operations"] == [[2], *[[2, 4]] * (len(report["operations"]) - 2), [4]]
+    assert len(report["operations"]) >= 3
+    assert report["bytes"] == [[2]] * 4
+    for text in ("0000004.pt could not be written", "File too large", "are whole", "same command again"):
+        assert text in report["full"]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(tmp_path: Path) -> None:
+    def breaking(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
+        loss = fixed_loss(model, latents, y)
+        return loss * (math.nan if trainer.steps == 4 else 1)
+
+    trainer = new_trainer(tmp_path, stage="baseline", denoise=breaking, steps=50, log_every=50, checkpoint_every=2)
+    with pytest.raises(NotFiniteError) as caught:
+        trainer.run()
+    for text in ("not been finite for the last 2 steps, up to step 6", "0000004.pt", "learning rate"):
+        assert text in str(caught.value)
+    assert list(saved_checkpoints(tmp_path / "checkpoints")) == [2, 4]
+    for path in saved_checkpoints(tmp_path / "checkpoints").values():
+        assert all(tensor.isfinite().all() for tensor in torch.load(path)["model"].values())
+
+
+def test_a_gradient_that_is_no_number_is_noticed_too(tmp_path: Path) -> None:
+    def breaking(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
+        loss = fixed_loss(model, latents, y)
+        return loss + 0 * (loss.detach() - loss).abs().sqrt()  # its value is 0, its gradient is not finite
+
+    with pytest.raises(NotFiniteError, match="last 1 steps, up to step 1"):
+        trained(tmp_path, denoise=breaking)
+    assert saved_checkpoints(tmp_path / "checkpoints") == {}
+
+
+def scaled(out: Path, overflows: range, **settings: object) -> Trainer:
+    """A trainer with gradient scaling, which accelerate has on CUDA only; in some steps the gradient overflows."""
+
+    def loss(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
+        found = fixed_loss(model, latents, y)
+        return found * (1e38 if trainer.steps in overflows else 1.0)
+
+    accelerator = new_accelerator("no", micro_batches=1, cpu=True)
+    accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    with patch("long_runs.new_accelerator", lambda *_, **__: accelerator):
+        trainer = new_trainer(out, stage="baseline", denoise=loss, **settings)
+    return trainer
+
+
+def test_a_step_that_overflows_under_gradient_scaling_is_skipped(tmp_path: Path) -> None:
+    trainer = scaled(tmp_path, range(2, 4), checkpoint_every=1, keep=9, clip=math.inf)
+    trainer.run()
+    weights = {n: torch.load(checkpoint(tmp_path, n))["model"]["blocks.0.mlp.fc1.weight"] for n in range(1, 8)}
+    assert torch.equal(weights[2], weights[3])
+    assert torch.equal(weights[3], weights[4])
+    assert not torch.equal(weights[4], weights[5])
+    assert torch.load(checkpoint(tmp_path, 7))["scaler"]["scale"] == 2.0**8
+    reset()
+    resumed = scaled(tmp_path, range(0), steps=8)
+    resumed.resume()
+    assert resumed.accelerator.scaler.get_scale() == 2.0**8
+
+
+def test_overflows_without_end_stop_the_run(tmp_path: Path) -> None:
+    trainer = scaled(tmp_path, range(3, 100), steps=100, checkpoint_every=3, log_every=50)
+    with pytest.raises(NotFiniteError, match="for the last 42 steps, up to step 45"):
+        trainer.run()
+
+
+# --- Schedules -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("keep", "keep_every", "left"), [(1, None, [7]), (2, None, [6, 7]), (2, 3, [3, 6, 7]), (99, None, [*range(1, 8)])]
+)
+def test_the_newest_checkpoints_and_the_milestones_stay(
+    tmp_path: Path, keep: int, keep_every: int | None, left: list[int]
+) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "0000002.pt.partial").write_bytes(b"of a save that was killed")
+    trained(tmp_path, stage="baseline", checkpoint_every=1, keep=keep, keep_every=keep_every)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"{n:07d}.pt" for n in left]
+
+
+def test_pictures_are_drawn_from_the_average_and_change_nothing(tmp_path: Path) -> None:
+    drawn = {}
+
+    def draw(model: nn.Module, path: Path) -> None:
+        torch.randn(3)  # from the generator that the training uses
+        assert not model.training
+        drawn[path] = model.blocks[0].mlp.fc1.weight.clone()
+
+    trained(tmp_path / "with", sample_every=3, checkpoint_every=3, draw=draw)
+    trained(tmp_path / "without", checkpoint_every=3)
+    assert list(drawn) == [tmp_path / "with" / "samples" / f"{steps:07d}.png" for steps in (3, 6)]
+    for path, weight in drawn.items():
+        content = torch.load(tmp_path / "with" / "checkpoints" / f"{path.stem}.pt")
+        assert torch.equal(weight, content["ema"]["blocks.0.mlp.fc1.weight"])
+    assert differences(*(checkpoint(tmp_path / name, 7) for name in ("with", "without"))) == []
+
+
+# --- Batches and processes -------------------------------------------------------------------------------------------
+
+
+def batches(count: int, **settings: int) -> list[list[int]]:
+    sampler = StepSampler(22, **({"batch_size": 8, "micro_batches": 1, "rank": 0, "ranks": 1, "seed": 3} | settings))
+    return [batch.indices for batch, _ in zip(sampler, range(count), strict=False)]
+
+
+def test_every_epoch_is_a_permutation_of_its_own() -> None:
+    first, second = ([index for batch in epoch for index in batch] for epoch in (batches(4)[:2], batches(4)[2:]))
+    assert len({*first}) == len({*second}) == 16
+    assert first != second
+    assert {*first} | {*second} <= {*range(22)}
+    assert batches(4, seed=4) != batches(4)
+
+
+@pytest.mark.parametrize("first_step", [1, 2, 3, 4])
+def test_the_order_begins_in_the_middle_as_it_would_have_gone_on(first_step: int) -> None:
+    assert batches(3, first_step=first_step) == batches(first_step + 3)[first_step:]
+
+
+def test_ranks_and_micro_batches_cut_one_global_batch() -> None:
+    whole = batches(4)
+    parts = [batches(8, micro_batches=2, rank=rank, ranks=2) for rank in range(2)]
+    for step, batch in enumerate(whole):
+        assert [i for part in (0, 1) for rank in parts for i in rank[2 * step + part]] == batch
+
+
+def test_a_batch_that_cannot_be_cut_and_data_that_is_too_small(tmp_path: Path) -> None:
+    for match in ["batch of 8 cannot be cut evenly", "1 processes, each with 3", "multiple of 3"]:
+        with pytest.raises(SettingError, match=match):
+            new_trainer(tmp_path, micro_batches=3)
+        reset()
+    with pytest.raises(SettingError, match="20 samples, fewer than one batch of 64"):
+        new_trainer(tmp_path, batch_size=64)
+
+
+def test_gradient_scaling_needs_cuda() -> None:
+    for match in ["fp16 with gradient scaling needs CUDA", "bf16"]:
+        with pytest.raises(SettingError, match=match):
+            new_accelerator("fp16", micro_batches=1, cpu=True)
+
+
+def on_a_rank(rank: int, out: str, stage: str, signalled: int) -> dict[str, Tensor]:
+    """Three steps with half of each batch, or more until rank ``signalled`` gets a SIGTERM; the noise it drew."""
+    launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_ADDR": "none"}
+    launched["OMP_NUM_THREADS"] = 1
+    noise = []
+
+    def loss(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
+        noise.append(torch.randn(3))
+        if signalled == rank and len(noise) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fixed_loss(model, latents, y)
+
+    with patch.dict(os.environ, {name: str(value) for name, value in launched.items()}), own_state():
+        trainer = new_trainer(
+            Path(out),
+            stage=stage,
+            steps=3 if signalled < 0 else 30,
+            dataset=Items(noise=0.0),
+            denoise=loss,
+            model=new_sit(seed=rank, class_dropout_prob=1e-9),  # those of rank 0 count
+        )
+        assert trainer.accelerator.num_processes == RANKS
+        try:
+            trainer.run()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return {"noise": torch.stack(noise), "code": torch.tensor(code), "steps": torch.tensor(trainer.steps)}
+
+
+@pytest.mark.parametrize("stage", ["vae", "self"])
+def test_two_processes_equal_one_and_draw_noise_of_their_own(tmp_path: Path, stage: str) -> None:
+    same = {"stage": stage, "steps": 3, "dataset": Items(noise=0.0), "denoise": fixed_loss}
+    trained(tmp_path / "one", model=new_sit(class_dropout_prob=1e-9), **same)
+    ranks = on_ranks(on_a_rank, str(tmp_path / "two"), stage, -1)
+    assert not torch.equal(ranks[0]["noise"], ranks[1]["noise"])
+    one, two = (torch.load(checkpoint(tmp_path / name, 3)) for name in ("one", "two"))
+    for part in ("model", "ema", "criterion"):
+        assert one[part].keys() == two[part].keys()
+        for name, tensor in one[part].items():
+            torch.testing.assert_close(two[part][name], tensor, rtol=1e-3, atol=1e-4)
+    for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        for term in ("step", "loss", "alignment", "in_window", "gradient_norm"):
+            assert b[term] == pytest.approx(a[term], rel=1e-3)
+
+
+def test_ranks_agree_on_a_signal_that_one_of_them_got(tmp_path: Path) -> None:
+    ranks = on_ranks(on_a_rank, str(tmp_path / "two"), "vae", 1)
+    assert [int(rank["code"]) for rank in ranks] == [128 + signal.SIGTERM] * 2
+    assert [int(rank["steps"]) for rank in ranks] == [10, 10]
+    assert list(saved_checkpoints(tmp_path / "two" / "checkpoints")) == [10]
+
+
+def test_settings_are_the_published_ones_by_default() -> None:
+    settings = LongRun(steps=1)
+    assert (settings.batch_size, settings.lr, settings.betas, settings.weight_decay) == (256, 1e-4, (0.9, 0.999), 0.0)
+    assert (settings.clip, settings.ema_decay, settings.warmup_steps) == (1.0, 0.9999, 0)

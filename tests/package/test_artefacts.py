@@ -1,0 +1,408 @@
+"""The folders of saved artefacts: where they are written, what is read of them, and what an interruption leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fuzz_artefacts import run
+from safetensors.torch import load_file, save_file
+from tiny_artefacts import (
+    FILES,
+    TinyDiT,
+    assert_says,
+    call,
+    config_of,
+    load_teacher,
+    make_criterion,
+    make_teacher,
+    names_in,
+    refusal,
+    rewrite,
+    take_step,
+)
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+import selftrans_reg as st
+from selftrans_reg.artefacts import FORMAT_VERSION
+from selftrans_reg.errors import ArtefactError
+
+DATA = Path(__file__).parents[1] / "support" / "artefact_data"
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    make_teacher().save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+# --- Where it is written ---------------------------------------------------------------------------------------------
+
+
+def test_an_artefact_of_the_same_kind_is_replaced_and_other_files_stay(saved: Path) -> None:
+    (saved / "notes.txt").write_text("mine")
+    (saved / "sub").mkdir()
+    make_teacher(guidance_scale=7.0).save_pretrained(saved)
+    assert names_in(saved) == sorted([*FILES, "notes.txt", "sub"])
+    assert (saved / "notes.txt").read_text() == "mine"
+    assert load_teacher(saved).guidance_scale == 7.0
+    assert "| guidance scale | 7.0 |" in (saved / "README.md").read_text()
+
+
+@pytest.mark.parametrize("edit", [lambda text: text + "\nMore.\n", lambda text: text.replace("blocks.1", "block 1")])
+def test_an_edited_card_stays(saved: Path, edit: Callable[[str], str]) -> None:
+    card = saved / "README.md"
+    card.write_text(edited := edit(card.read_text()))
+    make_teacher(guidance_scale=7.0).save_pretrained(saved)
+    assert card.read_text() == edited
+    assert names_in(saved) == FILES
+
+
+def test_a_card_that_was_there_before_stays(tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("# My runs\n")
+    make_teacher().save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "# My runs\n"
+    assert names_in(tmp_path) == FILES
+
+
+def test_what_is_no_artefact_of_this_kind_is_not_replaced(saved: Path, tmp_path: Path) -> None:
+    def stays(folder: Path, *parts: str) -> None:
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(ArtefactError) as error:
+            make_teacher().save_pretrained(folder)
+        assert_says(error, "it was not touched. Save elsewhere", *parts)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    diffusers = tmp_path / "diffusers"
+    diffusers.mkdir()
+    (diffusers / "config.json").write_text('{"_class_name": "DiTTransformer2DModel"}')
+    stays(diffusers, "holds a config.json that is no saved teacher's", "was not written by selftrans-reg")
+    (diffusers / "config.json").write_text("{")
+    stays(diffusers, "cannot be read")
+    weights = tmp_path / "weights"
+    weights.mkdir()
+    save_file({"a": torch.ones(1)}, weights / "model.safetensors")
+    stays(weights, "holds a model.safetensors that is no saved teacher's")
+    make_criterion(1, TinyDiT()).save_pretrained(tmp_path / "criterion")
+    stays(tmp_path / "criterion", "holds a saved criterion")
+
+
+def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ArtefactError, match="could not be written") as error:
+        make_teacher().save_pretrained(tmp_path / "file")
+    assert isinstance(error.value.__cause__, OSError)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, and limits the size of files")
+def test_a_save_that_is_killed_or_finds_the_disk_full_leaves_a_whole_artefact(tmp_path: Path) -> None:
+    """A process for each operation on a file, killed there; and one for each of ever larger limits on files' sizes."""
+    script = Path(__file__).parents[1] / "support" / "interrupted_saves.py"
+    done = subprocess.run([sys.executable, script, tmp_path], capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout.splitlines()[-1])
+    for part, old in (("kill", "old"), ("twice", "old"), ("first", "none")):
+        outcomes = report[part]["outcomes"]
+        assert outcomes.count(old) >= 8
+        assert outcomes.count("new") >= 3
+        assert outcomes == [old] * outcomes.count(old) + ["new"] * outcomes.count("new")  # from one moment on
+    assert report["full"]["refused"] >= 5
+    assert [part["files"] for part in report.values()] == [FILES] * 4
+
+
+def test_whoever_may_read_one_file_may_read_the_others(saved: Path) -> None:
+    modes = {(saved / name).stat().st_mode for name in FILES}
+    assert len(modes) == 1
+
+
+# --- What is read ----------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_folder_and_an_empty_one(tmp_path: Path) -> None:
+    assert_says(refusal(tmp_path / "none", TinyDiT()), "There is no folder", "owner/name")
+    (tmp_path / "weights.pt").write_text("")
+    assert_says(refusal(tmp_path, TinyDiT()), "There is no saved teacher in", "no config.json", "'weights.pt'")
+
+
+def test_a_later_format_names_the_version_to_install(saved: Path) -> None:
+    rewrite(saved, format_version=FORMAT_VERSION + 1, library_version="3.1.0")
+    assert_says(
+        refusal(saved, TinyDiT()),
+        *(
+            "has format version 2",
+            f"selftrans-reg {st.__version__} reads up to 1",
+            "pip install 'selftrans-reg>=3.1.0'",
+        ),
+    )
+
+
+def test_an_unknown_entry_names_the_version_to_install(saved: Path) -> None:
+    rewrite(saved, heads=3, library_version="0.2.0")
+    assert_says(refusal(saved, TinyDiT()), "entries that", "does not know: 'heads'", "'selftrans-reg>=0.2.0'")
+
+
+def test_one_kind_is_not_read_as_the_other(saved: Path, tmp_path: Path) -> None:
+    with pytest.raises(ArtefactError, match="is a saved teacher, not a criterion"):
+        st.SelfTransLoss.from_pretrained(saved, TinyDiT())
+
+
+def test_every_entry_is_needed(saved: Path) -> None:
+    whole = config_of(saved)
+    for key in whole:
+        (saved / "config.json").write_text(json.dumps({k: v for k, v in whole.items() if k != key}))
+        assert_says(refusal(saved, TinyDiT()), repr(key))
+
+
+WRONG: list[tuple[str, Any]] = [
+    *[("layer", value) for value in (None, 3, "", "a" * 501, "blocks.1\n", "\ud800")],
+    *[("guidance_scale", value) for value in (None, "3", True, -1, 1e10, float("nan"), float("inf"), 10**400)],
+    *[("null", value) for value in ([], {"y": 5}, [5], [{"path": [], "value": 1}], [{"path": ["y"], "value": "a"}])],
+    *[("null", value) for value in ([{"path": ["y"]}], [{"path": ["y"], "value": 1, "tensor": "a"}])],
+    *[("null", value) for value in ([{"path": ["y"] * 9, "value": 1}], [{"path": ["y"], "value": 1}] * 65)],
+    *[("call", value) for value in (None, {}, {"x": "x", "t": "t", "shared": "y", "fixed": {}})],
+    *[("call", value) for value in ({"x": "x", "t": "t", "shared": [], "fixed": {"y": [1]}},)],
+    *[("select", value) for value in ([], {"unsaved": 3}, 1.5, 2**40)],
+    *[("tokens", value) for value in (3, "1:", {"slice": [1, 2]}, {"slice": [0, 1, 0]}, {"slice": [0, 1, -1]})],
+    *[("time", value) for value in ("SIT", 3, ["repa"], {"unsaved": ""})],
+    *[("hidden_size", value) for value in (0, -4, 2.0, 2**30, "4")],
+    *[("dropped", value) for value in (None, "blocks.2", [3], [""])],
+    *[("backbone", value) for value in (None, "TinyDiT", {"class": "A"}, {"class": "A", "fingerprint": "0"})],
+    *[("fingerprint", value) for value in (None, "", "g" * 64, "0" * 63, 0)],
+    *[("step", value) for value in (-1, 2.5, "3", True)],
+    *[("latent_shape", value) for value in ([], [0], "4", [1] * 6)],
+    *[("kind", value) for value in ("Teacher", None)],
+    *[("format_version", value) for value in (0, "1", 1.0, True)],
+    *[("library_version", value) for value in (1, "", "1;rm -rf /", "9" * 50)],
+    *[("sha256", value) for value in (None, "0" * 10)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "value"), WRONG, ids=[f"{key}-{i}" for i, (key, _) in enumerate(WRONG)])
+def test_an_entry_of_a_wrong_type_or_size_is_refused(saved: Path, key: str, value: object) -> None:
+    assert_says(refusal(rewrite(saved, **{key: value}), TinyDiT()), f"'{key}' should be", "found")
+
+
+def test_entries_that_contradict_each_other_are_refused(saved: Path) -> None:
+    original = config_of(saved)
+    for entries, part in (
+        ({"dropped": ["blocks"]}, "it needs 'blocks.1', which it says was dropped"),
+        ({"dropped": ["x_embedder"]}, "it needs 'x_embedder.bias', which it says was dropped"),
+        ({"dropped": []}, "Missing"),
+        ({"layer": "block.1"}, "has no layer 'block.1'"),
+        ({"null": [{"path": ["z"], "value": 5}]}, "null_condition.1"),
+        (
+            {"null": [{"path": ["z"], "value": 5}, original["null"][1]]},
+            "names 'z', which TinyDiT.forward does not take",
+        ),
+        ({"null": [original["null"][1], {"path": ["text", "a"], "value": 1}]}, "null condition has"),
+        ({"null": [original["null"][1], {"path": ["y"], "tensor": "null_condition.1"}]}, "lacks its null condition's"),
+        ({"null": [original["null"][1], {"path": ["y"], "tensor": "pos_embed"}]}, "lacks its null condition's"),
+        ({"call": {**original["call"], "t": "x"}}, "cannot both be"),
+    ):
+        assert_says(refusal(rewrite(saved, **(original | entries)), TinyDiT()), part)
+
+
+def test_weights_other_than_those_of_the_config_are_refused(saved: Path, tmp_path: Path) -> None:
+    path = saved / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    assert_says(refusal(saved, TinyDiT()), "is not the file that config.json was written for", "the two together")
+    path.unlink()
+    assert_says(refusal(saved, TinyDiT()), "is missing")
+
+
+def test_a_tensor_too_many_is_refused(saved: Path) -> None:
+    tensors = load_file(saved / "model.safetensors")
+    for name in ("null_condition.7", "blocks.2.0.weight", "a"):
+        assert_says(refusal(rewrite(saved, tensors | {name: torch.ones(4, 4)}), TinyDiT()), name)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "README.md"])
+def test_a_pipe_in_a_files_place_does_not_hang(name: str, saved: Path) -> None:
+    (saved / name).unlink()
+    os.mkfifo(saved / name)
+    began = time.monotonic()
+    if name != "README.md":
+        refusal(saved, TinyDiT())
+    if name == "config.json":
+        with pytest.raises(ArtefactError, match="no saved teacher's"):
+            make_teacher().save_pretrained(saved)
+    else:
+        make_teacher().save_pretrained(saved)
+        load_teacher(saved)
+    assert time.monotonic() - began < 20
+
+
+CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
+    ({"stage": 2}, "stage 2 has 'target_size', not 'latent_channels'"),
+    ({"hidden_features": 1 << 20}, "heads.0.head.0.weight: saved (6, 4), expected (1048576, 4)"),
+    ({"hidden_sizes": [4, 4]}, "1 layers, but not as many hidden_sizes"),
+    ({"layers": ["blocks.0"] * 2, "hidden_sizes": [4, 4]}, "heads.1.head.0.bias: saved None, expected (6,)"),
+    ({"latent_channels": 3}, "heads.0.linear.bias: saved (8,), expected (12,)"),
+    ({"patch_size": [2, 1 << 20]}, "heads.0.linear.weight"),
+    ({"weight": 0.6}, "schedule, weight and stop_step are not those of its tensors"),
+    ({"schedule": "cosine"}, "schedule, weight and stop_step"),
+    ({"layers": ["blocks.9"]}, "has no layer 'blocks.9'"),
+    ({"channel_axis": 4}, "channel_axis=4 is no axis"),
+    ({"window": [0.7, 0.4]}, "window must be"),
+]
+
+
+@pytest.mark.parametrize(("entries", "part"), CONTRADICTIONS, ids=[next(iter(e)) for e, _ in CONTRADICTIONS])
+def test_a_criterion_that_contradicts_itself_is_refused(entries: dict[str, Any], part: str, tmp_path: Path) -> None:
+    make_criterion(1, TinyDiT()).save_pretrained(tmp_path)
+    model = TinyDiT()
+    with pytest.raises(ArtefactError) as error:
+        st.SelfTransLoss.from_pretrained(rewrite(tmp_path, **entries), model)
+    assert_says(error, part)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "part"),
+    [
+        ("step", torch.tensor(-2), "counters"),
+        ("calls", torch.tensor(1.0), "counters"),
+        ("schedule_state", torch.tensor([9, 0, 0]), "schedule, weight"),
+        ("heads.0.linear.bias", torch.full((8,), torch.inf), "not finite"),
+        ("heads.0.linear.bias", torch.zeros(8, dtype=torch.float64), "one floating dtype"),
+        ("model.weight", torch.ones(1), "model.weight: saved (1,), expected None"),
+    ],
+)
+def test_a_criterions_tensors_are_checked(key: str, value: Tensor, part: str, tmp_path: Path) -> None:
+    make_criterion(1, TinyDiT()).save_pretrained(tmp_path)
+    rewrite(tmp_path, load_file(tmp_path / "model.safetensors") | {key: value})
+    with pytest.raises(ArtefactError) as error:
+        st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT())
+    assert_says(error, part)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux does")
+def test_damaged_artefacts_are_loaded_or_refused_and_nothing_else() -> None:
+    counts = run(0, 450)
+    assert sum(counts.values()) == 450
+    assert {name for name in counts if name.endswith("refused")} == {
+        "teacher refused",
+        "stage1 refused",
+        "stage2 refused",
+    }
+    assert (
+        20 < sum(count for name, count in counts.items() if name.endswith("loaded")) < 250
+    )  # the damage is not all fatal
+
+
+# --- Versions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("folder", sorted(DATA.iterdir()), ids=lambda folder: folder.name)
+def test_the_files_of_every_format_version_are_read(folder: Path, tmp_path: Path) -> None:
+    """Written once by the library of that time. They are never written anew: add a folder for a new version."""
+    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
+    expected = load_file(copied / "expected.safetensors")
+    teacher = load_teacher(copied / "teacher")
+    torch.testing.assert_close(teacher(**call(1)), expected["features"], rtol=1e-5, atol=1e-6)
+    for stage in (1, 2):
+        model = TinyDiT()
+        criterion = st.SelfTransLoss.from_pretrained(copied / f"stage{stage}", model, teacher if stage == 2 else None)
+        terms = take_step(model, criterion, step=3)[:5]
+        torch.testing.assert_close(torch.stack(terms).detach(), expected[f"stage{stage}"], rtol=1e-5, atol=1e-6)
+        assert int(criterion.state_dict()["calls"]) == 4
+
+
+def test_the_current_format_version_has_its_files() -> None:
+    assert (DATA / f"v{FORMAT_VERSION}").is_dir()
+    assert config_of(DATA / f"v{FORMAT_VERSION}" / "teacher")["format_version"] == FORMAT_VERSION
+
+
+def write_data(folder: Path) -> None:
+    """How a version's files were written: ``python tests/package/test_artefacts.py tests/support/artefact_data/v1``."""
+    expected = {}
+    teacher = make_teacher(tokens=slice(None))
+    teacher.save_pretrained(folder / "teacher", source="run 17", step=9, latent_scale=0.18215, latent_shape=(2, 4, 4))
+    expected["features"] = teacher(**call(1))
+    for stage, settings in (
+        (1, {"distance": "smooth_l1"}),
+        (2, {"schedule": "cosine", "stop_step": 9, "teacher_rows": 5}),
+    ):
+        model = TinyDiT()
+        criterion = make_criterion(stage, model, teacher if stage == 2 else None, **settings)
+        for step in range(3):
+            take_step(model, criterion, step)
+        criterion.save_pretrained(folder / f"stage{stage}")
+        criterion.detach()
+        resumed = TinyDiT()
+        criterion.attach(resumed)
+        expected[f"stage{stage}"] = torch.stack(take_step(resumed, criterion, step=3)[:5]).detach()
+    save_file(expected, folder / "expected.safetensors")
+
+
+# --- Export ----------------------------------------------------------------------------------------------------------
+
+
+def train(model: nn.Module, criterion: st.SelfTransLoss | None, ema: nn.Module | None = None) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for step in range(3):
+        loss = model(**call(step)).square().mean()
+        if criterion is not None:
+            loss = criterion(loss, latents=None if criterion.stage == 2 else call(step)["x"], step=step).total
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if ema is not None:
+            ema.update_parameters(model)  # type: ignore[operator]
+
+
+def averaged(model: nn.Module) -> nn.Module:
+    return torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_stripped_weights_are_those_of_a_run_that_never_saw_the_library(stage: int) -> None:
+    """With weight 0 the criterion only measures, so both runs take the same steps; the keys are the plain model's."""
+    plain = TinyDiT()
+    plain_ema = averaged(plain)
+    train(plain, None, plain_ema)
+    model = TinyDiT()
+    ema = averaged(model)
+    teacher = make_teacher() if stage == 2 else None
+    criterion = make_criterion(stage, model, teacher, weight=0.0, check_interval=None)
+    train(model, criterion, ema)
+    for mine, theirs in ((model, plain), (ema, plain_ema.module)):
+        stripped = st.strip(mine)
+        assert list(stripped) == list(TinyDiT().state_dict())
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in stripped.items())
+    assert not all(torch.equal(value, st.strip(model)[key]) for key, value in st.strip(ema).items())
+
+
+def checkpointed(model: nn.Module) -> nn.Module:
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    return model
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [checkpointed, averaged, nn.DataParallel, lambda m: nn.DataParallel(checkpointed(m))],
+    ids=["checkpointed", "averaged", "data-parallel", "both"],
+)
+def test_wrappers_leave_no_trace_in_stripped_weights(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    stripped = st.strip(wrap(TinyDiT(seed=4)))
+    expected = TinyDiT(seed=4).state_dict()
+    assert list(stripped) == list(expected)
+    assert all(torch.equal(stripped[key], expected[key]) for key in expected)
+    TinyDiT().load_state_dict(stripped)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    write_data(Path(sys.argv[1]))

@@ -1,0 +1,820 @@
+import argparse
+import io
+import json
+import math
+import pickle
+import random
+import struct
+import sys
+import warnings
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from fuzz_checkpoints import (
+    FAMILIES,
+    Corpus,
+    ToyDiT,
+    archive,
+    child,
+    code_bombs,
+    file_bombs,
+    judge,
+    run_case,
+    size_bombs,
+    snapshot,
+)
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+
+from selftrans_reg.checkpoints import (
+    LoadReport,
+    load_weights,
+    read_checkpoint,
+    read_json,
+    read_safetensors,
+    read_sharded_safetensors,
+    read_torch,
+)
+from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture
+def model() -> ToyDiT:
+    return ToyDiT(seed=0)
+
+
+@pytest.fixture
+def ema() -> State:
+    return ToyDiT(seed=1).state_dict()
+
+
+@pytest.fixture
+def raw() -> State:
+    return ToyDiT(seed=2).state_dict()
+
+
+def assert_equal(model: nn.Module, expected: State) -> None:
+    state = model.state_dict()
+    assert state.keys() == expected.keys()
+    for key, value in expected.items():
+        assert torch.equal(state[key], value), key
+
+
+def refusal(model: nn.Module, checkpoint: Any, **options: Any) -> str:
+    """The message of the CheckpointError; the model has to be as it was."""
+    before = snapshot(model)
+    with pytest.raises(CheckpointError) as info:
+        load_weights(model, checkpoint, **options)
+    assert isinstance(info.value, SelfTransError)
+    assert isinstance(info.value, ValueError)
+    assert_equal(model, before)
+    return str(info.value)
+
+
+def assert_says(message: str, *parts: str) -> None:
+    for part in parts:
+        assert part in message, f"{part!r} is not in:\n{message}"
+
+
+def renamed(state: State, rename: Callable[[str], str]) -> State:
+    return {rename(key): value for key, value in state.items()}
+
+
+def save_shards(state: State, folder: Path, stem: str = "model") -> Path:
+    """Two shards and their index, as huggingface_hub writes them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    weight_map = {}
+    for i, keys in enumerate((list(state)[:9], list(state)[9:]), start=1):
+        name = f"{stem}-0000{i}-of-00002.safetensors"
+        save_file({key: state[key] for key in keys}, folder / name)
+        weight_map |= dict.fromkeys(keys, name)
+    index = folder / f"{stem}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
+    return index
+
+
+# --- What people have ------------------------------------------------------------------------------------------------
+
+_ARGS = argparse.Namespace(
+    model="SiT-B/2", lr=1e-4, betas=(0.9, 0.999), resume=None, fp16=True, layers=[1, 2], seed=2**63,
+    dtype=torch.bfloat16, device=torch.device("cpu"),
+)  # fmt: skip
+
+
+def _optimizer_state(state: State) -> dict[str, Any]:
+    """What ``opt`` of every loop holds: the state of an AdamW that has made a step."""
+    parameters = [nn.Parameter(value.clone()) for value in state.values() if value.is_floating_point()]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+LOOPS: dict[str, Callable[[State, State], dict[str, Any]]] = {
+    "DiT": lambda raw, ema: {"model": raw, "ema": ema, "opt": _optimizer_state(raw), "args": _ARGS},
+    "REPA": lambda raw, ema: {"model": raw, "ema": ema, "opt": _optimizer_state(raw), "args": _ARGS, "steps": 400_000},
+    "LightningDiT": lambda raw, ema: {
+        "model": renamed(raw, lambda key: f"module.{key}"),
+        "ema": renamed(ema, lambda key: f"module.{key}"),
+        "opt": _optimizer_state(raw),
+        "config": {"model": {"model_type": "LightningDiT-B/1"}, "train": {"max_steps": 80_000}},
+    },
+    "compiled DDP": lambda raw, ema: {
+        "model": renamed(raw, lambda key: f"module._orig_mod.{key}"),
+        "ema": renamed(ema, lambda key: f"_orig_mod.module.{key}"),
+    },
+    "compiled and checkpointed blocks": lambda raw, ema: {
+        "model": raw,
+        "ema": renamed(ema, lambda key: key.replace("blocks.1.", "blocks.1._orig_mod._checkpoint_wrapped_module.")),
+    },
+    "a step, OrderedDict and parameters": lambda raw, ema: {
+        "model": OrderedDict(raw),
+        "ema": OrderedDict((k, nn.Parameter(v) if v.is_floating_point() else v) for k, v in ema.items()),
+        "step": 7,
+    },
+}
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ""])
+def test_a_loops_file_is_loaded_whatever_its_suffix(
+    model: ToyDiT, ema: State, raw: State, tmp_path: Path, suffix: str, weights: Any
+) -> None:
+    path = tmp_path / f"0400000{suffix}"
+    torch.save(LOOPS["REPA"](raw, ema), path)
+    report = load_weights(model, str(path), weights=weights)
+    assert report == LoadReport(source=str(path), entry=weights, left_out=(), step=400_000)
+    assert_equal(model, ema if weights == "ema" else raw)
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+@pytest.mark.parametrize("loop", LOOPS)
+def test_every_loops_layout_is_loaded(
+    model: ToyDiT, ema: State, raw: State, tmp_path: Path, loop: str, in_memory: bool
+) -> None:
+    content = LOOPS[loop](raw, ema)
+    path = tmp_path / "run.pt"
+    torch.save(content, path)
+    steps = {"REPA": 400_000, "a step, OrderedDict and parameters": 7}
+    for weights, expected in (("ema", ema), ("model", raw)):
+        report = load_weights(model, content if in_memory else path, weights=weights)  # type: ignore[arg-type]
+        assert report == LoadReport(None if in_memory else str(path), weights, (), steps.get(loop))
+        assert_equal(model, expected)
+
+
+@pytest.mark.parametrize("weights", ["ema", "model"])
+@pytest.mark.parametrize("form", ["pt", "safetensors", "index", "dictionary"])
+def test_a_bare_state_dict_is_taken_for_either_value(
+    model: ToyDiT, ema: State, tmp_path: Path, form: str, weights: Any
+) -> None:
+    checkpoint: Any = tmp_path / f"bare.{form}"
+    if form == "pt":
+        torch.save(ema, checkpoint)
+    elif form == "safetensors":
+        save_file(ema, checkpoint)
+    elif form == "index":
+        checkpoint = save_shards(ema, tmp_path)
+    else:
+        checkpoint = ema
+    report = load_weights(model, checkpoint, weights=weights)
+    assert report == LoadReport(None if form == "dictionary" else str(checkpoint), None, (), None)
+    assert_equal(model, ema)
+
+
+@pytest.mark.parametrize("stem", ["diffusion_pytorch_model", "model"])
+@pytest.mark.parametrize("sharded", [True, False])
+def test_a_folder_is_loaded_under_the_hubs_names(
+    model: ToyDiT, ema: State, tmp_path: Path, stem: str, sharded: bool
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    if sharded:
+        save_shards(ema, tmp_path, stem)
+    else:
+        save_file(ema, tmp_path / f"{stem}.safetensors")
+    assert load_weights(model, tmp_path).source == str(tmp_path)
+    assert_equal(model, ema)
+
+
+@pytest.mark.parametrize("max_shard_size", ["10GB", "30KB"])
+def test_what_diffusers_saves_is_loaded(tmp_path: Path, max_shard_size: str) -> None:
+    def build() -> DiTTransformer2DModel:
+        return DiTTransformer2DModel(
+            num_layers=2, num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=8, sample_size=8,
+            patch_size=2, num_embeds_ada_norm=10,
+        )  # fmt: skip
+
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        saved, fresh = build(), build()
+    saved.save_pretrained(tmp_path, max_shard_size=max_shard_size)
+    assert (tmp_path / "diffusion_pytorch_model.safetensors.index.json").exists() == (max_shard_size == "30KB")
+    load_weights(fresh, tmp_path)
+    assert_equal(fresh, saved.state_dict())
+
+
+def test_none_keeps_the_models_own_weights(model: ToyDiT) -> None:
+    before = snapshot(model)
+    assert load_weights(model, None) == LoadReport(None, None, (), None)
+    assert_equal(model, before)
+
+
+def test_loading_copies_into_the_models_own_tensors(model: ToyDiT, ema: State) -> None:
+    model.final_layer.requires_grad_(False).half()
+    model.eval()
+    before = dict(model.named_parameters())
+    load_weights(model, ema)
+    after = dict(model.named_parameters())
+    assert all(after[key] is before[key] for key in before)
+    assert not model.training
+    assert not model.final_layer.weight.requires_grad
+    assert model.blocks[0].norm.weight.requires_grad
+    assert torch.equal(model.final_layer.weight, ema["final_layer.weight"].half())
+    with torch.no_grad():
+        model.x_embedder.weight.zero_()
+    assert ema["x_embedder.weight"].any(), "the model shares memory with the checkpoint"
+
+
+@pytest.mark.parametrize("saved", [torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_floating_point_weights_take_the_models_dtype(
+    model: ToyDiT, ema: State, tmp_path: Path, saved: torch.dtype, suffix: str
+) -> None:
+    state = {key: value.to(saved) if value.is_floating_point() else value for key, value in ema.items()}
+    path = tmp_path / f"weights{suffix}"
+    torch.save(state, path) if suffix == ".pt" else save_file(state, path)
+    load_weights(model, path)
+    assert_equal(model, {key: value.to(ema[key].dtype) for key, value in state.items()})
+
+
+def test_weights_reach_the_device_of_the_model(ema: State, device: torch.device) -> None:
+    model = ToyDiT(seed=0).to(device)
+    load_weights(model, ema)
+    assert all(value.device.type == device.type for value in model.state_dict().values())
+    assert_equal(model.cpu(), ema)
+
+
+@pytest.mark.parametrize("wrap", ["compiled", "checkpointed", "averaged"])
+def test_a_wrapped_model_is_loaded_by_plain_keys(model: ToyDiT, ema: State, wrap: str) -> None:
+    wrapped: nn.Module = model
+    if wrap == "compiled":
+        wrapped = torch.compile(model, backend="eager")  # type: ignore[assignment]
+        assert next(iter(wrapped.state_dict())).startswith("_orig_mod.")
+    elif wrap == "checkpointed":
+        model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+        assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+    else:
+        wrapped = nn.Sequential(OrderedDict(module=model))
+    load_weights(wrapped, ema)
+    assert_equal(model, ema)
+
+
+def test_the_state_of_an_averaged_model_is_loaded(model: ToyDiT, raw: State, tmp_path: Path) -> None:
+    source = ToyDiT(seed=3)
+    source.load_state_dict(raw)
+    averaged = torch.optim.swa_utils.AveragedModel(source, use_buffers=True)
+    state = averaged.state_dict()
+    assert next(iter(state)) == "n_averaged"
+    torch.save({"ema": state}, tmp_path / "run.pt")
+    assert load_weights(model, tmp_path / "run.pt").left_out == ()
+    assert_equal(model, raw)
+    assert_says(refusal(model, raw | {"n_averaged": torch.tensor(1)}), "n_averaged")  # of no wrapper: it is unknown
+
+
+def test_file_and_caller_may_hold_strided_views(model: ToyDiT, ema: State, tmp_path: Path) -> None:
+    weight = ema["final_layer.weight"]
+    ema["final_layer.weight"] = weight.t().contiguous().t()  # the same values, column by column
+    assert not ema["final_layer.weight"].is_contiguous()
+    torch.save(ema, tmp_path / "a.pt")
+    load_weights(model, tmp_path / "a.pt")
+    assert torch.equal(model.final_layer.weight, weight)
+
+
+# --- Entries ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_entry_is_named_with_those_found(model: ToyDiT, raw: State) -> None:
+    message = refusal(model, {"model": raw, "opt": {}})
+    assert_says(message, "has 'model', 'opt' but no 'ema'", "pass weights='model'")
+    message = refusal(model, {"ema": raw, "opt": {}}, weights="model")
+    assert_says(message, "has 'ema', 'opt' but no 'model'", "pass weights='ema'")
+
+
+def test_state_dict_is_the_models_entry(model: ToyDiT, raw: State) -> None:
+    content = {"state_dict": raw, "epoch": 3}
+    assert_says(refusal(model, content), "has 'state_dict', 'epoch' but no 'ema'", "pass weights='model'")
+    assert load_weights(model, content, weights="model").entry == "state_dict"
+    assert_equal(model, raw)
+    message = refusal(model, {"state_dict": raw, "model": raw}, weights="model")
+    assert_says(message, "open which is meant", "pass the dictionary of one of 'model', 'state_dict' itself")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({}, "Not tensors: nothing"),
+        ({"net": {}, "epoch": 3}, "Not tensors: net (dict), epoch (int)"),
+        ({"ema": None, "pos_embed": torch.zeros(1)}, "Not tensors: ema (NoneType)"),
+        ({"ema": {}}, "entry 'ema', holds no weights at all"),
+        ({"ema": {"shadow_params": [torch.zeros(1)]}}, "has under 'shadow_params' a list"),
+        ({"ema": {3: torch.zeros(1)}}, "has the key '3', a int"),
+    ],
+)
+def test_what_is_no_state_dict_is_refused(model: ToyDiT, content: Any, said: str) -> None:
+    assert_says(refusal(model, content), "the given dictionary", said)
+
+
+@pytest.mark.parametrize("step", [True, "7", 7.0, torch.tensor(7), None])
+def test_a_step_that_is_no_plain_integer_is_not_reported(model: ToyDiT, ema: State, step: Any) -> None:
+    assert load_weights(model, {"ema": ema, "steps": step}).step is None
+
+
+def test_other_values_of_the_arguments_are_refused(model: ToyDiT, ema: State) -> None:
+    with pytest.raises(SettingError, match=r"weights is 'ema' or 'model'.*got 'EMA'"):
+        load_weights(model, ema, weights="EMA")  # type: ignore[arg-type]
+    assert_says(refusal(model, 7), "a path, a state dict, or None", "got int")
+    assert_says(refusal(model, [ema]), "got list")
+
+
+# --- Heads -----------------------------------------------------------------------------------------------------------
+
+_HEAD_KEYS = {
+    "REPA": [f"projectors.{k}.{i}.{name}" for k in (0, 1) for i in (0, 2, 4) for name in ("weight", "bias")],
+    "released": [f"projectors.{i}.{name}" for i in (0, 2, 4) for name in ("weight", "bias")],
+    "released, stage 1": ["projectors.0.weight", "projectors_final.linear.weight", "projectors_final.linear.bias"],
+}
+
+
+@pytest.mark.parametrize("kind", _HEAD_KEYS)
+def test_heads_of_the_saved_model_are_left_out_and_reported(model: ToyDiT, ema: State, kind: str) -> None:
+    heads = {f"module.{key}": torch.zeros(3) for key in _HEAD_KEYS[kind]}
+    report = load_weights(model, {"ema": renamed(ema, lambda key: f"module.{key}") | heads})
+    assert report.left_out == tuple(_HEAD_KEYS[kind])
+    assert_equal(model, ema)
+
+
+@pytest.mark.parametrize(
+    "key", ["projectors.1.weight", "projectors.0.0.scale", "projectors_final.norm.weight", "head.0.weight"]
+)
+def test_any_other_extra_key_is_an_error(model: ToyDiT, ema: State, key: str) -> None:
+    assert_says(refusal(model, ema | {key: torch.zeros(3)}), "Extra, not in the model (1):", f"{key} (3,)")
+
+
+def test_a_model_with_heads_of_its_own_gets_them_strictly(ema: State) -> None:
+    model = ToyDiT(seed=0)
+    model.projectors = nn.ModuleList([nn.Sequential(nn.Linear(2, 2), nn.SiLU(), nn.Linear(2, 2))])
+    heads = {key: torch.ones_like(value) for key, value in model.state_dict().items() if key.startswith("projectors")}
+    assert load_weights(model, ema | heads).left_out == ()
+    assert_equal(model, ema | heads)
+    assert_says(refusal(model, ema), "Missing, of the model's 35 (4):", "projectors.0.0.weight (2, 2)")
+    wider = heads | {"projectors.0.4.weight": torch.ones(2, 2)}
+    assert_says(refusal(model, ema | wider), "Extra, not in the model (1):", "projectors.0.4.weight")
+
+
+# --- Fit -------------------------------------------------------------------------------------------------------------
+
+
+def test_missing_extra_and_misshapen_keys_are_listed_with_the_nearest(
+    model: ToyDiT, ema: State, tmp_path: Path
+) -> None:
+    ema["blocks.1.qvk.bias"] = ema.pop("blocks.1.qkv.bias")
+    ema["y_embedder.weight"] = torch.zeros(10, 8)
+    ema["counter"] = torch.zeros(())
+    del ema["pos_embed"]
+    torch.save({"ema": ema}, tmp_path / "run.pt")
+    message = refusal(model, tmp_path / "run.pt")
+    assert_says(
+        message,
+        f"{tmp_path / 'run.pt'}, entry 'ema', does not fit ToyDiT; nothing was loaded.",
+        "Missing, of the model's 31 (2):",
+        "  pos_embed (1, 16, 8), a buffer; nearest: none",
+        "  blocks.1.qkv.bias (24,); nearest: 'blocks.1.qvk.bias'",
+        "Extra, not in the model (1):\n  blocks.1.qvk.bias (24,); nearest: 'blocks.1.qkv.bias'",
+        "Of another shape (1):\n  y_embedder.weight: saved (10, 8), model (11, 8)",
+        "Of another dtype (1):\n  counter: saved torch.float32, model torch.int64",
+        "Build the model with the settings of the run",
+    )
+
+
+def test_long_lists_are_cut_and_counted(model: ToyDiT) -> None:
+    message = refusal(model, {f"layer.{i}": torch.zeros(1) for i in range(1000)})
+    assert_says(message, "Missing, of the model's 31 (31):", "... and 23 more", "(1000):", "... and 992 more")
+    assert len(message) < 4000
+
+
+@pytest.mark.parametrize("key", ["x_embedder.weight", "blocks.2.norm.bias", "counter"])
+def test_nothing_is_loaded_by_halves(model: ToyDiT, ema: State, key: str) -> None:
+    ema[key] = ema[key][None]
+    assert_says(refusal(model, ema), f"{key}: saved {tuple(ema[key].shape)}, model {tuple(ema[key].shape)[1:]}")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.float8_e4m3fn])
+def test_only_floating_point_converts_to_floating_point(model: ToyDiT, ema: State, dtype: torch.dtype) -> None:
+    ema["final_layer.bias"] = torch.ones(16).to(dtype)
+    assert_says(refusal(model, ema), "Of another dtype (1):", f"saved {dtype}, model torch.float32")
+
+
+def test_integers_have_to_be_of_the_models_own_dtype(model: ToyDiT, ema: State) -> None:
+    assert_says(refusal(model, ema | {"counter": torch.tensor(1, dtype=torch.int32)}), "counter: saved torch.int32")
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("place", [0, -1])
+def test_weights_that_are_not_finite_are_counted(model: ToyDiT, ema: State, bad: float, place: int) -> None:
+    ema["final_layer.weight"].view(-1)[[place, 5]] = bad
+    message = refusal(model, ema)
+    assert_says(
+        message, "2 of 128 values under 'final_layer.weight'", "not finite in torch.float32", "earlier checkpoint"
+    )
+
+
+def test_the_last_value_of_a_large_tensor_is_checked_too() -> None:
+    model = nn.Linear(1024, 1025, bias=False)  # above the size of one part
+    weight = torch.zeros(1025, 1024)
+    weight[-1, -1] = math.nan
+    assert_says(refusal(model, {"weight": weight}), "1 of 1049600 values under 'weight'")
+
+
+def test_weights_that_overflow_the_models_dtype_are_refused(ema: State) -> None:
+    ema["final_layer.bias"][3] = 1e5
+    assert_says(
+        refusal(ToyDiT(seed=0).half(), ema), "1 of 16 values under 'final_layer.bias'", "finite in torch.float16"
+    )
+    load_weights(ToyDiT(seed=0).bfloat16(), ema)
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 3)
+        self.out = nn.Linear(3, 5, bias=False)
+        self.out.weight = self.embed.weight
+
+
+@pytest.mark.parametrize("kept", [["embed.weight"], ["out.weight"], ["embed.weight", "out.weight"]])
+def test_of_tied_weights_one_is_enough(tmp_path: Path, kept: list[str]) -> None:
+    value = torch.arange(15.0).view(5, 3)
+    save_file({key: value.clone() for key in kept}, tmp_path / "a.safetensors")
+    torch.save(dict.fromkeys(kept, value), tmp_path / "a.pt")  # as torch saves them: one storage
+    for name in ("a.safetensors", "a.pt"):
+        model = Tied()
+        load_weights(model, tmp_path / name)
+        assert torch.equal(model.embed.weight, value)
+        assert model.out.weight is model.embed.weight
+
+
+def test_equal_shapes_are_not_ties() -> None:
+    model = nn.ModuleDict({"a": nn.Linear(3, 3, bias=False), "b": nn.Linear(3, 3, bias=False)})
+    assert_says(refusal(model, {"a.weight": torch.ones(3, 3)}), "Missing, of the model's 2 (1):", "b.weight (3, 3)")
+
+
+def test_tied_weights_saved_with_other_values_are_refused() -> None:
+    message = refusal(Tied(), {"embed.weight": torch.ones(5, 3), "out.weight": torch.zeros(5, 3)})
+    assert_says(message, "different values under 'embed.weight' and 'out.weight'", "one tensor in the model", "Untie")
+
+
+# --- Models that cannot take weights ---------------------------------------------------------------------------------
+
+
+def test_a_model_without_data_is_refused(ema: State) -> None:
+    with torch.device("meta"):
+        model = nn.Linear(3, 3)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)Linear cannot take weights: its 'weight' has no data yet.*to_empty"
+    ):
+        load_weights(model, {"weight": torch.ones(3, 3), "bias": torch.ones(3)})
+    with pytest.raises(CheckpointError, match="LazyLinear cannot take weights: its 'weight' has no data"):
+        load_weights(nn.LazyLinear(3), {"weight": torch.ones(3, 3)})
+
+
+def test_a_model_whose_state_dict_is_made_of_copies_is_refused(model: ToyDiT, ema: State) -> None:
+    def copies(module: nn.Module, state: dict[str, Any], *_: Any) -> None:
+        state["final_layer.bias"] = state["final_layer.bias"].detach().clone()  # as a sharded model's hooks gather
+
+    model._register_state_dict_hook(copies)
+    message = refusal(model, ema)
+    assert_says(message, "ToyDiT cannot take weights: its 'final_layer.bias'", "before the model is sharded")
+
+
+def test_names_that_only_wrappers_prefixes_tell_apart_are_refused(model: ToyDiT, ema: State) -> None:
+    twice = ema | {"module.final_layer.bias": torch.zeros(16)}
+    assert_says(refusal(model, twice), "the weights 'final_layer.bias' twice, under different prefixes")
+    odd = nn.Module()
+    odd.a, odd.module = nn.Linear(2, 2), nn.ModuleDict({"a": nn.Linear(2, 2)})
+    assert_says(refusal(odd, {"a.weight": torch.ones(2, 2)}), "'module.a.weight' has the same name as another")
+
+
+# --- Tensors that are no weights -------------------------------------------------------------------------------------
+
+
+class Subclass(Tensor):
+    pass
+
+
+def _quantised() -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch deprecates making them, and files hold them
+        return torch.quantize_per_tensor(torch.ones(16), 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (torch.zeros(16, device="meta"), "a tensor on the meta device"),
+        (torch.zeros(1).expand(10**9), "a tensor of shape (1000000000,) that needs 4000000000 bytes but stores 4"),
+        (torch.zeros(1).expand(16), "that needs 64 bytes but stores 4"),
+        (torch.zeros(16).to_sparse(), "a nested, quantised or sparse tensor"),
+        (_quantised(), "a nested, quantised or sparse tensor"),
+        (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "a NestedTensor"),
+        (torch.zeros(16).as_subclass(Subclass), "a Subclass"),
+        ([0.0] * 16, "a list"),
+    ],
+)
+def test_tensors_without_their_own_data_are_refused(model: ToyDiT, ema: State, value: Any, said: str) -> None:
+    ema["final_layer.bias"] = value
+    assert_says(refusal(model, {"ema": ema}), "entry 'ema', has under 'final_layer.bias'", said)
+
+
+# --- Hostile files ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", code_bombs(""))
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, model: ToyDiT, name: str) -> None:
+    marker = tmp_path / "ran"
+    pickled = code_bombs(str(marker))[name]
+    path = tmp_path / "bomb.pt"
+    path.write_bytes(archive(pickled))
+    message = refusal(model, path)
+    assert not marker.exists()
+    assert_says(message, "is refused", "If you trust the file", "torch.load(path", "torch.save(state, 'weights.pt')")
+    pickle.loads(pickled)
+    assert marker.exists(), "the bomb is a dud: it does not go off in a trusting reader either"
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("system", ".system"), ("eval", "builtins.eval"), ("popen", "subprocess.run"), ("map", "builtins.list")],
+)
+def test_what_a_file_asks_for_is_named(tmp_path: Path, model: ToyDiT, name: str, found: str) -> None:
+    path = tmp_path / "bomb.pt"
+    path.write_bytes(archive(code_bombs(str(tmp_path / "ran"))[name]))
+    assert_says(refusal(model, path), "nothing of it was run: it asks for ", found)
+
+
+def test_classes_that_others_allowed_stay_refused_here_and_allowed_there(
+    tmp_path: Path, model: ToyDiT, ema: State
+) -> None:
+    torch.save({"ema": ema, "args": _ARGS, "when": random.Random(0)}, tmp_path / "random.pt")
+    torch.save({"ema": ema, "args": _ARGS}, tmp_path / "run.pt")
+    before = set(torch.serialization.get_safe_globals())
+    load_weights(model, tmp_path / "run.pt")
+    assert set(torch.serialization.get_safe_globals()) == before
+    with torch.serialization.safe_globals([random.Random, argparse.Namespace]):
+        assert_says(refusal(model, tmp_path / "random.pt"), "it asks for random.Random")
+        load_weights(model, tmp_path / "run.pt")
+        assert argparse.Namespace in torch.serialization.get_safe_globals()
+
+
+_SLOW = {"deep-list", "many-dicts", "many-lists", "many-memos", "many-tensors"}  # seconds each: the script runs them
+
+
+@pytest.mark.parametrize("name", [name for name in size_bombs() if name not in _SLOW])
+def test_a_small_pickle_cannot_ask_for_a_lot(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "bomb.pt"
+    path.write_bytes(archive(size_bombs()[name]))
+    assert judge(path, "ema").message
+
+
+@pytest.mark.parametrize(
+    "name", ["zipped.pt", "long-directory.pt", "long-header.safetensors", "long.safetensors.index.json"]
+)
+def test_a_small_file_cannot_ask_for_a_lot(tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.write_bytes(file_bombs()[name]())
+    assert judge(path, "ema").message
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory can be reset on Linux only")
+def test_the_costliest_json_within_the_limits_stays_within_64_mib(tmp_path: Path) -> None:
+    path = tmp_path / "lists.safetensors.index.json"
+    path.write_bytes(file_bombs()[path.name]())
+    done = child("--bomb", str(path))  # asserts the bound, in a process whose memory nothing used before
+    assert done.returncode == 0, done.stderr
+    assert "MiB" in done.stdout
+    assert "has no 'weight_map'" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory can be reset on Linux only")
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_loading_takes_no_more_memory_than_the_file(tmp_path: Path, suffix: str) -> None:
+    large, small = tmp_path / f"large{suffix}", tmp_path / f"small{suffix}"
+    for path, width in ((large, 4096), (small, 64)):  # 64 MiB and next to nothing
+        state = {"weight": torch.full((width, width), 0.5)}
+        torch.save({"ema": state}, path) if suffix == ".pt" else save_file(state, path)
+    done = child("--load", str(small), str(large))  # asserts the bound, in a process whose memory nothing used before
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(large.name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fuzzed_checkpoints_are_loaded_whole_or_refused(tmp_path: Path, family: str) -> None:
+    corpus = Corpus(tmp_path)
+    first = list(FAMILIES).index(family)
+    verdicts = [run_case(corpus, case) for case in range(first, first + 40 * len(FAMILIES), len(FAMILIES))]
+    assert sum(verdict.message is not None for verdict in verdicts) >= 20, "the damage of this family does none"
+
+
+# --- Broken and foreign files ----------------------------------------------------------------------------------------
+
+
+def test_a_path_that_is_not_there_names_the_nearest(model: ToyDiT, tmp_path: Path) -> None:
+    (tmp_path / "0400000.pt").touch()
+    assert_says(refusal(model, tmp_path / "040000.pt"), "There is no file", "'0400000.pt'", "hf_hub_download")
+    assert_says(refusal(model, tmp_path / "none" / "a.pt"), "There is no file", "Nearest in its folder: none")
+
+
+def test_files_of_another_format_are_refused_with_the_way_out(model: ToyDiT, ema: State, tmp_path: Path) -> None:
+    path = tmp_path / "a.pt"
+    torch.save(ema, path, _use_new_zipfile_serialization=False)
+    message = refusal(model, path)
+    assert_says(message, "no zip archive", "since version 1.6", f"torch.save(torch.load({str(path)!r}")
+    torch.save(torch.load(path, map_location="cpu", weights_only=True), path)  # as the message says
+    load_weights(model, path)
+    assert_equal(model, ema)
+
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("a/data.txt", "x")
+    assert_says(refusal(ToyDiT(), path), "a zip archive without data.pkl")
+    path.write_bytes(archive(b"", **{"constants.pkl": b""}))
+    assert_says(refusal(ToyDiT(), path), "TorchScript archive", "save the model's state_dict()")
+    path.write_bytes(b"")
+    assert_says(refusal(ToyDiT(), path), "no zip archive")
+
+
+def test_a_whole_pickled_model_is_refused(model: ToyDiT, tmp_path: Path) -> None:
+    torch.save(nn.Linear(2, 2), tmp_path / "a.pt")
+    assert_says(
+        refusal(model, tmp_path / "a.pt"), "it asks for torch.nn.modules.linear.Linear", "save its weights alone"
+    )
+
+
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text", None])
+def test_a_file_that_holds_no_dictionary_is_refused(model: ToyDiT, tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "a.pt")
+    assert_says(refusal(model, tmp_path / "a.pt"), f"holds a {type(content).__name__}", "a checkpoint is a dictionary")
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_a_truncated_file_is_refused_at_every_length(model: ToyDiT, ema: State, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    torch.save(ema, path) if name == "a.pt" else save_file(ema, path)
+    data = path.read_bytes()
+    for length in range(0, len(data), 997):
+        path.write_bytes(data[:length])
+        refusal(model, path)
+    path.write_bytes(data)
+    load_weights(model, path)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"dtype": "F99"}, "F99"),
+        ({"shape": [17]}, "cannot be read as a checkpoint: SafetensorError"),
+        ({"shape": [2**40, 2**40]}, "cannot be read as a checkpoint: SafetensorError"),
+        ({"data_offsets": [0, 2**40]}, "cannot be read as a checkpoint: SafetensorError"),
+        ({"data_offsets": [4, 68]}, "cannot be read as a checkpoint: SafetensorError"),
+    ],
+)
+def test_a_safetensors_header_that_contradicts_the_file_is_refused(
+    model: ToyDiT, tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    header = json.dumps({"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} | change}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
+    assert_says(refusal(model, path), said)
+    path.write_bytes(struct.pack("<Q", 2**63))
+    assert_says(refusal(model, path), "no whole safetensors file: it has 8 bytes and announces a header of", str(2**63))
+
+
+# --- Shards and folders ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["../a.safetensors", "/etc/a.safetensors", "sub/a.safetensors", "..\\a.safetensors", "a.pt", "..", ""]
+)
+def test_an_index_cannot_name_a_file_elsewhere(model: ToyDiT, ema: State, tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    index = save_shards(ema, folder)
+    for place in (tmp_path, folder / "sub"):
+        place.mkdir(exist_ok=True)
+        save_file(ema, place / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(ema, name)}))
+    assert_says(refusal(model, index), repr(name), "no plain name of a .safetensors file")
+
+
+def test_a_shard_cannot_be_a_link_elsewhere(model: ToyDiT, ema: State, tmp_path: Path) -> None:
+    index = save_shards(ema, tmp_path / "folder")
+    shard = tmp_path / "folder" / "model-00001-of-00002.safetensors"
+    (tmp_path / "elsewhere").mkdir()
+    moved = shard.rename(tmp_path / "elsewhere" / shard.name)
+    shard.symlink_to(moved)
+    assert_says(refusal(model, index), "'model-00001-of-00002.safetensors'", "a link out of its folder")
+
+
+def test_the_links_of_the_hubs_cache_are_followed(model: ToyDiT, ema: State, tmp_path: Path) -> None:
+    snapshot_folder = tmp_path / "models--me--sit" / "snapshots" / "abc" / "transformer"
+    blobs = tmp_path / "models--me--sit" / "blobs"
+    blobs.mkdir(parents=True)
+    save_shards(ema, snapshot_folder)
+    for i, path in enumerate(sorted(snapshot_folder.iterdir())):
+        path.rename(blobs / f"{i}")
+        path.symlink_to(Path("../../../blobs") / f"{i}")
+    load_weights(model, snapshot_folder)
+    assert_equal(model, ema)
+
+
+def test_index_and_shards_have_to_agree(model: ToyDiT, ema: State, tmp_path: Path) -> None:
+    index = save_shards(ema, tmp_path)
+    good = json.loads(index.read_text())["weight_map"]
+    names = sorted(set(good.values()))
+
+    def said(weight_map: Any, *parts: str) -> None:
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        assert_says(refusal(model, index), *parts)
+
+    said(good | {"pos_embed": names[1]}, "disagree", "only: 'pos_embed'")
+    said({k: v for k, v in good.items() if k != "pos_embed"}, "disagree", "In the shard only: 'pos_embed'")
+    said(good | {"new": names[0]}, "disagree", "In the index only: 'new'")
+    said(good | {"new": "c.safetensors"}, "names the shard 'c.safetensors', which is not there")
+    for odd in ([], None, {"a": 1}, {"a": None}):
+        said(odd, "has no 'weight_map' from keys to file names")
+    index.write_text('{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}')
+    assert_says(refusal(model, index), "has the key 'a' twice")
+    index.write_text("[" * 100_000)
+    assert_says(refusal(model, index), "cannot be read as a checkpoint: RecursionError")
+    index.write_text(json.dumps({"weight_map": good}))
+    load_weights(model, index)
+
+
+def test_a_folder_has_to_hold_exactly_one_set_of_weights(model: ToyDiT, ema: State, tmp_path: Path) -> None:
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "model_index.json").write_text("{}")
+    message = refusal(model, tmp_path)
+    assert_says(message, "holds 0 of 'diffusion_pytorch_model.safetensors'", "'model_index.json', 'transformer/'")
+    assert_says(message, "exactly one is needed", "Pass the path of the file")
+    save_file(ema, tmp_path / "model.safetensors")
+    save_shards(ema, tmp_path)
+    assert_says(refusal(model, tmp_path), "holds 2 of", "'model.safetensors.index.json'")
+
+
+# --- The readers alone -----------------------------------------------------------------------------------------------
+
+
+def test_readers_give_what_the_files_hold(ema: State, tmp_path: Path) -> None:
+    torch.save({"ema": ema, "args": _ARGS, "steps": 3}, tmp_path / "a.pt")
+    content = read_torch(tmp_path / "a.pt")
+    assert content["args"] == _ARGS
+    assert content["steps"] == 3
+    save_file(ema, tmp_path / "b.safetensors")
+    index = save_shards(ema, tmp_path)
+    (tmp_path / "c.json").write_text('{"a": [1, null, "é"]}', encoding="utf-8")
+    assert read_json(tmp_path / "c.json") == {"a": [1, None, "é"]}
+    for state in (
+        content["ema"],
+        read_safetensors(tmp_path / "b.safetensors"),
+        read_sharded_safetensors(index),
+        read_checkpoint(tmp_path / "b.safetensors"),
+    ):
+        assert state.keys() == ema.keys()
+        assert all(torch.equal(state[key], ema[key]) for key in ema)
+
+
+def test_readers_chain_what_the_libraries_raised(tmp_path: Path) -> None:
+    for name, reader in (("a.json", read_json), ("a.safetensors", read_safetensors), ("a.pt", read_torch)):
+        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint: FileNotFoundError") as info:
+            reader(tmp_path / name)
+        assert isinstance(info.value.__cause__, FileNotFoundError)
+
+
+def test_a_file_changed_by_another_byte_order_is_read(model: ToyDiT, ema: State, tmp_path: Path) -> None:
+    stream = io.BytesIO()
+    torch.save(ema, stream)
+    with zipfile.ZipFile(stream) as file:
+        records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
+    for i, value in enumerate(ema.values()):
+        assert records[f"data/{i}"] == value.numpy().tobytes()
+        records[f"data/{i}"] = value.numpy().byteswap().tobytes()
+    path = tmp_path / "a.pt"
+    path.write_bytes(archive(records.pop("data.pkl"), **records | {"byteorder": b"big"}))
+    load_weights(model, path)
+    assert_equal(model, ema)

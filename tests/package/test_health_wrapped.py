@@ -1,0 +1,66 @@
+"""Health under what wraps a model: no false alarm, and the same fault is named."""
+
+import warnings
+
+import pytest
+import torch
+from loops import denoising, new_criterion, noisy_batch, student
+from ranks import on_ranks
+from sharded import mine, shard, shard_whole
+from torch import nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from selftrans_reg.errors import HeadNotTrainedWarning, HealthWarning
+
+TIMES = [0.35, 0.45, 0.55, 0.9, 0.32, 0.5, 0.8, 0.95]
+BF16 = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False)
+
+
+def wrapped_run(rank: int, wrapper: str, left_out: bool) -> tuple[list[str], list[str]]:
+    """The warnings of 40 steps on this rank, and what was measured."""
+    model: nn.Module = student()
+    if wrapper != "DDP":
+        shard(model)
+    criterion = new_criterion(model, health_interval=5)
+    inner = criterion
+    if wrapper == "DDP":
+        model, criterion = DistributedDataParallel(model), DistributedDataParallel(criterion)
+    else:
+        shard_whole(criterion, mp_policy=BF16 if "bfloat16" in wrapper else MixedPrecisionPolicy())
+    parameters = [*model.parameters(), *([] if left_out else criterion.parameters())]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3)
+    b = mine(rank, TIMES)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", HealthWarning)
+        for _ in range(40):
+            loss = denoising(model, b)
+            terms = criterion(loss, latents=b.latents)
+            optimizer.zero_grad()
+            terms.total.backward()
+            optimizer.step()
+    return [type(w.message).__name__ for w in caught if isinstance(w.message, HealthWarning)], sorted(inner.measures)
+
+
+@pytest.mark.parametrize("wrapper", ["DDP", "FSDP2", "FSDP2 with a head in bfloat16"])
+@pytest.mark.parametrize("left_out", [False, True], ids=["healthy", "head left out"])
+def test_on_two_ranks(wrapper: str, left_out: bool) -> None:
+    for said, measured in on_ranks(wrapped_run, wrapper, left_out):
+        assert said == [HeadNotTrainedWarning.__name__] * left_out
+        assert measured == ["contrast", "gradient_cosine", "gradient_ratio", "student_norm", "target_norm"]
+
+
+def test_under_autocast() -> None:
+    model = student()
+    criterion = new_criterion(model, health_interval=5)
+    optimizer = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-3)
+    for step in range(40):
+        b = noisy_batch(TIMES, seed=step)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = denoising(model, b)
+        terms = criterion(loss, latents=b.latents)
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+    assert all(value.isfinite() and value.dtype == torch.float32 for value in criterion.measures.values())
+    assert -1 <= criterion.measures["gradient_cosine"] <= 1

@@ -1,0 +1,356 @@
+"""The plateau rule: gradients of a known cosine, stops where they say so, on all ranks, and after a resumption."""
+
+import copy
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from checkpointed import MODELS
+from loops import LAYER, denoising, new_criterion, new_teacher, noisy_batch, student, total
+from ranks import on_ranks
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import selftrans_reg as st
+from selftrans_reg.errors import MeasurementError
+
+# Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that pytest undoes.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+TIMES = [0.35, 0.5, 0.58, 0.9]
+EVERY_CALL = st.Plateau(interval=1, patience=3, threshold=0.2, smoothing=0.5)
+
+
+class Planted(nn.Module):
+    """A layer whose tokens are the output, so that a loss can have any gradient there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(4, 8, 2, 2)
+        generator = torch.Generator().manual_seed(0)
+        for parameter in self.parameters():
+            parameter.data = torch.randn(parameter.shape, generator=generator)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        return self.layer(x)
+
+
+class PlantedRun:
+    """A loop in which the cosine of each call is chosen."""
+
+    def __init__(self, rule: st.Plateau | None, **settings: Any) -> None:
+        self.model = Planted()
+        self.criterion = st.SelfTransLoss.stage1(
+            self.model,
+            layer="layer",
+            time="sit",
+            latent_channels=4,
+            patch_size=2,
+            hidden_size=8,
+            hidden_features=8,
+            check_interval=None,
+            stop_when=rule,
+            **settings,
+        )
+
+    def call(
+        self, cosine: float, *, factor: float = 1.0, seed: int = 0, times: Sequence[float] = TIMES
+    ) -> st.LossTerms:
+        """One call and its backward pass; the denoising loss's gradient at the tokens has this cosine and factor."""
+        b = noisy_batch(list(times), seed=seed)
+        output = self.model(b.x_t, b.t)
+        tokens = output.detach().flatten(2).transpose(1, 2).requires_grad_()
+        inside = ((b.t >= 0.3) & (b.t <= 0.6)).float()
+        alignment = (inside * self.criterion.heads[0](tokens, b.latents)).sum() / len(b.t)
+        (a,) = torch.autograd.grad(alignment, tokens)
+        other = torch.randn(a.shape, generator=torch.Generator().manual_seed(seed + 1)) * inside[:, None, None]
+        other -= (other * a).sum() / a.square().sum().clamp(min=1e-30) * a
+        wanted = factor * (
+            cosine * F.normalize(a.flatten(), dim=0) + (1 - cosine**2) ** 0.5 * F.normalize(other.flatten(), dim=0)
+        )
+        # Outside the window the loop's loss may have any gradient: only where there is an alignment is it compared.
+        wanted = wanted.reshape(a.shape) + 3 * (1 - inside)[:, None, None]
+        loss = (output.flatten(2).transpose(1, 2) * wanted).sum()
+        terms = self.criterion(loss, latents=b.latents)
+        terms.total.backward()
+        return terms
+
+    def stops_at(self, cosines: Sequence[float]) -> int | None:
+        """The number of the first call without alignment, counted from 1; None if all have one."""
+        weights = [self.call(cosine, seed=i).weight.item() for i, cosine in enumerate(cosines)]
+        on = sum(weight > 0 for weight in weights)
+        assert weights == [0.5] * on + [0.0] * (len(weights) - on)
+        return None if on == len(weights) else on + 1
+
+
+def plain_stop(cosines: Sequence[float], rule: st.Plateau) -> int | None:
+    """The rule written out: the mean of all measurements, older ones weighing less, compared in a row."""
+    below, seen = 0, []
+    for call in range(1, len(cosines) + 1):
+        if call % rule.interval:
+            continue
+        if seen:  # what the last measured call gave is read in this one
+            weights = [rule.smoothing**age for age in range(len(seen))][::-1]
+            mean = sum(w * c for w, c in zip(weights, seen, strict=True)) / sum(weights)
+            below = below + 1 if mean < rule.threshold else 0
+            if below == rule.patience:
+                return call
+        seen.append(cosines[call - 1])
+    return None
+
+
+FALLING = [0.9, 0.6, 0.5, 0.3, 0.35, 0.1, 0.3, 0.05, -0.1, 0.0, -0.3, -0.2, -0.4, 0.0, -0.1]
+STEADY = [0.5, 0.1, 0.4, 0.3, 0.1, 0.1, 0.5, 0.3, 0.4, 0.1, 0.2, 0.6, 0.3, 0.2, 0.3]
+
+
+@pytest.mark.parametrize("cosine", [-0.9, -0.01, 0.0, 0.3, 0.99])
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 1e3])
+def test_a_planted_cosine_is_measured(cosine: float, factor: float) -> None:
+    run = PlantedRun(EVERY_CALL)
+    run.call(cosine, factor=factor)
+    assert run.criterion.measures["gradient_cosine"].item() == pytest.approx(cosine, abs=2e-3)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        EVERY_CALL,
+        dataclasses.replace(EVERY_CALL, interval=2, patience=1),
+        dataclasses.replace(EVERY_CALL, smoothing=0.0, patience=2),
+        dataclasses.replace(EVERY_CALL, smoothing=0.9, threshold=0.4),
+    ],
+)
+def test_it_stops_where_the_rule_says(rule: st.Plateau) -> None:
+    wanted = plain_stop(FALLING, rule)
+    assert wanted is not None
+    run = PlantedRun(rule)
+    assert run.stops_at(FALLING) == wanted
+    assert run.criterion.stopped_at == wanted
+
+
+def test_it_does_not_stop_while_the_gradients_agree() -> None:
+    run = PlantedRun(EVERY_CALL)
+    assert plain_stop(STEADY, EVERY_CALL) is None
+    assert run.stops_at(STEADY) is None
+    assert run.criterion.stopped_at is None
+
+
+def test_without_a_rule_nothing_stops() -> None:
+    assert PlantedRun(None).stops_at(FALLING) is None
+
+
+def test_the_smoothed_cosine_is_among_the_measures() -> None:
+    run = PlantedRun(dataclasses.replace(EVERY_CALL, smoothing=0.5))
+    for seed, cosine in enumerate((0.8, 0.2, 0.5)):
+        run.call(cosine, seed=seed)
+    found = run.criterion.measures["gradient_cosine_smoothed"].item()
+    assert found == pytest.approx((0.5 * 0.8 + 0.2) / 1.5, abs=1e-4)
+
+
+def test_a_call_without_a_sample_inside_and_one_that_overflowed_measure_nothing() -> None:
+    run = PlantedRun(EVERY_CALL)
+    for seed in range(6):
+        run.call(-0.5, seed=seed, times=[0.9, 0.95])
+        run.call(-0.5, seed=seed, factor=torch.inf)
+    assert run.criterion.stopped_at is None
+    assert run.stops_at([-0.5] * 6) == 4
+
+
+def test_from_the_stop_on_the_teacher_is_not_run_and_only_the_loops_loss_trains() -> None:
+    model, ran = student(), []
+    teacher = new_teacher()
+    teacher.model.register_forward_pre_hook(lambda module, args: ran.append(1))
+    rule = st.Plateau(interval=2, patience=1, threshold=0.99)
+    criterion = new_criterion(model, teacher=teacher, stop_when=rule)
+    b = noisy_batch(TIMES)
+    weights = []
+    for step in range(10, 17):
+        before = len(ran)
+        model.zero_grad()
+        criterion.zero_grad()
+        terms = criterion(denoising(model, b), latents=b.latents, step=step)
+        terms.total.backward()
+        weights.append(terms.weight.item())
+        assert (len(ran) > before) == (weights[-1] > 0)
+    assert weights == [0.5] * 3 + [0.0] * 4
+    assert criterion.stopped_at == 13
+    assert criterion.measures == {}
+    assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in criterion.parameters())
+    criterion.release_teacher()
+    assert total(model, criterion, b) == denoising(model, b).mean()
+
+
+@pytest.mark.parametrize("done", range(1, len(FALLING)))
+def test_stopped_after_any_call_it_goes_on_as_if_it_had_not(done: int) -> None:
+    rule = dataclasses.replace(EVERY_CALL, interval=2, patience=2)
+    through = PlantedRun(rule)
+    wanted = [through.call(cosine, seed=i).weight.item() for i, cosine in enumerate(FALLING)]
+    assert 0.0 in wanted
+    assert wanted[0] > 0
+    first = PlantedRun(rule)
+    found = [first.call(cosine, seed=i).weight.item() for i, cosine in enumerate(FALLING[:done])]
+    resumed = PlantedRun(rule)
+    resumed.criterion.load_state_dict(copy.deepcopy(first.criterion.state_dict()))
+    found += [resumed.call(c, seed=i).weight.item() for i, c in enumerate(FALLING[done:], done)]
+    assert found == wanted
+    states = (run.criterion.state_dict()["plateau_state"] for run in (resumed, through))
+    assert torch.equal(*states)
+
+
+def test_a_run_that_was_stopped_is_not_resumed_without_the_rule_and_the_advice_works() -> None:
+    run, without = PlantedRun(EVERY_CALL), PlantedRun(None)
+    assert run.stops_at([-0.5] * 5) == 4
+    state = run.criterion.state_dict()
+    with pytest.raises(st.SettingError, match="stop_when= has stopped; this criterion has none") as error:
+        without.criterion.load_state_dict(state)
+    assert error.match(r"state\['plateau_state'\] = criterion\.state_dict\(\)\['plateau_state'\]")
+    state["plateau_state"] = without.criterion.state_dict()["plateau_state"]  # as the message says
+    without.criterion.load_state_dict(state)
+    assert without.call(0.5).weight == 0.5
+
+
+def test_it_is_saved_and_a_run_past_its_stop_needs_no_teacher(tmp_path: Path) -> None:
+    model = student()
+    rule = st.Plateau(interval=1, patience=1, threshold=0.99, smoothing=0.25)
+    criterion = new_criterion(model, stop_when=rule)
+    b = noisy_batch(TIMES)
+    total(model, criterion, b).backward()
+    criterion.save_pretrained(tmp_path / "before")
+    with pytest.raises(st.TeacherError, match="still needs its teacher"):
+        st.SelfTransLoss.from_pretrained(tmp_path / "before", student())
+    total(model, criterion, b).backward()
+    assert criterion.stopped_at == 2
+    criterion.save_pretrained(tmp_path / "after")
+    other = student()
+    resumed = st.SelfTransLoss.from_pretrained(tmp_path / "after", other)
+    assert resumed.stop_when == rule
+    assert resumed.stopped_at == 2
+    assert total(other, resumed, b) == denoising(other, b).mean()
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"interval": 0}, "Plateau's interval must be a positive integer; got 0"),
+            ({"patience": 2.0}, "Plateau's patience must be a positive integer"),
+            ({"threshold": 1.0}, "Plateau's threshold must be a number from -1 to below 1; got 1.0"),
+            ({"threshold": float("nan")}, "Plateau's threshold must be"),
+            ({"smoothing": -0.1}, "Plateau's smoothing must be a number from 0 to below 1; got -0.1"),
+            ({"smoothing": True}, "Plateau's smoothing must be"),
+        ],
+    )
+    def test_of_the_rule(self, settings: dict[str, Any], message: str) -> None:
+        with pytest.raises(st.SettingError, match=message):
+            st.Plateau(**settings)
+
+    def test_of_the_criterion(self) -> None:
+        with pytest.raises(st.SettingError, match="stop_when must be a Plateau or None"):
+            PlantedRun(100)
+        with pytest.raises(st.SettingError, match=r"with weight=0\.0 the alignment has none"):
+            PlantedRun(EVERY_CALL, weight=0.0)
+
+
+def measured(model: nn.Module, run: nn.Module | None = None) -> tuple[Tensor, Tensor]:
+    """The cosine that the criterion finds on ``run``, or ``model``, and that of a plain model beside it."""
+    b = noisy_batch(TIMES)
+    criterion = new_criterion(model, stop_when=st.Plateau(interval=1))
+    total(model if run is None else run, criterion, b).backward()
+    reference, seen = student(), []
+    plain = new_criterion(reference)
+    reference.blocks[LAYER].register_forward_hook(lambda module, args, output: seen.append(output))
+    whole = total(reference, plain, b)
+    own = denoising(reference, b).mean()
+    (g,) = torch.autograd.grad(whole, seen[0])
+    (d,) = torch.autograd.grad(own, seen[1])
+    a, d = (g - d)[:3], d[:3]
+    return criterion.measures["gradient_cosine"], F.cosine_similarity(a.flatten(), d.flatten(), dim=0)
+
+
+class TestWrapped:
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("kind", MODELS)
+    def test_checkpointing_changes_nothing(self, kind: str, reentrant: bool) -> None:
+        torch.testing.assert_close(*measured(MODELS[kind](reentrant, torch.device("cpu"))), rtol=1e-4, atol=1e-6)
+
+    def test_blocks_compiled_one_by_one_change_nothing(self) -> None:
+        model = student()
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+        torch.testing.assert_close(*measured(model), rtol=1e-4, atol=1e-6)
+        torch.compiler.reset()
+
+    def test_a_whole_compiled_model_is_an_error_for_the_rule_and_no_alarm_without(self) -> None:
+        model = student()
+        compiled = torch.compile(model, backend="aot_eager")
+        with pytest.raises(MeasurementError, match="PyTorch's graph hides") as error:
+            measured(model, compiled)
+        assert error.match(r"compile its blocks one by one instead \(block\.compile\(\)\)")
+        torch.compiler.reset()
+        criterion, b = new_criterion(model, health_interval=1), noisy_batch(TIMES)
+        compiled = torch.compile(model, backend="aot_eager")
+        optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=1e-3)
+        for _ in range(25):
+            total(compiled, criterion, b).backward()
+            optimizer.step()
+        assert criterion.measures.keys() == {"student_norm", "target_norm", "contrast"}
+        torch.compiler.reset()
+
+    def test_a_detached_loss_is_an_error(self) -> None:
+        model, b = student(), noisy_batch(TIMES)
+        criterion = new_criterion(model, stop_when=st.Plateau())
+        own = denoising(model, b)
+        with pytest.raises(MeasurementError, match="detached, or comes from another forward"):
+            criterion(own.detach(), latents=b.latents)
+
+
+def distributed(rank: int, times: list[list[float]], cosines: list[list[float]]) -> dict[str, Any]:
+    """Each rank's own batches and cosines; the weight of every call, and the smoothed cosines."""
+    run = PlantedRun(EVERY_CALL)
+    found: dict[str, Any] = {"weight": [], "smoothed": []}
+    for call, per_rank in enumerate(cosines):
+        terms = run.call(per_rank[rank], seed=10 * call + rank, times=times[rank])
+        found["weight"].append(terms.weight)
+        smoothed = run.criterion.measures.get("gradient_cosine_smoothed", torch.zeros(()))
+        found["smoothed"].append(smoothed)
+    return found
+
+
+class TestOnTwoRanks:
+    @pytest.mark.parametrize("second", [TIMES, [0.9, 0.95, 0.8, 0.99]], ids=["", "one has no sample inside"])
+    def test_they_stop_at_the_same_call_though_they_see_different_cosines(self, second: list[float]) -> None:
+        cosines = [[0.9, 0.9], [0.5, 0.3], [0.6, -0.6], [-0.9, 0.7], [-0.8, 0.1], [-0.8, 0.0], [-0.9, 0.2], [-0.9, 0.2]]
+        ranks = on_ranks(distributed, [TIMES, second], cosines)
+        weights = [torch.stack(rank["weight"]).tolist() for rank in ranks]
+        assert weights[0] == weights[1]
+        assert weights[0][0] > 0
+        assert weights[0][-1] == 0
+        smoothed = [torch.stack(rank["smoothed"]) for rank in ranks]
+        assert torch.equal(*smoothed)
+        if second is not TIMES:  # what the other one sees is all there is
+            assert weights[0].index(0.0) + 1 == plain_stop([c[0] for c in cosines], EVERY_CALL)
+
+    def test_under_ddp_the_cosine_is_that_of_the_joined_batch(self) -> None:
+        found = on_ranks(ddp_cosine)
+        model, b = student(), noisy_batch(TIMES * 2)
+        criterion = new_criterion(model, stop_when=st.Plateau(interval=1))
+        for _ in range(2):
+            total(model, criterion, b).backward()
+        for cosine in found:
+            torch.testing.assert_close(cosine, criterion.measures["gradient_cosine_smoothed"], rtol=1e-4, atol=1e-6)
+
+
+def ddp_cosine(rank: int) -> Tensor:
+    model = student()
+    criterion = new_criterion(model, stop_when=st.Plateau(interval=1))
+    wrapped, head = DistributedDataParallel(model), DistributedDataParallel(criterion)
+    half = noisy_batch(TIMES * 2).rows(slice(4 * rank, 4 * rank + 4))
+    for _ in range(2):
+        total(wrapped, head, half).backward()
+    assert dist.get_world_size() == 2
+    return criterion.measures["gradient_cosine_smoothed"]
