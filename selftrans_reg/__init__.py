@@ -9,7 +9,7 @@ Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 from .analysis.inspection import layer_report
 from .analysis.result import LayerReport
 from .artefacts import strip
-from .checkpoints import load_weights
+from .checkpoints import load_weights, read_checkpoint
 from .criterion import LossTerms, SelfTransLoss
 from .errors import AlignmentNotFallingWarning as AlignmentNotFallingWarning
 from .errors import ArtefactError as ArtefactError
@@ -48,7 +48,6 @@ from .recipes import Recipe, recipe
 from .taps import FeatureTap
 from .teacher import CFGFeatureTeacher, build_teacher
 from .time import TimeConvention
-from .weight_files import read_checkpoint
 
 __version__ = "0.1.0"
 

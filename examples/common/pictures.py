@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from selftrans_reg import draw
+from selftrans_reg.analysis import draw
 from selftrans_reg.analysis.draw import ColourBasis, save_panels
 
 __all__ = ["ColourBasis", "grey_to_rgb", "plt", "save_panels", "tile"]

@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from common.pictures import grey_to_rgb, tile
 
-from selftrans_reg import draw
+from selftrans_reg.analysis import draw
 
 
 def test_ink_is_dark() -> None:
