@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from common.options import Mistake
 from common.sit import FinalLayer, Mlp, PatchEmbed, TimestepEmbedder, modulate, sincos_position_embedding
-from selftrans_reg.errors import SettingError, ShapeError
 
 # The published text-to-image model: width 32 x depth, as many heads as blocks, CLIP ViT-L/14's text width.
 PUBLISHED_DEPTH = 24
@@ -132,8 +132,8 @@ class MMDiT(nn.Module):
         returns: (N, C, H, W)
 
     Raises:
-        SettingError: If the sizes do not divide.
-        ShapeError: From a call, if the text features have another width.
+        Mistake: If the sizes do not divide.
+        Mistake: From a call, if the text features have another width.
     """
 
     def __init__(
@@ -151,7 +151,7 @@ class MMDiT(nn.Module):
         hidden_size = HEAD_SIZE * depth if hidden_size is None else hidden_size
         num_heads = depth if num_heads is None else num_heads
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise SettingError(
+            raise Mistake(
                 f"MMDiT needs input_size divisible by patch_size, and hidden_size divisible by num_heads and by 4.\n"
                 f"Found: input_size={input_size}, patch_size={patch_size}, hidden_size={hidden_size}, "
                 f"num_heads={num_heads}."
@@ -187,7 +187,7 @@ class MMDiT(nn.Module):
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """Predict the velocity of the noisy latents x at times t for texts with these features."""
         if context.dim() != 3 or context.shape[-1] != self.context_size:
-            raise ShapeError(
+            raise Mistake(
                 f"This MMDiT takes text features (N, L, {self.context_size}).\nFound: {tuple(context.shape)}.\n"
                 "Encode the captions with the text encoder that it was trained with, or build it with that width as "
                 "context_size."

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from selftrans_reg.errors import SettingError
+from common.options import Mistake
 
 
 class PathCoefficients(NamedTuple):
@@ -44,10 +44,10 @@ def path_named(name: str) -> Path:
     """The path called "linear" or "cosine".
 
     Raises:
-        SettingError: If there is no such path.
+        Mistake: If there is no such path.
     """
     if name not in PATHS:
-        raise SettingError(f"There is no path named {name!r}.\nKnown: {', '.join(PATHS)}.")
+        raise Mistake(f"There is no path named {name!r}.\nKnown: {', '.join(PATHS)}.")
     return PATHS[name]
 
 

@@ -13,8 +13,8 @@ import torch
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
+from common.options import Mistake
 from common.paths import Path, linear_path
-from selftrans_reg.errors import SettingError
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -23,7 +23,7 @@ LAST_SDE_TIME = 0.04
 
 
 class Guidance(NamedTuple):
-    """Classifier-free guidance ``v_u + scale (v_c - v_u)``, only while ``low <= t <= high``.
+    """Classifier-free guidance ``v_u + scale (v_c - v_u)``, in the steps that begin at ``low <= t <= high``.
 
     Args:
         scale: 1 is the conditional velocity: the null condition is then never run.
@@ -54,18 +54,20 @@ class _Velocity:
 
     def __init__(self, model: Model, y: Tensor, dtype: torch.dtype, guidance: Guidance) -> None:
         if guidance.scale != 1 and guidance.null is None:
-            raise SettingError(
+            raise Mistake(
                 f"Guidance of scale {guidance.scale} needs the null class.\n"
                 "Found: null=None. Pass Guidance(scale, null=num_classes)."
             )
         if not 0 <= guidance.low <= guidance.high <= 1:
-            raise SettingError(
+            raise Mistake(
                 f"The guidance interval needs 0 <= low <= high <= 1.\nFound: low={guidance.low}, high={guidance.high}."
             )
         self.model, self.y, self.dtype, self.guidance = model, y, dtype, guidance
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        guided = self.guidance.scale != 1 and self.guidance.low <= t.item() <= self.guidance.high
+    def __call__(self, x: Tensor, t: Tensor, step_time: Tensor | None = None) -> Tensor:
+        """``step_time`` decides whether guidance acts; by default t itself."""
+        now = (t if step_time is None else step_time).item()
+        guided = self.guidance.scale != 1 and self.guidance.low <= now <= self.guidance.high
         times = t.to(self.dtype).expand(len(x))
         if not guided:
             return self.model(x.to(self.dtype), times, self.y).double()
@@ -77,7 +79,7 @@ class _Velocity:
 
 def _check_steps(steps: int, least: int) -> None:
     if steps < least:
-        raise SettingError(f"This sampler needs at least {least} steps.\nFound: steps={steps}.")
+        raise Mistake(f"This sampler needs at least {least} steps.\nFound: steps={steps}.")
 
 
 @torch.no_grad()
@@ -93,7 +95,7 @@ def sample_ode(
     """Follow the probability-flow ODE from t = 1 to t = 0 on equal steps.
 
     Euler: ``x <- x + (t' - t) v(x, t)``. Heun averages the velocities at both ends, except in the last step, which is
-    Euler's: steps * 2 - 1 evaluations.
+    Euler's: steps * 2 - 1 evaluations. Whether guidance acts is decided at t for the whole step, as REPA does.
 
     Args:
         model: Called as ``model(x_t, t, y)``; eval mode is the caller's business.
@@ -107,18 +109,18 @@ def sample_ode(
         noise: (N, C, H, W); y: (N,); returns: (N, C, H, W), of the noise's dtype
 
     Raises:
-        SettingError: If a setting makes no sense.
+        Mistake: If a setting makes no sense.
     """
     _check_steps(steps, 1)
     if method not in ("euler", "heun"):
-        raise SettingError(f"There is no ODE method named {method!r}.\nKnown: euler, heun.")
+        raise Mistake(f"There is no ODE method named {method!r}.\nKnown: euler, heun.")
     velocity = _Velocity(model, y, noise.dtype, guidance)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=noise.device)
     x = noise.double()
     for i, (t, t_next) in enumerate(pairwise(times)):
         slope = velocity(x, t)
         if method == "heun" and i < steps - 1:
-            slope = (slope + velocity(x + (t_next - t) * slope, t_next)) / 2
+            slope = (slope + velocity(x + (t_next - t) * slope, t_next, step_time=t)) / 2
         x = x + (t_next - t) * slope
     return x.to(noise.dtype)
 
@@ -160,7 +162,7 @@ def sample_sde(
         noise: (N, C, H, W); y: (N,); returns: (N, C, H, W), of the noise's dtype
 
     Raises:
-        SettingError: If a setting makes no sense.
+        Mistake: If a setting makes no sense.
     """
     _check_steps(steps, 2)
     velocity = _Velocity(model, y, noise.dtype, guidance)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from selftrans_reg.errors import SettingError
+from common.options import Mistake
 
 # Size letter -> depth, hidden_size, num_heads, as published.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
@@ -199,7 +199,7 @@ class SiT(nn.Module):
         x: (N, C, H, W) noisy latents; t: (N,) times in [0, 1]; y: (N,) labels; returns: (N, C, H, W)
 
     Raises:
-        SettingError: If the sizes do not divide.
+        Mistake: If the sizes do not divide.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class SiT(nn.Module):
     ) -> None:
         super().__init__()
         if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise SettingError(
+            raise Mistake(
                 f"SiT needs input_size divisible by patch_size, and hidden_size divisible by num_heads and by 4.\n"
                 f"Found: input_size={input_size}, patch_size={patch_size}, hidden_size={hidden_size}, "
                 f"num_heads={num_heads}."
@@ -270,11 +270,11 @@ def published_sizes(name: str) -> dict[str, int]:
     """What `SiT` is told for a published name, as "SiT-B/2": depth, hidden_size, num_heads and patch_size.
 
     Raises:
-        SettingError: If the name is not a size S, B, L or XL with a patch of 2, 4 or 8.
+        Mistake: If the name is not a size S, B, L or XL with a patch of 2, 4 or 8.
     """
     known = {f"SiT-{size}/{patch}": (*SIZES[size], patch) for size in SIZES for patch in PATCH_SIZES}
     if name not in known:
-        raise SettingError(f"There is no SiT named {name!r}.\nKnown: {', '.join(known)}.")
+        raise Mistake(f"There is no SiT named {name!r}.\nKnown: {', '.join(known)}.")
     return dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), known[name], strict=True))
 
 
@@ -282,6 +282,6 @@ def build_sit(name: str, **settings: object) -> SiT:
     """A SiT by its published name, as "SiT-B/2"; ``settings`` are passed to `SiT`.
 
     Raises:
-        SettingError: If the name is not a size S, B, L or XL with a patch of 2, 4 or 8.
+        Mistake: If the name is not a size S, B, L or XL with a patch of 2, 4 or 8.
     """
     return SiT(**published_sizes(name), **settings)

@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 from common.mmdit import JointBlock, MMDiT
+from common.options import Mistake
 from torch import Tensor
 
 import selftrans_reg as st
-from selftrans_reg.errors import SettingError, ShapeError
 
 TINY = {
     "input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 3, "num_heads": 2,
@@ -246,11 +246,11 @@ def test_the_image_stream_is_what_both_stages_see(generator: torch.Generator) ->
 def test_text_features_of_another_width_are_named(generator: torch.Generator, shape: tuple[int, ...]) -> None:
     x, t, _ = inputs(generator)
     for match in [r"takes text features \(N, L, 6\)", f"Found: .{', '.join(map(str, shape))}", "context_size"]:
-        with pytest.raises(ShapeError, match=match):
+        with pytest.raises(Mistake, match=match):
             tiny_mmdit(generator)(x, t, torch.zeros(shape))
 
 
 def test_sizes_that_do_not_divide_are_named() -> None:
     for match in ["divisible by patch_size", "input_size=9, patch_size=2, hidden_size=16, num_heads=2"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(Mistake, match=match):
             MMDiT(**(TINY | {"input_size": 9}))

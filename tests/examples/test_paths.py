@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from common.options import Mistake
 from common.paths import PATHS, Transport, denoising_loss, interpolate, path_named, velocity_loss
 from torch import Tensor, nn
-
-from selftrans_reg.errors import SettingError
 
 
 class Affine(nn.Module):
@@ -98,5 +97,5 @@ def test_transport_draws_inside_and_speaks_sits_convention(name: str, generator:
 
 def test_an_unknown_path_is_named() -> None:
     for match in ["no path named 'quadratic'", "Known: linear, cosine"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(Mistake, match=match):
             path_named("quadratic")

@@ -16,7 +16,7 @@ from common.vae import load_vae
 from PIL import Image
 from tiny_runs import ARGS, FAST, SCALE, SIZES, images_of, write_checkpoint, write_run, write_vae
 
-from selftrans_reg.errors import CheckpointError, SettingError, ShapeError
+from selftrans_reg.errors import CheckpointError, ShapeError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -245,7 +245,7 @@ def test_a_model_of_the_sit_repository_is_turned_around(run_folder: Path, tmp_pa
     path = write_checkpoint(tmp_path / "published.pt", 3)
     known = [f"--checkpoint={path}", "--num-heads=2", "--num-classes=5", f"--vae={run_folder / 'vae'}"]
     for match in ["does not say what its training called t", "--time repa if", "--time sit if"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(ValueError, match=match):
             sampler_of(*known)
     plain = sit_from_checkpoint(path, num_heads=2, num_classes=5)[0]
     x, t, y = torch.ones(2, 4, 4, 4), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
@@ -255,14 +255,14 @@ def test_a_model_of_the_sit_repository_is_turned_around(run_folder: Path, tmp_pa
     assert sampler_of(*known, "--time=sit").run.weights == "ema"
     torch.save(plain.state_dict(), tmp_path / "bare.pt")
     assert sampler_of(f"--checkpoint={tmp_path / 'bare.pt'}", *known[1:], "--time=sit").run.weights == "bare"
-    with pytest.raises(SettingError, match=r"in the convention 'repa'.\nFound: --time sit. Leave it out"):
+    with pytest.raises(ValueError, match=r"in the convention 'repa'.\nFound: --time sit. Leave it out"):
         sampler_of(f"--checkpoint={run_folder}", "--time=sit")
 
 
 def test_the_path_is_the_runs_or_the_given_one(run_folder: Path, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "cosine.pt", 3, ARGS | {"path": "cosine", "vae": str(run_folder / "vae")})
     assert sampler_of(f"--checkpoint={path}").path == "cosine"
-    with pytest.raises(SettingError, match=r"trained on the cosine path.\nFound: --path linear"):
+    with pytest.raises(ValueError, match=r"trained on the cosine path.\nFound: --path linear"):
         sampler_of(f"--checkpoint={path}", "--path=linear")
 
 
@@ -270,10 +270,10 @@ def test_a_vae_that_does_not_fit_is_named(run_folder: Path, tmp_path: Path) -> N
     newest = f"--checkpoint={run_folder}"
     other = write_vae(tmp_path / "other", scale=0.5)
     for match in ["scales its latents by 0.5; the model was trained on latents times 0.8", "or --scale-factor"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(ValueError, match=match):
             sampler_of(newest, f"--vae={other}")
     assert sampler_of(newest, f"--vae={other}", "--scale-factor=0.8").vae.config.scaling_factor == 0.8
-    with pytest.raises(SettingError, match="above 0; got 0"):
+    with pytest.raises(ValueError, match="above 0; got 0"):
         sampler_of(newest, "--scale-factor=0")
     with pytest.raises(CheckpointError, match=r"no VAE of diffusers' AutoencoderKL at '.*nowhere'"):
         sampler_of(newest, f"--vae={tmp_path / 'nowhere'}")
@@ -284,7 +284,7 @@ def test_a_vae_that_does_not_fit_is_named(run_folder: Path, tmp_path: Path) -> N
             sampler_of(f"--checkpoint={wide}", f"--vae={run_folder / 'vae'}")
     nameless = write_checkpoint(tmp_path / "nameless.pt", 3, ARGS | {"vae": None})
     for match in ["does not name its VAE", "Found: vae=None", "stabilityai/sd-vae-ft-mse"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(ValueError, match=match):
             sampler_of(f"--checkpoint={nameless}")
 
 
@@ -292,13 +292,13 @@ def test_settings_without_sense_are_named_before_a_folder_is_made(run_folder: Pa
     vae = f"--vae={run_folder / 'vae'}"
     unconditional = write_checkpoint(tmp_path / "all.pt", 3, ARGS | {"class_dropout_prob": 0.0}, class_dropout_prob=0.0)
     for arguments, error, match in [
-        ([f"--checkpoint={run_folder}", "--labels=3,5"], SettingError, "each below 5; got '3,5'"),
-        ([f"--checkpoint={run_folder}", "--labels=cats"], SettingError, "'random', 'balanced', or classes"),
-        ([f"--checkpoint={run_folder}", "--steps=1"], SettingError, "at least 2 steps"),
-        ([f"--checkpoint={run_folder}", "--guidance-low=0.9", "--guidance-high=0.1"], SettingError, "low <= high"),
-        ([f"--checkpoint={unconditional}", vae, "--cfg-scale=2"], SettingError, "needs the null class"),
-        ([f"--checkpoint={run_folder}", "--model=SiT-B/2"], CheckpointError, "depth: 2 there, 12 said"),
-        ([f"--checkpoint={tmp_path / 'empty'}"], CheckpointError, "no checkpoint of a run"),
+        ([f"--checkpoint={run_folder}", "--labels=3,5"], ValueError, "each below 5; got '3,5'"),
+        ([f"--checkpoint={run_folder}", "--labels=cats"], ValueError, "'random', 'balanced', or classes"),
+        ([f"--checkpoint={run_folder}", "--steps=1"], ValueError, "at least 2 steps"),
+        ([f"--checkpoint={run_folder}", "--guidance-low=0.9", "--guidance-high=0.1"], ValueError, "low <= high"),
+        ([f"--checkpoint={unconditional}", vae, "--cfg-scale=2"], ValueError, "needs the null class"),
+        ([f"--checkpoint={run_folder}", "--model=SiT-B/2"], ValueError, "depth: 2 there, 12 said"),
+        ([f"--checkpoint={tmp_path / 'empty'}"], ValueError, "no checkpoint of a run"),
     ]:
         with pytest.raises(error, match=match):
             sample.main([*FAST, *arguments, f"--out={tmp_path / 'out'}"])

@@ -6,11 +6,10 @@ from itertools import pairwise
 
 import pytest
 import torch
+from common.options import Mistake
 from common.paths import PATHS, linear_path
 from common.samplers import LAST_SDE_TIME, Guidance, reversed_time, sample_ode, sample_sde, score_from_velocity
 from torch import Tensor
-
-from selftrans_reg.errors import SettingError
 
 MEAN, STD = 1.5, 0.5
 Y = torch.zeros(1, dtype=torch.long)
@@ -251,10 +250,10 @@ def test_the_model_sees_the_noises_precision_and_the_state_is_float64() -> None:
 )
 def test_bad_settings_are_named(settings: dict[str, object], matches: list[str]) -> None:
     for match in matches:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(Mistake, match=match):
             sample_ode(labelled, points(0.0), Y, **settings)
 
 
 def test_the_sde_needs_two_steps(generator: torch.Generator) -> None:
-    with pytest.raises(SettingError, match="at least 2 steps"):
+    with pytest.raises(Mistake, match="at least 2 steps"):
         sample_sde(labelled, points(0.0), Y, steps=1, generator=generator)

@@ -4,10 +4,9 @@ import math
 
 import pytest
 import torch
+from common.options import Mistake
 from common.sit import SIZES, SiT, build_sit, sincos_position_embedding
 from torch import Tensor
-
-from selftrans_reg.errors import SettingError
 
 TINY = {
     "input_size": 8, "patch_size": 2, "in_channels": 3, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5,
@@ -245,8 +244,8 @@ def test_an_untrained_sit_predicts_zero(generator: torch.Generator) -> None:
 
 def test_bad_settings_are_named() -> None:
     for match in ["divisible by patch_size", "input_size=9, patch_size=2"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(Mistake, match=match):
             SiT(**(TINY | {"input_size": 9}))
     for match in ["no SiT named 'SiT-H/2'", "Known: SiT-S/2, SiT-S/4", "SiT-XL/8"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(Mistake, match=match):
             build_sit("SiT-H/2")

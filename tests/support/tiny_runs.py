@@ -14,7 +14,7 @@ SIZES = {
     "input_size": 4, "patch_size": 1, "in_channels": 4, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5,
     "class_dropout_prob": 0.1, "learn_sigma": False, "qk_norm": False,
 }  # fmt: skip
-ARGS = SIZES | {"model": "demo", "path": "linear", "data": "x", "vae": "vae"}
+ARGS = SIZES | {"model": "demo", "time": "repa", "path": "linear", "data": "x", "vae": "vae"}
 SCALE = 0.8
 FAST = ["--steps=3", "--batch-size=4", "--num-samples=10", "--device=cpu"]
 

@@ -8,11 +8,12 @@ import pytest
 import sit_imagenet
 import torch
 from common.demo_latents import MemoryLatents
-from common.load_sit import sit_from_checkpoint
+from common.loading import check_claims, mmdit_from_checkpoint, sit_from_checkpoint
+from common.options import Mistake
 from common.sit import SIZES, SiT
 from torch import Tensor
 
-from selftrans_reg.errors import CheckpointError, SettingError
+from selftrans_reg import CheckpointError
 
 State = dict[str, Tensor]
 TINY = {
@@ -48,7 +49,7 @@ def small_sizes(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[int, int, in
     """Publish smaller sizes: a quarter of the depth, a sixteenth of the width, half of the heads."""
     small = {size: (depth // 4, width // 16, heads // 2) for size, (depth, width, heads) in SIZES.items()}
     monkeypatch.setattr("common.sit.SIZES", small)
-    monkeypatch.setattr("common.load_sit.SIZES", small)
+    monkeypatch.setattr("common.loading.SIZES", small)
     return small
 
 
@@ -63,7 +64,7 @@ def test_a_file_of_our_trainer_comes_back_whole(tmp_path: Path, weights: str, se
     assert not model.training
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert found.settings == TINY | {"mlp_ratio": 4.0}
-    assert (found.entry, found.steps, found.time, found.path) == (weights, 70, "repa", "cosine")
+    assert (found.entry, found.steps, *found.conventions()) == (weights, 70, "repa", "cosine")
     assert found.args == OURS
 
 
@@ -81,7 +82,7 @@ def test_what_the_trainer_records_is_enough(tmp_path: Path, settings: list[str])
     path = saved(tmp_path, {"model": original.state_dict(), "ema": original.state_dict(), "steps": 3, "args": args})
     model, found = sit_from_checkpoint(path)
     assert same(model, original.state_dict())
-    assert (found.time, found.path, found.steps) == ("repa", run.path, 3)
+    assert (*found.conventions(), found.steps) == ("repa", run.path, 3)
     assert (found.args["vae"], found.args["scale_factor"]) == ("runs/demo-vae", 0.7)
     assert found.settings["class_dropout_prob"] == run.class_dropout
 
@@ -109,8 +110,8 @@ def test_a_bare_state_dict_of_a_published_size_needs_nothing_said(
     model, found = sit_from_checkpoint(path, model=f"SiT-{size}/{patch}")
     assert same(model, state(**settings))
     assert found.settings == TINY | settings | {"mlp_ratio": 4.0}
-    assert (found.entry, found.steps, found.args, found.time, found.path) == (None, None, {}, None, None)
-    with pytest.raises(CheckpointError, match=rf"patch_size: {patch} there, {6 - patch} said"):
+    assert (found.entry, found.steps, found.args) == (None, None, {})
+    with pytest.raises(Mistake, match=rf"patch_size: {patch} there, {6 - patch} said"):
         sit_from_checkpoint(path, model=f"SiT-{size}/{6 - patch}")
 
 
@@ -129,39 +130,91 @@ def test_repas_file_with_its_namespace_and_heads(tmp_path: Path, monkeypatch: py
     model, found = sit_from_checkpoint(saved(tmp_path, content), model="SiT-B/2")
     assert same(model, weights)
     assert set(found.left_out) == set(heads)
-    assert (found.entry, found.steps, found.time, found.path) == ("ema", 400_000, None, "linear")
+    assert (found.entry, found.steps, *found.conventions(said_time="repa")) == ("ema", 400_000, "repa", "linear")
     assert (found.settings["num_heads"], found.settings["class_dropout_prob"]) == (6, 0.1)
 
 
-def test_sits_words_for_its_path_and_its_prediction(tmp_path: Path) -> None:
-    known = {"num_heads": 2, "num_classes": 5}
-    for word, path in [("Linear", "linear"), ("GVP", "cosine")]:
-        file = trainers_file(tmp_path, argparse.Namespace(path_type=word, prediction="velocity"))
-        assert sit_from_checkpoint(file, **known)[1].path == path
-    for bad in ({"path_type": "VP"}, {"prediction": "noise"}):
-        with pytest.raises(CheckpointError, match=r"was trained to predict '.*' on the path"):
-            sit_from_checkpoint(trainers_file(tmp_path, argparse.Namespace(**bad)), **known)
+def conventions(args: dict[str, Any] | argparse.Namespace, **known: Any) -> tuple[str, str]:
+    return tuple(check_claims("x.pt", vars(args) if isinstance(args, argparse.Namespace) else args, "SiT", **known))
+
+
+SIT_FILE = {"model": "SiT-XL/2", "path_type": "Linear", "prediction": "velocity"}
+REPA_FILE = {"model": "SiT-XL/2", "path_type": "linear", "prediction": "v", "cfg_prob": 0.1}
+
+
+def test_what_a_file_says_and_what_the_user_adds() -> None:
+    assert conventions(OURS) == ("repa", "cosine")
+    assert conventions(REPA_FILE, said_time="repa", time="repa", path="linear", scale=0.18215) == ("repa", "linear")
+    assert conventions(SIT_FILE, said_time="sit") == ("sit", "linear")
+    assert conventions(SIT_FILE | {"path_type": "GVP"}, said_time="sit") == ("sit", "cosine")
+    assert conventions({}, said_time="repa", said_path="cosine") == ("repa", "cosine")
+    assert conventions({}, said_time="repa", path="cosine") == ("repa", "cosine")
+    assert conventions(OURS | {"scale_factor": 0.18215}, scale=0.182151) == ("repa", "cosine")
+    # How often labels are dropped is no property of what the weights compute.
+    assert conventions(OURS, settings=TINY | {"class_dropout_prob": 0.2}) == ("repa", "cosine")
+
+
+@pytest.mark.parametrize(
+    ("args", "known", "match"),
+    [
+        (OURS | {"model": "DiT-XL/2"}, {}, "x.pt was trained as a 'DiT-XL/2', and is taken for a SiT"),
+        (OURS | {"family": "MMDiT"}, {}, "trained as a 'MMDiT'"),
+        (REPA_FILE | {"model": "LightningDiT-XL/1"}, {"said_time": "repa"}, "'LightningDiT-XL/1'"),
+        (OURS | {"prediction": "noise"}, {}, "trained to predict 'noise'"),
+        (SIT_FILE | {"prediction": "score"}, {"said_time": "sit"}, "trained to predict 'score'"),
+        (OURS | {"path": "VP"}, {}, "trained on the path 'VP'"),
+        (OURS, {"said_path": "linear"}, r"trained on the cosine path.\nFound: --path linear"),
+        (OURS, {"path": "linear"}, "trained on the cosine path; this run is on the linear path"),
+        (REPA_FILE, {"said_time": "repa", "path": "cosine"}, "linear path; this run is on the cosine path"),
+        (
+            OURS | {"scale_factor": 0.13025},
+            {"scale": 0.18215},
+            "times 0.13025; here they are scaled by 0.18215",
+        ),
+        (OURS | {"scale_factor": "large"}, {"scale": 0.18215}, "latents times 'large'"),
+        (SIT_FILE, {"option": "--file-time"}, "does not say what its training called t(.|\\n)*--file-time repa"),
+        ({}, {}, "does not say what its training called t"),
+        (OURS, {"said_time": "sit"}, r"in the convention 'repa'.\nFound: --time sit. Leave it out"),
+        (SIT_FILE, {"said_time": "sit", "time": "repa"}, "t = 1 is data.; this run's is 'repa' .t = 1 is noise"),
+        (OURS | {"time": "sit"}, {"time": "repa"}, "the time of 'sit'"),
+        (OURS, {"settings": TINY | {"num_heads": 4}}, "num_heads: 2 there, 4 here"),
+        (REPA_FILE, {"said_time": "repa", "settings": {"num_heads": 12}}, "num_heads: 16 there, 12 here"),
+        (OURS, {"settings": TINY | {"num_classes": 6}}, "num_classes: 5 there, 6 here"),
+    ],
+)
+def test_a_claim_that_does_not_hold_is_named(args: dict[str, Any], known: dict[str, Any], match: str) -> None:
+    with pytest.raises(Mistake, match=match):
+        conventions(args, **known)
+
+
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [({"path": "cosine"}, "cosine path"), ({"prediction": "noise"}, "'noise'"), ({"model": "SiT-B/2"}, "'SiT-B/2'")],
+)
+def test_an_mmdits_claims_are_looked_at_too(tmp_path: Path, said: dict[str, Any], match: str) -> None:
+    with pytest.raises(Mistake, match=match):
+        mmdit_from_checkpoint(saved(tmp_path, {"ema": {"x": torch.ones(1)}, "args": said}))
 
 
 def test_what_shapes_do_not_show_is_asked_for(tmp_path: Path) -> None:
     path = saved(tmp_path, state())
     for match in ["does not say its num_heads", "depth 2 and hidden_size 16, no published size", "--num-heads of the"]:
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(Mistake, match=match):
             sit_from_checkpoint(path, num_classes=5)
     for match in ["does not say its num_classes", "class table of 6 rows, whose last may be", "--num-classes of the"]:
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(Mistake, match=match):
             sit_from_checkpoint(path, num_heads=2)
     assert sit_from_checkpoint(path, num_heads=2, num_classes=5)[1].settings["class_dropout_prob"] > 0
     assert sit_from_checkpoint(path, num_heads=2, num_classes=6)[1].settings["class_dropout_prob"] == 0
     for match in ["class table that does not fit", "6 rows; num_classes=7", "one more, for the null class"]:
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(Mistake, match=match):
             sit_from_checkpoint(path, num_heads=2, num_classes=7)
 
 
 def test_a_table_without_a_null_row_is_known(tmp_path: Path) -> None:
     path = trainers_file(tmp_path, OURS | {"class_dropout_prob": 0.0}, class_dropout_prob=0.0)
     assert sit_from_checkpoint(path)[0].y_embedder.embedding_table.num_embeddings == 5
-    with pytest.raises(CheckpointError, match=r"5 rows; num_classes=5, label dropout 0.1"):
+    with pytest.raises(Mistake, match=r"5 rows; num_classes=5, label dropout 0.1"):
         sit_from_checkpoint(trainers_file(tmp_path, OURS, class_dropout_prob=0.0))
 
 
@@ -180,25 +233,25 @@ def test_a_table_without_a_null_row_is_known(tmp_path: Path) -> None:
     ],
 )
 def test_a_record_that_contradicts_the_weights_is_named(tmp_path: Path, said: dict[str, Any], match: str) -> None:
-    with pytest.raises(CheckpointError, match=match):
+    with pytest.raises(Mistake, match=match):
         sit_from_checkpoint(trainers_file(tmp_path, OURS | said))
 
 
 def test_another_model_than_the_user_says_is_named(tmp_path: Path) -> None:
     path = trainers_file(tmp_path)
     for match in ["holds another model than model='SiT-S/2' says", "depth: 2 there, 12 said", "hidden_size: 16 there"]:
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(Mistake, match=match):
             sit_from_checkpoint(path, model="SiT-S/2")
-    with pytest.raises(CheckpointError, match=r"than the record of its own run says.\nFound: num_heads: 4 there, 2"):
+    with pytest.raises(Mistake, match=r"than the record of its own run says.\nFound: num_heads: 4 there, 2"):
         sit_from_checkpoint(path, num_heads=4)
-    with pytest.raises(SettingError, match="no SiT named 'SiT-H/2'"):
+    with pytest.raises(Mistake, match="no SiT named 'SiT-H/2'"):
         sit_from_checkpoint(path, model="SiT-H/2")
 
 
 def test_files_that_hold_no_sit_are_named(tmp_path: Path) -> None:
     weights = state()
     for match in ["holds no SiT: it has no x_embedder.proj.weight, pos_embed", "Found: 'layer.weight'"]:
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(Mistake, match=match):
             sit_from_checkpoint(saved(tmp_path, {"layer.weight": torch.ones(2)}))
     for key, value in [
         ("pos_embed", torch.ones(1, 15, 16)),
@@ -206,12 +259,12 @@ def test_files_that_hold_no_sit_are_named(tmp_path: Path) -> None:
         ("final_layer.linear.weight", torch.ones(5, 16)),
         ("blocks.0.attn.q_norm.weight", torch.ones(5)),
     ]:
-        with pytest.raises(CheckpointError, match="no SiT on square latents: the shapes do not go together"):
+        with pytest.raises(Mistake, match="no SiT on square latents: the shapes do not go together"):
             sit_from_checkpoint(saved(tmp_path, weights | {key: value}), num_heads=2, num_classes=5)
     del weights["blocks.1.mlp.fc1.bias"]
     with pytest.raises(CheckpointError, match=r"Missing, of the model's 32 \(1\):\n  blocks.1.mlp.fc1.bias \(64,\)"):
         sit_from_checkpoint(saved(tmp_path, weights), num_heads=2, num_classes=5)
-    with pytest.raises(CheckpointError, match="under 'args' a int"):
+    with pytest.raises(Mistake, match="under 'args' a int"):
         sit_from_checkpoint(saved(tmp_path, {"ema": state(), "args": 3}))
 
 
@@ -219,7 +272,7 @@ def test_a_small_file_cannot_make_a_large_model(tmp_path: Path) -> None:
     """Few bytes that describe a width of 40,000: refused by shapes, before a block of 1.6 billion weights is made."""
     weights = state(hidden_size=4, num_heads=1)
     weights["x_embedder.proj.weight"] = torch.ones(40_000, 3, 2, 2)
-    with pytest.raises(CheckpointError, match=r"Of another shape .*\n(.*\n)*.*saved .*, model .*40000"):
+    with pytest.raises(Mistake, match=r"is damaged: it describes a SiT of [\d,]* weights, and holds 481,936"):
         sit_from_checkpoint(saved(tmp_path, weights), num_heads=1, num_classes=5)
 
 

@@ -1,0 +1,391 @@
+"""SiTs and MMDiTs from checkpoints that somebody has, and one check of what such files say of themselves.
+
+A SiT's file is this repository's, the SiT repository's or REPA's; its sizes are read off the shapes. What shapes do not
+show (attention heads, whether the class table has a null row) comes from the settings that the file holds beside its
+weights, from the published sizes, or from the caller. What is said has to agree with the shapes.
+"""
+
+import argparse
+import math
+import os
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+import selftrans_reg as st
+from common.mmdit import MMDiT
+from common.options import Mistake
+from common.sit import SIZES, SiT, published_sizes
+
+Family = Literal["SiT", "MMDiT"]
+
+# Settings that a file of this repository's trainer holds, under the names of the model's arguments. Others name fewer.
+_RECORDED: dict[Family, tuple[str, ...]] = {
+    "SiT": ("input_size", "in_channels", "patch_size", "hidden_size", "depth", "num_heads", "num_classes",
+            "learn_sigma", "qk_norm", "class_dropout_prob"),
+    "MMDiT": ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "context_size"),
+}  # fmt: skip
+_FROM = {"SiT": "the SiT or REPA repository, or of examples/sit_imagenet.py", "MMDiT": "examples/mmdit_coco.py"}
+_ALIASES = {"cfg_prob": "class_dropout_prob"}  # what REPA calls it
+_PATHS = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP": "cosine"}  # ours and REPA's, then SiT's
+_PREDICTIONS = ("v", "velocity")  # REPA's word and SiT's
+_WRAPPERS = {"module", "_orig_mod"}  # of DDP and torch.compile, in a key
+_IMAGENET_CLASSES = 1000
+_NEEDED = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight",
+           "blocks.0.mlp.fc1.weight")  # fmt: skip
+_SCALE_TOLERANCE = 1e-4  # relative: scale factors are written with five digits
+
+
+class Conventions(NamedTuple):
+    """How a model was trained.
+
+    Attributes:
+        time: "repa", t = 1 is noise; or "sit", t = 1 is data.
+        path: "linear" or "cosine".
+    """
+
+    time: str
+    path: str
+
+
+class Checkpoint(NamedTuple):
+    """What a checkpoint is and says, beside its weights.
+
+    Attributes:
+        source: Its path.
+        family: Of the model.
+        settings: The arguments with which the model was built.
+        entry: The entry that was taken, ``"ema"`` or ``"model"``, or None for a bare state dict.
+        left_out: Keys of projection heads, which are no part of the model.
+        steps: The training step, if the file names it.
+        args: The settings of the run that saved it; empty if the file has none.
+    """
+
+    source: str
+    family: Family
+    settings: dict[str, Any]
+    entry: str | None
+    left_out: tuple[str, ...]
+    steps: int | None
+    args: dict[str, Any]
+
+    def conventions(self, **known: Any) -> Conventions:
+        """As `check_claims`, with the same keywords."""
+        return check_claims(self.source, self.args, self.family, **known)
+
+
+def check_claims(
+    source: object,
+    args: Mapping[str, Any],
+    family: Family,
+    *,
+    said_time: str | None = None,
+    said_path: str | None = None,
+    option: str = "--time",
+    time: str | None = None,
+    path: str | None = None,
+    scale: float | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Conventions:
+    """Compare what a checkpoint says of its model with what the user says and with what it is to be used for.
+
+    To be called wherever a raw file enters: that its weights fit the shapes proves none of this.
+
+    Args:
+        source: The file, for messages.
+        args: The settings that it holds, as from `saved_args`.
+        family: The model that it is taken for.
+        said_time: The user's word on its time, "repa" or "sit".
+        said_path: The user's word on its path.
+        option: With what option to say ``said_time``.
+        time: What it is to be used with, where there is a choice no more; likewise ``path`` and ``scale``.
+        path: Of the run.
+        scale: The latents' scale factor.
+        settings: The arguments of the model that the weights go into: those that no shape shows have to agree.
+
+    Returns:
+        The time and the path, from the file or from the user.
+
+    Raises:
+        Mistake: If the file is of another family, path, time, prediction or scale, or nothing says its time.
+    """
+    for name in (args.get("family"), args.get("model")):
+        if name is not None and str(name) != "demo" and not str(name).startswith(family):
+            raise Mistake(
+                f"{source} was trained as a {str(name)[:60]!r}, and is taken for a {family}.\n"
+                f"Pass a checkpoint of {_FROM[family]}."
+            )
+    ours = all(key in args for key in _RECORDED[family])
+    prediction = args.get("prediction", "velocity")
+    if prediction not in _PREDICTIONS:
+        raise Mistake(
+            f"{source} was trained to predict {prediction!r:.60}; {family} is used as a model of the velocity here.\n"
+            "Pass a checkpoint that was trained with --prediction v (REPA) or velocity (SiT)."
+        )
+    found_path = args.get("path", args.get("path_type"))
+    if found_path is not None and found_path not in _PATHS:
+        raise Mistake(
+            f"{source} was trained on the path {found_path!r:.60}.\n"
+            "Known: linear and cosine ('Linear' and 'GVP' in SiT's files)."
+        )
+    found_path = None if found_path is None else _PATHS[found_path]
+    found_time = args.get("time", "repa" if ours else None)
+    if found_time is None and said_time is None:
+        raise Mistake(
+            f"{source} does not say what its training called t, and its weights do not show it.\n"
+            "Found: no settings of this repository's trainer.\n"
+            f"Pass {option} repa if t = 1 was noise (REPA and its forks), or {option} sit if it was data (SiT's own "
+            "files)."
+        )
+    if None not in (found_time, said_time) and found_time != said_time:
+        raise Mistake(
+            f"{source} was written by this repository's trainer, in the convention {found_time!r}.\n"
+            f"Found: {option} {said_time}. Leave it out."
+        )
+    if None not in (found_path, said_path) and found_path != said_path:
+        raise Mistake(f"{source} was trained on the {found_path} path.\nFound: --path {said_path}. Leave it out.")
+    found = Conventions(found_time or said_time, found_path or said_path or path or "linear")
+    if time is not None and found.time != time:
+        raise Mistake(
+            f"{source} was trained with the time of {found.time!r} (t = 1 is {_at_one(found.time)}); this run's is "
+            f"{time!r} (t = 1 is {_at_one(time)}).\nIts weights predict the opposite velocity at every t: pass a "
+            "checkpoint of the same convention."
+        )
+    if path is not None and found.path != path:
+        raise Mistake(
+            f"{source} was trained on the {found.path} path; this run is on the {path} path.\n"
+            "Pass a checkpoint of the same path, or the same --path."
+        )
+    found_scale = args.get("scale_factor")
+    if scale is not None and found_scale is not None and not same_scale(found_scale, scale):
+        raise Mistake(
+            f"{source} was trained on latents times {found_scale!r:.60}; here they are scaled by {scale}.\n"
+            "Pass a checkpoint that was trained on the same latents."
+        )
+    own = {**(settings or {}), "class_dropout_prob": None}  # how often labels are dropped is each run's own business
+    differences = [
+        f"{key}: {value} there, {own[key]} here"
+        for key, value in _claims(args, family, source).items()
+        if own.get(key) not in (None, value)
+    ]
+    if differences:
+        raise Mistake(
+            f"{source} holds another {family} than this run's.\nFound: {'; '.join(differences)}.\n"
+            "Build the model with the settings of the run that saved it."
+        )
+    return found
+
+
+def same_scale(one: object, other: float) -> bool:
+    """Whether two scale factors of latents are one, up to how they are written."""
+    return isinstance(one, int | float) and math.isclose(one, other, rel_tol=_SCALE_TOLERANCE)
+
+
+def _at_one(time: str) -> str:
+    return "data" if time == "sit" else "noise"
+
+
+def saved_args(content: Mapping[str, Any], source: object) -> dict[str, Any]:
+    """The settings that a checkpoint holds under ``args``; empty if there are none.
+
+    Raises:
+        Mistake: If something else is there.
+    """
+    args = content.get("args", {})
+    if isinstance(args, argparse.Namespace):
+        return vars(args)
+    if not isinstance(args, dict):
+        raise Mistake(
+            f"{source} has under 'args' a {type(args).__name__}; a run's settings are a dictionary or a Namespace.\n"
+            "Save the checkpoint anew without that entry."
+        )
+    return args
+
+
+def sit_from_checkpoint(
+    path: str | os.PathLike[str],
+    *,
+    weights: Literal["ema", "model"] = "ema",
+    model: str | None = None,
+    num_heads: int | None = None,
+    num_classes: int | None = None,
+) -> tuple[SiT, Checkpoint]:
+    """Build the SiT that a checkpoint's weights fit, and load them strictly; no code of the file runs.
+
+    Args:
+        path: A file of this repository's trainer, of REPA or of the SiT repository, or any that `load_weights` reads.
+        weights: Which entry to take; a bare state dict is taken for either.
+        model: The published name that the weights are expected to have, as "SiT-B/2"; None to take what is there.
+        num_heads: Needed only for a size that was not published, in a file that does not say it.
+        num_classes: Needed only for a file that does not say it and has neither 1,000 classes nor 1,001 rows.
+
+    Returns:
+        The model on the CPU, float32, frozen and in eval mode; and what the file says.
+
+    Raises:
+        CheckpointError: If the file is unsafe or broken.
+        Mistake: If it holds no SiT, or another one than is said, or there is no SiT named ``model``.
+    """
+    content = st.read_checkpoint(path)
+    args, saved = saved_args(content, path), _weights_in(content, weights, path)
+    given = {"num_heads": num_heads, "num_classes": num_classes}
+    said = {
+        f"model={model!r}": {} if model is None else published_sizes(model),
+        "the call": {name: value for name, value in given.items() if value is not None},
+        "the record of its own run": _claims(args, "SiT", path),
+    }
+    settings = _settled(_sizes(saved, path), said, path)
+    return _loaded(SiT, "SiT", settings, content, saved, weights, path, args)
+
+
+def mmdit_from_checkpoint(
+    path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema"
+) -> tuple[MMDiT, Checkpoint]:
+    """Build the MMDiT of a checkpoint of `mmdit_coco.py`, with the sizes that it records; as `sit_from_checkpoint`.
+
+    Raises:
+        CheckpointError: If the file is unsafe or broken.
+        Mistake: If it holds no MMDiT, or another one than it says.
+    """
+    content = st.read_checkpoint(path)
+    args, saved = saved_args(content, path), _weights_in(content, weights, path)
+    check_claims(path, args, "MMDiT", time="repa", path="linear", said_time=None if args.get("time") else "repa")
+    settings = {name: args.get(name) for name in _RECORDED["MMDiT"]}
+    depth = len({key.split(".")[1] for key in saved if key.startswith("joint_blocks.")})
+    if not all(type(size) is int and size > 0 for size in settings.values()) or settings["depth"] != depth:
+        raise Mistake(
+            f"{path} does not say what MMDiT it holds, or holds none.\n"
+            f"Found: {', '.join(f'{name}={value!r}'[:60] for name, value in settings.items())}; "
+            f"{depth} joint blocks among its weights.\nPass a checkpoint of {_FROM['MMDiT']}."
+        )
+    return _loaded(MMDiT, "MMDiT", settings, content, saved, weights, path, args)
+
+
+def _weights_in(content: Mapping[str, Any], weights: str, path: object) -> dict[str, Tensor]:
+    """The tensors of the asked entry, or of a bare state dict, by keys without wrappers' prefixes."""
+    entries = {name: content[name] for name in ("ema", "model", "state_dict") if isinstance(content.get(name), Mapping)}
+    wanted = entries.get(weights, entries.get("state_dict") if weights == "model" else None)
+    if entries and wanted is None:
+        raise Mistake(f"{path} has no {weights!r} weights.\nFound: {', '.join(entries)}. Take these with --weights.")
+    chosen = content if wanted is None else wanted
+    return {
+        ".".join(part for part in str(key).split(".") if part not in _WRAPPERS): value
+        for key, value in chosen.items()
+        if isinstance(value, Tensor) and not str(key).startswith("projectors")  # heads have no say in the sizes
+    }
+
+
+def _loaded(
+    kind: type[Any], family: Family, settings: dict[str, Any], content: Mapping[str, Any], saved: Mapping[str, Tensor],
+    weights: Literal["ema", "model"], path: str | os.PathLike[str], args: dict[str, Any],
+) -> tuple[Any, Checkpoint]:  # fmt: skip
+    # Sizes are compared before anything is allocated: what a small file describes can be large.
+    with torch.device("meta"):
+        model: nn.Module = kind(**settings)
+    described, there = (sum(t.numel() for t in tensors.values()) for tensors in (model.state_dict(), saved))
+    if described > 2 * there:
+        raise Mistake(
+            f"{path} is damaged: it describes a {family} of {described:,} weights, and holds {there:,}.\n"
+            "Copy it again, or take another checkpoint of the run."
+        )
+    model = model.to_empty(device="cpu")
+    report = st.load_weights(model, content, weights=weights)
+    found = Checkpoint(os.fspath(path), family, settings, report.entry, report.left_out, report.step, args)
+    return model.eval().requires_grad_(False), found
+
+
+def _claims(args: Mapping[str, Any], family: Family, source: object) -> dict[str, Any]:
+    """What a run's settings say about the model's sizes, under the names of its arguments."""
+    named = {_ALIASES.get(name, name): value for name, value in args.items()}
+    claims = {name: named[name] for name in _RECORDED[family] if name in named}
+    odd = [f"{name}: {value!r}"[:100] for name, value in claims.items() if not isinstance(value, int | float)]
+    odd += [f"num_heads: {claims['num_heads']}"] if not odd and claims.get("num_heads", 1) < 1 else []
+    if odd:
+        raise Mistake(
+            f"{source} has settings that no {family} can have.\nFound: {'; '.join(odd)}.\n"
+            "Correct the entry 'args' of the file, or leave it out."
+        )
+    try:
+        return (published_sizes(str(args.get("model"))) if family == "SiT" else {}) | claims
+    except Mistake:  # a size of one's own
+        return claims
+
+
+def _sizes(saved: Mapping[str, Tensor], source: object) -> dict[str, Any]:
+    """SiT's arguments as far as the shapes of its weights show them, and ``rows``, those of the class table."""
+    missing = [key for key in _NEEDED if key not in saved]
+    if missing:
+        raise Mistake(
+            f"{source} holds no SiT: it has no {', '.join(missing)}.\n"
+            f"Found: {', '.join(map(repr, list(saved)[:5])) or 'no tensor'}.\nPass a checkpoint of {_FROM['SiT']}."
+        )
+    kernel, positions, table, final, mlp = (tuple(saved[key].shape) for key in _NEEDED)
+    depth = len({key.split(".")[1] for key in saved if key.startswith("blocks.")})
+    qk_norm = "blocks.0.attn.q_norm.weight" in saved
+    try:
+        hidden_size, in_channels, patch_size, _ = kernel
+        _, tokens, _ = positions
+        rows, _ = table
+        outputs = final[0] / (patch_size**2 * in_channels)
+        mlp_ratio = mlp[0] / hidden_size
+        heads = hidden_size / saved["blocks.0.attn.q_norm.weight"].numel() if qk_norm else 1
+        sensible = outputs in (1, 2) and math.isqrt(tokens) ** 2 == tokens and heads in range(1, hidden_size + 1)
+    except (ValueError, ZeroDivisionError, IndexError):
+        sensible = False
+    if not sensible:
+        shapes = "; ".join(f"{key} {tuple(saved[key].shape)}" for key in _NEEDED)
+        raise Mistake(
+            f"{source} holds no SiT on square latents: the shapes do not go together.\nFound: {shapes}.\n"
+            f"Pass a checkpoint of {_FROM['SiT']}."
+        )
+    sizes = {
+        "input_size": math.isqrt(tokens) * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": depth,
+        "mlp_ratio": mlp_ratio,
+        "learn_sigma": outputs == 2,
+        "qk_norm": qk_norm,
+        "rows": rows,
+    }
+    return sizes | ({"num_heads": int(heads)} if qk_norm else {})
+
+
+def _settled(sizes: dict[str, Any], said: Mapping[str, Mapping[str, Any]], source: object) -> dict[str, Any]:
+    """SiT's arguments from the shapes and, where they do not show it, from what is said; all has to agree."""
+    known = dict(sizes)
+    for who, claims in said.items():
+        differences = [
+            f"{name}: {known[name]} there, {value} said"
+            for name, value in claims.items()
+            if known.setdefault(name, value) != value
+        ]
+        if differences:
+            raise Mistake(
+                f"{source} holds another model than {who} says.\nFound: {'; '.join(differences)}.\n"
+                "Name the model that the file holds, or pass the file of the model that is meant."
+            )
+    rows = known.pop("rows")
+    published = {(depth, width): heads for depth, width, heads in SIZES.values()}
+    known.setdefault("num_heads", published.get((known["depth"], known["hidden_size"])))
+    known.setdefault("num_classes", _IMAGENET_CLASSES if rows - _IMAGENET_CLASSES in (0, 1) else None)
+    for name, found in (
+        ("num_heads", f"depth {known['depth']} and hidden_size {known['hidden_size']}, no published size"),
+        ("num_classes", f"a class table of {rows} rows, whose last may be the null class"),
+    ):
+        if known[name] is None:
+            raise Mistake(
+                f"{source} does not say its {name}, and its shapes do not show it.\nFound: {found}.\nPass {name}=, "
+                f"or --{name.replace('_', '-')} of the examples."
+            )
+    known.setdefault("class_dropout_prob", 0.1 if rows - known["num_classes"] else 0.0)
+    if rows != known["num_classes"] + (known["class_dropout_prob"] > 0):
+        raise Mistake(
+            f"{source} has a class table that does not fit what is said of its classes.\n"
+            f"Found: {rows} rows; num_classes={known['num_classes']}, label dropout {known['class_dropout_prob']}.\n"
+            "One row a class is needed, and one more, for the null class, where labels are dropped."
+        )
+    return known
