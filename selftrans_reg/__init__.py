@@ -12,28 +12,20 @@ from .artefacts import strip
 from .checkpoints import load_weights, read_checkpoint
 from .criterion import LossTerms, SelfTransLoss
 from .errors import AlignmentNotFallingWarning as AlignmentNotFallingWarning
-from .errors import ArtefactError as ArtefactError
 from .errors import CallError as CallError
 from .errors import CaptureError as CaptureError
 from .errors import CheckpointError as CheckpointError
 from .errors import EmptyWindowWarning as EmptyWindowWarning
 from .errors import EvalModeWarning as EvalModeWarning
 from .errors import ExplodingFeaturesWarning as ExplodingFeaturesWarning
-from .errors import GradientError as GradientError
 from .errors import HeadNotTrainedWarning as HeadNotTrainedWarning
 from .errors import HealthWarning as HealthWarning
 from .errors import LayerNotFoundError as LayerNotFoundError
-from .errors import MeasurementError as MeasurementError
 from .errors import MissingDependencyError as MissingDependencyError
 from .errors import NoContrastWarning as NoContrastWarning
 from .errors import NoGradientWarning as NoGradientWarning
 from .errors import NotFiniteError as NotFiniteError
-from .errors import NullConditionError as NullConditionError
-from .errors import OptimizerError as OptimizerError
-from .errors import OutputError as OutputError
-from .errors import PlacementError as PlacementError
 from .errors import PrunedModuleError as PrunedModuleError
-from .errors import RecipeNotFoundError as RecipeNotFoundError
 from .errors import SameWeightsWarning as SameWeightsWarning
 from .errors import SelfTransError
 from .errors import SettingError as SettingError

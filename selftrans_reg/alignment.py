@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from .calls import Call, CallSpec
 from .errors import (
-    GradientError,
-    PlacementError,
+    CaptureError,
     SelfTransError,
     SettingError,
     ShapeError,
@@ -169,7 +168,7 @@ def check_batch(call: Call, denoising: Tensor, latents: object) -> None:
 
     Raises:
         ShapeError: If they have another number of samples, or the latents are no tensor.
-        PlacementError: If the latents lie elsewhere.
+        ShapeError: If the latents lie elsewhere.
     """
     if denoising.ndim == 1 and len(denoising) != call.rows:
         raise ShapeError(
@@ -186,7 +185,7 @@ def check_batch(call: Call, denoising: Tensor, latents: object) -> None:
             f"There are {len(latents)} latents, but the model's last call had {call.rows} samples: pass the same batch."
         )
     if latents is not None and latents.device != call.x_t.device:
-        raise PlacementError(f"The latents lie on {latents.device}, x_t on {call.x_t.device}: move them there.")
+        raise ShapeError(f"The latents lie on {latents.device}, x_t on {call.x_t.device}: move them there.")
 
 
 def check_same_shape(call: Call, latents: Tensor) -> None:
@@ -206,8 +205,8 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> N
 
     Raises:
         ShapeError: If there is not one row for each sample, or the head reads another width.
-        PlacementError: If the head lies elsewhere.
-        GradientError: If the tokens carry no gradient although gradients are enabled.
+        ShapeError: If the head lies elsewhere.
+        CaptureError: If the tokens carry no gradient although gradients are enabled.
     """
     if len(tokens) != call.rows:
         raise ShapeError(
@@ -223,7 +222,7 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> N
         )
     check_device(head, tokens.device, "head")
     if torch.is_grad_enabled() and not tokens.requires_grad:
-        raise GradientError(
+        raise CaptureError(
             f"The tokens of layer {layer!r} carry no gradient, so aligning them would train nothing of the model.\n"
             "Either everything up to this layer is frozen: tap a later one. Or reentrant activation checkpointing "
             "hides the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the very "

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from .calls import CallSpec
 from .checkpoints import defect, plain_key, read_json, read_safetensors
-from .errors import ArtefactError, CheckpointError, SelfTransError, SettingError, TeacherError, TimeConventionError
+from .errors import CheckpointError, SelfTransError, SettingError, TeacherError, TimeConventionError
 from .losses import DISTANCES
 from .modules import quoted, unwrap
 from .settings import SCHEDULES, Gating, Target
@@ -228,9 +228,11 @@ def restored_settings(
 
 
 def ask(asked: Sequence[str], where: str) -> None:
-    """Raise ``ArtefactError`` if functions are still asked for."""
+    """Raise ``CheckpointError`` if functions are still asked for."""
     if asked:
-        raise ArtefactError(f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked)}.")
+        raise CheckpointError(
+            f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked)}."
+        )
 
 
 @contextmanager
@@ -238,13 +240,15 @@ def fitting(where: str, model: nn.Module, origin: str = "") -> Iterator[None]:
     """Say that an artefact does not fit, and ``origin``, where a model refuses its settings or weights."""
     try:
         yield
-    except (ArtefactError, TeacherError, TimeConventionError):
+    except (TeacherError, TimeConventionError):
         raise
     except CheckpointError as error:  # which says so already
-        raise ArtefactError(f"{error}\n{origin}") from error
+        raise CheckpointError(f"{error}\n{origin}") from error
     except SelfTransError as error:
         name = type(unwrap(model)).__name__
-        raise ArtefactError(f"{where} does not fit {name}; nothing was loaded.\n{error}\n{origin}".rstrip()) from error
+        raise CheckpointError(
+            f"{where} does not fit {name}; nothing was loaded.\n{error}\n{origin}".rstrip()
+        ) from error
 
 
 _CITATION = """\
@@ -384,7 +388,7 @@ def strip(model: nn.Module) -> dict[str, Tensor]:
 def _check_config(config: Mapping[str, Any], fields: Mapping[str, Field], where: str) -> None:
     for name, field in fields.items():
         if not field.fits(config[name]):
-            raise ArtefactError(f"{where}: {name!r} should be {field.wanted}; found {str(config[name])[:100]!r}.")
+            raise CheckpointError(f"{where}: {name!r} should be {field.wanted}; found {str(config[name])[:100]!r}.")
 
 
 # --- Reading ---------------------------------------------------------------------------------------------------------
@@ -394,13 +398,13 @@ def read_artefact(folder: Path, kind: Kind, fields: Mapping[str, Field]) -> tupl
     """The entries of ``config.json`` and the tensors; the tensors are views of the file.
 
     Raises:
-        ArtefactError: If a file is missing, broken, from another version or of another kind, if an entry is unknown,
+        CheckpointError: If a file is missing, broken, from another version or of another kind, if an entry is unknown,
             missing or of the wrong type, or if the weights are not those that ``config.json`` was written for.
     """
     with _artefact_errors():
         if not (folder / CONFIG).is_file():
             there = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else []
-            raise ArtefactError(
+            raise CheckpointError(
                 f"There is no saved {kind} in {str(folder)!r}: it has no {CONFIG}.\n"
                 f"Found: {quoted(there) or 'nothing'}."
             )
@@ -414,19 +418,19 @@ def _read_config(folder: Path, kind: Kind, fields: Mapping[str, Field]) -> dict[
     version = config["library_version"]
     install = f"It was written by selftrans-reg {version}: pip install 'selftrans-reg>={version}'."
     if config["format_version"] > FORMAT_VERSION:
-        raise ArtefactError(
+        raise CheckpointError(
             f"{path} has format version {config['format_version']}; selftrans-reg {library_version()} reads up to "
             f"{FORMAT_VERSION}.\n{install}"
         )
     if config["kind"] != kind:
-        raise ArtefactError(f"{path} is a saved {config['kind']}, not a {kind}: load it with that class.")
+        raise CheckpointError(f"{path} is a saved {config['kind']}, not a {kind}: load it with that class.")
     if unknown := sorted(config.keys() - COMMON_FIELDS.keys() - fields.keys()):
         names = quoted([name[:100] for name in unknown[:8]])
         known = f"selftrans-reg {library_version()}"
-        raise ArtefactError(f"{path} has entries that {known} does not know: {names}.\n{install}")
+        raise CheckpointError(f"{path} has entries that {known} does not know: {names}.\n{install}")
     config = {name: field.before for name, field in fields.items() if field.before is not REQUIRED} | config
     if missing := sorted(fields.keys() - config.keys()):
-        raise ArtefactError(f"{path} lacks {quoted(missing)}: it is incomplete. Copy or download it again.")
+        raise CheckpointError(f"{path} lacks {quoted(missing)}: it is incomplete. Copy or download it again.")
     _check_config(config, fields, str(path))
     return config
 
@@ -434,10 +438,10 @@ def _read_config(folder: Path, kind: Kind, fields: Mapping[str, Field]) -> dict[
 def _read_header(folder: Path) -> dict[str, Any]:
     """``config.json`` once it is known to be one of ours, of whatever version."""
     if not (folder / CONFIG).is_file():
-        raise ArtefactError(f"{folder / CONFIG} is no file.")  # opening a pipe would wait for ever
+        raise CheckpointError(f"{folder / CONFIG} is no file.")  # opening a pipe would wait for ever
     config = read_json(folder / CONFIG)
     if not isinstance(config, dict) or not COMMON_FIELDS.keys() <= config.keys():
-        raise ArtefactError(
+        raise CheckpointError(
             f"{folder / CONFIG} was not written by selftrans-reg: it needs the entries {quoted(COMMON_FIELDS)}.\n"
             "Weights of a training loop or of diffusers are read by build_teacher."
         )
@@ -450,7 +454,7 @@ def _weights_with(folder: Path, sha256: str) -> Path:
     for path in (folder / WEIGHTS, folder / _STAGING / WEIGHTS, folder / WEIGHTS):
         if path.is_file() and _digest(path) == sha256:
             return path
-    raise ArtefactError(
+    raise CheckpointError(
         f"{folder / WEIGHTS} {'is not the file' if (folder / WEIGHTS).is_file() else 'is missing, the file'} that "
         f"{CONFIG} was written for (SHA-256 {sha256[:16]}…).\nCopy or download the two together again."
     )
@@ -467,9 +471,9 @@ def _artefact_errors() -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        raise ArtefactError(str(error)) from error
+        raise CheckpointError(str(error)) from error
     except OSError as error:
-        raise ArtefactError(f"The artefact cannot be read: {error}.") from error
+        raise CheckpointError(f"The artefact cannot be read: {error}.") from error
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -490,7 +494,7 @@ def write_artefact(
     it was written.
 
     Raises:
-        ArtefactError: If a setting or a tensor cannot be saved, if the folder holds other files under these names, or
+        CheckpointError: If a setting or a tensor cannot be saved, if the folder holds other files under these names, or
             if they cannot be written.
         SettingError: If a setting is not one of the fields.
     """
@@ -526,7 +530,7 @@ def write_artefact(
         _flush(folder)
         shutil.rmtree(staging)
     except (OSError, SafetensorError) as error:
-        raise ArtefactError(
+        raise CheckpointError(
             f"The {kind} could not be written to {str(folder)!r}: {error}.\n"
             "What was saved there before, if anything, is still whole."
         ) from error
@@ -538,7 +542,7 @@ def _independent(tensors: Mapping[str, Tensor], kind: Kind) -> dict[str, Tensor]
     storages: set[int] = set()
     for key, value in tensors.items():
         if problem := defect(value):
-            raise ArtefactError(
+            raise CheckpointError(
                 f"This {kind} cannot be saved: its {key!r} is {problem}.\n"
                 "Save it before it is sharded or quantised, or gather the whole weights first."
             )
@@ -555,18 +559,18 @@ def _check_place(folder: Path, kind: Kind) -> None:
     """Refuse to write over anything but an artefact of this kind, and finish what an interrupted save left to do."""
     if not (folder / CONFIG).exists():
         if (folder / WEIGHTS).exists():
-            raise ArtefactError(
+            raise CheckpointError(
                 f"{str(folder)!r} holds a {WEIGHTS} that is no saved {kind}'s; it was not touched. Save elsewhere."
             )
         return
     try:
         config = _read_header(folder)
-    except (ArtefactError, CheckpointError) as error:
-        raise ArtefactError(
+    except CheckpointError as error:
+        raise CheckpointError(
             f"{str(folder)!r} holds a {CONFIG} that is no saved {kind}'s; it was not touched. Save elsewhere.\n{error}"
         ) from error
     if config["kind"] != kind:
-        raise ArtefactError(f"{str(folder)!r} holds a saved {config['kind']}; it was not touched. Save elsewhere.")
+        raise CheckpointError(f"{str(folder)!r} holds a saved {config['kind']}; it was not touched. Save elsewhere.")
     staged = folder / _STAGING / WEIGHTS
     if staged.is_file() and _digest(staged) == config["sha256"]:
         staged.replace(folder / WEIGHTS)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .errors import CallError, NullConditionError, SettingError, ShapeError
+from .errors import CallError, SettingError, ShapeError
 from .modules import nearest, quoted, unwrap
 from .tokens import described, rebuilt
 
@@ -282,17 +282,17 @@ def flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
     """The null condition with the path of each value, as :class:`RowTensors` names paths.
 
     Raises:
-        NullConditionError: If it is empty, names x_t, t or what the model does not take, or holds something else than
+        SettingError: If it is empty, names x_t, t or what the model does not take, or holds something else than
             numbers, tensors and callables.
     """
     if not isinstance(null, Mapping) or not null:
-        raise NullConditionError(
+        raise SettingError(
             f"null= maps argument names to the null condition, such as null={{'y': 1000}}; got {null!r}."
         )
     for name in null:
-        spec.check_name(name, "null=", NullConditionError, _NESTED)
+        spec.check_name(name, "null=", SettingError, _NESTED)
     if overlap := {spec.x, spec.t} & set(null):
-        raise NullConditionError(f"null= names {quoted(sorted(overlap))}, which is x_t or t, not a condition.")
+        raise SettingError(f"null= names {quoted(sorted(overlap))}, which is x_t or t, not a condition.")
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping) and value:
@@ -301,7 +301,7 @@ def flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
         elif isinstance(value, bool | int | float | Tensor) or callable(value):
             yield path, value
         else:
-            raise NullConditionError(
+            raise SettingError(
                 f"The null condition for {path!r} must be a number, a tensor without batch axis, or a callable; "
                 f"got {value!r}."
             )
@@ -319,10 +319,10 @@ def null_tensors(null: Mapping[str, Any], call: Call, held: RowTensors) -> Itera
         held: Its row tensors.
 
     Raises:
-        NullConditionError: If the null condition does not fit the call.
+        SettingError: If the null condition does not fit the call.
     """
     if missing := [path for path in null if path not in held.paths]:
-        raise NullConditionError(
+        raise SettingError(
             f"The null condition names {quoted(missing)}, but the call holds no tensor with {call.rows} rows "
             f"there; it holds {quoted(held.paths)}.\n"
             f"Nearest: {quoted(nearest(missing[0], held.paths)) or 'none'}. The model must be called with the "
@@ -338,19 +338,19 @@ def _null_like(path: str, value: Any, tensor: Tensor, call: Call) -> Tensor:
         rows = value(call.arguments)
         if not isinstance(rows, Tensor) or rows.shape != tensor.shape:
             found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise NullConditionError(
+            raise SettingError(
                 f"The callable null condition for {path!r} returned {found}; it gets the call's arguments by name "
                 f"and must return a tensor of the argument's shape, {tuple(tensor.shape)}."
             )
         return _cast(path, rows, tensor)
     if not isinstance(value, Tensor):
         if not tensor.is_floating_point() and not float(value).is_integer():
-            raise NullConditionError(
+            raise SettingError(
                 f"The null condition {value!r} for {path!r} is no whole number, but the argument holds {tensor.dtype}."
             )
         return torch.full_like(tensor, value)
     if value.shape != tensor.shape[1:]:
-        raise NullConditionError(
+        raise SettingError(
             f"The null condition for {path!r} has shape {tuple(value.shape)}; the argument is "
             f"{tuple(tensor.shape)}, so without its batch axis it should be {tuple(tensor.shape[1:])}."
         )
@@ -360,7 +360,7 @@ def _null_like(path: str, value: Any, tensor: Tensor, call: Call) -> Tensor:
 def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
     """The null condition in the argument's dtype and place."""
     if null.is_floating_point() and not argument.is_floating_point():
-        raise NullConditionError(
+        raise SettingError(
             f"The null condition for {path!r} holds {null.dtype}, but the argument {argument.dtype}: it would be cut "
             "off."
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .alignment import Alignment, Gate, Gated, check_batch, check_denoising, check_same_shape, check_teacher
 from .calls import Call, CallSpec
-from .errors import CaptureError, OptimizerError, SelfTransError, SettingError, ShapeError, TeacherError
+from .errors import CaptureError, SelfTransError, SettingError, ShapeError, TeacherError
 from .heads import ProjectionHead
 from .health import Health, Look, Subject
 from .hub import Shareable
@@ -352,7 +352,7 @@ class SelfTransLoss(Shareable, Alignment):
             **source: For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
         Raises:
-            ArtefactError: If there is no such criterion; if its files are broken, unsafe or of a later version; if it
+            CheckpointError: If there is no such criterion; if its files are broken, unsafe or of a later version; if it
                 does not fit the model; or if a function is needed.
             TeacherError: If the teacher is not the one that the run began with, or is needed and missing.
             SettingError: If something is passed that was saved.
@@ -377,7 +377,7 @@ class SelfTransLoss(Shareable, Alignment):
             licence: Of the weights.
 
         Raises:
-            ArtefactError: If the folder holds something else, something cannot be saved, or the disk is full.
+            CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
         """
         self._save(Path(directory), Path(directory).name, source=source, licence=licence)
 
@@ -420,14 +420,14 @@ class SelfTransLoss(Shareable, Alignment):
 
         Raises:
             CaptureError: If there was no forward, or several; or the layer did not run.
-            GradientError: If the captured tokens carry no gradient.
+            CaptureError: If the captured tokens carry no gradient.
             ShapeError: If loss, latents, tokens or features do not fit each other.
             TimeConventionError: If t or x_t contradicts the time convention.
             SettingError: If ``step`` is needed and missing.
             TeacherError: If the teacher is needed and was released.
-            PlacementError: If head, teacher and tokens are not on one device.
+            ShapeError: If head, teacher and tokens are not on one device.
             NotFiniteError: If student, teacher or head gave NaN or inf in a call that is measured.
-            MeasurementError: If ``stop_when`` cannot be measured.
+            CaptureError: If ``stop_when`` cannot be measured.
         """
         try:
             return self._forward(denoising, latents, step)
@@ -486,12 +486,12 @@ class SelfTransLoss(Shareable, Alignment):
         """Make sure that ``optimizer`` trains the head.
 
         Raises:
-            OptimizerError: If it does not hold every parameter of the criterion.
+            SettingError: If it does not hold every parameter of the criterion.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in self.named_parameters() if id(p) not in held]
         if missing:
-            raise OptimizerError(
+            raise SettingError(
                 f"The optimiser does not hold {len(missing)} of the criterion's {len(list(self.parameters()))} "
                 f"parameters: {quoted(missing[:4])}{', …' if len(missing) > 4 else ''}.\n"
                 "Build it from [*model.parameters(), *criterion.parameters()], after wrapping and moving both."

@@ -10,82 +10,50 @@ class SelfTransError(Exception):
 
 
 class SettingError(SelfTransError, ValueError):
-    """A setting that makes no sense: a weight, window, guidance scale, name of a choice."""
+    """A setting that makes no sense: a weight, window, guidance scale, null condition, optimiser, name of a choice."""
 
 
 class LayerNotFoundError(SelfTransError, LookupError):
     """A layer name that the model does not have."""
 
 
-class RecipeNotFoundError(SelfTransError, LookupError):
-    """A recipe name that is not known."""
+class CallError(SelfTransError, TypeError):
+    """A call whose arguments give no x_t, t or rows, or a layer's output that gives no tokens by itself."""
 
 
 class CaptureError(SelfTransError, RuntimeError):
-    """What the hooks saw is not what the call needs: no forward, several, or a layer that did not run."""
-
-
-class GradientError(SelfTransError, RuntimeError):
-    """The captured features carry no gradient back to the student."""
-
-
-class OutputError(SelfTransError, TypeError):
-    """A layer's output that is not one tensor of tokens, and no ``select`` or ``tokens`` to say which part is."""
+    """What the hooks saw is not what the loss needs: no forward, several, a layer that did not run, no gradient."""
 
 
 class ShapeError(SelfTransError, ValueError):
-    """Shapes that do not fit: tokens and latent grid, features and teacher, width and head."""
-
-
-class CallError(SelfTransError, TypeError):
-    """The arguments of a call that cannot be matched to names, rows, x_t or t."""
+    """Tensors that do not fit each other: tokens and latent grid, features and head, number of samples, device."""
 
 
 class TimeConventionError(SelfTransError, ValueError):
     """A time convention that contradicts the captured times or the captured x_t."""
 
 
-class NullConditionError(SelfTransError, ValueError):
-    """A null condition that is missing, misnamed, of the wrong shape, or outside its embedding."""
+class TeacherError(SelfTransError, RuntimeError):
+    """The teacher is another than the run began with, was released, is the student, or gives random features."""
 
 
-class PrunedModuleError(SelfTransError, RuntimeError, AttributeError):
+class PrunedModuleError(TeacherError, AttributeError):
     """A module of a truncated teacher was used although its first call never ran it.
 
     An AttributeError too, so that ``hasattr`` on every module of a model, as wrappers do it, goes on.
     """
 
 
-class TeacherError(SelfTransError, RuntimeError):
-    """The teacher is another than the run began with, was released, is the student, or gives random features."""
-
-
-class PlacementError(SelfTransError, RuntimeError):
-    """Model, head and teacher are not on one device."""
-
-
-class MissingDependencyError(SelfTransError, ImportError):
-    """A package that only pictures need, and that is not installed."""
-
-
 class CheckpointError(SelfTransError, ValueError):
-    """A checkpoint that is unreadable, unsafe, or does not fit the model."""
-
-
-class ArtefactError(SelfTransError, ValueError):
-    """A saved teacher or criterion that is broken, unsafe, or of an unknown version."""
-
-
-class OptimizerError(SelfTransError, ValueError):
-    """Parameters of the criterion that the optimiser does not hold."""
+    """Saved weights, or a saved teacher, that are unreadable, unsafe, of another version, or do not fit the model."""
 
 
 class NotFiniteError(SelfTransError, FloatingPointError):
     """NaN or inf in the student, the teacher or the head."""
 
 
-class MeasurementError(SelfTransError, RuntimeError):
-    """What ``stop_when`` needs to measure cannot be measured."""
+class MissingDependencyError(SelfTransError, ImportError):
+    """A package that only pictures need, and that is not installed."""
 
 
 class HealthWarning(SelfTransError, UserWarning):  # noqa: N818  # called as Python calls its own warnings

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 
 from .artefacts import CARD, CONFIG, WEIGHTS, library_version
-from .errors import ArtefactError
+from .errors import CheckpointError
 
 _LIBRARY = "selftrans-reg"
 
@@ -45,17 +45,19 @@ def fetch(
         local_files_only: Take the copy that is there, and ask nobody.
 
     Raises:
-        ArtefactError: If there is no such folder, or the repository cannot be read.
+        CheckpointError: If there is no such folder, or the repository cannot be read.
     """
     folder = Path(name)
     if folder.is_dir():
         if revision is not None:
-            raise ArtefactError(f"{str(folder)!r} is a local folder, which has no revision {revision!r}: leave it out.")
+            raise CheckpointError(
+                f"{str(folder)!r} is a local folder, which has no revision {revision!r}: leave it out."
+            )
         return folder
     repository = fspath(name)
     is_repository = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
     if not is_repository or (revision is None and folder.parent.is_dir()):
-        raise ArtefactError(
+        raise CheckpointError(
             f"There is no folder {repository!r}.\n"
             "A repository on the hub is named 'owner/name'; if there is a folder called like its owner here, name a "
             "revision too, such as revision='main'."
@@ -74,7 +76,7 @@ def fetch(
             library_version=library_version(),
         )
     except Exception as error:  # its own, of the HTTP library, of the file system
-        raise ArtefactError(f"{repository!r} cannot be read from the hub: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{repository!r} cannot be read from the hub: {type(error).__name__}: {error}") from error
     return Path(copy)
 
 
@@ -92,7 +94,7 @@ def push(
     A ``README.md`` that the repository already has stays.
 
     Raises:
-        ArtefactError: If the hub refuses, or cannot be reached.
+        CheckpointError: If the hub refuses, or cannot be reached.
     """
     from huggingface_hub import HfApi
 
@@ -112,7 +114,7 @@ def push(
                 ignore_patterns=[CARD] if has_card else None,
             )
         except Exception as error:
-            raise ArtefactError(f"The upload to {repository!r} failed: {type(error).__name__}: {error}") from error
+            raise CheckpointError(f"The upload to {repository!r} failed: {type(error).__name__}: {error}") from error
     return commit.commit_url
 
 
@@ -145,7 +147,7 @@ class Shareable:
             The address of the commit.
 
         Raises:
-            ArtefactError: If something cannot be saved, or the hub refuses.
+            CheckpointError: If something cannot be saved, or the hub refuses.
         """
         return push(
             repository,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import LayerNotFoundError, PlacementError, SettingError
+from .errors import LayerNotFoundError, SettingError, ShapeError
 
 # Children under these names are the wrapped module itself: torch.compile, checkpoint_wrapper, FSDP1.
 _TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -199,9 +199,9 @@ def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
 
 
 def check_device(module: nn.Module, device: torch.device, what: str) -> None:
-    """Raise ``PlacementError`` unless ``module`` lies on ``device``."""
+    """Raise ``ShapeError`` unless ``module`` lies on ``device``."""
     if device_of(module) != device:
-        raise PlacementError(
+        raise ShapeError(
             f"The {what} lies on {device_of(module)}, the batch on {device}: call criterion.to({str(device)!r}) where "
             "the model is moved."
         )

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import (
-    MeasurementError,
+    CaptureError,
     SettingError,
 )
 from .modules import check_positive
@@ -75,10 +75,10 @@ class PlateauRule:
         """Take ``probe`` for a measurement, if one is due: it will have measured after the backward pass.
 
         Raises:
-            MeasurementError: If it cannot measure.
+            CaptureError: If it cannot measure.
         """
         if self.plateau is not None and probe.hidden:
-            raise MeasurementError(
+            raise CaptureError(
                 "stop_when= needs the gradient of the loop's own loss at the tapped tokens, and PyTorch's graph hides "
                 "it: the loss does not depend on the very tensor that was captured.\n"
                 "If the whole model is compiled, compile its blocks one by one instead (block.compile()). If select= "

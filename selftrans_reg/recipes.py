@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from .errors import RecipeNotFoundError, SettingError
+from .errors import SettingError
 from .modules import find_layer, named_layers, nearest, numbered_groups, quoted, unwrap
 
 Variant: TypeAlias = Literal["paper", "released"]
@@ -112,7 +112,7 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
         blocks: For a live model, the name of its list of blocks, or the names of several that run one after the other.
 
     Raises:
-        RecipeNotFoundError: If the name is unknown (it lists all names and the nearest), or the model's blocks are not
+        SettingError: If the name is unknown (it lists all names and the nearest), or the model's blocks are not
             certain (it lists what was seen) or fewer than 3.
         SettingError: If an argument makes no sense.
 
@@ -160,7 +160,7 @@ def _from_name(name: str, variant: Variant) -> Recipe:
     if name not in _PUBLISHED:
         by_lower = {known.lower(): known for known in _PUBLISHED}
         close = [by_lower[found] for found in nearest(name.lower(), by_lower)]
-        raise RecipeNotFoundError(
+        raise SettingError(
             f"No recipe is called {name!r}.\n"
             f"Known: {quoted(_PUBLISHED)}.\n"
             + (f"Nearest: {quoted(close)}.\n" if close else "")
@@ -183,7 +183,7 @@ def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] 
     name = type(unwrap(model)).__name__
     layers = find_blocks(model, blocks)
     if len(layers) < _MIN_DEPTH:
-        raise RecipeNotFoundError(
+        raise SettingError(
             f"The published rule needs at least {_MIN_DEPTH} blocks; {name} has {len(layers)}: {quoted(layers)}.\n"
             "Choose the layers yourself."
         )
@@ -251,7 +251,7 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[st
     if not candidates or (len(candidates) > 1 and 2 * len(candidates[1]) > len(candidates[0])):
         kinds = {name: " / ".join(sorted({_kind(member) for member in members})) for name, members in groups.items()}
         seen = ", ".join(f"{name or 'at the top'} ({len(members)} {kinds[name]})" for name, members in groups.items())
-        raise RecipeNotFoundError(
+        raise SettingError(
             f"It is not certain which layers of {type(unwrap(model)).__name__} are its blocks.\n"
             f"Seen: {seen or 'no numbered layers'}.\n"
             "Say which, in the order in which they run: recipe(model, blocks='layers') or blocks=['first', 'second']; "

@@ -22,7 +22,7 @@ from .artefacts import (
     write_artefact,
 )
 from .criterion import SelfTransLoss, fresh_observations, from_bits
-from .errors import ArtefactError, SettingError, TeacherError
+from .errors import CheckpointError, SettingError, TeacherError
 from .heads import ProjectionHead
 from .health import Health
 from .losses import VAEAlignmentLoss
@@ -121,7 +121,7 @@ def load_criterion(
 def _projection(head: nn.Module) -> ProjectionHead:
     projection = head.head if isinstance(head, VAEAlignmentLoss) else head
     if not isinstance(projection, ProjectionHead):
-        raise ArtefactError(
+        raise CheckpointError(
             "Only a criterion made by stage1() or stage2() can be saved: this one has heads of its own."
         )
     return projection
@@ -130,30 +130,34 @@ def _projection(head: nn.Module) -> ProjectionHead:
 def _check_widths(criterion: SelfTransLoss, saved: Sequence[int], where: str) -> None:
     found = [_projection(head).in_features for head in criterion.heads]
     if found != saved:
-        raise ArtefactError(f"{where} was made for layers of widths {saved}; those of this model are {found}.")
+        raise CheckpointError(f"{where} was made for layers of widths {saved}; those of this model are {found}.")
 
 
 def _check_criterion(config: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> None:
     """Refuse what contradicts itself, before anything is built at the sizes that it states.
 
     Raises:
-        ArtefactError: If entries and tensors do not belong together.
+        CheckpointError: If entries and tensors do not belong together.
     """
     vae = ("latent_channels", "patch_size", "channel_axis")
     needed, foreign = (vae, ("target_size",)) if config["stage"] == 1 else (("target_size",), vae)
     if any(config[key] is None for key in needed) or any(config[key] is not None for key in foreign):
-        raise ArtefactError(f"{where} is broken: stage {config['stage']} has {quoted(needed)}, not {quoted(foreign)}.")
+        raise CheckpointError(
+            f"{where} is broken: stage {config['stage']} has {quoted(needed)}, not {quoted(foreign)}."
+        )
     if len(config["layers"]) != len(config["hidden_sizes"]):
-        raise ArtefactError(f"{where} is broken: it has {len(config['layers'])} layers, but not as many hidden_sizes.")
+        raise CheckpointError(
+            f"{where} is broken: it has {len(config['layers'])} layers, but not as many hidden_sizes."
+        )
     expected = _expected_shapes(config)
     found = {key: tuple(value.shape) for key, value in state.items()}
     if found != expected:
         wrong = sorted(key for key in found.keys() | expected.keys() if found.get(key) != expected.get(key))
         listed = "\n  ".join(f"{k[:100]}: saved {found.get(k)}, expected {expected.get(k)}" for k in wrong[:8])
-        raise ArtefactError(f"{where} is broken: its tensors are not those of its settings.\n  {listed}")
+        raise CheckpointError(f"{where} is broken: its tensors are not those of its settings.\n  {listed}")
     heads = {key: value for key, value in state.items() if key.startswith("heads.")}
     if _dtype_of_heads(state) is None or not all(value.isfinite().all() for value in heads.values()):
-        raise ArtefactError(f"{where} is broken: its heads are not finite numbers of one floating dtype.")
+        raise CheckpointError(f"{where} is broken: its heads are not finite numbers of one floating dtype.")
     kinds = {
         "step": torch.int64,
         "calls": torch.int64,
@@ -161,19 +165,19 @@ def _check_criterion(config: Mapping[str, Any], state: Mapping[str, Tensor], whe
         "teacher_fingerprint": torch.uint8,
     }
     if any(state[key].dtype != dtype for key, dtype in kinds.items()) or state["step"] < -1 or state["calls"] < 0:
-        raise ArtefactError(f"{where} is broken: its counters are not whole numbers from 0 on.")
+        raise CheckpointError(f"{where} is broken: its counters are not whole numbers from 0 on.")
     try:
         Health(None).load(from_bits(state["health_state"]))
         rule = PlateauRule(None)
         rule.load(from_bits(state["plateau_state"]))
     except (ValueError, OverflowError) as error:
-        raise ArtefactError(f"{where} is broken: what its run observed is no numbers.") from error
+        raise CheckpointError(f"{where} is broken: what its run observed is no numbers.") from error
     if rule.stopped_at is not None and config["stop_when"] is None:
-        raise ArtefactError(f"{where} is broken: stop_when has stopped its run, and it has none.")
+        raise CheckpointError(f"{where} is broken: stop_when has stopped its run, and it has none.")
     if not torch.equal(
         state["schedule_state"], schedule_state(config["schedule"], config["weight"], config["stop_step"])
     ):
-        raise ArtefactError(f"{where} is broken: schedule, weight and stop_step are not those of its tensors.")
+        raise CheckpointError(f"{where} is broken: schedule, weight and stop_step are not those of its tensors.")
 
 
 def _expected_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -23,7 +23,7 @@ from .artefacts import (
 )
 from .calls import Null
 from .checkpoints import check_fit, check_values, own_tensors
-from .errors import ArtefactError, SettingError
+from .errors import CheckpointError, SettingError
 from .modules import architecture, unwrap
 from .teacher import CFGFeatureTeacher, check_settings
 from .time import TimeConvention
@@ -49,7 +49,9 @@ def save_teacher(teacher: CFGFeatureTeacher, folder: Path, details: Details, nam
     first: dict[object, str] = {}  # of tied weights one is saved: loading ties them as the model does
     tensors = {key: value for key, value in weights.items() if first.setdefault(_identity(value), key) == key}
     if taken := [key for key in tensors if key.startswith(_NULL_PREFIX)]:
-        raise ArtefactError(f"The model has weights under {taken[0]!r}, a name kept for the null condition: rename it.")
+        raise CheckpointError(
+            f"The model has weights under {taken[0]!r}, a name kept for the null condition: rename it."
+        )
     null: list[dict[str, Any]] = []
     for index, (path, value) in enumerate(_leaves(teacher.null)):
         key = f"{_NULL_PREFIX}{index}"
@@ -96,7 +98,7 @@ def load_teacher(
     ask(asked, where)
     dropped: list[str] = config["dropped"]
     if cut := [name for name in (config["layer"], *saved) if any(_is_in(name, gone) for gone in dropped)]:
-        raise ArtefactError(f"{where} contradicts itself: it needs {cut[0][:100]!r}, which it says was dropped.")
+        raise CheckpointError(f"{where} contradicts itself: it needs {cut[0][:100]!r}, which it says was dropped.")
 
     made = model if isinstance(model, nn.Module) else model()
     if not isinstance(made, nn.Module):
@@ -156,7 +158,7 @@ def _restored_null(
         value = entry.get("value")
         if "tensor" in entry:
             if not entry["tensor"].startswith(_NULL_PREFIX) or entry["tensor"] not in tensors:
-                raise ArtefactError(f"{where} lacks its null condition's tensor {entry['tensor'][:100]!r}.")
+                raise CheckpointError(f"{where} lacks its null condition's tensor {entry['tensor'][:100]!r}.")
             value = tensors.pop(entry["tensor"]).clone()
         elif "unsaved" in entry:
             value = extra.pop((*above, last), None)
@@ -169,7 +171,7 @@ def _restored_null(
         for key in above:
             level = level.setdefault(key, {}) if isinstance(level, dict) else None
         if not isinstance(level, dict) or last in level:
-            raise ArtefactError(f"{where} is broken: its null condition has {entry['path']} twice.")
+            raise CheckpointError(f"{where} is broken: its null condition has {entry['path']} twice.")
         level[last] = value
     if extra:
         raise SettingError(f"{where} holds its null condition but for functions; null= also names {sorted(extra)}.")

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calls import by_name
-from .errors import CaptureError, GradientError, SettingError
+from .errors import CaptureError, SettingError
 from .modules import find_layer, quoted, sharded_parts, unwrap
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, rebuilt, tensors_in
 
@@ -488,8 +488,8 @@ class FeatureTap:
         Raises:
             CaptureError: If there was no forward, or several; or a layer did not run, or ran more than once; or the
                 tap was detached, or is a copy of one.
-            OutputError: If the layer's output holds several tensors and ``select`` was not given.
-            GradientError: If activation checkpointing hides the gradient of a layer that trains.
+            CallError: If the layer's output holds several tensors and ``select`` was not given.
+            CaptureError: If activation checkpointing hides the gradient of a layer that trains.
         """
         if self._recorder is None:
             raise CaptureError(
@@ -513,7 +513,7 @@ class FeatureTap:
     def _check_gradient(self, name: str, tokens: Tensor) -> None:
         layer = self._modules[name]()
         if not tokens.requires_grad and layer is not None and any(p.requires_grad for p in layer.parameters()):
-            raise GradientError(
+            raise CaptureError(
                 f"The tokens of layer {name!r} carry no gradient, although it trains and gradients were enabled.\n"
                 "Reentrant activation checkpointing hides the gradient of what lies inside a checkpointed segment: use "
                 "use_reentrant=False, or tap the very module that is checkpointed. For features alone call the model "

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .calls import Call, CallSpec, Null, RowTensors, as_weights, flatten_null, null_tensors, shown
 from .checkpoints import load_weights
-from .errors import NullConditionError, SelfTransError, SettingError, ShapeError, TeacherError
+from .errors import SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Shareable
 from .modules import (
     architecture,
@@ -147,7 +147,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             **source: For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
         Raises:
-            ArtefactError: If there is no such teacher; if its files are broken, unsafe or of a later version; if it
+            CheckpointError: If there is no such teacher; if its files are broken, unsafe or of a later version; if it
                 does not fit the model, which is then as it was; or if a function is needed.
             SettingError: If something is passed that was saved.
         """
@@ -172,7 +172,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 ``teacher.provenance``.
 
         Raises:
-            ArtefactError: If the folder holds something else, something cannot be saved, or the disk is full.
+            CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
         """
         self._save(Path(directory), Path(directory).name, **details)
 
@@ -212,7 +212,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 for the device.
 
         Raises:
-            NullConditionError: If the null condition does not fit the call.
+            SettingError: If the null condition does not fit the call.
             CallError: If the rows of an argument cannot be taken.
             CaptureError: If the layer runs not at all, or several times in one forward.
             PrunedModuleError: If a module was used that the first call dropped.
@@ -375,7 +375,7 @@ def build_teacher(
     Raises:
         CheckpointError: If the checkpoint is unreadable, unsafe, or does not fit the model.
         LayerNotFoundError: If the model has no such layer.
-        NullConditionError: If the null condition is empty, misnamed, or outside its embedding (with ``example``).
+        SettingError: If the null condition is empty, misnamed, or outside its embedding (with ``example``).
         SettingError: If the guidance scale or another setting makes no sense.
     """
     if weights not in ("ema", "model"):
@@ -435,7 +435,7 @@ def checked_indices(model: nn.Module, null: Mapping[str, Any]) -> AbstractContex
     """While inside, every index is compared with the embedding that it reaches. It waits for the device.
 
     Raises:
-        NullConditionError: In the forward, before the embedding sees an index that it does not have.
+        SettingError: In the forward, before the embedding sees an index that it does not have.
     """
 
     def check(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -445,7 +445,7 @@ def checked_indices(model: nn.Module, null: Mapping[str, Any]) -> AbstractContex
         low, high = (int(v) for v in args[0].aminmax())
         if low < 0 or high >= module.num_embeddings:
             name = next(n for n, m in model.named_modules() if m is module)
-            raise NullConditionError(
+            raise SettingError(
                 f"Index {low if low < 0 else high} would reach embedding {name!r}, which has {module.num_embeddings} "
                 f"rows (0 to {module.num_embeddings - 1}). The null condition: {shown(null)}.\n"
                 "A model built without label dropout has no null row: train the teacher with dropout; or name the "

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from .errors import OutputError, SettingError, ShapeError
+from .errors import CallError, SettingError, ShapeError
 
 Select: TypeAlias = int | str | Callable[[Any], Any] | None
 Tokens: TypeAlias = slice | Callable[..., Tensor] | None  # of the tensor, or of the tensor and the call's arguments
@@ -45,14 +45,14 @@ def as_tokens(
         returns: (N, T, D)
 
     Raises:
-        OutputError: If the output holds several tensors and no ``select`` was given, or ``select`` picks no tensor.
+        CallError: If the output holds several tensors and no ``select`` was given, or ``select`` picks no tensor.
         ShapeError: If what is left is not (N, T, D), or ``tokens`` leaves none.
     """
     tensor = select_tensor(output, select, layer)
     if callable(tokens):
         tensor = tokens(tensor, arguments()) if _takes_arguments(tokens) else tokens(tensor)
         if not isinstance(tensor, Tensor):
-            raise OutputError(f"tokens= returned {type(tensor).__name__} for layer {layer!r}; it must return a tensor.")
+            raise CallError(f"tokens= returned {type(tensor).__name__} for layer {layer!r}; it must return a tensor.")
     elif tensor.ndim in (4, 5):
         tensor = tensor.flatten(2).transpose(1, 2)  # (N, C, H, W) or (N, C, F, H, W) -> (N, T, D)
     if tensor.ndim != 3:
@@ -82,13 +82,13 @@ def select_tensor(output: Any, select: Select, layer: str) -> Tensor:
     """The tensor of a layer's raw output that ``select`` means.
 
     Raises:
-        OutputError: If the output holds several and no ``select`` was given, or ``select`` picks no tensor.
+        CallError: If the output holds several and no ``select`` was given, or ``select`` picks no tensor.
     """
     if select is None:
         found = [tensor for _, tensor in tensors_in(output)]
         if len(found) == 1:
             return found[0]
-        raise OutputError(
+        raise CallError(
             f"Layer {layer!r} returns {_kind(output)} with {len(found)} tensors, and nothing is guessed:\n"
             f"{_listing(output)}\n"
             "Say which with select= (an index, a key, or a callable)."
@@ -101,12 +101,12 @@ def select_tensor(output: Any, select: Select, layer: str) -> Tensor:
         else:
             picked = output[select]
     except (LookupError, AttributeError, TypeError) as error:
-        raise OutputError(
+        raise CallError(
             f"select={_show(select)} does not fit the output of layer {layer!r}, {_kind(output)}: {error}.\n"
             f"It holds:\n{_listing(output)}"
         ) from error
     if not isinstance(picked, Tensor):
-        raise OutputError(
+        raise CallError(
             f"select={_show(select)} picks {_kind(picked)} from the output of layer {layer!r}, not a tensor."
         )
     return picked

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..artefacts import is_list, is_record, is_text, is_whole, library_version
 from ..checkpoints import read_json
-from ..errors import ArtefactError, CheckpointError
+from ..errors import CheckpointError
 from ..recipes import Recipe
 from .result import LayerMeasures, LayerReport
 
@@ -33,23 +33,25 @@ def load_report(path: Path) -> LayerReport:
     """The report in a file.
 
     Raises:
-        ArtefactError: If it is none, or of a later version.
+        CheckpointError: If it is none, or of a later version.
     """
     try:
         content = read_json(path)
     except CheckpointError as error:
-        raise ArtefactError(f"{path} cannot be read as a layer report: {error}") from error
+        raise CheckpointError(f"{path} cannot be read as a layer report: {error}") from error
     if not isinstance(content, dict) or content.get("kind") != "layer report":
-        raise ArtefactError(f"{path} is no layer report: it lacks 'kind': 'layer report'. Save one with report.save().")
+        raise CheckpointError(
+            f"{path} is no layer report: it lacks 'kind': 'layer report'. Save one with report.save()."
+        )
     if content.get("format_version") != _FORMAT:
-        raise ArtefactError(
+        raise CheckpointError(
             f"{path} is a layer report of format {content.get('format_version')!r}, written by selftrans-reg "
             f"{content.get('library_version')!r}; this version reads format {_FORMAT}. Install that version."
         )
     values = {key: value for key, value in content.items() if key not in ("kind", "format_version", "library_version")}
     wrong = sorted(_REPORT.keys() ^ values.keys()) or [key for key, fits in _REPORT.items() if not fits(values[key])]
     if wrong or not _complete(values):
-        raise ArtefactError(
+        raise CheckpointError(
             f"{path} is no layer report as this version writes it; missing, unknown or malformed: "
             f"{', '.join(map(repr, wrong)) or 'rows or alignment, which do not fit the layers'}. Measure again."
         )

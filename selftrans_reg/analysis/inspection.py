@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calls import Null
-from ..errors import RecipeNotFoundError, SettingError
+from ..errors import SettingError
 from ..modules import unwrap
 from ..recipes import Recipe, find_blocks, recipe
 from ..taps import layer_names
@@ -77,11 +77,11 @@ def layer_report(
 
     Raises:
         SettingError: If an argument makes no sense, or there are too few samples.
-        RecipeNotFoundError: If ``layers`` is None and the model's blocks are not certain.
+        SettingError: If ``layers`` is None and the model's blocks are not certain.
         LayerNotFoundError: If the model has no such layer.
-        NullConditionError: If the null condition does not fit the call.
+        SettingError: If the null condition does not fit the call.
         CaptureError: If a layer does not run in every forward, or runs more than once.
-        OutputError: If a layer's output holds several tensors and ``select`` was not given.
+        CallError: If a layer's output holds several tensors and ``select`` was not given.
     """
     convention = resolve(time)
     check_select(select)
@@ -239,6 +239,6 @@ def _guidance_notes(found: Survey, fractions: tuple[float, ...], split: _Split, 
 def _published(model: nn.Module, layers: Sequence[str]) -> Recipe | None:
     """The published rule for the model's blocks or, where these are not certain, for the layers as its blocks."""
     for blocks in (None, layers):
-        with contextlib.suppress(RecipeNotFoundError):
+        with contextlib.suppress(SettingError):
             return recipe(model, blocks=blocks)
     return None  # fewer layers than the rule needs

@@ -104,7 +104,7 @@ class LayerReport:
         """The report that was saved.
 
         Raises:
-            ArtefactError: If the file holds none, or one that a later version wrote.
+            CheckpointError: If the file holds none, or one that a later version wrote.
         """
         from .files import load_report
 

@@ -167,7 +167,7 @@ class LayerReader:
         """The tokens (f_c, f_u), each (N, T, D) in float32, of every layer; f_u is None without a null condition.
 
         Raises:
-            NullConditionError: If the null condition does not fit the call.
+            SettingError: If the null condition does not fit the call.
             CaptureError: If a layer does not run, or runs more than once.
             ShapeError: If a layer keeps no row for each sample.
         """

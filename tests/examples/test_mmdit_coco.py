@@ -28,7 +28,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import selftrans_reg as st
-from selftrans_reg.errors import ArtefactError, CheckpointError, SelfTransError, SettingError, ShapeError
+from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError, ShapeError
 
 IMAGES = 32
 TINY = [
@@ -256,7 +256,7 @@ class TestFeatures:
         moments = torch.randn(4, 8, 8, generator=generator)
         items = [(moments, moments.abs(), torch.randn(1, TEXT_LENGTH, 10, generator=generator))] * 8
         write_coco_features(wide, "train", items, torch.zeros(TEXT_LENGTH, 10), scale=0.5)
-        with pytest.raises(ArtefactError, match=r"context_embedder.weight: saved \(24, 64\), model \(24, 10\)"):
+        with pytest.raises(CheckpointError, match=r"context_embedder.weight: saved \(24, 64\), model \(24, 10\)"):
             mmdit_coco.main(["--stage=self", f"--teacher={runs / 'vae/teacher'}", *on_features(wide, tmp_path / "run")])
         resumed = f"--resume={runs / 'vae/checkpoints/0000002.pt'}"
         with pytest.raises(CheckpointError, match=r"context_embedder.weight: saved \(24, 64\), model \(24, 10\)"):

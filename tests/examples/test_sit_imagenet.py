@@ -26,7 +26,7 @@ from long_runs import differences, lines, own_state
 from PIL import Image
 
 import selftrans_reg as st
-from selftrans_reg.errors import ArtefactError, CheckpointError, LayerNotFoundError, SelfTransError, SettingError
+from selftrans_reg.errors import CheckpointError, LayerNotFoundError, SelfTransError, SettingError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = ["--data=demo", "--cpu", "--batch-size=4", "--log-every=1"]
@@ -214,9 +214,9 @@ def test_a_saved_teacher_is_used_at_another_layer_and_scale(runs: Path, tmp_path
 
 def test_a_teacher_that_does_not_fit_is_named_before_anything_is_made(runs: Path, tmp_path: Path) -> None:
     cases: list[tuple[type[SelfTransError], Path, list[str], str]] = [
-        (ArtefactError, runs / "vae" / "teacher", ["--qk-norm"], "q_norm"),
+        (CheckpointError, runs / "vae" / "teacher", ["--qk-norm"], "q_norm"),
         (CheckpointError, checkpoint(runs / "vae"), ["--qk-norm"], "q_norm"),
-        (ArtefactError, tmp_path / "none", [], "There is no folder"),
+        (CheckpointError, tmp_path / "none", [], "There is no folder"),
         (LayerNotFoundError, checkpoint(runs / "vae"), ["--teacher-layer=blocks.9"], "blocks.9"),
         (LayerNotFoundError, runs / "vae" / "teacher", ["--layer=blocks.7"], "blocks.7"),
         (SettingError, runs / "vae" / "teacher", ["--teacher-weights=model"], "was saved with one kind"),

@@ -35,7 +35,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import selftrans_reg as st
 from selftrans_reg.artefacts import FORMAT_VERSION
-from selftrans_reg.errors import ArtefactError
+from selftrans_reg.errors import CheckpointError
 
 DATA = Path(__file__).parents[1] / "support" / "artefact_data"
 
@@ -78,7 +78,7 @@ def test_a_card_that_was_there_before_stays(tmp_path: Path) -> None:
 def test_what_is_no_artefact_of_this_kind_is_not_replaced(saved: Path, tmp_path: Path) -> None:
     def stays(folder: Path, *parts: str) -> None:
         before = {path.name: path.read_bytes() for path in folder.iterdir()}
-        with pytest.raises(ArtefactError) as error:
+        with pytest.raises(CheckpointError) as error:
             make_teacher().save_pretrained(folder)
         assert_says(error, "it was not touched. Save elsewhere", *parts)
         assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
@@ -99,7 +99,7 @@ def test_what_is_no_artefact_of_this_kind_is_not_replaced(saved: Path, tmp_path:
 
 def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(ArtefactError, match="could not be written") as error:
+    with pytest.raises(CheckpointError, match="could not be written") as error:
         make_teacher().save_pretrained(tmp_path / "file")
     assert isinstance(error.value.__cause__, OSError)
 
@@ -152,7 +152,7 @@ def test_an_unknown_entry_names_the_version_to_install(saved: Path) -> None:
 
 
 def test_one_kind_is_not_read_as_the_other(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(ArtefactError, match="is a saved teacher, not a criterion"):
+    with pytest.raises(CheckpointError, match="is a saved teacher, not a criterion"):
         st.SelfTransLoss.from_pretrained(saved, TinyDiT())
 
 
@@ -236,7 +236,7 @@ def test_a_pipe_in_a_files_place_does_not_hang(name: str, saved: Path) -> None:
     if name != "README.md":
         refusal(saved, TinyDiT())
     if name == "config.json":
-        with pytest.raises(ArtefactError, match="no saved teacher's"):
+        with pytest.raises(CheckpointError, match="no saved teacher's"):
             make_teacher().save_pretrained(saved)
     else:
         make_teacher().save_pretrained(saved)
@@ -263,7 +263,7 @@ CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
 def test_a_criterion_that_contradicts_itself_is_refused(entries: dict[str, Any], part: str, tmp_path: Path) -> None:
     make_criterion(1, TinyDiT()).save_pretrained(tmp_path)
     model = TinyDiT()
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(CheckpointError) as error:
         st.SelfTransLoss.from_pretrained(rewrite(tmp_path, **entries), model)
     assert_says(error, part)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -283,7 +283,7 @@ def test_a_criterion_that_contradicts_itself_is_refused(entries: dict[str, Any],
 def test_a_criterions_tensors_are_checked(key: str, value: Tensor, part: str, tmp_path: Path) -> None:
     make_criterion(1, TinyDiT()).save_pretrained(tmp_path)
     rewrite(tmp_path, load_file(tmp_path / "model.safetensors") | {key: value})
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(CheckpointError) as error:
         st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT())
     assert_says(error, part)
 

@@ -13,7 +13,7 @@ from torch import nn
 from toys import ToyDiT, batch
 
 import selftrans_reg as st
-from selftrans_reg.errors import PlacementError
+from selftrans_reg.errors import ShapeError
 
 
 def make_teacher(**settings: object) -> st.CFGFeatureTeacher:
@@ -272,7 +272,7 @@ class TestPlace:
         model = Elsewhere()
         criterion = make(model, layer="net.blocks.1")
         model(batch()["x"], batch()["t"], batch()["y"])
-        with pytest.raises(PlacementError) as error:
+        with pytest.raises(ShapeError) as error:
             criterion(torch.zeros(()))
         assert "The head lies on cpu, the batch on meta" in str(error.value)
         assert "criterion.to('meta') where the model is moved" in str(error.value)

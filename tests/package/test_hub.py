@@ -16,7 +16,7 @@ from hub_stand_in import TOKEN, Hub, running_hub
 from tiny_artefacts import FILES, TinyDiT, assert_says, call, load_teacher, make_criterion, make_teacher, names_in
 
 import selftrans_reg as st
-from selftrans_reg.errors import ArtefactError
+from selftrans_reg.errors import CheckpointError
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def saved(tmp_path: Path) -> Path:
 
 
 def fails(name: str, *parts: str, **source: object) -> None:
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(CheckpointError) as error:
         load_teacher(name, **source)
     assert_says(error, *parts)
 
@@ -109,14 +109,14 @@ def test_the_token_of_the_environment_is_used(hub: Hub, monkeypatch: pytest.Monk
 
 def test_an_upload_without_the_right_token_fails(hub: Hub) -> None:
     for token in ("wrong", False):
-        with pytest.raises(ArtefactError) as error:
+        with pytest.raises(CheckpointError) as error:
             make_teacher().push_to_hub("me/teacher", token=token)
         assert_says(error, "The upload to 'me/teacher' failed", "401")
     assert hub.repositories == {}
 
 
 def test_an_upload_that_cannot_be_saved_asks_the_hub_nothing(hub: Hub) -> None:
-    with pytest.raises(ArtefactError, match="'step' should be"):
+    with pytest.raises(CheckpointError, match="'step' should be"):
         make_teacher().push_to_hub("me/teacher", token=TOKEN, step=-1)
     assert hub.requests == []
 
@@ -167,7 +167,7 @@ def test_a_local_folder_comes_first_and_a_path_never_means_a_repository(
     make_teacher(guidance_scale=7.0).save_pretrained("elsewhere")
     hub.add("me/teacher", Path("elsewhere"))
     fails("run/teacher", "cannot be read from the hub")  # no folder is called run: it could be anybody's
-    with pytest.raises(ArtefactError, match="There is no folder"):
+    with pytest.raises(CheckpointError, match="There is no folder"):
         load_teacher(Path("me/teacher"))
     Path("me").mkdir()
     fails("me/teacher", "There is no folder 'me/teacher'", "revision='main'")  # as after a typo in a path
@@ -189,7 +189,7 @@ import selftrans_reg as st
 assert "huggingface_hub" not in sys.modules
 try:
     print(st.CFGFeatureTeacher.from_pretrained("me/secret", model=TinyDiT).guidance_scale)
-except st.ArtefactError as error:
+except st.CheckpointError as error:
     print(str(error).replace("\\n", " "))
 """
 

@@ -145,7 +145,7 @@ class TestBuilding:
         check(error, "'mine', the student's is 'mine'", "two of one name: pass one object to both")
 
     def test_an_unknown_recipe(self) -> None:
-        with pytest.raises(st.RecipeNotFoundError) as error:
+        with pytest.raises(st.SettingError) as error:
             st.recipe("SiT-B2")
         check(error, "SiT-B2", "SiT-B/2")
 
@@ -203,7 +203,7 @@ class TestTheCall:
 
         model = TwoStream()
         criterion = stage1(model, layer="pair")
-        with pytest.raises(errors.OutputError) as error:
+        with pytest.raises(errors.CallError) as error:
             step(model, criterion)
         check(error, "'pair' returns a tuple with 2 tensors", r"\[1\]: \(16, 16, 16\)", "Say which with select=")
         criterion.detach()
@@ -327,7 +327,7 @@ class TestTheCall:
         model = ToyDiT()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(("blocks.0", "blocks.1", "x_", "t_", "y_")))
-        with pytest.raises(st.GradientError) as error:
+        with pytest.raises(st.CaptureError) as error:
             step(model, stage1(model))
         check(error, r"tokens of layer 'blocks\.1' carry no gradient", "frozen: tap a later one", "use_reentrant=False")
 
@@ -348,14 +348,14 @@ class TestTheTeachersSide:
         ],
     )
     def test_a_missing_or_misnamed_null_condition(self, null: dict[str, Any], parts: list[str]) -> None:
-        with pytest.raises(st.NullConditionError) as error:
+        with pytest.raises(st.SettingError) as error:
             teacher_of(null=null)
         check(error, *parts)
 
     def test_a_null_label_outside_the_embedding(self) -> None:
         model = ToyDiT()
         criterion = stage2(model, teacher=teacher_of(ToyDiT(dropout=0.0, seed=1)), window=None)
-        with pytest.raises(st.NullConditionError) as error:
+        with pytest.raises(st.SettingError) as error:
             step(model, criterion)
         check(error, r"Index 10 would reach embedding 'y_embedder', which has 10 rows \(0 to 9\)", "no null row")
 
@@ -444,7 +444,7 @@ class TestTheOptimizer:
     def test_a_head_that_is_not_in_it(self) -> None:
         model = ToyDiT()
         criterion = stage1(model)
-        with pytest.raises(st.OptimizerError) as error:
+        with pytest.raises(st.SettingError) as error:
             criterion.check_optimizer(torch.optim.AdamW(model.parameters()))
         check(
             error,
@@ -458,13 +458,13 @@ class TestTheOptimizer:
         criterion = stage1(model)
         held = [p for name, p in criterion.named_parameters() if not name.endswith("linear.bias")]
         with pytest.raises(
-            st.OptimizerError, match=r"does not hold 1 of the criterion's 8 parameters: 'heads\.0\.linear\.bi"
+            st.SettingError, match=r"does not hold 1 of the criterion's 8 parameters: 'heads\.0\.linear\.bi"
         ):
             criterion.check_optimizer(torch.optim.AdamW([*model.parameters(), *held]))
 
     def test_a_copys_head(self) -> None:
         criterion = stage1(ToyDiT())
-        with pytest.raises(st.OptimizerError):
+        with pytest.raises(st.SettingError):
             criterion.check_optimizer(torch.optim.AdamW(copy.deepcopy(criterion).parameters()))
 
     def test_a_complete_one_passes_in_any_groups(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import selftrans_reg as st
-from selftrans_reg.errors import MeasurementError
+from selftrans_reg.errors import CaptureError
 
 # Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that pytest undoes.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -288,7 +288,7 @@ class TestWrapped:
     def test_a_whole_compiled_model_is_an_error_for_the_rule_and_no_alarm_without(self) -> None:
         model = student()
         compiled = torch.compile(model, backend="aot_eager")
-        with pytest.raises(MeasurementError, match="PyTorch's graph hides") as error:
+        with pytest.raises(CaptureError, match="PyTorch's graph hides") as error:
             measured(model, compiled)
         assert error.match(r"compile its blocks one by one instead \(block\.compile\(\)\)")
         torch.compiler.reset()
@@ -305,7 +305,7 @@ class TestWrapped:
         model, b = student(), noisy_batch(TIMES)
         criterion = new_criterion(model, stop_when=st.Plateau())
         own = denoising(model, b)
-        with pytest.raises(MeasurementError, match="detached, or comes from another forward"):
+        with pytest.raises(CaptureError, match="detached, or comes from another forward"):
             criterion(own.detach(), latents=b.latents)
 
 

@@ -30,7 +30,7 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 import selftrans_reg as st
 from selftrans_reg.artefacts import FORMAT_VERSION
-from selftrans_reg.errors import ArtefactError, PrunedModuleError, SettingError, TeacherError
+from selftrans_reg.errors import CheckpointError, PrunedModuleError, SettingError, TeacherError
 
 
 @pytest.fixture
@@ -210,7 +210,7 @@ def test_a_nested_call_comes_back(tmp_path: Path) -> None:
     arguments = {"cond": {"y": b["y"], "texts": [b["text"]]}, "sample": b["x"], "time": b["t"]}
     expected = teacher(**arguments)
     teacher.save_pretrained(tmp_path)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(CheckpointError) as error:
         load_teacher(tmp_path, Nested)
     assert_says(error, "null={'cond': {'texts': {0: ...}}}", "halves")
     loaded = load_teacher(tmp_path, Nested, null={"cond": {"texts": {0: halves}}})
@@ -292,7 +292,7 @@ def test_a_teacher_of_tied_weights_is_saved_once_and_tied_again(tmp_path: Path) 
     loaded = load_teacher(tmp_path, Tied)
     assert loaded.model.blocks[1][0].weight is loaded.model.blocks[0][0].weight
     assert torch.equal(loaded(**call()), expected)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(CheckpointError) as error:
         load_teacher(tmp_path, TinyDiT)
     assert_says(error, "Missing", "blocks.1.0.weight")
 
@@ -426,13 +426,13 @@ def test_what_json_cannot_hold_is_refused_when_saving(tmp_path: Path) -> None:
         assert_says(caught, *parts)
         assert not (tmp_path / "new").exists()
 
-    fails(make_teacher(call={"fixed": {"text": torch.ones(4, 3)}}, null={"y": 5}), ArtefactError, "'call' should be")
+    fails(make_teacher(call={"fixed": {"text": torch.ones(4, 3)}}, null={"y": 5}), CheckpointError, "'call' should be")
     fails(
-        make_teacher(), ArtefactError, "This teacher cannot be saved: 'step' should be an integer, 0 or more", step=-1
+        make_teacher(), CheckpointError, "This teacher cannot be saved: 'step' should be an integer, 0 or more", step=-1
     )
-    fails(make_teacher(), ArtefactError, "'source' should be one line of text", source="two\nlines")
+    fails(make_teacher(), CheckpointError, "'source' should be one line of text", source="two\nlines")
     fails(make_teacher(), SettingError, "A saved teacher has no 'licens'", licens="mit")
-    fails(make_teacher().to("meta"), ArtefactError, "a tensor on the meta device")
+    fails(make_teacher().to("meta"), CheckpointError, "a tensor on the meta device")
 
     class Reserved(TinyDiT):
         def __init__(self) -> None:
@@ -440,7 +440,7 @@ def test_what_json_cannot_hold_is_refused_when_saving(tmp_path: Path) -> None:
             self.null_condition = nn.Linear(1, 1)
 
     teacher = st.build_teacher(Reserved(), None, layer="blocks.0", guidance_scale=1.0, null={"y": 5})
-    fails(teacher, ArtefactError, "'null_condition.weight', a name kept for the null condition")
+    fails(teacher, CheckpointError, "'null_condition.weight', a name kept for the null condition")
 
 
 # --- Criterion -------------------------------------------------------------------------------------------------------
@@ -559,7 +559,7 @@ def test_layers_of_different_widths_come_back_where_they_can_be_read_off(tmp_pat
     resumed = st.SelfTransLoss.from_pretrained(tmp_path, TwoWidths())
     assert [head.head.in_features for head in resumed.heads] == [7, 4]
     model = TinyDiT()
-    with pytest.raises(ArtefactError):
+    with pytest.raises(CheckpointError):
         st.SelfTransLoss.from_pretrained(tmp_path, model)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
@@ -588,7 +588,7 @@ def test_a_teacher_is_refused_in_stage_1(tmp_path: Path) -> None:
 def test_a_criterions_functions_are_asked_for(tmp_path: Path) -> None:
     settings = {"select": nn.Identity(), "tokens": FLIP, "time": MINE}
     make_criterion(1, TinyDiT(), **settings).save_pretrained(tmp_path)
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(CheckpointError) as error:
         st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT())
     assert_says(error, "select=... (it was 'Identity')", "tokens=... (it was 'partial')", "time=... (it was 'mine')")
     resumed = st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), **settings)
@@ -597,5 +597,5 @@ def test_a_criterions_functions_are_asked_for(tmp_path: Path) -> None:
 
 def test_heads_of_ones_own_are_not_saved(tmp_path: Path) -> None:
     criterion = st.SelfTransLoss(TinyDiT(), [nn.Linear(4, 4)], layer="blocks.0", time="repa")
-    with pytest.raises(ArtefactError, match=r"made by stage1\(\) or stage2\(\)"):
+    with pytest.raises(CheckpointError, match=r"made by stage1\(\) or stage2\(\)"):
         criterion.save_pretrained(tmp_path)

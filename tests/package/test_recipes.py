@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from selftrans_reg import SelfTransLoss, build_teacher
-from selftrans_reg.errors import LayerNotFoundError, RecipeNotFoundError, SettingError
+from selftrans_reg.errors import LayerNotFoundError, SettingError
 from selftrans_reg.recipes import Recipe, recipe
 
 
@@ -96,7 +96,7 @@ def test_dictionaries_are_arguments_that_their_functions_take() -> None:
     [("SiT-B2", "'SiT-B/2'"), ("sit-xl/2", "'SiT-XL/2'"), ("Lightning-DiT-L/2", "'LightningDiT-L/2'")],
 )
 def test_unknown_name_lists_the_known_and_the_nearest(name: str, nearby: str) -> None:
-    with pytest.raises(RecipeNotFoundError, match=f"No recipe is called '{name}'") as raised:
+    with pytest.raises(SettingError, match=f"No recipe is called '{name}'") as raised:
         recipe(name)
     message = str(raised.value)
     assert nearby in message.partition("Nearest:")[2]
@@ -220,7 +220,7 @@ def test_blocks_are_found_in_running_order(parts: dict[str, int | nn.Module], la
     ],
 )
 def test_uncertain_blocks_are_listed_and_asked_for(parts: dict[str, int | nn.Module], seen: str) -> None:
-    with pytest.raises(RecipeNotFoundError, match="It is not certain which layers of Module are its blocks") as raised:
+    with pytest.raises(SettingError, match="It is not certain which layers of Module are its blocks") as raised:
         recipe(model_of(**parts))
     assert seen in str(raised.value)
     assert "recipe(model, blocks='layers') or blocks=['first', 'second']" in str(raised.value)
@@ -238,7 +238,7 @@ def test_blocks_may_be_named() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_too_few_blocks_for_the_rule(depth: int) -> None:
-    with pytest.raises(RecipeNotFoundError, match=f"needs at least 3 blocks; Module has {depth}: 'blocks.0'"):
+    with pytest.raises(SettingError, match=f"needs at least 3 blocks; Module has {depth}: 'blocks.0'"):
         recipe(model_of(blocks=depth))
 
 

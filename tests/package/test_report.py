@@ -499,8 +499,8 @@ class TestBatches:
             ({"time": "siT"}, errors.SettingError, "Nearest: 'sit'"),
             ({"layers": ["block.5"]}, errors.LayerNotFoundError, "Nearest: 'blocks.5'"),
             ({"layers": []}, errors.SettingError, "at least one layer"),
-            ({"null": {"z": 1}}, errors.NullConditionError, "does not take"),
-            ({"null": {"y": CLASSES + 1}}, errors.NullConditionError, "would reach embedding 'table'"),
+            ({"null": {"z": 1}}, errors.SettingError, "does not take"),
+            ({"null": {"y": CLASSES + 1}}, errors.SettingError, "would reach embedding 'table'"),
             ({"select": 1.5}, errors.SettingError, "select must be"),
         ],
     )
@@ -509,7 +509,7 @@ class TestBatches:
             report_of(Planted(carriers=(5,)), planted_data(), **settings)
 
     def test_blocks_that_are_not_certain_are_asked_for(self) -> None:
-        with pytest.raises(errors.RecipeNotFoundError, match="not certain which layers"):
+        with pytest.raises(errors.SettingError, match="not certain which layers"):
             report_of(nn.Sequential(nn.Linear(3, 3)), planted_data())
 
     def test_a_mean_of_what_was_not_measured_is_an_error(self) -> None:
@@ -561,12 +561,12 @@ class TestFiles:
         report.save(tmp_path / "report.json")
         content = json.loads((tmp_path / "report.json").read_text()) | change
         (tmp_path / "report.json").write_text(json.dumps(content))
-        with pytest.raises(errors.ArtefactError, match=match):
+        with pytest.raises(errors.CheckpointError, match=match):
             st.LayerReport.load(tmp_path / "report.json")
 
     def test_what_is_no_json_is_refused(self, tmp_path: Path) -> None:
         (tmp_path / "report.json").write_text("{")
-        with pytest.raises(errors.ArtefactError, match="cannot be read as a layer report"):
+        with pytest.raises(errors.CheckpointError, match="cannot be read as a layer report"):
             st.LayerReport.load(tmp_path / "report.json")
 
 

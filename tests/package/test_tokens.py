@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from selftrans_reg import SettingError, ShapeError
-from selftrans_reg.errors import OutputError
+from selftrans_reg.errors import CallError
 from selftrans_reg.tokens import as_tokens, check_grid, check_select, check_tokens, grid_of
 
 TEXT, IMAGE = torch.randn(2, 5, 8), torch.randn(2, 16, 8)
@@ -50,7 +50,7 @@ def test_select_picks_by_index_key_field_or_callable(output: Any, select: Any) -
 
 
 def test_an_ambiguous_output_is_listed_as_one_would_index_it() -> None:
-    with pytest.raises(OutputError) as error:
+    with pytest.raises(CallError) as error:
         tokens_of(({"text": TEXT}, [IMAGE, "x"], Output(IMAGE)))
     for part in (
         "Layer 'blocks.1' returns a tuple with 3 tensors, and nothing is guessed:\n",
@@ -64,7 +64,7 @@ def test_an_ambiguous_output_is_listed_as_one_would_index_it() -> None:
 
 @pytest.mark.parametrize("output", [None, (), "text", ({},)])
 def test_an_output_without_a_tensor_says_so(output: Any) -> None:
-    with pytest.raises(OutputError, match=r"with 0 tensors, and nothing is guessed:\n  no tensor at all\n"):
+    with pytest.raises(CallError, match=r"with 0 tensors, and nothing is guessed:\n  no tensor at all\n"):
         tokens_of(output)
 
 
@@ -78,7 +78,7 @@ def test_an_output_without_a_tensor_says_so(output: Any) -> None:
     ],
 )
 def test_a_select_that_does_not_fit_is_refused(select: Any, parts: list[str]) -> None:
-    with pytest.raises(OutputError) as error:
+    with pytest.raises(CallError) as error:
         tokens_of((TEXT, IMAGE), select)
     for part in parts:
         assert part in str(error.value)
@@ -118,7 +118,7 @@ def test_a_callable_with_two_parameters_gets_the_calls_arguments() -> None:
         (IMAGE[:, 0], None, ShapeError, ["shape (2, 8)", "a callable that turns the tensor into (N, T, D)"]),
         (IMAGE, slice(16, None), ShapeError, ["tokens=slice(16, None, None) leaves none of the 16 tokens of layer"]),
         (IMAGE, lambda x: x[:, 0], ShapeError, ["shape (2, 8)"]),
-        (IMAGE, lambda x: [x], OutputError, ["tokens= returned list for layer 'blocks.1'; it must return a tensor"]),
+        (IMAGE, lambda x: [x], CallError, ["tokens= returned list for layer 'blocks.1'; it must return a tensor"]),
     ],
 )
 def test_what_is_left_must_be_tokens(tensor: Tensor, tokens: Any, error: type[Exception], parts: list[str]) -> None:

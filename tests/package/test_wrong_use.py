@@ -109,7 +109,7 @@ class TestStreams:
     def test_several_tensors_and_no_select(self, backbone: Backbone) -> None:
         length, width = (5, 16) if backbone is MMDIT else (7, 32)
         listing = rf"\[0\]: \(16, {length}, {width}\)\n  \[1\]: \(16, 16, {width}\)"
-        with refused(errors.OutputError, "returns a tuple with 2 tensors", listing, "select="):
+        with refused(errors.CallError, "returns a tuple with 2 tensors", listing, "select="):
             step1(backbone, select=None)
 
     @pytest.mark.parametrize("backbone", [MMDIT, SD3, COGVIDEOX], ids=["MMDiT", "SD3", "CogVideoX"])
@@ -133,9 +133,7 @@ class TestStreams:
 
     @pytest.mark.parametrize("select", [2, "image", lambda output: output.image])
     def test_a_select_that_does_not_fit(self, select: Any) -> None:
-        with refused(
-            errors.OutputError, "does not fit the output of layer 'joint_blocks.1', a tuple", r"\(16, 5, 16\)"
-        ):
+        with refused(errors.CallError, "does not fit the output of layer 'joint_blocks.1', a tuple", r"\(16, 5, 16\)"):
             step1(MMDIT, select=select)
 
 
@@ -221,20 +219,20 @@ class TestNullCondition:
     def test_a_model_without_a_null_row(self) -> None:
         backbone = replace(SIT, build=lambda seed: ToyDiT(dropout=0.0, seed=seed).train())
         message = ("Index 10 would reach embedding 'y_embedder', which has 10 rows", "without label dropout")
-        with refused(errors.NullConditionError, *message, "no null row"):
+        with refused(errors.SettingError, *message, "no null row"):
             step2(backbone)
 
     def test_a_null_class_of_another_data_set(self) -> None:
-        with refused(errors.NullConditionError, "Index 1000 would reach embedding 'y_embedder', which has 11 rows"):
+        with refused(errors.SettingError, "Index 1000 would reach embedding 'y_embedder', which has 11 rows"):
             step2(SIT, teacher={"null": {"y": 1000}})
 
     @pytest.mark.parametrize("null", [None, {}, 10])
     def test_none_at_all(self, null: Any) -> None:
-        with refused(errors.NullConditionError, "null= maps argument names"):
+        with refused(errors.SettingError, "null= maps argument names"):
             step2(SIT, teacher={"null": null})
 
     def test_a_name_that_the_model_does_not_take(self) -> None:
-        with refused(errors.NullConditionError, "null= names 'labels'", "takes 'x', 't', 'y'"):
+        with refused(errors.SettingError, "null= names 'labels'", "takes 'x', 't', 'y'"):
             step2(SIT, teacher={"null": {"labels": 10}})
 
     def test_the_condition_left_out_of_the_call(self) -> None:
@@ -243,20 +241,20 @@ class TestNullCondition:
                 return super().forward(x, t, torch.zeros(len(x), dtype=torch.long) if y is None else y)
 
         backbone = replace(SIT, build=lambda seed: Optional(seed=seed).train(), conditions=lambda n, g: {})
-        with refused(errors.NullConditionError, "names 'y', but the call holds no tensor with 16 rows", "'x', 't'"):
+        with refused(errors.SettingError, "names 'y', but the call holds no tensor with 16 rows", "'x', 't'"):
             step2(backbone)
 
     def test_empty_prompt_with_its_batch_axis(self) -> None:
         null = {"encoder_hidden_states": EMPTY_TEXT[None], "pooled_projections": torch.zeros(20)}
-        with refused(errors.NullConditionError, r"has shape \(1, 7, 24\)", r"should be \(7, 24\)"):
+        with refused(errors.SettingError, r"has shape \(1, 7, 24\)", r"should be \(7, 24\)"):
             step2(SD3, teacher={"null": null})
 
     def test_empty_prompt_of_another_length(self) -> None:
-        with refused(errors.NullConditionError, r"'y' has shape \(1, 4, 6\)", r"should be \(1, 5, 6\)"):
+        with refused(errors.SettingError, r"'y' has shape \(1, 4, 6\)", r"should be \(1, 5, 6\)"):
             step2(PIXART, teacher={"null": {"y": torch.zeros(1, 4, 6)}})
 
     def test_a_callable_that_returns_one_row(self) -> None:
-        with refused(errors.NullConditionError, r"callable null condition for 'y' returned \(1,\)", r"\(16,\)"):
+        with refused(errors.SettingError, r"callable null condition for 'y' returned \(1,\)", r"\(16,\)"):
             step2(SIT, teacher={"null": {"y": lambda call: torch.tensor([10])}})
 
 
@@ -344,7 +342,7 @@ class TestLayers:
         criterion = SIT.stage1(model)
         model.requires_grad_(False)
         model.blocks[2].requires_grad_(True)
-        with refused(errors.GradientError, "'blocks.1' carry no gradient", "frozen: tap a later one"):
+        with refused(errors.CaptureError, "'blocks.1' carry no gradient", "frozen: tap a later one"):
             criterion(SIT.losses(model, batch).mean(), latents=batch.latents)
 
     def test_a_layer_that_one_forward_in_two_runs(self) -> None:

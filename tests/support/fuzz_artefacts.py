@@ -1,4 +1,4 @@
-"""Throw broken and hostile artefacts at ``from_pretrained``: each is loaded, or refused with ArtefactError.
+"""Throw broken and hostile artefacts at ``from_pretrained``: each is loaded, or refused with CheckpointError.
 
     python tests/support/fuzz_artefacts.py --cases 10000
 
@@ -27,7 +27,7 @@ from fuzz_checkpoints import MIB, damaged, peak_kib, reset_peak, snapshot
 from tiny_artefacts import TinyDiT, make_criterion, make_teacher
 
 import selftrans_reg as st
-from selftrans_reg.errors import ArtefactError, TeacherError, TimeConventionError
+from selftrans_reg.errors import CheckpointError, TeacherError, TimeConventionError
 
 SECONDS = 30  # one case, on a busy core; the usual one takes milliseconds
 DAMAGED = ("config.json", "model.safetensors")
@@ -144,14 +144,14 @@ def judge(corpus: Corpus, kind: str, folder: Path) -> str | None:
             criterion = st.SelfTransLoss.from_pretrained(folder, model, teacher)
             assert all(value.isfinite().all() for value in criterion.parameters()), "a head that is not finite"
             criterion.detach()
-    except ArtefactError as error:
+    except CheckpointError as error:
         message = str(error)
     except (TeacherError, TimeConventionError) as error:
         if kind != "stage2":  # which finds that the teacher is another one, or sees another t
             raise
         message = str(error)
     except Exception as error:
-        raise AssertionError(f"{type(error).__name__} instead of ArtefactError: {error}") from error
+        raise AssertionError(f"{type(error).__name__} instead of CheckpointError: {error}") from error
     seconds, grown = time.monotonic() - start, (peak_kib() - base) * 1024
     if message is not None or kind != "teacher":
         after = snapshot(model)

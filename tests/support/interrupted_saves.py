@@ -21,7 +21,7 @@ import torch
 from tiny_artefacts import FILES, TinyDiT, call, make_teacher, names_in
 
 import selftrans_reg as st
-from selftrans_reg.errors import ArtefactError
+from selftrans_reg.errors import CheckpointError
 
 OPERATIONS = ("open", "os.chmod", "os.mkdir", "os.remove", "os.rename", "os.rmdir")  # reported before they happen
 
@@ -103,7 +103,7 @@ def first(folder: Path) -> dict[str, object]:
         try:
             assert number_in(place) == 2
             outcomes.append("new")
-        except ArtefactError as error:
+        except CheckpointError as error:
             outcomes.append("none" if "There is no" in str(error) else str(error))
         if exit_code == 0:
             return {"outcomes": outcomes, "files": names_in(place)}
@@ -134,7 +134,7 @@ def full(folder: Path) -> dict[str, object]:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
             try:
                 new.save_pretrained(folder)
-            except ArtefactError as error:
+            except CheckpointError as error:
                 said = "could not be written" in str(error) and "still whole" in str(error)
                 os._exit(3 if said else 4)
 

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import selftrans_reg as st
-from selftrans_reg.errors import ArtefactError
+from selftrans_reg.errors import CheckpointError
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 
@@ -121,9 +121,9 @@ def assert_says(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None
 
 
 def refusal(folder: Path, model: nn.Module, **given: Any) -> pytest.ExceptionInfo[BaseException]:
-    """The ArtefactError of loading into ``model``, which has to be as it was."""
+    """The CheckpointError of loading into ``model``, which has to be as it was."""
     before = copy.deepcopy(model.state_dict())
-    with pytest.raises(ArtefactError) as error:
+    with pytest.raises(CheckpointError) as error:
         load_teacher(folder, model, **given)
     after = model.state_dict()
     assert list(after) == list(before)
