@@ -21,10 +21,10 @@ from .artefacts import (
     unsaved,
     write_artefact,
 )
-from .calls import Null
 from .checkpoints import check_fit, check_values, own_tensors
 from .errors import CheckpointError, SettingError
 from .modules import architecture, unwrap
+from .null import Null
 from .teacher import CFGFeatureTeacher, check_settings
 from .time import TimeConvention
 from .tokens import Select, Tokens

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Unpack
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, CallSpec, Null, RowTensors, as_weights, flatten_null, null_tensors, shown
+from .calls import Call, CallSpec, RowTensors, as_weights
 from .checkpoints import load_weights
 from .errors import SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Shareable
@@ -27,7 +26,8 @@ from .modules import (
     sharded_parts,
     unwrap,
 )
-from .taps import EarlyExit, watched
+from .null import Null, checked_indices, flatten_null, null_tensors, shown
+from .taps import EarlyExit
 from .time import TimeConvention, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
 from .truncate import blocks_of, compile_blocks, pad_rows, pruned_error, pruned_modules, truncate
@@ -429,28 +429,3 @@ def check_guidance_scale(scale: object) -> None:
         raise SettingError(
             f"guidance_scale must be a finite number, 0 or more (1 is the conditional feature); got {scale!r}."
         )
-
-
-def checked_indices(model: nn.Module, null: Mapping[str, Any]) -> AbstractContextManager[None]:
-    """While inside, every index is compared with the embedding that it reaches. It waits for the device.
-
-    Raises:
-        SettingError: In the forward, before the embedding sees an index that it does not have.
-    """
-
-    def check(module: nn.Module, args: tuple[Any, ...]) -> None:
-        assert isinstance(module, nn.Embedding)
-        if not args or not isinstance(args[0], Tensor) or not args[0].numel():
-            return
-        low, high = (int(v) for v in args[0].aminmax())
-        if low < 0 or high >= module.num_embeddings:
-            name = next(n for n, m in model.named_modules() if m is module)
-            raise SettingError(
-                f"Index {low if low < 0 else high} would reach embedding {name!r}, which has {module.num_embeddings} "
-                f"rows (0 to {module.num_embeddings - 1}). The null condition: {shown(null)}.\n"
-                "A model built without label dropout has no null row: train the teacher with dropout; or name the "
-                "index of its null class. If the index is not the null condition's, it is one of the loop's own."
-            )
-
-    # Embeddings alone: compiled blocks would be compiled anew for a hook inside them.
-    return watched([module for module in model.modules() if isinstance(module, nn.Embedding)], check)

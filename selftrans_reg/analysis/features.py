@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import Null
 from ..errors import SettingError, ShapeError
+from ..null import Null
 from ..recipes import find_blocks
 from ..taps import layer_names
 from ..teacher import check_guidance_scale

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..calls import Null
 from ..errors import SettingError
 from ..modules import unwrap
+from ..null import Null
 from ..recipes import Recipe, find_blocks, recipe
 from ..taps import layer_names
 from ..teacher import check_guidance_scale

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..calls import Call, CallSpec, Null, RowTensors, as_weights, flatten_null, null_tensors
+from ..calls import Call, CallSpec, RowTensors, as_weights
 from ..errors import SettingError, ShapeError
 from ..modules import device_of, find_layer, quoted
+from ..null import Null, checked_indices, flatten_null, null_tensors
 from ..taps import FeatureTap, watched
-from ..teacher import checked_indices
 from ..time import TimeConvention
 from ..tokens import Select, Tokens
 from .noising import add_noise, times_at
