@@ -6,9 +6,7 @@ import contextlib
 import copy
 import hashlib
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from os import PathLike
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ from .calls import Call, CallSpec
 from .errors import CaptureError, SelfTransError, SettingError, ShapeError, TeacherError
 from .heads import ProjectionHead
 from .health import Health, Look, Subject
-from .hub import Shareable
 from .losses import Distance, VAEAlignmentLoss, zero_of
 from .modules import device_of, find_layer, quoted, resolve_width
 from .plateau import GradientProbe, Interval, Plateau, PlateauRule
@@ -40,10 +37,6 @@ from .taps import Recorder, WhichForward, layer_names
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention, check_against_latents, check_times, resolve
 from .tokens import Select, Tokens
-
-if TYPE_CHECKING:
-    from .hub import Source
-
 
 # What is fixed when a criterion is built. Its weight, for one, is read at every call.
 _FIXED = frozenset({
@@ -71,7 +64,7 @@ class LossTerms(NamedTuple):
     in_window: Tensor
 
 
-class SelfTransLoss(Shareable, Alignment):
+class SelfTransLoss(Alignment):
     """Denoising loss plus the alignment of Self-Transcendence. Made by :meth:`stage1` or :meth:`stage2`.
 
     Hooks record the model's own call while the loop runs it; ``criterion(loss)`` then computes
@@ -327,64 +320,6 @@ class SelfTransLoss(Shareable, Alignment):
             teacher_rows=teacher_rows,
             **settings,
         )
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        name: str | PathLike[str],
-        model: nn.Module,
-        teacher: CFGFeatureTeacher | None = None,
-        *,
-        select: Select = None,
-        tokens: Tokens = None,
-        time: TimeConvention | None = None,
-        **source: Unpack[Source],
-    ) -> SelfTransLoss:
-        """The criterion that was saved in a folder or pushed to the hub: its next step is the one that it would be.
-
-        Args:
-            name: The folder, or the repository ``"owner/name"`` on the hub.
-            model: The model to watch, with weights of that moment, which the loop keeps.
-            teacher: The teacher of stage 2; None in stage 1, and allowed past the ``stop_step``.
-            select: The function, if it was one: functions cannot be saved.
-            tokens: The function, if it was one.
-            time: The time convention, if it was not a named one.
-            **source: For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
-
-        Raises:
-            CheckpointError: If there is no such criterion; if its files are broken, unsafe or of a later version; if it
-                does not fit the model; or if a function is needed.
-            TeacherError: If the teacher is not the one that the run began with, or is needed and missing.
-            SettingError: If something is passed that was saved.
-        """
-        from .hub import fetch
-        from .saved_criterion import load_criterion
-
-        return load_criterion(cls, fetch(name, **source), model, teacher, select, tokens, time)
-
-    def save_pretrained(
-        self, directory: str | PathLike[str], *, source: str | None = None, licence: str | None = None
-    ) -> None:
-        """Save heads, settings, counters and a model card, for :meth:`from_pretrained`.
-
-        Model, teacher and optimiser are saved by the loop. Functions (``select``, ``tokens``, a time convention of your
-        own) are saved by name only, and loading asks for them. An older criterion in the folder is replaced,
-        atomically; an edited ``README.md`` stays. In a distributed run, call this on one rank.
-
-        Args:
-            directory: The folder; made if there is none.
-            source: The run that it comes from, in words or as an address.
-            licence: Of the weights.
-
-        Raises:
-            CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
-        """
-        self._save(Path(directory), Path(directory).name, source=source, licence=licence)
-
-    def _save(self, folder: Path, name: str, *, source: str | None = None, licence: str | None = None) -> None:
-        from .saved_criterion import save_criterion
-
-        save_criterion(self, folder, source, licence, name)
 
     @property
     def measures(self) -> dict[str, Tensor]:

@@ -28,9 +28,8 @@ from tiny_artefacts import (
     names_in,
     refusal,
     rewrite,
-    take_step,
 )
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import selftrans_reg as st
@@ -93,8 +92,6 @@ def test_what_is_no_artefact_of_this_kind_is_not_replaced(saved: Path, tmp_path:
     weights.mkdir()
     save_file({"a": torch.ones(1)}, weights / "model.safetensors")
     stays(weights, "holds a model.safetensors that is no saved teacher's")
-    make_criterion(1, TinyDiT()).save_pretrained(tmp_path / "criterion")
-    stays(tmp_path / "criterion", "holds a saved criterion")
 
 
 def test_a_file_in_the_way_is_an_error(tmp_path: Path) -> None:
@@ -149,11 +146,6 @@ def test_a_later_format_names_the_version_to_install(saved: Path) -> None:
 def test_an_unknown_entry_names_the_version_to_install(saved: Path) -> None:
     rewrite(saved, heads=3, library_version="0.2.0")
     assert_says(refusal(saved, TinyDiT()), "entries that", "does not know: 'heads'", "'selftrans-reg>=0.2.0'")
-
-
-def test_one_kind_is_not_read_as_the_other(saved: Path, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="is a saved teacher, not a criterion"):
-        st.SelfTransLoss.from_pretrained(saved, TinyDiT())
 
 
 def test_every_entry_is_needed(saved: Path) -> None:
@@ -244,62 +236,11 @@ def test_a_pipe_in_a_files_place_does_not_hang(name: str, saved: Path) -> None:
     assert time.monotonic() - began < 20
 
 
-CONTRADICTIONS: list[tuple[dict[str, Any], str]] = [
-    ({"stage": 2}, "stage 2 has 'target_size', not 'latent_channels'"),
-    ({"hidden_features": 1 << 20}, "heads.0.head.0.weight: saved (6, 4), expected (1048576, 4)"),
-    ({"hidden_sizes": [4, 4]}, "1 layers, but not as many hidden_sizes"),
-    ({"layers": ["blocks.0"] * 2, "hidden_sizes": [4, 4]}, "heads.1.head.0.bias: saved None, expected (6,)"),
-    ({"latent_channels": 3}, "heads.0.linear.bias: saved (8,), expected (12,)"),
-    ({"patch_size": [2, 1 << 20]}, "heads.0.linear.weight"),
-    ({"weight": 0.6}, "schedule, weight and stop_step are not those of its tensors"),
-    ({"schedule": "cosine"}, "schedule, weight and stop_step"),
-    ({"layers": ["blocks.9"]}, "has no layer 'blocks.9'"),
-    ({"channel_axis": 4}, "channel_axis=4 is no axis"),
-    ({"window": [0.7, 0.4]}, "window must be"),
-]
-
-
-@pytest.mark.parametrize(("entries", "part"), CONTRADICTIONS, ids=[next(iter(e)) for e, _ in CONTRADICTIONS])
-def test_a_criterion_that_contradicts_itself_is_refused(entries: dict[str, Any], part: str, tmp_path: Path) -> None:
-    make_criterion(1, TinyDiT()).save_pretrained(tmp_path)
-    model = TinyDiT()
-    with pytest.raises(CheckpointError) as error:
-        st.SelfTransLoss.from_pretrained(rewrite(tmp_path, **entries), model)
-    assert_says(error, part)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-@pytest.mark.parametrize(
-    ("key", "value", "part"),
-    [
-        ("step", torch.tensor(-2), "counters"),
-        ("calls", torch.tensor(1.0), "counters"),
-        ("schedule_state", torch.tensor([9, 0, 0]), "schedule, weight"),
-        ("heads.0.linear.bias", torch.full((8,), torch.inf), "not finite"),
-        ("heads.0.linear.bias", torch.zeros(8, dtype=torch.float64), "one floating dtype"),
-        ("model.weight", torch.ones(1), "model.weight: saved (1,), expected None"),
-    ],
-)
-def test_a_criterions_tensors_are_checked(key: str, value: Tensor, part: str, tmp_path: Path) -> None:
-    make_criterion(1, TinyDiT()).save_pretrained(tmp_path)
-    rewrite(tmp_path, load_file(tmp_path / "model.safetensors") | {key: value})
-    with pytest.raises(CheckpointError) as error:
-        st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT())
-    assert_says(error, part)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux does")
 def test_damaged_artefacts_are_loaded_or_refused_and_nothing_else() -> None:
     counts = run(0, 450)
     assert sum(counts.values()) == 450
-    assert {name for name in counts if name.endswith("refused")} == {
-        "teacher refused",
-        "stage1 refused",
-        "stage2 refused",
-    }
-    assert (
-        20 < sum(count for name, count in counts.items() if name.endswith("loaded")) < 250
-    )  # the damage is not all fatal
+    assert 20 < counts["teacher loaded"] < 250  # the damage is not all fatal
 
 
 # --- Versions --------------------------------------------------------------------------------------------------------
@@ -312,12 +253,6 @@ def test_the_files_of_every_format_version_are_read(folder: Path, tmp_path: Path
     expected = load_file(copied / "expected.safetensors")
     teacher = load_teacher(copied / "teacher")
     torch.testing.assert_close(teacher(**call(1)), expected["features"], rtol=1e-5, atol=1e-6)
-    for stage in (1, 2):
-        model = TinyDiT()
-        criterion = st.SelfTransLoss.from_pretrained(copied / f"stage{stage}", model, teacher if stage == 2 else None)
-        terms = take_step(model, criterion, step=3)[:5]
-        torch.testing.assert_close(torch.stack(terms).detach(), expected[f"stage{stage}"], rtol=1e-5, atol=1e-6)
-        assert int(criterion.state_dict()["calls"]) == 4
 
 
 def test_the_current_format_version_has_its_files() -> None:
@@ -331,19 +266,6 @@ def write_data(folder: Path) -> None:
     teacher = make_teacher(tokens=slice(None))
     teacher.save_pretrained(folder / "teacher", source="run 17", step=9, latent_scale=0.18215, latent_shape=(2, 4, 4))
     expected["features"] = teacher(**call(1))
-    for stage, settings in (
-        (1, {"distance": "smooth_l1"}),
-        (2, {"schedule": "cosine", "stop_step": 9, "teacher_rows": 5}),
-    ):
-        model = TinyDiT()
-        criterion = make_criterion(stage, model, teacher if stage == 2 else None, **settings)
-        for step in range(3):
-            take_step(model, criterion, step)
-        criterion.save_pretrained(folder / f"stage{stage}")
-        criterion.detach()
-        resumed = TinyDiT()
-        criterion.attach(resumed)
-        expected[f"stage{stage}"] = torch.stack(take_step(resumed, criterion, step=3)[:5]).detach()
     save_file(expected, folder / "expected.safetensors")
 
 

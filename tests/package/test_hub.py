@@ -13,9 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 from hub_stand_in import TOKEN, Hub, running_hub
-from tiny_artefacts import FILES, TinyDiT, assert_says, call, load_teacher, make_criterion, make_teacher, names_in
+from tiny_artefacts import FILES, assert_says, call, load_teacher, make_teacher, names_in
 
-import selftrans_reg as st
 from selftrans_reg.errors import CheckpointError
 
 
@@ -51,15 +50,6 @@ def test_a_teacher_goes_to_the_hub_and_comes_back(hub: Hub) -> None:
     assert torch.equal(loaded(**call(1)), teacher(**call(1)))
     assert torch.equal(loaded.fingerprint, teacher.fingerprint)
     assert loaded.provenance == {"source": "run 17", "step": 9, "licence": "mit"}
-
-
-def test_a_criterion_goes_to_the_hub_and_comes_back(hub: Hub) -> None:
-    criterion = make_criterion(1, TinyDiT(), weight=0.3)
-    criterion.push_to_hub("me/criterion", token=TOKEN, licence="a licence of our own")
-    loaded = st.SelfTransLoss.from_pretrained("me/criterion", model=TinyDiT())
-    assert repr(loaded) == repr(criterion)
-    state = criterion.state_dict()
-    assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
 
 
 def test_only_the_two_files_of_the_format_are_downloaded(hub: Hub, saved: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 from pathlib import Path
@@ -18,19 +17,17 @@ from tiny_artefacts import (
     call,
     config_of,
     load_teacher,
-    make_criterion,
     make_teacher,
     names_in,
     refusal,
     rewrite,
-    take_step,
 )
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import selftrans_reg as st
 from selftrans_reg.artefacts import FORMAT_VERSION
-from selftrans_reg.errors import CheckpointError, PrunedModuleError, SettingError, TeacherError
+from selftrans_reg.errors import CheckpointError, PrunedModuleError, SettingError
 
 
 @pytest.fixture
@@ -330,16 +327,6 @@ def test_a_wrapped_teacher_is_saved_under_plain_keys(tmp_path: Path) -> None:
     assert torch.equal(load_teacher(tmp_path, wrapped)(**call()), expected)
 
 
-def test_a_criterion_knows_the_loaded_teacher_of_its_run_and_refuses_another(saved: Path, tmp_path: Path) -> None:
-    make_criterion(2, TinyDiT(), make_teacher()).save_pretrained(tmp_path / "criterion")
-    st.SelfTransLoss.from_pretrained(tmp_path / "criterion", model=TinyDiT(), teacher=load_teacher(saved))
-    make_teacher(guidance_scale=4.0).save_pretrained(tmp_path / "other")
-    model = TinyDiT()
-    with pytest.raises(TeacherError, match="saved with another teacher"):
-        st.SelfTransLoss.from_pretrained(tmp_path / "criterion", model, load_teacher(tmp_path / "other"))
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
 # --- Teacher: what is refused ----------------------------------------------------------------------------------------
 
 
@@ -441,161 +428,3 @@ def test_what_json_cannot_hold_is_refused_when_saving(tmp_path: Path) -> None:
 
     teacher = st.build_teacher(Reserved(), None, layer="blocks.0", guidance_scale=1.0, null={"y": 5})
     fails(teacher, CheckpointError, "'null_condition.weight', a name kept for the null condition")
-
-
-# --- Criterion -------------------------------------------------------------------------------------------------------
-
-CRITERIA: dict[str, tuple[int, dict[str, Any]]] = {
-    "stage 1": (1, {}),
-    "velocity, other settings": (
-        1,
-        {
-            **{"target": "velocity", "distance": "smooth_l1", "weight": 0.3, "window": (0.45, 0.65)},
-            **{"gating": "released", "schedule": "cosine", "stop_step": 9, "check_interval": None, "forward": "last"},
-        },
-    ),
-    "stage 2": (2, {}),
-    "two layers": (2, {"layer": ["blocks.0", "blocks.1"], "distance": "cosine", "call": {"t": "t"}}),
-    "sampled rows, a decaying weight": (
-        2,
-        {"teacher_rows": 2, "teacher_chunk": 3, "schedule": "linear", "stop_step": 12, "window": None},
-    ),
-    "a share of the rows, some of the tokens": (2, {"teacher_rows": 0.5, "tokens": slice(None), "select": None}),
-}
-
-
-def build_criterion(which: str, model: nn.Module) -> st.SelfTransLoss:
-    stage, settings = CRITERIA[which]
-    return make_criterion(stage, model, make_teacher() if stage == 2 else None, **settings)
-
-
-@pytest.mark.parametrize("which", CRITERIA)
-def test_the_next_step_is_the_one_that_would_have_been(which: str, tmp_path: Path) -> None:
-    model = TinyDiT()
-    criterion = build_criterion(which, model)
-    for step in range(3):
-        take_step(model, criterion, step)
-    criterion.save_pretrained(tmp_path)
-    resumed_model = copy.deepcopy(model)
-    teacher = make_teacher() if criterion.stage == 2 else None
-    resumed = st.SelfTransLoss.from_pretrained(tmp_path, model=resumed_model, teacher=teacher)
-    for step in range(3, 6):
-        expected = take_step(model, criterion, step)
-        found = take_step(resumed_model, resumed, step)
-        assert expected[2].item() > 0
-        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-
-
-# Of latents that are no (N, C, H, W), which the steps above have.
-CRITERIA_OF_OTHERS = {"packed": (1, {"channel_axis": 2, "patch_size": (1,)}), "videos": (1, {"patch_size": (1, 2, 2)})}
-
-
-@pytest.mark.parametrize("which", [*CRITERIA, *CRITERIA_OF_OTHERS])
-def test_every_setting_of_a_criterion_comes_back(which: str, tmp_path: Path) -> None:
-    stage, settings = (CRITERIA | CRITERIA_OF_OTHERS)[which]
-    criterion = make_criterion(stage, TinyDiT(), make_teacher() if stage == 2 else None, **settings)
-    criterion.save_pretrained(tmp_path)
-    resumed = st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), criterion.teacher)
-    compared = (
-        set(vars(criterion)) - {key for key in vars(criterion) if key.startswith("_")} - {"spec", "call", "training"}
-    )
-    assert {"weight", "window", "gating", "which_forward", "check_interval", "teacher_rows", "layers"} <= compared
-    assert {key: getattr(resumed, key) for key in compared} == {key: getattr(criterion, key) for key in compared}
-    assert [vars(resumed.spec)[key] for key in ("x", "t", "shared", "fixed")] == [
-        vars(criterion.spec)[key] for key in ("x", "t", "shared", "fixed")
-    ]
-    assert repr(resumed) == repr(criterion)
-    for mine, other in zip(criterion.heads, resumed.heads, strict=True):
-        plain = {key: value for key, value in vars(mine).items() if not key.startswith("_")}
-        assert plain == {key: vars(other)[key] for key in plain}
-    assert all(torch.equal(a, b) for a, b in zip(criterion.parameters(), resumed.parameters(), strict=True))
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-def test_a_criterion_is_three_files_without_model_or_teacher(stage: int, tmp_path: Path) -> None:
-    criterion = make_criterion(stage, TinyDiT(), make_teacher() if stage == 2 else None)
-    criterion.save_pretrained(tmp_path)
-    assert names_in(tmp_path) == FILES
-    head = "heads.0.head" if stage == 1 else "heads.0"
-    expected = {f"{head}.{i}.{kind}" for i in (0, 2, 4) for kind in ("weight", "bias")}
-    expected |= {"heads.0.linear.weight", "heads.0.linear.bias"} if stage == 1 else set()
-    tensors = load_file(tmp_path / "model.safetensors")
-    observed = {"health_state", "plateau_state"}
-    assert set(tensors) == expected | observed | {"step", "calls", "schedule_state", "teacher_fingerprint"}
-    assert (tmp_path / "model.safetensors").stat().st_size < 3000
-    config = config_of(tmp_path)
-    assert config["kind"] == "criterion"
-    assert config["stage"] == stage
-    assert config["hidden_sizes"] == [4]
-    assert config["target_size"] == (None if stage == 1 else 4)
-    assert config["patch_size"] == ([2, 2] if stage == 1 else None)
-    card = (tmp_path / "README.md").read_text()
-    assert f"| stage | {stage} |" in card
-    assert f'from_pretrained("{tmp_path.name}", model=model{", teacher=teacher" if stage == 2 else ""})' in card
-
-
-def test_a_head_keeps_its_dtype_and_the_teacher_its_own(tmp_path: Path) -> None:
-    criterion = make_criterion(2, TinyDiT(), make_teacher())
-    criterion.heads.to(torch.float64)
-    criterion.save_pretrained(tmp_path)
-    teacher = make_teacher()
-    resumed = st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), teacher)
-    assert {p.dtype for p in resumed.parameters()} == {torch.float64}
-    assert {p.dtype for p in teacher.parameters()} == {torch.float32}
-
-
-def test_layers_of_different_widths_come_back_where_they_can_be_read_off(tmp_path: Path) -> None:
-    class TwoWidths(TinyDiT):
-        def __init__(self) -> None:
-            super().__init__()
-            self.blocks[0] = nn.Sequential(nn.Linear(4, 7), nn.Linear(7, 4))
-
-    layers = ["blocks.0.0", "blocks.0.1"]
-    criterion = st.SelfTransLoss.stage1(
-        TwoWidths(), layer=layers, time="repa", latent_channels=2, patch_size=2, hidden_features=6
-    )
-    criterion.save_pretrained(tmp_path)
-    assert config_of(tmp_path)["hidden_sizes"] == [7, 4]
-    resumed = st.SelfTransLoss.from_pretrained(tmp_path, TwoWidths())
-    assert [head.head.in_features for head in resumed.heads] == [7, 4]
-    model = TinyDiT()
-    with pytest.raises(CheckpointError):
-        st.SelfTransLoss.from_pretrained(tmp_path, model)
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
-
-def test_past_the_stop_step_no_teacher_is_needed_and_before_it_one_is(tmp_path: Path) -> None:
-    model = TinyDiT()
-    criterion = make_criterion(2, model, make_teacher(), stop_step=2)
-    take_step(model, criterion, 0)
-    criterion.save_pretrained(tmp_path)
-    with pytest.raises(TeacherError, match=r"still needs its teacher \(step 0, stop_step 2\)"):
-        st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT())
-    take_step(model, criterion, 1)
-    criterion.save_pretrained(tmp_path)
-    resumed = st.SelfTransLoss.from_pretrained(tmp_path, model=(other := TinyDiT()))
-    assert take_step(other, resumed, 2)[3].item() == 0.0
-    assert torch.equal(resumed.state_dict()["teacher_fingerprint"], make_teacher().fingerprint)
-    assert resumed.state_dict()["step"] == 2
-
-
-def test_a_teacher_is_refused_in_stage_1(tmp_path: Path) -> None:
-    make_criterion(1, TinyDiT()).save_pretrained(tmp_path)
-    with pytest.raises(SettingError, match="stage 1, which has no teacher"):
-        st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), make_teacher())
-
-
-def test_a_criterions_functions_are_asked_for(tmp_path: Path) -> None:
-    settings = {"select": nn.Identity(), "tokens": FLIP, "time": MINE}
-    make_criterion(1, TinyDiT(), **settings).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError) as error:
-        st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT())
-    assert_says(error, "select=... (it was 'Identity')", "tokens=... (it was 'partial')", "time=... (it was 'mine')")
-    resumed = st.SelfTransLoss.from_pretrained(tmp_path, TinyDiT(), **settings)
-    assert [resumed.select, resumed.tokens, resumed.time] == list(settings.values())
-
-
-def test_heads_of_ones_own_are_not_saved(tmp_path: Path) -> None:
-    criterion = st.SelfTransLoss(TinyDiT(), [nn.Linear(4, 4)], layer="blocks.0", time="repa")
-    with pytest.raises(CheckpointError, match=r"made by stage1\(\) or stage2\(\)"):
-        criterion.save_pretrained(tmp_path)

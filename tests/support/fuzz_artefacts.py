@@ -24,29 +24,23 @@ from typing import Any
 
 import torch
 from fuzz_checkpoints import MIB, damaged, peak_kib, reset_peak, snapshot
-from tiny_artefacts import TinyDiT, make_criterion, make_teacher
+from tiny_artefacts import TinyDiT, make_teacher
 
 import selftrans_reg as st
-from selftrans_reg.errors import CheckpointError, TeacherError, TimeConventionError
+from selftrans_reg.errors import CheckpointError
 
 SECONDS = 30  # one case, on a busy core; the usual one takes milliseconds
 DAMAGED = ("config.json", "model.safetensors")
 
 
 class Corpus:
-    """Good artefacts that the cases damage: a teacher and a criterion of each stage, under ``folder``."""
+    """A good teacher that the cases damage, under ``folder``."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.teacher = make_teacher()
         self.teacher.save_pretrained(folder / "teacher", source="a run", latent_shape=(2, 4, 4))
-        make_criterion(1, TinyDiT()).save_pretrained(folder / "stage1")
-        settings = {"schedule": "linear", "stop_step": 9, "tokens": slice(None), "teacher_rows": 2}
-        make_criterion(2, TinyDiT(), self.teacher, **settings).save_pretrained(folder / "stage2")
-        self.files = {
-            kind: {name: (folder / kind / name).read_bytes() for name in DAMAGED}
-            for kind in ("teacher", "stage1", "stage2")
-        }
+        self.files = {name: (folder / "teacher" / name).read_bytes() for name in DAMAGED}
 
     def write(self, files: dict[str, bytes]) -> Path:
         case = self.folder / "case"
@@ -115,11 +109,10 @@ def odd_weights(data: bytes, rng: random.Random) -> bytes:
     return struct.pack("<Q", len(text)) + text + bytes(body)
 
 
-def build(corpus: Corpus, case: int) -> tuple[str, Path]:
-    """The kind and the folder of a case."""
+def build(corpus: Corpus, case: int) -> Path:
+    """The folder of a case."""
     rng = random.Random(case)
-    kind = ("teacher", "stage1", "stage2")[case % 3]
-    files = dict(corpus.files[kind])
+    files = dict(corpus.files)
     if rng.random() < 0.5:
         files["model.safetensors"] = odd_weights(files["model.safetensors"], rng)
         if rng.random() < 0.9:  # past the first check
@@ -127,39 +120,29 @@ def build(corpus: Corpus, case: int) -> tuple[str, Path]:
             files["config.json"] = json.dumps(json.loads(files["config.json"]) | {"sha256": digest}).encode()
     else:
         files["config.json"] = odd_config(files["config.json"], rng)
-    return kind, corpus.write(files)
+    return corpus.write(files)
 
 
-def judge(corpus: Corpus, kind: str, folder: Path) -> str | None:
+def judge(folder: Path) -> str | None:
     """The refusal's message, None if it was loaded; AssertionError if neither is so, or something was left changed."""
     model = TinyDiT()
     before, base, start = snapshot(model), reset_peak(), time.monotonic()
     size = sum(path.stat().st_size for path in folder.iterdir())
     message = None
     try:
-        if kind == "teacher":
-            st.CFGFeatureTeacher.from_pretrained(folder, model)
-        else:
-            teacher = corpus.teacher if kind == "stage2" else None
-            criterion = st.SelfTransLoss.from_pretrained(folder, model, teacher)
-            assert all(value.isfinite().all() for value in criterion.parameters()), "a head that is not finite"
-            criterion.detach()
+        st.CFGFeatureTeacher.from_pretrained(folder, model)
     except CheckpointError as error:
-        message = str(error)
-    except (TeacherError, TimeConventionError) as error:
-        if kind != "stage2":  # which finds that the teacher is another one, or sees another t
-            raise
         message = str(error)
     except Exception as error:
         raise AssertionError(f"{type(error).__name__} instead of CheckpointError: {error}") from error
     seconds, grown = time.monotonic() - start, (peak_kib() - base) * 1024
-    if message is not None or kind != "teacher":
+    if message is not None:
         after = snapshot(model)
         assert after.keys() == before.keys(), f"changed: {message}"
         assert all(torch.equal(after[key], before[key]) for key in after), f"half loaded: {message}"
         assert all(p.requires_grad for p in model.parameters()), f"frozen: {message}"
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()), f"watched: {message}"
-        assert message is None or len(message) < 8_000, f"a message of {len(message)} characters"
+        assert len(message) < 8_000, f"a message of {len(message)} characters"
     else:
         assert all(value.isfinite().all() for value in model.state_dict().values()), "weights that are not finite"
     assert seconds < SECONDS, f"{seconds:.0f} s"
@@ -168,14 +151,13 @@ def judge(corpus: Corpus, kind: str, folder: Path) -> str | None:
 
 
 def run(first: int, count: int) -> Counter[str]:
-    """How many of the cases were loaded and refused, by kind."""
+    """How many of the cases were loaded and refused."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
         corpus = Corpus(Path(folder))
         for case in range(first, first + count):
             try:
-                kind, path = build(corpus, case)
-                counts[f"{kind} {'loaded' if judge(corpus, kind, path) is None else 'refused'}"] += 1
+                counts[f"teacher {'loaded' if judge(build(corpus, case)) is None else 'refused'}"] += 1
             except BaseException as error:
                 error.add_note(f"case {case}")
                 raise
