@@ -7,11 +7,22 @@ author = "the selftrans-reg authors"
 project_copyright = "the selftrans-reg authors, Apache-2.0"
 release = version = selftrans_reg.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx-mathjax-offline",  # formulas render without a network
+    "sphinx_copybutton",
+]
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
 html_title = f"selftrans-reg {release}"
+html_static_path = ["_static"]
+html_css_files = ["pictures.css"]
+
+copybutton_exclude = ".linenos, .gp, .go"  # prompts and printed output of a session are not copied
 
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3

@@ -114,6 +114,15 @@ def test_no_block_of_a_page_escapes(page: Path) -> None:
     assert not unknown, "\n".join(f"{page.name}:{b.line}: a block fenced as {b.kind!r}" for b in unknown)
 
 
+def test_the_readme_runs_with_a_model_a_transport_and_a_loader() -> None:
+    hidden = [block for block in blocks_of((ROOT / "README.md").read_text()) if block.kind == "setup"]
+    names: dict[str, object] = {}
+    for block in hidden:
+        exec(block.code, names)
+    imported = {"torch", "SiT", "Transport", "__builtins__"}
+    assert names.keys() - imported == {"SiT_B_2", "transport", "loader"}
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_what_a_page_points_to_exists(page: Path) -> None:
     text = page.read_text()
