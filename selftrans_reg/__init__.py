@@ -11,26 +11,17 @@ from .analysis.result import LayerReport
 from .artefacts import strip
 from .checkpoints import load_weights, read_checkpoint
 from .criterion import LossTerms, SelfTransLoss
-from .errors import AlignmentNotFallingWarning as AlignmentNotFallingWarning
 from .errors import CallError as CallError
 from .errors import CaptureError as CaptureError
 from .errors import CheckpointError as CheckpointError
-from .errors import EmptyWindowWarning as EmptyWindowWarning
-from .errors import EvalModeWarning as EvalModeWarning
-from .errors import ExplodingFeaturesWarning as ExplodingFeaturesWarning
-from .errors import HeadNotTrainedWarning as HeadNotTrainedWarning
 from .errors import HealthWarning as HealthWarning
 from .errors import LayerNotFoundError as LayerNotFoundError
 from .errors import MissingDependencyError as MissingDependencyError
-from .errors import NoContrastWarning as NoContrastWarning
-from .errors import NoGradientWarning as NoGradientWarning
 from .errors import NotFiniteError as NotFiniteError
 from .errors import PrunedModuleError as PrunedModuleError
-from .errors import SameWeightsWarning as SameWeightsWarning
 from .errors import SelfTransError
 from .errors import SettingError as SettingError
 from .errors import ShapeError as ShapeError
-from .errors import StepWentBackWarning as StepWentBackWarning
 from .errors import TeacherError as TeacherError
 from .errors import TimeConventionError as TimeConventionError
 from .heads import ProjectionHead

@@ -15,7 +15,7 @@ from .alignment import Alignment, Gate, Gated, check_batch, check_denoising, che
 from .calls import Call, CallSpec
 from .errors import CaptureError, SelfTransError, SettingError, ShapeError, TeacherError
 from .heads import ProjectionHead
-from .health import Health, Look, Subject
+from .health import Health, Look
 from .losses import Distance, VAEAlignmentLoss, zero_of
 from .modules import device_of, find_layer, quoted, resolve_width
 from .plateau import GradientProbe, Interval, Plateau, PlateauRule
@@ -387,7 +387,7 @@ class SelfTransLoss(Alignment):
         record.check_arguments()
         checking = self._check_interval.due(self._calls)
         self._check(gated.call, denoising, latents, checking)
-        look = self._new_look(denoising)
+        look = self._new_look(denoising, gated.call, self.weight * scale)
         with torch.no_grad() if self.weight == 0.0 else contextlib.nullcontext():
             alignment = self._alignment(record, gated, latents, seed=self._calls, checking=checking, look=look)
         self._observe(look, gated, alignment)
@@ -485,12 +485,24 @@ class SelfTransLoss(Alignment):
             check_same_shape(call, latents)
             check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach())
 
-    def _new_look(self, denoising: Tensor) -> Look | None:
+    def _new_look(self, denoising: Tensor, call: Call, weight: float) -> Look | None:
         """Where this call is measured, what is to see it."""
         due = [interval.due(self._calls) for interval in (self._health.interval, self._plateau.interval)]
-        if not any(due):
+        model = self._watching().model
+        if not any(due) or model is None:
             return None
-        return Look(denoising, GradientProbe(self.measures.update) if self.weight > 0.0 else None)
+        return Look(
+            denoising,
+            GradientProbe(self.measures.update) if self.weight > 0.0 else None,
+            call,
+            self.time.noise_fraction(call.t),
+            self.window,
+            model,
+            {layer: find_layer(model, layer) for layer in self.layers},
+            self.heads,
+            self.teacher,
+            weight,
+        )
 
     def _observe(self, look: Look | None, gated: Gated, alignment: Tensor) -> None:
         call = gated.call
@@ -500,12 +512,8 @@ class SelfTransLoss(Alignment):
             return
         look.inside = inside
         self._health.measure(look)
-        model = self._watching().model
-        if self.health_interval is not None and model is not None:
-            fractions = self.time.noise_fraction(call.t)
-            layers = {layer: find_layer(model, layer) for layer in self.layers}
-            subject = Subject(call, fractions, self.window, model, layers, self.heads, self.teacher)
-            self._health.judge(look, self._calls, alignment, subject)
+        if self.health_interval is not None:
+            self._health.judge(look, self._calls, alignment)
         if look.probe is not None:
             self._plateau.arm(look.probe, self._calls)
 

@@ -57,40 +57,17 @@ class MissingDependencyError(SelfTransError, ImportError):
 
 
 class HealthWarning(SelfTransError, UserWarning):  # noqa: N818  # called as Python calls its own warnings
-    """Base class of what a criterion warns of while it trains: a run that looks wrong. Each kind comes once."""
+    """What a criterion warns of while it trains: a run that looks wrong. Each kind comes once.
 
+    The text begins with the kind, so that one kind can be silenced:
+    ``warnings.filterwarnings("ignore", "same_weights", HealthWarning)``.
 
-class HeadNotTrainedWarning(HealthWarning):
-    """The head stays as it is while the tapped layer moves: the optimiser does not hold it."""
+    Attributes:
+        kind: ``"head_not_trained"``, ``"no_gradient"``, ``"loss_scale"``, ``"alignment_not_falling"``,
+            ``"exploding_features"``, ``"no_contrast"``, ``"same_weights"``, ``"empty_window"``, ``"eval_mode"`` or
+            ``"step_went_back"``.
+    """
 
-
-class NoGradientWarning(HealthWarning):
-    """The alignment's gradient does not reach the tapped layer, or is 0 there."""
-
-
-class AlignmentNotFallingWarning(HealthWarning):
-    """The alignment is no lower than at the beginning."""
-
-
-class ExplodingFeaturesWarning(HealthWarning):
-    """The tapped layer's tokens have grown as they do in no run that goes well."""
-
-
-class NoContrastWarning(HealthWarning):
-    """The condition changes nothing in the teacher's features, so there is nothing to guide with."""
-
-
-class SameWeightsWarning(HealthWarning):
-    """The student begins with the teacher's weights."""
-
-
-class EmptyWindowWarning(HealthWarning):
-    """No sample has been inside the window for many calls."""
-
-
-class EvalModeWarning(HealthWarning):
-    """The model trains, and the criterion is in eval mode: there is no alignment."""
-
-
-class StepWentBackWarning(HealthWarning):
-    """The step is smaller than one before, as of a count that begins anew with each epoch."""
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.kind = message.partition(":")[0]
