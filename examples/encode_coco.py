@@ -10,36 +10,38 @@ The captions come as COCO's own JSON: ``images`` with ``id`` and ``file_name``, 
 import argparse
 import hashlib
 import os
+from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from common.coco_features import CocoWriter
 from common.data_files import DataError, first_ones, read_json, readable
-from common.encoding import PRECISIONS, Images, collate, latent_side, load_encoder, posterior, weights_digest
-from common.options import at_least
-from common.text_features import CLIP_VIT_L14, load_text_encoder
+from common.encoding import PRECISIONS, image_batches, load_encoder
+from common.options import Parser, at_least, run_script
+from common.scaling import scaling_of
+from common.text import CLIP_VIT_L14, load_text_encoder
 from common.tf32 import tf32
 from common.training import progress
-from torch.utils.data import DataLoader
+from common.vae import encode_moments, weights_digest
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("images", type=Path, help="folder of the images")
     add("captions", type=Path, help="COCO's captions_*.json")
     add("--out", type=Path, required=True, help="folder of the features, of all splits")
-    add("--split", default="train", help="folder in it; default train")
+    add("--split", default="train", help="folder in it")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="an AutoencoderKL: folder or name on the hub")
-    add("--text-encoder", default=CLIP_VIT_L14, help=f"CLIP text model: folder or name on the hub; {CLIP_VIT_L14}")
-    add("--size", type=at_least(1), default=256, help="pixels a side; default 256")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the VAE; default fp32")
+    add("--text-encoder", default=CLIP_VIT_L14, help="CLIP text model: folder or name on the hub")
+    add("--size", type=at_least(1), default=256, help="pixels a side")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the VAE")
     add("--cut-long", action="store_true", help="use the beginning of captions that are too long for the text model")
-    add("--batch-size", type=at_least(1), default=32)
-    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="that read images")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--batch-size", type=at_least(1), default=32, help="images at a time")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that read images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of both models")
     return parser.parse_args(argv)
 
 
@@ -54,25 +56,40 @@ def read_captions(path: Path, folder: Path) -> Captioned:
     """The captions of each image.
 
     Raises:
-        DataError: If the file is not as COCO's are, an image is missing, or one has no caption.
+        DataError: If the file is not as COCO's are, an id or a file occurs twice, an image is missing or has no
+            caption, or an annotation is of no image.
     """
     content = read_json(path)
     with readable(path, "COCO's captions"):
-        names = {image["id"]: image["file_name"] for image in sorted(content["images"], key=lambda image: image["id"])}
-        captions: dict[int, list[str]] = {image: [] for image in names}
-        for annotation in content["annotations"]:
-            captions[annotation["image_id"]].append(annotation["caption"])
-        there = {entry.name for entry in os.scandir(folder)}
-    problems = [(name, "has no captions") for image, name in names.items() if not captions[image]]
-    problems += [(str(name), f"is not in {folder}") for name in names.values() if name not in there]
-    wrong = [caption for some in captions.values() for caption in some if not isinstance(caption, str)]
-    problems += [(str(caption)[:50], "is no caption") for caption in wrong]
+        images, annotations = content["images"], content["annotations"]
+        names = {image["id"]: image["file_name"] for image in images}
+        ids, annotated = [image["id"] for image in images], [annotation["image_id"] for annotation in annotations]
+        files = Counter(image["file_name"] for image in images)
+        captions: dict[Any, list[str]] = {image: [] for image in names}
+        for annotation in annotations:
+            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
+    problems = [(f"id {i!r}", "is no whole number") for i in {*ids, *annotated} if type(i) is not int]
+    problems += [(f"id {i!r}", f"is that of {n} images") for i, n in Counter(ids).items() if n > 1]
+    problems += [(f"{file!r}", f"is the file of {n} images") for file, n in files.items() if n > 1]
+    problems += [
+        (f"id {i!r}", f"has {n} captions and no image") for i, n in Counter(annotated).items() if i not in names
+    ]
+    problems += [(f"{names[i]} (id {i!r})", "has no captions") for i in names if not captions[i]]
+    problems += [
+        (f"{str(caption)[:50]!r} (id {i!r})", "is no caption")
+        for i, some in captions.items()
+        for caption in some
+        if not isinstance(caption, str)
+    ]
+    problems += [(str(file), f"is not in {folder}") for file in files if not (folder / str(file)).is_file()]
     if problems or not names:
         raise DataError(
             f"The captions in {path} and the images in {folder} do not fit: {len(problems)} problems in {len(names)} "
-            f"images.\n{first_ones(problems)}\nEvery image needs its file and at least one caption."
+            f"images.\n{first_ones(problems)}\n"
+            "Every image needs an id of its own, a whole number, its file, and at least one caption."
         )
-    return Captioned(list(names.values()), list(captions.values()))
+    order = sorted(names)
+    return Captioned([names[i] for i in order], [captions[i] for i in order])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -80,12 +97,11 @@ def main(argv: list[str] | None = None) -> None:
 
     Raises:
         DataError: If captions are missing or an image cannot be read.
-        SettingError: If the folder holds features of another kind, or a caption is too long.
+        Mistake: If the folder holds features of another kind, or a caption is too long.
     """
     run = options(argv)
     found = read_captions(run.captions, run.images)
-    vae = load_encoder(run.vae, PRECISIONS[run.precision])
-    latent_side(vae, run.size)
+    vae, _ = load_encoder(run.vae, run.precision, run.size)
     texts = load_text_encoder(run.text_encoder, device=run.device)
     settings = {
         "vae_weights": weights_digest(vae),
@@ -95,13 +111,12 @@ def main(argv: list[str] | None = None) -> None:
         "cut_long": run.cut_long,
         "captions": hashlib.sha256(repr(found).encode()).hexdigest(),
     }
-    empty = texts.encode([""]).features[0]
-    writer = CocoWriter(run.out, run.split, empty, scale=vae.config.scaling_factor, vae=run.vae, settings=settings)
+    empty, scaling = texts.encode([""]).features[0], scaling_of(vae.config, f"The VAE {run.vae!r}")
+    writer = CocoWriter(run.out, run.split, empty, scaling=scaling, vae=run.vae, settings=settings)
     vae.to(run.device)
     todo = [index for index in range(len(found.images)) if not writer.has(index)]
     batches = [todo[start : start + run.batch_size] for start in range(0, len(todo), run.batch_size)]
-    images = Images(run.images, found.images, run.size)
-    loader = DataLoader(images, batch_sampler=batches, num_workers=run.workers, collate_fn=collate)
+    loader = image_batches(run.images, found.images, batches, size=run.size, workers=run.workers)
     bad: list[tuple[str, str]] = []
     cut: list[str] = []
     with tf32(run.precision == "tf32"):
@@ -114,7 +129,7 @@ def main(argv: list[str] | None = None) -> None:
             features = texts.encode(captions, cut_long=run.cut_long)
             cut += features.cut
             contexts = features.features.split([len(found.captions[row]) for row in good])
-            for row, mean, std, context in zip(good, *posterior(vae, pixels), contexts, strict=True):
+            for row, mean, std, context in zip(good, *encode_moments(vae, pixels / 127.5 - 1), contexts, strict=True):
                 writer.write(row, mean, std, context)
     if cut:
         print(f"{len(cut)} captions are longer than the {texts.length} tokens that are read, such as {cut[0]!r}")
@@ -128,4 +143,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -10,73 +10,107 @@ files. Stopped at any time, the same command goes on where it was. Several proce
 import argparse
 import hashlib
 import os
+import time
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from common.data_files import DataError, first_ones
-from common.encoding import PRECISIONS, Images, collate, latent_side, load_encoder, posterior, weights_digest
-from common.image_folder import ImageFolder, list_images
-from common.latent_shards import OpenShard, Shard, moment_names, shard_name, write_shard
-from common.options import at_least
-from common.shard_index import Index, open_folder
+from common.encoding import PRECISIONS, image_batches, load_encoder
+from common.images import find_images, skipped_line
+from common.latent_shards import (
+    INDEX,
+    Index,
+    OpenShard,
+    Shard,
+    moment_names,
+    read_index,
+    shard_name,
+    write_index,
+    write_shard,
+)
+from common.options import Mistake, Parser, at_least, run_script
+from common.processes import Processes
+from common.scaling import scaling_of
 from common.tf32 import tf32
 from common.training import progress
-from diffusers import AutoencoderKL
+from common.vae import encode_moments, weights_digest
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 import selftrans_reg as st
-from selftrans_reg.errors import SettingError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 STORED = {"float32": torch.float32, "float16": torch.float16}
-
-_ALONE = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+WAIT_SECONDS = 600.0  # for the process that writes the index
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "images", type=Path, help="folder that holds a folder of PNG, JPEG or WebP images for each class"
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder of the shards")
-    parser.add_argument(
-        "--vae", default="stabilityai/sd-vae-ft-mse", help="an AutoencoderKL: folder or name on the hub"
-    )
-    parser.add_argument("--size", type=at_least(1), default=256, help="pixels a side; default 256")
-    parser.add_argument("--flip", action="store_true", help="encode every image mirrored, too")
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="of the VAE; default fp32")
-    parser.add_argument("--store", choices=STORED, default="float32", help="dtype in the shards; default float32")
-    parser.add_argument("--shard-images", type=at_least(1), default=1024, help="images a shard; default 1024")
-    parser.add_argument("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    parser.add_argument("--batch-size", type=at_least(1), default=32)
-    parser.add_argument("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="that read images")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("images", type=Path, help="folder that holds a folder of PNG, JPEG or WebP images for each class")
+    add("--out", type=Path, required=True, help="folder of the shards")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="an AutoencoderKL: folder or name on the hub")
+    add("--size", type=at_least(1), default=256, help="pixels a side")
+    add("--flip", action="store_true", help="encode every image mirrored, too")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the VAE")
+    add("--store", choices=STORED, default="float32", help="dtype in the shards")
+    add("--shard-images", type=at_least(1), default=1024, help="images a shard")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    add("--batch-size", type=at_least(1), default=32, help="images at a time")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that read images")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the VAE")
+    run = parser.parse_args(argv)
+    if run.out.resolve().is_relative_to(run.images.resolve()):
+        parser.error(f"--out {run.out} lies in {run.images}, and would be taken for images")
+    return run
 
 
-class Processes(NamedTuple):
-    """This process among those that torchrun or accelerate launched."""
+class ImageFolder(NamedTuple):
+    """What a folder of class folders holds.
 
-    rank: int
-    world_size: int
-    local_rank: int
+    Attributes:
+        classes: The names of the class folders, sorted; a label is a place in this list.
+        images: Relative to the folder, with slashes, sorted within each class.
+        labels: One for each image.
+        skipped: What is no image.
+    """
 
-    @classmethod
-    def here(cls) -> "Processes":
-        """As the environment says; alone without it."""
-        return cls(*(int(os.environ.get(name, alone)) for name, alone in _ALONE.items()))
+    classes: list[str]
+    images: list[str]
+    labels: list[int]
+    skipped: list[str]
 
 
-def planned_index(run: argparse.Namespace, vae: AutoencoderKL, found: ImageFolder) -> Index:
-    """What the folder of shards will hold.
+def list_classes(folder: Path) -> ImageFolder:
+    """Find the images of each class; nothing is opened.
 
     Raises:
-        SettingError: If the VAE cannot halve the size as often as it does.
+        DataError: If there are none, a class folder holds none, or some lie in no class folder.
     """
-    side = latent_side(vae, run.size)
+    images, skipped = find_images(folder)
+    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    by_class: dict[str, list[str]] = {name: [] for name in classes}
+    problems = [(name, "an image in no class folder") for name in images if "/" not in name]
+    for name in images:
+        if "/" in name:
+            by_class[name.partition("/")[0]].append(name)
+    problems += [(name, "a class folder without images") for name in classes if not by_class[name]]
+    if problems or not classes:
+        raise DataError(
+            f"{folder} should hold a folder for each class, and in each of them PNG, JPEG or WebP images.\n"
+            f"{first_ones(problems) or 'Found: no folders.'}\n"
+            "Move images into the folders of their classes, and folders without images away."
+        )
+    labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
+    return ImageFolder(classes, [image for name in classes for image in by_class[name]], labels, skipped)
+
+
+def planned_index(run: argparse.Namespace, vae: "AutoencoderKL", side: int, found: ImageFolder) -> Index:
+    """What the folder of shards will hold."""
     settings = {
         "vae": run.vae,
         "vae_weights": weights_digest(vae),
@@ -89,13 +123,62 @@ def planned_index(run: argparse.Namespace, vae: AutoencoderKL, found: ImageFolde
     }
     return Index(
         settings=settings,
-        scale=vae.config.scaling_factor,
+        scaling=scaling_of(vae.config, f"The VAE {run.vae!r}"),
         shape=[vae.config.latent_channels, side, side],
         mirrored=run.flip,
         shards=-(-len(found.images) // run.shard_images),
         classes=found.classes,
         library=st.__version__,
     )
+
+
+def open_folder(folder: Path, index: Index, rank: int) -> None:
+    """Write the index, or make sure that the one that is there says the same. The first process does the writing.
+
+    Raises:
+        Mistake: If the folder holds something else: other latents, or files of another kind.
+    """
+    path = folder / INDEX
+    if not path.exists() and rank == 0:
+        if folder.exists() and any(folder.iterdir()):
+            there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5])
+            raise Mistake(f"{folder} is not empty, and holds no latents.\nFound: {there}.\nName another with --out.")
+        folder.mkdir(parents=True, exist_ok=True)
+        write_index(index, folder)
+    waited_since = time.monotonic()
+    while not path.exists():
+        if time.monotonic() - waited_since > WAIT_SECONDS:
+            raise Mistake(f"Process 0 has not written {path} in {WAIT_SECONDS:.0f} seconds. Is {folder} shared?")
+        time.sleep(0.2)
+    there, now = (_compared(index) for index in (read_index(folder), index))
+    differences = [
+        f"{name}: {str(there.get(name))[:80]} there, {str(now.get(name))[:80]} now"
+        for name in sorted(there.keys() | now.keys())
+        if there.get(name) != now.get(name)
+    ]
+    if differences:
+        raise Mistake(
+            f"{folder} holds latents of another kind.\nFound: {'; '.join(differences)}.\n"
+            "Name another folder with --out, or the same settings and images as before."
+        )
+
+
+def _compared(index: Index) -> dict[str, Any]:
+    """What must be the same when work goes on; the VAE's weights count, not the path to them."""
+    entries = {**index._asdict(), **index.settings}
+    return {name: value for name, value in entries.items() if name not in ("settings", "vae", "library")}
+
+
+def unfinished(folder: Path, index: Index, shards: range) -> list[int]:
+    """Those of the shards that are not there.
+
+    Raises:
+        DataError: If one is there, but damaged.
+    """
+    there = [shard for shard in shards if (folder / shard_name(shard)).exists()]
+    for shard in there:
+        OpenShard(folder, shard, index)
+    return sorted({*shards} - {*there})
 
 
 def batches_of(shards: list[int], shard_images: int, images: int, batch_size: int) -> list[tuple[int, list[int]]]:
@@ -108,28 +191,17 @@ def batches_of(shards: list[int], shard_images: int, images: int, batch_size: in
     ]
 
 
-def unfinished(folder: Path, index: Index, shards: list[int]) -> list[int]:
-    """Those of the shards that are not there.
-
-    Raises:
-        DataError: If one is there, but damaged.
-    """
-    there = [shard for shard in shards if (folder / shard_name(shard)).exists()]
-    for shard in there:
-        OpenShard(folder / shard_name(shard), index)
-    return sorted({*shards} - {*there})
-
-
-def encoded(run: argparse.Namespace, vae: AutoencoderKL, pixels: Tensor) -> list[Tensor]:
+def encoded(run: argparse.Namespace, vae: "AutoencoderKL", pixels: Tensor) -> list[Tensor]:
     """What a shard stores of a batch, in the order of `moment_names`.
 
     Raises:
-        SettingError: If a precision is too narrow for it.
+        Mistake: If a precision is too narrow for it.
     """
-    moments = [*posterior(vae, pixels), *(posterior(vae, pixels.flip(-1)) if run.flip else ())]
+    images = pixels / 127.5 - 1
+    moments = [*encode_moments(vae, images), *(encode_moments(vae, images.flip(-1)) if run.flip else ())]
     stored = [part.to(STORED[run.store]) for part in moments]
     if not all(part.isfinite().all() for part in stored):
-        raise SettingError(
+        raise Mistake(
             f"The VAE's posteriors are not finite with --precision {run.precision} --store {run.store}.\n"
             "Take fp32 or bf16, and float32, into another folder."
         )
@@ -137,7 +209,7 @@ def encoded(run: argparse.Namespace, vae: AutoencoderKL, pixels: Tensor) -> list
 
 
 def encode(
-    run: argparse.Namespace, vae: AutoencoderKL, found: ImageFolder, index: Index, shards: list[int], *, show: bool
+    run: argparse.Namespace, vae: "AutoencoderKL", found: ImageFolder, index: Index, shards: list[int], *, show: bool
 ) -> list[tuple[str, str]]:
     """Make the shards. One with images that cannot be read is not written, unless they may be left out.
 
@@ -145,12 +217,11 @@ def encode(
         (name, reason) of the images that cannot be read.
     """
     plan = batches_of(shards, run.shard_images, len(found.images), run.batch_size)
-    images = Images(run.images, found.images, run.size)
-    batches = DataLoader(images, batch_sampler=[rows for _, rows in plan], num_workers=run.workers, collate_fn=collate)
+    batches = image_batches(run.images, found.images, [rows for _, rows in plan], size=run.size, workers=run.workers)
     work = zip(plan, progress(batches, "encoding") if show and plan else batches, strict=True)
     bad: list[tuple[str, str]] = []
     for shard, group in groupby(work, key=lambda item: item[0][0]):
-        parts = [[torch.empty(0, *index.shape, dtype=STORED[run.store])] for _ in moment_names(run.flip)]
+        parts = [[torch.empty(0, *index.shape, dtype=STORED[run.store])] for _ in moment_names(mirrored=run.flip)]
         kept: list[int] = []
         left_out: list[tuple[str, str]] = []
         for (_, rows), (pixels, reasons) in group:
@@ -161,7 +232,7 @@ def encode(
                     part.append(moment)
         bad += left_out
         if run.skip_bad or not left_out:
-            moments = dict(zip(moment_names(run.flip), map(torch.cat, parts), strict=True))
+            moments = dict(zip(moment_names(mirrored=run.flip), map(torch.cat, parts), strict=True))
             labels = torch.tensor([found.labels[row] for row in kept], dtype=torch.int64)
             write_shard(run.out, shard, Shard(moments, labels, [found.images[row] for row in kept], left_out))
     return bad
@@ -169,17 +240,16 @@ def encode(
 
 def report(folder: Path, index: Index) -> None:
     """Say what the folder holds, if all of it is there."""
-    missing = sum(not (folder / shard_name(number)).exists() for number in range(index.shards))
-    if missing:
+    files = [folder / shard_name(number) for number in range(index.shards)]
+    if missing := sum(not path.exists() for path in files):
         print(f"{folder}: {missing} of {index.shards} shards are still to be made, by the other processes")
         return
-    shards = [OpenShard(folder / shard_name(number), index) for number in range(index.shards)]
+    shards = [OpenShard(folder, number, index) for number in range(index.shards)]
     left_out = [entry for shard in shards for entry in shard.left_out]
-    images = sum(len(shard.images) for shard in shards)
-    gigabytes = sum((folder / shard_name(number)).stat().st_size for number in range(index.shards)) / 1e9
     print(
-        f"{folder}: {images} images of {len(index.classes)} classes{', and mirrored' * index.mirrored}, as latents "
-        f"{'x'.join(map(str, index.shape))} in {index.shards} shards, {gigabytes:.2f} GB"
+        f"{folder}: {sum(len(shard.images) for shard in shards)} images of {len(index.classes)} classes"
+        f"{', and mirrored' * index.mirrored}, as latents {'x'.join(map(str, index.shape))} in {index.shards} shards, "
+        f"{sum(path.stat().st_size for path in files) / 1e9:.2f} GB"
     )
     if left_out:
         print(f"{len(left_out)} images that cannot be read were left out:\n{first_ones(left_out)}")
@@ -192,19 +262,16 @@ def main(argv: list[str] | None = None) -> None:
         DataError: If images cannot be read and may not be left out; everything else is encoded then.
     """
     run = options(argv)
-    here = Processes.here()
-    if run.out.resolve().is_relative_to(run.images.resolve()):
-        raise SettingError(f"--out {run.out} lies in {run.images}, and would be taken for images. Name another folder.")
-    found = list_images(run.images)
-    vae = load_encoder(run.vae, PRECISIONS[run.precision])
-    index = planned_index(run, vae, found)
+    here = Processes()
+    found = list_classes(run.images)
+    vae, side = load_encoder(run.vae, run.precision, run.size)
+    index = planned_index(run, vae, side, found)
     open_folder(run.out, index, here.rank)
-    shards = unfinished(run.out, index, list(range(here.rank, index.shards, here.world_size)))
-    if here.rank == 0 and found.others:
-        print(f"{run.images}: not encoded are {len(found.others)} files of other kinds, such as {found.others[0]}")
-    device = f"cuda:{here.local_rank}" if run.device == "cuda" else run.device
+    shards = unfinished(run.out, index, range(here.rank, index.shards, here.count))
+    if here.rank == 0 and found.skipped:
+        print(skipped_line(run.images, found.skipped))
     with tf32(run.precision == "tf32"):
-        bad = encode(run, vae.to(device), found, index, shards, show=here.rank == 0)
+        bad = encode(run, vae.to(here.device(run.device)), found, index, shards, show=here.rank == 0)
     if bad and not run.skip_bad:
         raise DataError(
             f"{len(bad)} of {len(found.images)} images cannot be read, and the shards that they belong to are not "
@@ -215,4 +282,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -3,42 +3,41 @@
 The second form samples every checkpoint of some runs as `sample.py` does, and draws the distance against the steps.
 What is finished in ``--out`` is not done again: as the runs go on, the same command adds their new checkpoints.
 
-    python examples/evaluate.py --samples samples/sit --reference data/images --features my_features:inception
+    python examples/evaluate.py --samples samples/sit --reference data/images --features inception
     python examples/evaluate.py --run runs/plain runs/self --out runs/curve --reference digits --features digits
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import sample
-import torch
-from common.data import digits
+from common.data_files import read_json
 from common.feature_sets import (
     DIGITS,
+    INCEPTION,
     Extractor,
+    Images,
+    ImageSet,
     Reference,
     evenly,
     extractor_named,
+    images_named,
     load_reference,
     reference_of,
     save_reference,
 )
-from common.image_sets import HeldImages, Images, ImageSet, to_uint8
-from common.load_sit import checkpoints_of
+from common.images import tile
 from common.metrics import feature_statistics, frechet_distance, frechet_spread, precision_recall
-from common.options import at_least
-from common.pictures import plt, save_panels, tile
+from common.options import Parser, at_least, run_script
 from common.processes import Processes
-from common.run_folder import open_run_folder, write_json
-from matplotlib.ticker import LogLocator, NullFormatter
-from torch import Tensor
+from common.run_folder import checkpoints_of, open_run_folder, write_json, write_whole
 
-from selftrans_reg.errors import SettingError
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # FID-10K without guidance on ImageNet 256x256, batch 256, read off the authors' plot (+-0.5): steps -> distance.
 # Sun et al., 2026, https://arxiv.org/abs/2601.07773
@@ -57,27 +56,23 @@ Row = dict[str, Any]
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--samples", type=Path, help="a folder of PNGs, such as that of sample.py, or an .npz")
+    what.add_argument("--samples", type=Path, help="a folder of images, such as that of sample.py, or an .npz")
     what.add_argument("--run", type=Path, nargs="+", help="runs' folders: each checkpoint is sampled and measured")
-    parser.add_argument("--out", type=Path, help="folder of the samples, results and curve of --run")
-    parser.add_argument(
-        "--published", action="store_true", help="with --run on ImageNet, the published FID-10K beside it"
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of the samples, results and curve of --run")
+    add("--published", action="store_true", help="with --run on ImageNet, the published FID-10K beside it")
+    add("--reference", help=f"the data: a folder of images, an .npz, or {DIGITS!r}")
+    add("--statistics", type=Path, help="file of the reference's statistics: written, or read if there")
+    add(
+        "--features",
+        required=True,
+        help=f"{INCEPTION!r}, by torch-fidelity; module:callable; or {DIGITS!r}, a small classifier of them",
     )
-    parser.add_argument("--reference", help=f"the data: a folder of PNGs, an .npz, or {DIGITS!r}")
-    parser.add_argument("--statistics", type=Path, help="file of the reference's statistics: written, or read if there")
-    parser.add_argument("--features", required=True, help=f"module:callable, or {DIGITS!r}: a small classifier of them")
-    parser.add_argument(
-        "--classifier",
-        type=Path,
-        default=Path("runs/digits_classifier.pt"),
-        help=f"where that of {DIGITS!r} is kept (default runs/digits_classifier.pt)",
-    )
-    parser.add_argument("--neighbours", type=at_least(1), default=3, help="k of precision and recall (default 3)")
-    parser.add_argument(
-        "--bootstrap", type=at_least(2), default=20, help="draws for the distance's spread (default 20)"
-    )
+    add("--classifier", type=Path, default=Path("runs/digits_classifier.pt"), help=f"where that of {DIGITS!r} is kept")
+    add("--neighbours", type=at_least(1), default=3, help="k of precision and recall")
+    add("--bootstrap", type=at_least(2), default=20, help="draws for the distance's spread")
     sample.add_sampling_options(parser)
     run = parser.parse_args(argv)
     if (run.run is None) != (run.out is None):
@@ -88,15 +83,12 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("name the data with --reference, or its --statistics")
     if run.published and (run.run is None or run.features == DIGITS):
         parser.error("--published belongs to --run, with features of Inception: its curves are FIDs on ImageNet")
+    if (count := Processes().count) > 1:
+        parser.error(
+            f"evaluate.py is the work of one process, and {count} were started; sample.py makes the images in several, "
+            "where evaluate.py then finds them"
+        )
     return run
-
-
-def images_named(name: str) -> Images:
-    """The training digits, or the images at a path."""
-    if name == DIGITS:
-        pixels = torch.from_numpy(to_uint8(digits(32)[0].images))  # (N, H, W, 3)
-        return HeldImages(DIGITS, pixels.permute(0, 3, 1, 2).contiguous())
-    return ImageSet(Path(name))
 
 
 def reference_for(run: argparse.Namespace, extractor: Extractor) -> Reference:
@@ -158,12 +150,16 @@ def curve(run: argparse.Namespace, folder: Path, extractor: Extractor, reference
         if not path.exists():
             write_json(measured(run, ImageSet(npz), extractor, reference), path)
     finished = sorted(scores.glob("*.json"), key=lambda path: int(path.stem))
-    return {path.stem: json.loads(path.read_text()) for path in finished}
+    return {path.stem: read_json(path) for path in finished}
 
 
-def draw_curves(curves: dict[str, dict[str, Row]], path: Path, *, published: bool) -> None:
+def drawn_curves(curves: dict[str, dict[str, Row]], *, published: bool) -> "Figure":
     """Distance against steps, with bars of two spreads on either side; the published curves dashed."""
-    figure, axes = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
     for (name, rows), marker in zip(curves.items(), cycle(MARKERS), strict=False):
         steps = [int(step) for step in rows]
         distances, spreads = ([row[key] for row in rows.values()] for key in ("frechet_distance", "spread"))
@@ -184,14 +180,13 @@ def draw_curves(curves: dict[str, dict[str, Row]], path: Path, *, published: boo
     axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=120, format="png")
-    plt.close(figure)
-    partial.replace(path)
+    return figure
 
 
 def draw_samples(curves: dict[str, dict[str, Row]], samples: Path, path: Path) -> None:
     """The first images of some checkpoints of each run: the same noise and labels along training."""
+    from selftrans_reg.analysis.draw import save_panels
+
     pictures = {}
     for name, rows in curves.items():
         steps = list(rows)
@@ -202,24 +197,15 @@ def draw_samples(curves: dict[str, dict[str, Row]], samples: Path, path: Path) -
     save_panels(pictures, path)
 
 
-def first_images(folder: Path) -> Tensor:
+def first_images(folder: Path) -> np.ndarray:
     """The first images (N, H, W, 3) of a set, in [0, 1]."""
     images = next(ImageSet(folder).batches(PANEL_COLUMNS * PANEL_ROWS))
-    return images.permute(0, 2, 3, 1) / 255
+    return (images.permute(0, 2, 3, 1) / 255).numpy()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
-    """Measure the samples, or the runs' checkpoints; return the table's rows.
-
-    Raises:
-        SettingError: If several processes were started.
-    """
+    """Measure the samples, or the runs' checkpoints; return the table's rows."""
     run = options(argv)
-    if (count := Processes().count) > 1:
-        raise SettingError(
-            f"evaluate.py is the work of one process.\nFound: {count}.\n"
-            "Run it alone. sample.py makes the images in several, where evaluate.py then finds them."
-        )
     extractor = extractor_named(run.features, classifier=run.classifier, device=run.device)
     if run.samples is not None:
         images = ImageSet(run.samples)
@@ -234,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
         reference = reference_for(run, extractor)
         curves = {folder.name: curve(run, folder, extractor, reference) for folder in run.run}
         write_json(curves, run.out / "results.json")
-        draw_curves(curves, run.out / "distance.png", published=run.published)
+        figure = drawn_curves(curves, published=run.published)
+        write_whole(run.out / "distance.png", lambda file: figure.savefig(file, dpi=120, format="png"))
         draw_samples(curves, run.out / "samples", run.out / "samples.png")
         rows = {f"{name} {int(step):,}": row for name, found in curves.items() for step, row in found.items()}
         print(f"Everything is in {run.out}; look at distance.png and samples.png.")
@@ -243,4 +230,4 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,26 +11,49 @@ function of yours, and its batches too, as `layer_report` takes them:
 """
 
 import argparse
-from collections.abc import Sequence
+import base64
+import html
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from common.inspect_sources import Subject, open_subject
-from common.load_sit import newest_checkpoint
-from common.options import at_least
-from common.report_page import Section, write_page
-from common.run_folder import open_run_folder
+from common.data_files import read_json
+from common.feature_sets import imported
+from common.loading import Checkpoint, mmdit_from_checkpoint, saved_args, sit_from_checkpoint
+from common.options import Mistake, Parser, at_least, run_script
+from common.paths import PATHS
+from common.run_folder import newest_checkpoint, open_run_folder, write_whole
+from common.sampling import matching_vae, vae_place
+from common.scaling import Scaling, recorded_scaling, scaling_of
 from common.training import progress
+from common.vae import decode, encode_moments, load_vae
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import selftrans_reg as st
 from selftrans_reg.analysis.draw import draw_curves, draw_features
-from selftrans_reg.errors import ShapeError
 
 MOST_ROWS = 6  # layers in the picture of tokens
 PICTURE_SCALES = (0.0, 1.0, 4.0)  # and the proposed one
 MOST_PICTURED = 128  # samples that the colours are taken from
+SIT_TIMES = {
+    ("repa", "linear"): "repa",
+    ("repa", "cosine"): "repa-cosine",
+    ("sit", "linear"): "sit",
+    ("sit", "cosine"): "sit-gvp",
+}
+STYLE = """
+:root { color-scheme: light dark; --line: #8884; }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; margin: 1rem 0 }
+th, td { padding: 0.15rem 0.6rem; text-align: right; border-bottom: 1px solid var(--line) }
+th { text-align: center } td:first-child, th:first-child, .plan td { text-align: left }
+.layer-report { overflow-x: auto } img { max-width: 100%; background: white; border-radius: 4px }
+pre { white-space: pre-wrap } figcaption, .small { font-size: 0.85rem; opacity: 0.8 } figure { margin: 1rem 0 }
+"""
 
 
 def numbers(text: str) -> list[float]:
@@ -51,27 +74,27 @@ def index_or_key(text: str) -> int | str:
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     kinds = "quickstart, sit_imagenet, mmdit_coco, SiT or REPA"
     add("checkpoint", type=Path, help=f"a file of {kinds}, or of your own with --model; or a run's folder: its newest")
-    add("--out", type=Path, default=Path("runs/inspect"), help="folder of the report (default runs/inspect)")
-    add("--weights", choices=["ema", "model"], default="ema", help="which of the checkpoint's (default ema)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--out", type=Path, default=Path("runs/inspect"), help="folder of the report")
+    add("--weights", choices=["ema", "model"], default="ema", help="which of the checkpoint's")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
 
     group = parser.add_argument_group("what is measured").add_argument
     group("--layers", help="names with commas between (default: all blocks)")
-    group("--scales", type=numbers, default=[1, 2, 4, 8, 16, 30], help="guidance scales (default 1,2,4,8,16,30)")
-    group("--noise-fractions", type=numbers, default=[0.4, 0.55, 0.7], help="0 is data (default 0.4,0.55,0.7)")
-    group("--samples", type=at_least(8), default=2000, help="default 2000")
-    group("--batch-size", type=at_least(1), default=32, help="doubled by the null condition (default 32)")
-    group("--k", type=at_least(1), default=10, help="nearest neighbours (default 10)")
-    group("--seed", type=int, default=0)
+    group("--scales", type=numbers, default=[1, 2, 4, 8, 16, 30], help="guidance scales (default: 1,2,4,8,16,30)")
+    group("--noise-fractions", type=numbers, default=[0.4, 0.55, 0.7], help="0 is data (default: 0.4,0.55,0.7)")
+    group("--samples", type=at_least(8), default=2000, help="how many")
+    group("--batch-size", type=at_least(1), default=32, help="doubled by the null condition")
+    group("--k", type=at_least(1), default=10, help="nearest neighbours")
+    group("--seed", type=int, default=0, help="of the samples and their noise")
 
     group = parser.add_argument_group("what the checkpoint does not say").add_argument
     group("--data", help="folder of latents; with --model module:function, which returns batches")
     group("--time", choices=st.TimeConvention.names(), metavar="NAME", help="what the model calls t, as sit or repa")
-    group("--path", choices=["linear", "cosine"], help="of a SiT's file that does not say it")
+    group("--path", choices=list(PATHS), help="of a SiT's file that does not say it")
     group("--vae", help="AutoencoderKL that decodes the pictures: folder or hub name")
     group("--log", type=Path, help="log.jsonl of its training, for the curves")
 
@@ -80,10 +103,194 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     group("--null", action="append", metavar="NAME=NUMBER", help="null condition; or module:function that returns it")
     group("--select", type=index_or_key, help="which tensor of a layer's output: an index or a key")
     group("--tokens", type=token_range, metavar="FIRST:LAST", help="which tokens are the image's, as 1:")
-    return parser.parse_args(argv)
+
+    run = parser.parse_args(argv)
+    if run.model is not None and None in (run.data, run.time):
+        parser.error("with --model, --data and --time must be given too")
+    foreign = [f"--{name}" for name in ("null", "select", "tokens") if getattr(run, name) is not None]
+    if run.model is None and foreign:
+        parser.error(f"{foreign[0]} goes with --model; the examples' checkpoints say it themselves")
+    return run
 
 
-def measured(run: argparse.Namespace, subject: Subject) -> st.LayerReport:
+# --- What is looked into ---------------------------------------------------------------------------------------------
+
+
+class Subject(NamedTuple):
+    """A model with all that it takes to measure it.
+
+    Attributes:
+        title: What it is, for the page.
+        model: On the device, in eval mode.
+        batches: Makes the batches, ``(latents, *condition)`` or mappings.
+        measured: How `layer_report` and `draw_features` are to call it: time, null, select, tokens.
+        decode: From latents to images, if there is a VAE.
+        log: Of its training, as `draw_curves` takes it, if there is one.
+    """
+
+    title: str
+    model: nn.Module
+    batches: Callable[[], Iterable[Any]]
+    measured: dict[str, Any]
+    decode: Callable[[Tensor], Tensor] | None = None
+    log: Any = None
+
+
+def open_subject(run: argparse.Namespace) -> Subject:
+    """The model of a checkpoint with its data, by what the options and the file say.
+
+    Raises:
+        Mistake: If the data or the time convention is not known, or the file holds no model of the examples.
+    """
+    if run.model is not None:
+        return of_user(run)
+    beside = run.checkpoint.parent
+    if (beside / "settings.json").is_file() and "classifier_steps" in read_json(beside / "settings.json"):
+        return of_quickstart(run)
+    args = saved_args(st.read_checkpoint(run.checkpoint), run.checkpoint)
+    return of_mmdit(run) if "context_size" in args else of_sit(run)
+
+
+def of_user(run: argparse.Namespace) -> Subject:
+    """A model that a function of the user's builds, on batches that another yields."""
+    model = imported(run.model, "--model")()
+    if not isinstance(model, nn.Module):
+        raise Mistake(f"--model {run.model} must return the model; it returned {type(model).__name__}.")
+    st.load_weights(model, run.checkpoint, weights=run.weights)
+    measured = {"time": run.time, "null": null_condition(run.null or []), "select": run.select, "tokens": run.tokens}
+    vae = None if run.vae is None else load_vae(run.vae)
+    return Subject(
+        f"{type(model).__name__} of {run.checkpoint.name}",
+        model.to(run.device).eval(),
+        imported(run.data, "--data"),
+        measured,
+        None if vae is None else decoder(vae, scaling_of(vae.config, run.vae), run.device),
+        run.log,
+    )
+
+
+def null_condition(given: list[str]) -> Mapping[str, Any] | None:
+    """The null condition of ``y=1000`` and the like, or what a function returns; None without."""
+    if len(given) == 1 and ":" in given[0]:
+        null: Mapping[str, Any] = imported(given[0], "--null")()
+        return null
+    try:
+        pairs = [entry.split("=") for entry in given]
+        return {name: int(value) if value.isdecimal() else float(value) for name, value in pairs} or None
+    except ValueError as error:
+        raise Mistake(f"--null is name=number, or one module:function; got {given}.") from error
+
+
+def of_quickstart(run: argparse.Namespace) -> Subject:
+    """A run of `quickstart.py` on all digits; the curves are those of its three runs."""
+    import quickstart
+    from common.data import digits
+    from common.demo_latents import MemoryLatents
+
+    folder = run.checkpoint.parent
+    model = quickstart.new_sit(argparse.Namespace(**read_json(folder / "settings.json"), device=run.device))
+    st.load_weights(model, run.checkpoint, weights=run.weights)
+    vae = load_vae(folder / "vae").to(run.device)
+    scaling = scaling_of(vae.config, f"The VAE of {folder}")
+    images, labels = (torch.cat(parts) for parts in zip(*digits(quickstart.IMAGE_SIZE), strict=True))
+    classes = quickstart.NUM_DIGIT_CLASSES
+    data = MemoryLatents(*encode_moments(vae, images), labels, num_classes=classes, scaling=scaling, vae=None)
+    runs = {name: folder / f"{way}.pt" for way, name in quickstart.WAYS.items()}
+    return Subject(
+        f"{run.checkpoint.stem} of {folder.name}",
+        model.eval(),
+        lambda: latent_batches(data, scaling, run),
+        {"time": quickstart.TIME, "null": {"y": classes}},
+        decoder(vae, scaling, run.device),
+        run.log or {name: st.read_checkpoint(path)["log"] for name, path in runs.items() if path.exists()},
+    )
+
+
+def of_sit(run: argparse.Namespace) -> Subject:
+    """A SiT: of `sit_imagenet.py`, of REPA or of the SiT repository."""
+    model, found = sit_from_checkpoint(run.checkpoint, weights=run.weights)
+    convention = found.conventions(said_time=run.time, said_path=run.path)
+    data = sit_data(run, found)
+    null = {"y": found.settings["num_classes"]} if found.settings["class_dropout_prob"] else None
+    measured = {"time": SIT_TIMES[convention], "null": null}
+    title = f"{found.args.get('model', 'SiT')} of {run.checkpoint}"
+    return Subject(title, model.to(run.device), *on_data(run, found, data, measured))
+
+
+def sit_data(run: argparse.Namespace, found: Checkpoint) -> Any:
+    """The latents that a SiT was trained on."""
+    name = run.data or found.args.get("data")
+    if name == "demo":
+        from common.demo_latents import demo_latents
+
+        vae = Path(found.args.get("demo_vae") or "")
+        if not vae.is_dir():
+            raise Mistake(f"The demo's VAE is not at {vae}. Start this where the run was started.")
+        return demo_latents(vae, vae_steps=found.args["demo_vae_steps"], device="cpu")[0]
+    if name is None or name == "random":
+        raise Mistake(f"{run.checkpoint} does not name the latents that it was trained on: pass --data FOLDER.")
+    from common.latents import open_latents
+
+    return open_latents(Path(name), num_classes=found.settings["num_classes"])
+
+
+def of_mmdit(run: argparse.Namespace) -> Subject:
+    """An MMDiT of `mmdit_coco.py`: captions are no labels, so what needs labels is not measured."""
+    from common.coco_features import CocoFeatures
+
+    model, found = mmdit_from_checkpoint(run.checkpoint, weights=run.weights)
+    folder = run.data or found.args.get("demo_data") or found.args.get("data")
+    data = CocoFeatures(Path(folder), dropout=0.0, second=found.args.get("moments", "std"))
+    measured = {"time": "repa", "null": {"context": data.empty}, "select": 1}
+    return Subject(f"MMDiT of {run.checkpoint}", model.to(run.device), *on_data(run, found, data, measured))
+
+
+def on_data(run: argparse.Namespace, found: Checkpoint, data: Any, measured: dict[str, Any]) -> tuple[Any, ...]:
+    """The rest of a `Subject` whose latents were encoded.
+
+    Raises:
+        Mistake: If the model was trained on latents of another shape or scaling, or the VAE is another.
+    """
+    sizes, trained = found.settings, recorded_scaling(found.args, run.checkpoint)
+    if (sizes["in_channels"], sizes["input_size"]) != (data.channels, data.size) or not (
+        trained is None or trained.equals(data.scaling)
+    ):
+        raise Mistake(
+            f"{run.checkpoint} was trained on other latents than these.\nFound: {data.channels} channels, {data.size} "
+            f"pixels a side, {data.scaling}; trained on {sizes['in_channels']}, {sizes['input_size']} and {trained}.\n"
+            "Pass with --data those that it was trained on."
+        )
+    place = vae_place(found.args.get("vae"), run.checkpoint)
+    name = run.vae or (place if place is not None and Path(place).is_dir() else None)  # no download for a picture
+    vae = None if name is None else matching_vae(name, data.scaling, data.channels, run.checkpoint)[0]
+    log = run.checkpoint.parent.parent / "log.jsonl"
+    return (
+        lambda: latent_batches(data, data.scaling, run),
+        measured,
+        None if vae is None else decoder(vae, data.scaling, run.device),
+        run.log or (log if log.is_file() else None),
+    )
+
+
+def latent_batches(data: Dataset[Any], scaling: Scaling, run: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """Latents as the model sees them, drawn from their posteriors, and conditions: as many at random as are wanted."""
+    generator = torch.Generator().manual_seed(run.seed)
+    order = torch.randperm(len(data), generator=generator)[: run.samples]
+    for mean, std, condition in DataLoader(Subset(data, order.tolist()), run.batch_size):
+        yield scaling.drawn(mean, std, torch.randn(mean.shape, generator=generator)), condition
+
+
+def decoder(vae: Any, scaling: Scaling, device: str) -> Callable[[Tensor], Tensor]:
+    """Latents to images, grey ones as ink on paper."""
+    vae.to(device)
+    sign = -1 if vae.config.out_channels == 1 else 1
+    return lambda latents: sign * decode(vae, latents, scaling)
+
+
+# --- The report ------------------------------------------------------------------------------------------------------
+
+
+def measured_report(run: argparse.Namespace, subject: Subject) -> st.LayerReport:
     """The report: read if it is there, else measured and saved."""
     path = run.out / "report.json"
     if path.exists():
@@ -117,7 +324,7 @@ def pictured_layers(report: st.LayerReport) -> list[str]:
 def first_samples(subject: Subject) -> Any:
     """The first batches as one, if they are plain tensors; else the first batch."""
     first, *rest = islice(subject.batches(), MOST_PICTURED)
-    if not isinstance(first, tuple | list) or not all(isinstance(part, torch.Tensor) for part in first):
+    if not isinstance(first, tuple | list) or not all(isinstance(part, Tensor) for part in first):
         return first
     count, taken = 0, []
     for batch in (first, *rest):
@@ -126,6 +333,22 @@ def first_samples(subject: Subject) -> Any:
         if count >= MOST_PICTURED:
             break
     return tuple(torch.cat(parts) for parts in zip(*taken, strict=True))
+
+
+class Section(NamedTuple):
+    """A part of the page.
+
+    Attributes:
+        heading: As text.
+        text: As text, before the rest.
+        fragment: As HTML, from someone who has escaped its values.
+        picture: A PNG.
+    """
+
+    heading: str
+    text: str = ""
+    fragment: str = ""
+    picture: Path | None = None
 
 
 def token_section(run: argparse.Namespace, subject: Subject, report: st.LayerReport) -> Section:
@@ -146,16 +369,37 @@ def token_section(run: argparse.Namespace, subject: Subject, report: st.LayerRep
             seed=run.seed,
             **subject.measured,
         )
-    except ShapeError as error:
+    except st.ShapeError as error:
         return Section("Tokens as colours", f"Not drawn: {error}")
     return Section("Tokens as colours", "Rows are layers, columns are guidance scales.", picture=path)
+
+
+def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
+    """Write the sections as one HTML page that needs no other file."""
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    for section in sections:
+        body += [f"<h2>{html.escape(section.heading)}</h2>", section.fragment]
+        if section.text:
+            body.append(f"<p>{html.escape(section.text)}</p>")
+        if section.picture is not None:
+            data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
+            body.append(f'<img alt="{html.escape(section.heading)}" src="data:image/png;base64,{data}">')
+    page = (
+        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
+        + "\n".join(filter(None, body))
+        + "\n</body>\n</html>\n"
+    )
+    write_whole(path, lambda file: file.write(page.encode()))
 
 
 def main(argv: Sequence[str] | None = None) -> st.LayerReport:
     """Measure, draw, and write the page."""
     run = options(argv)
-    if run.checkpoint.is_dir():
-        run.checkpoint = newest_checkpoint(run.checkpoint)
+    if not run.checkpoint.exists():
+        raise Mistake(f"There is no file {run.checkpoint}. Name a checkpoint, or a run's folder.")
+    run.checkpoint = newest_checkpoint(run.checkpoint)
     subject = open_subject(run)
     settings = {
         name: str(value) if isinstance(value, Path | slice) else value
@@ -163,7 +407,7 @@ def main(argv: Sequence[str] | None = None) -> st.LayerReport:
         if name not in ("out", "device")
     }
     open_run_folder(run.out, settings)
-    report = measured(run, subject)
+    report = measured_report(run, subject)
     text = str(report)
     (run.out / "report.txt").write_text(text + "\n", "utf-8")
     report.draw(run.out / "report.png")
@@ -181,4 +425,4 @@ def main(argv: Sequence[str] | None = None) -> st.LayerReport:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -8,6 +8,7 @@ stopped. `--data demo` takes captioned shapes that the script draws and a small 
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,16 @@ from common.coco_features import CocoFeatures
 from common.demo_captions import TEXT_ENCODER, VAE, make_demo
 from common.mmdit import MMDiT
 from common.mmdit_settings import new_mmdit, options, settle
+from common.options import Mistake
 from common.paths import denoising_loss
-from common.prompts import PromptSampler, encoded_prompts
 from common.run_folder import open_run_folder
 from common.run_options import CHANGEABLE
 from common.samplers import Guidance
+from common.sampling import ImageSampler, matching_vae
 from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion, start_from
-from common.text_features import load_text_encoder
+from common.text import draw_prompts, encoded_prompts, load_text_encoder, numbers_of, same_features
 from common.trainer import LongRun, Trainer, new_accelerator
-from common.vae import load_vae
+from torch import nn
 
 # What the pictures are of may change, too, when a run goes on.
 FREE = (*CHANGEABLE, "prompts", "text_encoder")
@@ -40,19 +42,32 @@ def open_data(run: argparse.Namespace) -> CocoFeatures:
     return CocoFeatures(folder, dropout=run.context_dropout, second=run.moments)
 
 
-def new_sampler(run: argparse.Namespace, data: CocoFeatures) -> PromptSampler | None:
-    """What draws the pictures of samples, if there is a text encoder for the prompts and a VAE for the images."""
+def new_picture(run: argparse.Namespace, data: CocoFeatures) -> Callable[[nn.Module, Path], None] | None:
+    """What draws the pictures of samples, if there is a text encoder for the prompts and a VAE for the images.
+
+    Raises:
+        Mistake: If one of the two is not that of the data.
+    """
     if run.text_encoder is None:
         return None
-    return PromptSampler(
-        load_vae(run.vae),
-        encoded_prompts(load_text_encoder(run.text_encoder), run.prompts, empty=data.empty),
-        shape=(data.channels, data.size, data.size),
-        scale=data.scale,
+    vae, _ = matching_vae(run.vae, data.scaling, data.channels, run.data)
+    encoder = load_text_encoder(run.text_encoder)
+    prompts = encoded_prompts(encoder, run.prompts, data.empty.shape, run.data)
+    if not same_features(prompts.features[prompts.null], data.empty):
+        raise Mistake(
+            f"{encoder.name} is not the text encoder of {run.data}: the empty prompt has other features.\n"
+            "Pass with --text-encoder the one that the captions were encoded with."
+        )
+    sampler = ImageSampler(
+        vae,
+        data.scaling,
+        (data.channels, data.size, data.size),
+        numbers_of,
         steps=run.sample_steps,
-        guidance=Guidance(run.sample_cfg),
+        guidance=Guidance(run.sample_cfg, prompts.null),
         seed=run.seed,
     )
+    return partial(draw_prompts, sampler, prompts)
 
 
 def description(run: argparse.Namespace, model: MMDiT, data: CocoFeatures) -> dict[str, Any]:
@@ -69,7 +84,8 @@ def description(run: argparse.Namespace, model: MMDiT, data: CocoFeatures) -> di
         "context_length": length,
         "context_size": width,
         "path": "linear",
-        "scale_factor": data.scale,
+        "scale_factor": data.scaling.scale,
+        "shift_factor": data.scaling.shift,
         "vae": run.vae or data.vae,
     }
 
@@ -93,7 +109,7 @@ def main(argv: list[str] | None = None) -> Trainer:
         null={"context": data.empty},
         time="repa",
         shape=(data.channels, data.size, data.size),
-        scale=data.scale,
+        scaling=data.scaling,
         patch_size=model.patch_size,
         select=1,  # a joint block returns (text, image)
     )
@@ -102,12 +118,12 @@ def main(argv: list[str] | None = None) -> Trainer:
         model,
         criterion=new_criterion(run, model, backbone),
         dataset=data,
-        latents_of=partial(latents_of, scale=data.scale),
+        latents_of=partial(latents_of, scaling=data.scaling),
         denoise=denoising_loss,
         settings=LongRun(**{name: getattr(run, name) for name in LongRun._fields}),
         out=run.out,
         args=description(run, model, data),
-        draw=new_sampler(run, data),
+        draw=new_picture(run, data),
     )
     if run.compile:
         for block in model.joint_blocks:

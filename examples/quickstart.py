@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 from common.data import NUM_DIGIT_CLASSES, LabelledImages, LatentData, digits
+from common.images import tile
 from common.metrics import accuracy, classifier_features, feature_statistics, frechet_distance, trained_classifier
 from common.options import at_least
 from common.paths import denoising_loss, interpolate, linear_path
-from common.pictures import ColourBasis, grey_to_rgb, save_panels, tile
 from common.run_folder import finished_or_made, open_run_folder, write_json
 from common.samplers import sample_ode
 from common.sit import SiT
@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import selftrans_reg as st
+from selftrans_reg.analysis.draw import ColourBasis, save_panels
 
 IMAGE_SIZE = 32
 TIME = "repa"  # t = 1 is noise
@@ -38,6 +39,11 @@ PICTURE_TIME = 0.5  # the middle of the window
 SAMPLE_BATCH = 250
 STAGE1_FILE = "stage1.pt"
 WAYS = {"plain": "as is", "stage1": "stage 1", "self": "Self-Transcendence"}
+
+
+def grey_to_rgb(images: Tensor) -> Tensor:
+    """Images (N, 1, H, W) in [-1, 1] as dark ink on white, (N, H, W, 3) in [0, 1]."""
+    return (0.5 - images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3) / 2).clamp(0, 1).cpu()
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:

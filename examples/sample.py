@@ -12,44 +12,37 @@ more images later adds them.
 import argparse
 import os
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import zipfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 import torch
-from common.image_seeds import Drawn, classes_of, draw
-from common.image_sets import to_uint8, write_npz, write_png
-from common.load_sit import SiTCheckpoint, newest_checkpoint, sit_from_checkpoint
-from common.options import at_least
-from common.paths import PATHS, path_named
-from common.pictures import tile
+from common.data_files import DataError
+from common.images import read_image, tile, write_png
+from common.loading import sit_from_checkpoint
+from common.options import Mistake, Parser, at_least, finite, positive, run_script, within
+from common.paths import PATHS
 from common.processes import Processes
-from common.run_folder import open_run_folder
-from common.samplers import Guidance, Model, reversed_time, sample_ode, sample_sde
-from common.sit import SiT
-from common.sit_conventions import path_of, time_of
+from common.run_folder import newest_checkpoint, open_run_folder, write_whole
+from common.samplers import Guidance, Model, reversed_time
+from common.sampling import ImageSampler, Labels, image_generator, matching_vae, vae_place
+from common.scaling import recorded_scaling
 from common.tf32 import tf32
 from common.training import progress
-from common.vae import decode, load_vae
-from diffusers import AutoencoderKL
+from common.vae import weights_digest
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
-
-from selftrans_reg.errors import CheckpointError, SettingError, ShapeError
-from selftrans_reg.modules import fingerprint
 
 GRID_COLUMNS, GRID_ROWS = 10, 4
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-SCALE_TOLERANCE = 1e-4  # relative: scale factors are written with five digits
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """What decides the images, and with what speed they come; `evaluate.py` takes the same."""
     add = parser.add_argument_group("the model").add_argument
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged (default) or raw")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw")
     add("--model", help="the published name that the weights must have, as SiT-B/2")
     add("--num-heads", type=at_least(1), help="for files that do not say it")
     add("--num-classes", type=at_least(1), help="for files that do not say it")
@@ -59,180 +52,141 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
         help="what training called t: repa, t = 1 is noise; sit, t = 1 is data, as for the published SiT. Needed for "
         "all files but those of this repository's trainer",
     )
-    add("--path", choices=list(PATHS), help="for files that do not say it (default linear)")
-    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default the run's own)")
-    add("--scale-factor", type=float, help="of the latents (default the run's, or the VAE's)")
+    add("--path", choices=list(PATHS), help="for files that do not say it (default: linear)")
+    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default: the run's own)")
+    add("--scale-factor", type=positive, help="of the latents (default: the run's, or the VAE's)")
     add = parser.add_argument_group("the sampler").add_argument
-    add("--sampler", choices=["euler", "heun", "sde"], default="sde", help="two ODEs, or the SDE (default)")
-    add("--steps", type=at_least(1), default=250, help="default 250")
-    add("--cfg-scale", type=float, default=1.0, help="default 1: the conditional model, unguided")
-    add("--guidance-low", type=float, default=0.0, help="smallest t, 1 being noise, with guidance (default 0)")
-    add("--guidance-high", type=float, default=1.0, help="largest t with guidance (default 1)")
-    add("--num-samples", type=at_least(1), default=50_000, help="default 50,000")
-    add(
-        "--labels",
-        default="random",
-        help="random (default), balanced (0, 1, 2, ...), or classes to go through, as 207,360",
-    )
+    add("--sampler", choices=["euler", "heun", "sde"], default="sde", help="two ODEs, or the SDE")
+    add("--steps", type=at_least(1), default=250, help="of the sampler")
+    add("--cfg-scale", type=finite, default=1.0, help="1 is the conditional model, unguided")
+    add("--guidance-low", type=within(0, 1), default=0.0, help="smallest t, 1 being noise, with guidance")
+    add("--guidance-high", type=within(0, 1), default=1.0, help="largest t with guidance")
+    add("--num-samples", type=at_least(1), default=50_000, help="how many images")
+    add("--labels", default="random", help="random, balanced (0, 1, 2, ...), or classes to go through, as 207,360")
     add("--seed", type=at_least(0), default=0, help="of noise and random labels")
-    add("--batch-size", type=at_least(1), default=64, help="of each process (default 64)")
-    add("--precision", choices=["fp32", "tf32", *HALF], default="fp32", help="of the model (default fp32)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default cuda where there is one")
+    add("--batch-size", type=at_least(1), default=64, help="of each process")
+    add("--precision", choices=["fp32", "tf32", *HALF], default="fp32", help="of the model")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model and the VAE")
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("--checkpoint", type=Path, required=True, help="a file, or a run's folder: its newest")
     parser.add_argument("--out", type=Path, required=True, help="folder of the images")
     add_sampling_options(parser)
     return parser.parse_args(argv)
 
 
-def open_vae(run: argparse.Namespace, found: SiTCheckpoint) -> AutoencoderKL:
-    """The VAE that is given, or else the run's own, with the scale factor of the run's latents in its config.
+def labels_named(text: str, num_classes: int) -> Labels:
+    """The labels that images take: in turn, or drawn.
 
     Raises:
-        SettingError: If no VAE is named, or if its scale factor is not the one that the model was trained with.
-        CheckpointError: If there is no VAE there, or its latents have other channels than the model's.
+        Mistake: If a class is none of the model's.
     """
-    if run.scale_factor is not None and not run.scale_factor > 0:
-        raise SettingError(f"--scale-factor is above 0; got {run.scale_factor}.")
-    recorded = found.args.get("vae")
-    name = run.vae or recorded
-    if not isinstance(name, str):
-        raise SettingError(
-            f"{run.checkpoint} does not name its VAE.\nFound: vae={recorded!r}.\n"
-            "Pass --vae: a folder of diffusers' AutoencoderKL, or its name on the hub, as stabilityai/sd-vae-ft-mse."
+    names = [str(label) for label in range(num_classes)] if text == "balanced" else text.split(",")
+    if text != "random" and not all(name.strip().isdecimal() and int(name) < num_classes for name in names):
+        raise Mistake(
+            f"--labels is 'random', 'balanced', or classes with commas between, each below {num_classes}; got {text!r}."
         )
-    beside = run.checkpoint.parent.parent / name  # a run names its VAE from where it was started, or from its folder
-    folder = Path(name) if Path(name).exists() or not beside.exists() else beside
-    try:
-        vae = load_vae(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"There is no VAE of diffusers' AutoencoderKL at {name!r}.\nFound: {str(error).splitlines()[0]}\n"
-            "Pass --vae: its folder, or its name on the hub, downloaded or within reach."
-        ) from error
-    channels, needed = vae.config.latent_channels, found.settings["in_channels"]
-    if channels != needed:
-        raise CheckpointError(
-            f"The VAE at {name!r} decodes latents of {channels} channels; {run.checkpoint} makes {needed}.\n"
-            "Pass with --vae the one that the model's latents came from."
-        )
-    scale, own = run.scale_factor or found.args.get("scale_factor"), vae.config.scaling_factor
-    if run.scale_factor is None and scale is not None and abs(scale / own - 1) > SCALE_TOLERANCE:
-        raise SettingError(
-            f"The VAE at {name!r} scales its latents by {own}; the model was trained on latents times {scale}.\n"
-            "Pass with --vae the one that they came from, or --scale-factor to decode with another factor."
-        )
-    vae.register_to_config(scaling_factor=scale or own)
-    return vae
+
+    def labels(numbers: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
+        # Drawn in any case, so that an image's noise is the same whatever its label comes from.
+        drawn = torch.stack([torch.randint(num_classes, (), generator=generator) for generator in generators])
+        return drawn if text == "random" else torch.tensor([int(names[number % len(names)]) for number in numbers])
+
+    return labels
 
 
-@contextmanager
-def precision(name: str, device_type: str) -> Iterator[None]:
-    """The arithmetic of the model: float32, with or without TF32 in its products, or autocast to 16 bits."""
-    with tf32(name == "tf32"), torch.autocast(device_type, HALF.get(name), enabled=name in HALF):
-        yield
+def in_precision(model: Model, name: str, device: str) -> Model:
+    """The model in float32, with or without TF32 in its products, or in autocast to 16 bits."""
+
+    def call(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        with tf32(name == "tf32"), torch.autocast(torch.device(device).type, HALF.get(name), enabled=name in HALF):
+            return model(x, t, y)
+
+    return call
 
 
-class Sampler(NamedTuple):
-    """All that turns an image's number into the image."""
+class Job(NamedTuple):
+    """A checkpoint's model, what makes its images, and the settings that decide them: those of their folder."""
 
-    run: argparse.Namespace
     model: Model
-    vae: AutoencoderKL
-    settings: dict[str, int]
-    path: str
-    classes: list[int] | None
-    guidance: Guidance
-
-    def check(self) -> None:
-        """Go through all steps with a stand-in for the model, so that a setting without sense is named at once."""
-        self._latents(lambda x, t, y: x, draw(0, [0], self.classes, self.settings))
-
-    def images(self, indices: Sequence[int]) -> NDArray[np.uint8]:
-        """The images (N, H, W, 3) of these numbers.
-
-        Raises:
-            ShapeError: If the model's latents are not finite.
-        """
-        run = self.run
-        with precision(run.precision, torch.device(run.device).type):
-            latents = self._latents(self.model, draw(run.seed, indices, self.classes, self.settings))
-        broken = [index for index, image in zip(indices, latents, strict=True) if not image.isfinite().all()]
-        if broken:
-            raise ShapeError(
-                f"The model's latents are not finite for {len(broken)} of {len(indices)} images.\n"
-                f"Found: image {broken[0]}, with {run.sampler}, --steps {run.steps}, --precision {run.precision}.\n"
-                "Take an earlier checkpoint, --precision fp32, or a smaller guidance scale."
-            )
-        return to_uint8(decode(self.vae, latents))
-
-    def _latents(self, model: Model, drawn: Drawn) -> Tensor:
-        run, noise, labels = self.run, drawn.noise.to(self.run.device), drawn.labels.to(self.run.device)
-        settings = {"steps": run.steps, "guidance": self.guidance}
-        if run.sampler == "sde":
-            path = path_named(self.path)
-            return sample_sde(model, noise, labels, generator=drawn.generators, path=path, **settings)
-        return sample_ode(model, noise, labels, method=run.sampler, **settings)
+    sampler: ImageSampler
+    decided: dict[str, object]
 
 
-def new_sampler(run: argparse.Namespace) -> tuple[Sampler, dict[str, object]]:
-    """The sampler of a command line, and the settings that decide its images: those of the folder they lie in."""
+def new_job(run: argparse.Namespace) -> Job:
+    """Put together what the images of a command line need; what does not fit together is named now.
+
+    Raises:
+        Mistake: If it does not.
+    """
     run.checkpoint = newest_checkpoint(run.checkpoint)
     sit, found = sit_from_checkpoint(
-        run.checkpoint,
-        weights=run.weights,
-        model=run.model,
-        num_heads=run.num_heads,
-        num_classes=run.num_classes,
+        run.checkpoint, weights=run.weights, model=run.model, num_heads=run.num_heads, num_classes=run.num_classes
     )
     run.weights = found.entry or "bare"  # a state dict alone does not say which they are
-    vae = open_vae(run, found)
-    convention, path = time_of(run, found), path_of(run, found)
+    convention, path = found.conventions(said_time=run.time, said_path=run.path)
+    channels, side = found.settings["in_channels"], found.settings["input_size"]
+    vae, scaling = matching_vae(
+        run.vae or vae_place(found.args.get("vae"), run.checkpoint),
+        recorded_scaling(found.args, run.checkpoint),
+        channels,
+        run.checkpoint,
+        scale_factor=run.scale_factor,
+    )
     null = sit.num_classes if found.settings["class_dropout_prob"] else None
-    guidance = Guidance(run.cfg_scale, null, run.guidance_low, run.guidance_high)
+    sampler = ImageSampler(
+        vae,
+        scaling,
+        (channels, side, side),
+        labels_named(run.labels, sit.num_classes),
+        steps=run.steps,
+        guidance=Guidance(run.cfg_scale, null, run.guidance_low, run.guidance_high),
+        seed=run.seed,
+        method=run.sampler,
+        path=path,
+    )
     decided = {
         "checkpoint": run.checkpoint.name,
-        "checkpoint_weights": _identity(sit),
-        "vae_weights": _identity(vae),
-        "scale_factor": vae.config.scaling_factor,
+        "checkpoint_weights": weights_digest(sit)[:16],
+        "vae_weights": weights_digest(vae)[:16],
+        "scale_factor": scaling.scale,
+        "shift_factor": scaling.shift,
         "time": convention,
         "path": path,
         **{name: getattr(run, name) for name in ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")},
         **{name: getattr(run, name) for name in ("labels", "seed", "precision")},
     }
     model = sit.to(run.device)
-    sampler = Sampler(
-        run,
-        model if convention == "repa" else reversed_time(model),
-        vae.to(run.device),
-        found.settings,
-        path,
-        classes_of(run.labels, sit.num_classes),
-        guidance,
+    return Job(
+        in_precision(model if convention == "repa" else reversed_time(model), run.precision, run.device),
+        sampler,
+        decided,
     )
-    sampler.check()
-    return sampler, decided
 
 
-def _identity(model: SiT | AutoencoderKL) -> str:
-    return bytes(fingerprint(model, {})[:8].tolist()).hex()
-
-
-def batches_left(folder: Path, run: argparse.Namespace) -> list[list[int]]:
-    """Batches of image numbers, cut at the same places whatever is there, with an image missing in each."""
-    there = {entry.name for entry in os.scandir(folder)}
-    numbers = range(run.num_samples)
-    cut = [list(numbers[start : start + run.batch_size]) for start in range(0, run.num_samples, run.batch_size)]
-    return [batch for batch in cut if any(png_name(index) not in there for index in batch)]
-
-
-def png_name(index: int) -> str:
+def png_name(number: int) -> str:
     """The file of an image."""
-    return f"{index:06d}.png"
+    return f"{number:06d}.png"
+
+
+def batches_left(folder: Path, count: int, batch_size: int) -> list[range]:
+    """Batches of image numbers, cut at the same places whatever is there, with an image missing in each.
+
+    Cut elsewhere, an image could differ: rounding depends on the rows of a batch.
+    """
+    there = {entry.name for entry in os.scandir(folder)}
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return [batch for batch in batches if any(png_name(number) not in there for number in batch)]
+
+
+def write_missing(folder: Path, numbers: range, images: NDArray[np.uint8]) -> None:
+    """Write the images of these numbers, but for those that are there."""
+    for number, image in zip(numbers, images, strict=True):
+        if not (folder / png_name(number)).exists():
+            write_png(image, folder / png_name(number))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -245,21 +199,19 @@ def main(argv: Sequence[str] | None = None) -> Path:
 def sample(run: argparse.Namespace, processes: Processes) -> Path:
     """As `main`, in these processes."""
     run.device = processes.device(run.device)
-    sampler, decided = new_sampler(run)
+    model, sampler, decided = new_job(run)
     folder = run.out / "images"
     if processes.rank == 0:
         open_run_folder(run.out, decided)
         folder.mkdir(exist_ok=True)
     processes.meet()
     open_run_folder(run.out, decided)  # of a run that goes on, a slower process may have found a newer checkpoint
-    left = batches_left(folder, run)
+    left = batches_left(folder, run.num_samples, run.batch_size)
     processes.meet()  # or a slower process would find a faster one's images, and count the batches differently
     mine = left[processes.rank :: processes.count]
     start = time.perf_counter()
-    for batch in progress(mine, "batches") if processes.rank == 0 else mine:
-        for index, image in zip(batch, sampler.images(batch), strict=True):
-            if not (folder / png_name(index)).exists():
-                write_png(image, folder / png_name(index))
+    for numbers in progress(mine, "batches") if processes.rank == 0 else mine:
+        write_missing(folder, numbers, sampler.images(model, numbers, run.device))
     processes.meet()
     made, seconds = sum(map(len, left)), time.perf_counter() - start
     if processes.rank == 0 and made:
@@ -271,20 +223,45 @@ def sample(run: argparse.Namespace, processes: Processes) -> Path:
     return npz
 
 
-def finish(run: argparse.Namespace, sampler: Sampler, folder: Path, npz: Path) -> None:
+def finish(run: argparse.Namespace, sampler: ImageSampler, folder: Path, npz: Path) -> None:
     """The grid and the ``.npz`` of all images."""
-    pngs = [folder / png_name(index) for index in range(run.num_samples)]
+    pngs = [folder / png_name(number) for number in range(run.num_samples)]
     if npz.exists():
         print(f"{npz}: finished before")
     else:
-        labels = draw(run.seed, range(run.num_samples), sampler.classes, sampler.settings | {"in_channels": 0}).labels
-        write_npz(pngs, labels.numpy(), npz)
-    shown = [np.asarray(Image.open(png)) for png in pngs[: GRID_COLUMNS * GRID_ROWS]]
-    grid = tile(torch.from_numpy(np.stack(shown)) / 255, GRID_COLUMNS, gap=2)
-    write_png((grid * 255).round().astype(np.uint8), run.out / "grid.png")
+        numbers = range(run.num_samples)
+        labels = [sampler.labels([number], [image_generator(run.seed, number)]) for number in numbers]
+        write_npz(pngs, torch.cat(labels).numpy(), npz)
+    shown = np.stack([np.asarray(read_image(png)) for png in pngs[: GRID_COLUMNS * GRID_ROWS]])
+    write_png(tile(shown, GRID_COLUMNS, gap=2), run.out / "grid.png")
     made = f"{run.num_samples:,} images of {run.checkpoint} ({run.weights} weights)"
     print(f"{made}: {folder}, {npz} and {run.out / 'grid.png'}.")
 
 
+def write_npz(pngs: Sequence[Path], labels: NDArray[np.int64], path: Path) -> None:
+    """Put PNGs of one size and their labels into one ``.npz`` as ADM's evaluator reads it.
+
+    ``arr_0`` is uint8 (N, H, W, 3), ``arr_1`` the labels. The images are streamed: all of them need not fit in memory.
+
+    Raises:
+        DataError: If a file is no image, or of another size.
+    """
+    width, height = read_image(pngs[0]).size
+
+    def write(file: IO[bytes]) -> None:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (len(pngs), height, width, 3)}
+        with zipfile.ZipFile(file, "w") as archive:
+            with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
+                np.lib.format.write_array_header_1_0(stream, header)
+                for png in progress(pngs, path.name):
+                    if (image := read_image(png)).size != (width, height):
+                        raise DataError(f"{png} is {image.width}x{image.height}; the others are {width}x{height}.")
+                    stream.write(image.tobytes())
+            with archive.open("arr_1.npy", "w") as stream:
+                np.lib.format.write_array(stream, labels)
+
+    write_whole(path, write)
+
+
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -15,88 +15,51 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from common.image_sets import write_png
-from common.load_mmdit import MMDiTCheckpoint, mmdit_from_checkpoint
-from common.load_sit import newest_checkpoint
+from common.images import read_image
+from common.loading import Checkpoint, mmdit_from_checkpoint
 from common.mmdit import MMDiT
-from common.options import at_least
-from common.prompts import PromptSampler, encoded_prompts, save_captioned
-from common.run_folder import open_run_folder
+from common.options import Mistake, Parser, at_least, finite, positive, run_script, within
+from common.run_folder import newest_checkpoint, open_run_folder
 from common.samplers import Guidance
-from common.text_features import TextEncoder, load_text_encoder
+from common.sampling import ImageSampler, matching_vae, vae_place
+from common.scaling import recorded_scaling
+from common.text import Prompts, encoded_prompts, load_text_encoder, numbers_of, save_captioned
 from common.training import progress
-from numpy.typing import NDArray
-from PIL import Image
-from sample import open_vae
-
-from selftrans_reg.errors import SettingError
-from selftrans_reg.modules import fingerprint
+from common.vae import weights_digest
+from sample import batches_left, png_name, write_missing
 
 SHOWN = 16  # prompts in the picture
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     add = parser.add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="files, or runs' folders: the newest of each")
     add("--out", type=Path, required=True, help="folder of the images")
-    add("--prompts", nargs="+", help="by default those of the run's own pictures")
-    add("--prompts-file", type=Path, help="one prompt a line, instead")
-    add("--weights", choices=["ema", "model"], default="ema")
-    add("--text-encoder", help="CLIP text model: folder or hub name; by default the run's own")
-    add("--vae", help="folder or hub name of diffusers' AutoencoderKL; by default the run's own")
-    add("--scale-factor", type=float, help="of the latents; by default the run's")
-    add("--sampler", choices=["euler", "heun", "sde"], default="heun", help="two ODEs, or the SDE (default heun)")
-    add("--steps", type=at_least(1), default=50, help="default 50")
-    add("--cfg-scale", type=float, default=2.0, help="1 is the conditional model, unguided (default 2)")
-    add("--guidance-low", type=float, default=0.0, help="smallest t, 1 being noise, with guidance")
-    add("--guidance-high", type=float, default=1.0, help="largest t with guidance")
-    add("--seed", type=at_least(0), default=0)
-    add("--batch-size", type=at_least(1), default=32)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    return parser.parse_args(argv)
-
-
-def prompts_of(run: argparse.Namespace, found: MMDiTCheckpoint) -> list[str]:
-    """The prompts of the command line, of a file, or of the run's own pictures.
-
-    Raises:
-        SettingError: If there are none, or they are given twice.
-    """
-    if run.prompts is not None and run.prompts_file is not None:
-        raise SettingError("--prompts and --prompts-file are two ways to give the same.\nPass one of them.")
-    if run.prompts_file is not None and not run.prompts_file.is_file():
-        raise SettingError(f"There is no file {run.prompts_file}.\nPass with --prompts-file one with a prompt a line.")
+    texts = parser.add_mutually_exclusive_group()
+    texts.add_argument("--prompts", nargs="+", help="the texts (default: those of the run's own pictures)")
+    texts.add_argument("--prompts-file", type=Path, help="one prompt a line, instead")
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw")
+    add("--text-encoder", help="CLIP text model: folder or hub name (default: the run's own)")
+    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default: the run's own)")
+    add("--scale-factor", type=positive, help="of the latents (default: the run's)")
+    add("--sampler", choices=["euler", "heun", "sde"], default="heun", help="two ODEs, or the SDE")
+    add("--steps", type=at_least(1), default=50, help="of the sampler")
+    add("--cfg-scale", type=finite, default=2.0, help="1 is the conditional model, unguided")
+    add("--guidance-low", type=within(0, 1), default=0.0, help="smallest t, 1 being noise, with guidance")
+    add("--guidance-high", type=within(0, 1), default=1.0, help="largest t with guidance")
+    add("--seed", type=at_least(0), default=0, help="of the noise")
+    add("--batch-size", type=at_least(1), default=32, help="images at a time")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all models")
+    run = parser.parse_args(argv)
     if run.prompts_file is not None:
-        texts = run.prompts_file.read_text().splitlines()
-    else:
-        texts = run.prompts or found.args.get("prompts")
-    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
-        raise SettingError(
-            f"There are no prompts, or empty ones.\nFound: {texts!r:.200}.\nPass --prompts TEXT TEXT ..."
-        )
-    return texts
-
-
-def encoder_of(run: argparse.Namespace, found: MMDiTCheckpoint, checkpoint: Path) -> TextEncoder:
-    """The text encoder that is given, or the run's own.
-
-    Raises:
-        SettingError: If none is named, or its texts have another length than those that the model was trained on.
-        ShapeError: If its features have another width.
-    """
-    name = run.text_encoder or found.args.get("text_encoder")
-    if not isinstance(name, str):
-        raise SettingError(f"{checkpoint} does not name its text encoder.\nFound: {name!r}.\nPass --text-encoder.")
-    encoder = load_text_encoder(name, device=run.device)
-    encoder.check_width(found.settings["context_size"], str(checkpoint))
-    if encoder.length != found.args.get("context_length", encoder.length):
-        raise SettingError(
-            f"{name} gives {encoder.length} tokens a text; {checkpoint} was trained on "
-            f"{found.args['context_length']}.\nPass with --text-encoder the one that its captions were encoded with."
-        )
-    return encoder
+        if not run.prompts_file.is_file():
+            parser.error(f"there is no file {run.prompts_file}; --prompts-file holds a prompt a line")
+        run.prompts = run.prompts_file.read_text().splitlines()
+    if run.prompts is not None and not (run.prompts and all(text.strip() for text in run.prompts)):
+        parser.error("there are no prompts, or empty ones")
+    return run
 
 
 def run_of(checkpoint: Path) -> str:
@@ -108,69 +71,69 @@ class Job(NamedTuple):
     """A checkpoint's model, what samples from it, what decides its images, and what their row is called."""
 
     model: MMDiT
-    sampler: PromptSampler
+    prompts: Prompts
+    sampler: ImageSampler
     identity: dict[str, object]
     heading: str
 
 
-def new_job(
-    run: argparse.Namespace, checkpoint: Path, model: MMDiT, found: MMDiTCheckpoint, texts: Sequence[str]
-) -> Job:
-    """Put together what a checkpoint needs, as far as nothing is written."""
-    vae = open_vae(argparse.Namespace(**(vars(run) | {"checkpoint": checkpoint})), found)
-    encoder = encoder_of(run, found, checkpoint)
-    sizes, scale = found.settings, vae.config.scaling_factor
-    sampler = PromptSampler(
+def new_job(run: argparse.Namespace, model: MMDiT, found: Checkpoint, texts: Sequence[str]) -> Job:
+    """Put together what a checkpoint needs; what does not fit together is named now.
+
+    Raises:
+        Mistake: If it does not.
+    """
+    path, sizes = Path(found.source), found.settings
+    vae, scaling = matching_vae(
+        run.vae or vae_place(found.args.get("vae"), path),
+        recorded_scaling(found.args, path),
+        sizes["in_channels"],
+        path,
+        scale_factor=run.scale_factor,
+    )
+    name = run.text_encoder or found.args.get("text_encoder")
+    if not isinstance(name, str):
+        raise Mistake(f"{path} does not name its text encoder.\nFound: {name!r}.\nPass --text-encoder.")
+    encoder = load_text_encoder(name, device=run.device)
+    length = found.args.get("context_length", encoder.length)
+    prompts = encoded_prompts(encoder, texts, (length, sizes["context_size"]), str(path))
+    sampler = ImageSampler(
         vae,
-        encoded_prompts(encoder, texts),
-        shape=(sizes["in_channels"], sizes["input_size"], sizes["input_size"]),
-        scale=scale,
+        scaling,
+        (sizes["in_channels"], sizes["input_size"], sizes["input_size"]),
+        numbers_of,
         steps=run.steps,
-        guidance=Guidance(run.cfg_scale, None, run.guidance_low, run.guidance_high),
+        guidance=Guidance(run.cfg_scale, prompts.null, run.guidance_low, run.guidance_high),
         seed=run.seed,
         method=run.sampler,
     )
     parts = {"weights": model, "vae_weights": vae, "text_encoder_weights": encoder.model}
-    identity = {name: bytes(fingerprint(part, {})[:8].tolist()).hex() for name, part in parts.items()}
-    return Job(model, sampler, {**identity, "scale_factor": scale}, f"{run_of(checkpoint)}, {found.steps} steps")
-
-
-def finished(
-    folder: Path, sampler: PromptSampler, model: MMDiT, batch_size: int, count: int
-) -> list[NDArray[np.uint8]]:
-    """Write the images that are missing; the first ones of all, as far as they are shown."""
-    folder.mkdir(exist_ok=True)
-    paths = [folder / f"{number:06d}.png" for number in range(count)]
-    # Cut at the same places whatever is there: rounding differs with the rows of a batch.
-    starts = [start for start in range(0, count, batch_size) if not all(p.exists() for p in paths[start:][:batch_size])]
-    for start in progress(starts, folder.name):
-        numbers = range(start, min(start + batch_size, count))
-        for number, image in zip(numbers, sampler.images(model, numbers), strict=True):
-            if not paths[number].exists():
-                write_png(image, paths[number])
-    return [np.asarray(Image.open(path)) for path in paths[:SHOWN]]
+    identity = {name: weights_digest(part)[:16] for name, part in parts.items()}
+    identity |= {"scale_factor": scaling.scale, "shift_factor": scaling.shift}
+    return Job(model, prompts, sampler, identity, f"{run_of(path)}, {found.steps} steps")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
     """Make the images that are missing; return the picture."""
     run = options(argv)
-    checkpoints = [newest_checkpoint(path) for path in run.checkpoint]
-    loaded = [mmdit_from_checkpoint(path, weights=run.weights) for path in checkpoints]
-    names = [f"{run_of(path)}-{found.steps}" for path, (_, found) in zip(checkpoints, loaded, strict=True)]
+    loaded = [mmdit_from_checkpoint(newest_checkpoint(path), weights=run.weights) for path in run.checkpoint]
+    names = [f"{run_of(Path(found.source))}-{found.steps}" for _, found in loaded]
     if len(set(names)) < len(names):
-        raise SettingError(f"The checkpoints are not told apart by their runs' names and steps.\nFound: {names}.")
-    texts = prompts_of(run, loaded[0][1])
-    jobs = {
-        name: new_job(run, checkpoint, model, found, texts)
-        for name, checkpoint, (model, found) in zip(names, checkpoints, loaded, strict=True)
-    }
+        raise Mistake(f"The checkpoints are not told apart by their runs' names and steps.\nFound: {names}.")
+    texts = run.prompts or loaded[0][1].args.get("prompts")
+    if not texts:
+        raise Mistake(f"{loaded[0][1].source} names no prompts of its own pictures.\nPass --prompts TEXT TEXT ...")
+    jobs = {name: new_job(run, *found, texts) for name, found in zip(names, loaded, strict=True)}
     decided = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "seed")
     settings = {"checkpoints": {name: job.identity for name, job in jobs.items()}, "prompts": texts}
     open_run_folder(run.out, settings | {name: getattr(run, name) for name in decided})
     rows = {}
     for name, job in jobs.items():
-        images = finished(run.out / name, job.sampler, job.model.to(run.device), run.batch_size, len(texts))
-        rows[job.heading] = np.stack(images)
+        folder, model = run.out / name, job.prompts.conditioned(job.model.to(run.device))
+        folder.mkdir(exist_ok=True)
+        for numbers in progress(batches_left(folder, len(texts), run.batch_size), name):
+            write_missing(folder, numbers, job.sampler.images(model, numbers, run.device))
+        rows[job.heading] = np.stack([read_image(folder / png_name(n)) for n in range(len(texts[:SHOWN]))])
         job.model.cpu()
     picture = run.out / "prompts.png"
     save_captioned(rows, texts[:SHOWN], picture)
@@ -179,4 +142,4 @@ def main(argv: Sequence[str] | None = None) -> Path:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,7 +11,7 @@ stopped. `--data demo` takes small digits and a small model instead, so that bot
 import argparse
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from common.demo_latents import MemoryLatents, RandomLatents, demo_latents
@@ -19,15 +19,17 @@ from common.latents import LatentFolder, open_latents
 from common.paths import denoising_loss, path_named
 from common.run_folder import open_run_folder
 from common.run_options import CHANGEABLE
-from common.sample_grid import SampleGrid
+from common.samplers import Guidance
+from common.sampling import ImageSampler, class_columns, draw_grid, matching_vae
 from common.sit import SiT
 from common.sit_settings import new_sit, options, settle
 from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion, start_from
 from common.trainer import LongRun, Trainer, new_accelerator
-from common.vae import load_vae
-from diffusers import AutoencoderKL
 
 from selftrans_reg.errors import SettingError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 Data = LatentFolder | MemoryLatents | RandomLatents
 
@@ -35,7 +37,7 @@ VAE_DOWNSAMPLING = 8  # of Stable Diffusion's VAE, which the published runs use
 TIMES = {"linear": "repa", "cosine": "repa-cosine"}  # t = 1 is noise
 
 
-def open_data(run: argparse.Namespace) -> tuple[Data, AutoencoderKL | None]:
+def open_data(run: argparse.Namespace) -> tuple[Data, "AutoencoderKL | None"]:
     """The latents, and the VAE that decodes the pictures of samples, if there is one.
 
     Raises:
@@ -54,7 +56,9 @@ def open_data(run: argparse.Namespace) -> tuple[Data, AutoencoderKL | None]:
             f"--resolution {run.resolution} has latents of {run.resolution // VAE_DOWNSAMPLING} pixels a side.\n"
             f"Found: {data.size} in {run.data}. Name other data, or leave --resolution out."
         )
-    return data, vae if run.vae is None else load_vae(run.vae)
+    if run.vae is not None:
+        vae, _ = matching_vae(run.vae, data.scaling, data.channels, run.data)
+    return data, vae
 
 
 def description(run: argparse.Namespace, model: SiT, data: Data) -> dict[str, Any]:
@@ -68,7 +72,8 @@ def description(run: argparse.Namespace, model: SiT, data: Data) -> dict[str, An
         "depth": len(model.blocks),
         "num_heads": model.blocks[0].attn.num_heads,
         "class_dropout_prob": run.class_dropout,
-        "scale_factor": data.scale,
+        "scale_factor": data.scaling.scale,
+        "shift_factor": data.scaling.shift,
         "vae": run.vae or data.vae,
     }
 
@@ -93,26 +98,27 @@ def main(argv: list[str] | None = None) -> Trainer:
         null={"y": run.num_classes},
         time=TIMES[run.path],
         shape=shape,
-        scale=data.scale,
+        scaling=data.scaling,
         patch_size=model.patch_size,
     )
     draw = None
     if vae is not None:
-        draw = SampleGrid(
+        sampler = ImageSampler(
             vae,
-            num_classes=run.num_classes,
-            shape=shape,
-            scale=data.scale,
+            data.scaling,
+            shape,
+            class_columns(run.num_classes),
             steps=run.sample_steps,
-            cfg_scale=run.sample_cfg,
+            guidance=Guidance(run.sample_cfg, run.num_classes),
             seed=run.seed,
         )
+        draw = partial(draw_grid, sampler)
     trainer = Trainer(
         accelerator,
         model,
         criterion=new_criterion(run, model, backbone),
         dataset=data,
-        latents_of=partial(latents_of, scale=data.scale),
+        latents_of=partial(latents_of, scaling=data.scaling),
         denoise=partial(denoising_loss, path=path_named(run.path)),
         settings=LongRun(**{name: getattr(run, name) for name in LongRun._fields}),
         out=run.out,

@@ -2,8 +2,7 @@
 
     data = CocoFeatures(Path("coco256_features"))            # train/; CocoFeatures(folder, "val", dropout=0.0)
     mean, std, context = data[0]                             # a random caption; now and then the empty prompt
-    latent = data.scale * (mean + std * torch.randn_like(mean))
-    write_coco_features(Path("features"), "train", items, empty_context, scale=0.18215)
+    latent = data.scaling.drawn(mean, std, torch.randn_like(mean))
 
 On the disk: ``empty_context.npy`` (L, D), ``train/{i}.npy`` (2C, h, w) and ``train/{i}_{k}.npy`` (L, D) for the k-th
 caption of image i; both count from 0. CLIP ViT-L/14 has L = 77 and D = 768. Source: https://github.com/baofff/U-ViT.
@@ -22,16 +21,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common.data_files import DataError, first_ones, read_json, read_npy, readable
-from common.moments import check_moments, read_moments
-from common.run_folder import open_run_folder, write_json
-from selftrans_reg.errors import SettingError
+from common.data_files import DataError, check_moments, first_ones, read_json, read_moments, read_npy, readable
+from common.options import Mistake
+from common.run_folder import open_run_folder, write_json, write_whole
+from common.scaling import Scaling, checked_scaling
+from common.text import same_features
 
 EMPTY = "empty_context.npy"
 _FACTS = "features.json"  # not U-ViT's: what its layout leaves to the code
 _UNFINISHED = "unfinished.npy"
-_SCALE = 0.18215
-_SAME = 0.05  # other hardware rounds otherwise; CLIP's features are about 1, and some of them 30
+_SCALE = 0.18215  # what U-ViT's code multiplies by
 _NAME = re.compile(r"(0|[1-9][0-9]{0,8})(?:_(0|[1-9][0-9]{0,8}))?\.npy")
 
 
@@ -46,15 +45,15 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         empty: (L, D), the features of the empty prompt, which are the null condition.
         channels: C.
         size: h, which is w.
-        scale: The scale factor: what a model sees is ``scale (mean + std noise)``.
-        vae: Path or name of the VAE, where `write_coco_features` recorded it.
+        scaling: From latents to what a model sees.
+        vae: Path or name of the VAE, where `CocoWriter` recorded it.
 
     Args:
         folder: The one that holds ``empty_context.npy``.
         split: The folder in it: "train" or "val".
-        dropout: How often a caption gives way to the empty prompt.
-        second: What the second half of ``{i}.npy`` holds. REPA's code and `write_coco_features` store the standard
-            deviation; U-ViT's own script stores the log-variance.
+        dropout: How often a caption gives way to the empty prompt, from 0 to 1.
+        second: What the second half of ``{i}.npy`` holds. REPA's code and `CocoWriter` store the standard deviation;
+            U-ViT's own script stores the log-variance.
 
     Raises:
         DataError: If images or captions are missing, or the first of them cannot be used.
@@ -64,15 +63,13 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self, folder: Path, split: str = "train", *, dropout: float = 0.1, second: Literal["std", "logvar"] = "std"
     ) -> None:
         if not 0 <= dropout <= 1:
-            raise SettingError(f"dropout must be in 0 .. 1; got {dropout}.")
-        self._folder = folder / split
-        self._dropout = dropout
-        self._second = second
+            raise ValueError(f"dropout must be in 0 .. 1; got {dropout}.")
+        self._folder, self._dropout, self._second = folder / split, dropout, second
         self.captions = _caption_counts(self._folder)
         self.empty = _read_context(folder / EMPTY)
-        self.scale, self.vae = _facts(folder / _FACTS)
-        first = self._moments(0)[0]
-        self.channels, self.size, _ = self._shape = first.shape
+        self._shape = self._moments(0)[0].shape
+        self.channels, self.size, _ = self._shape
+        self.scaling, self.vae = _facts(folder / _FACTS, self.channels)
         self._context(0, 0)
 
     def __len__(self) -> int:
@@ -120,12 +117,12 @@ class CocoWriter:
         folder: Made if need be; a second split goes into the same folder.
         split: "train" or "val"; what is there under this name is never replaced.
         empty: (L, D), the features of the empty prompt.
-        scale: The VAE's scale factor; the same in every split.
+        scaling: The VAE's; the same in every split.
         vae: Path or name of the VAE; the same in every split.
         settings: What decides the features. A split that was begun with them goes on; without them it begins anew.
 
     Raises:
-        SettingError: If the split is there, or the folder holds features of other settings, another text encoder or
+        Mistake: If the split is there, or the folder holds features of other settings, another text encoder or
             another VAE.
     """
 
@@ -135,21 +132,21 @@ class CocoWriter:
         split: str,
         empty: Tensor,
         *,
-        scale: float,
+        scaling: Scaling,
         vae: str | None = None,
         settings: dict[str, Any] | None = None,
     ) -> None:
         self._folder, self._split, self._empty = folder, split, empty.float().cpu()
-        self._facts = {"scale": scale, "vae": vae}
+        self._facts = scaling._asdict() | {"vae": vae}
         self._partial = folder / f"{split}.partial"
         if (folder / split).exists():
-            raise SettingError(f"{folder / split} is there already. Name another folder, or delete this one.")
-        if (folder / _FACTS).exists() and (found := read_json(folder / _FACTS)) != self._facts:
-            raise SettingError(
+            raise Mistake(f"{folder / split} is there already. Name another folder, or delete this one.")
+        if (folder / _FACTS).exists() and (found := {"shift": 0.0} | read_json(folder / _FACTS)) != self._facts:
+            raise Mistake(
                 f"{folder} holds features of another VAE.\nFound: {found}; now: {self._facts}.\nName another folder."
             )
-        if (folder / EMPTY).exists():
-            _check_same(_read_context(folder / EMPTY), self._empty, folder / EMPTY)
+        if (folder / EMPTY).exists() and not same_features(_read_context(folder / EMPTY), self._empty):
+            raise Mistake(f"{folder / EMPTY} has other features than the empty prompt has now. Name another folder.")
         if settings is not None:
             open_run_folder(self._partial, settings)
         elif self._partial.exists():
@@ -190,8 +187,7 @@ class CocoWriter:
             raise DataError(
                 f"{self._partial} is not finished: {len(missing)} of {images} images are missing. Write them first."
             )
-        np.save(self._partial / _UNFINISHED, self._empty.numpy())
-        (self._partial / _UNFINISHED).replace(self._folder / EMPTY)
+        write_whole(self._folder / EMPTY, lambda file: np.save(file, self._empty.numpy()))
         write_json(self._facts, self._folder / _FACTS)
         self._partial.rename(self._folder / self._split)
 
@@ -202,24 +198,20 @@ def write_coco_features(
     items: Iterable[tuple[Tensor, Tensor, Tensor]],
     empty: Tensor,
     *,
-    scale: float,
+    scaling: Scaling,
     vae: str | None = None,
 ) -> None:
-    """Write a whole split with a `CocoWriter`, which says what the arguments mean.
+    """Write a whole split with a `CocoWriter`, which says what the arguments mean and what it raises.
 
     Args:
         folder: Made if need be.
         split: "train" or "val".
         items: An image each, taken one at a time: mean, std, and its captions' features (K, L, D).
         empty: The features of the empty prompt.
-        scale: The VAE's scale factor.
+        scaling: The VAE's.
         vae: Path or name of the VAE.
-
-    Raises:
-        SettingError: If the split is there, or the folder holds features of another text encoder or VAE.
-        DataError: If an item is not what it should be, or there is none.
     """
-    writer = CocoWriter(folder, split, empty, scale=scale, vae=vae)
+    writer = CocoWriter(folder, split, empty, scaling=scaling, vae=vae)
     images = 0
     for mean, std, contexts in items:
         writer.write(images, mean, std, contexts)
@@ -227,21 +219,16 @@ def write_coco_features(
     writer.finish(images)
 
 
-def _check_same(there: Tensor, now: Tensor, path: Path) -> None:
-    if there.shape != now.shape or (there - now).abs().max() > _SAME:
-        raise SettingError(f"{path} has other features than the empty prompt has now. Name another folder.")
-
-
-def _facts(path: Path) -> tuple[float, str | None]:
-    """Scale factor and VAE, from the file or, without it, as U-ViT's code has them."""
+def _facts(path: Path, channels: int) -> tuple[Scaling, str | None]:
+    """Scaling and VAE, from the file or, without it, as U-ViT's code has them."""
     if not path.exists():
-        return _SCALE, None
-    with readable(path, "notes on features"):
-        content = read_json(path)
-        scale, vae = float(content["scale"]), content["vae"]
-        if not 0 < scale < float("inf") or not isinstance(vae, str | None):
-            raise DataError(f"{path} holds no scale factor and VAE. Found: {str(content)[:200]}. Make it again.")
-        return scale, vae
+        return Scaling(_SCALE), None
+    content = read_json(path)
+    with readable(path, "notes on features", "Make it again."):
+        vae = content["vae"]
+        if not isinstance(vae, str | None):
+            raise TypeError(f"it has no name of a VAE, but {str(vae)[:100]}")
+        return checked_scaling(content["scale"], content.get("shift", 0.0), channels), vae
 
 
 def _read_context(path: Path) -> Tensor:

@@ -1,35 +1,36 @@
 """Reading a data set's files within limits, and the error that names the one that cannot be used."""
 
+import io
 import json
-import math
-import os
-import re
+import threading
+import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from safetensors import SafetensorError
+from torch import Tensor
 
-from selftrans_reg.errors import SelfTransError
+from common.options import Mistake
 
-# ImageNet's list of labels has about 60 MB.
-_MAX_JSON = 1 << 30
-# A posterior of 1024x1024 pixels with 16 channels has 2 MiB. A file of this size costs no harm, whatever it holds.
-_MAX_NPY = 64 << 20
-# By a .npy's first bytes, how many more hold the header's length. Versions 1 and 2; 3 is for names of fields only.
-_LENGTH_BYTES = {b"\x93NUMPY\x01\x00": 2, b"\x93NUMPY\x02\x00": 4}
-# Not numpy's own parser: it takes ast.literal_eval, which is slow, and in Python 3.11 fails at times in threads.
-_HEADER = re.compile(
-    rb"\{'descr': '(?P<dtype>[<>|][a-zA-Z]\d{0,2})', 'fortran_order': (?P<by_column>True|False), "
-    rb"'shape': \((?P<shape>(?:\d{1,12}(?:, ?\d{1,12})*,?)?)\),? ?\}\s*"
-)
+_MAX_JSON = 1 << 30  # ImageNet's list of labels has about 60 MB
+_MAX_NPY = 64 << 20  # a posterior of 1024x1024 pixels with 16 channels has 2 MiB
+_LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's and diffusers' DiagonalGaussianDistribution
 _SHOWN = 5
+# What reading a damaged file raises; an entry of JSON that is of another type fails in many ways.
+_UNREADABLE = (
+    OSError, EOFError, ValueError, TypeError, LookupError, SyntaxError, RecursionError, MemoryError, SafetensorError,
+    zipfile.BadZipFile, zlib.error,
+)  # fmt: skip
+_PARSING = threading.Lock()  # numpy reads a header by ast.literal_eval, which in Python 3.11 fails at times in threads
 
 
-class DataError(SelfTransError, ValueError):
+class DataError(Mistake):
     """Files of a data set that are unreadable, mislabelled, missing, or not what they are taken for."""
 
 
@@ -42,14 +43,15 @@ def first_ones(problems: Sequence[tuple[str, str]]) -> str:
 @contextmanager
 def readable(path: Path, kind: str, advice: str = "Copy or make it again.") -> Iterator[None]:
     """Turn whatever reading a damaged file raises into a `DataError` that names the file and says what to do."""
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
+        raise DataError(f"{path} cannot be read as {kind}: it is no regular file. {advice}")
     try:
         yield
     except DataError:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path} is missing. {advice}") from error
-    # An entry of JSON that is of another type fails in many ways.
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, SafetensorError) as error:
+    except _UNREADABLE as error:
         raise DataError(f"{path} cannot be read as {kind}: {type(error).__name__}: {error}. {advice}") from error
 
 
@@ -66,30 +68,73 @@ def read_json(path: Path) -> Any:
 
 
 def read_npy(path: Path) -> NDArray[Any]:
-    """The array of real numbers in a ``.npy`` file; nothing is read that its size and its header disagree about.
+    """The array of floating-point numbers in a ``.npy`` file.
 
     Raises:
         DataError: If the file is missing, broken, truncated, larger than 64 MiB, or holds anything but floats.
     """
-    with readable(path, ".npy"), path.open("rb") as stream:
-        size = os.fstat(stream.fileno()).st_size
+    with readable(path, ".npy"):
+        size = path.stat().st_size
         if size > _MAX_NPY:
             raise DataError(f"{path} has {size} bytes; at most {_MAX_NPY} are read of a file for one image.")
-        length_bytes = _LENGTH_BYTES.get(stream.read(8), 0)
-        header = stream.read(int.from_bytes(stream.read(length_bytes), "little"))
-        match = _HEADER.fullmatch(header)
-        if not match:
+        stream = io.BytesIO(path.read_bytes())
+        with _PARSING:
+            array = np.load(stream, allow_pickle=False)
+        if not isinstance(array, np.ndarray) or stream.read(1):
+            raise ValueError("it holds more than one array")
+    if array.dtype.kind != "f":
+        raise DataError(f"{path} holds {array.dtype}; floating-point numbers are needed.")
+    return array
+
+
+def read_moments(path: Path, *, second: Literal["std", "logvar"] = "std") -> tuple[Tensor, Tensor]:
+    """Mean and std of an image's posterior from a ``.npy`` of mean, then std: (2C, h, w), or (1, 2C, h, w).
+
+    Args:
+        path: The file.
+        second: What is behind the mean: the std, or the log-variance, from which the std is then computed.
+
+    Returns:
+        Twice (C, h, w), float32.
+
+    Raises:
+        DataError: As `read_npy` and `check_moments`, or for another shape.
+    """
+    array = read_npy(path)
+    found = array.shape
+    if array.ndim == 4 and found[0] == 1:
+        array = array[0]
+    if array.ndim != 3 or array.shape[0] % 2 or array.shape[1] != array.shape[2] or not array.size:
+        raise DataError(
+            f"{path} holds an array {found}; mean and std of a square latent are (2C, h, h) or (1, 2C, h, h)."
+        )
+    mean, std = torch.from_numpy(array.astype(np.float32)).chunk(2)
+    if second == "logvar":
+        if (std >= 0).all():
             raise DataError(
-                f"{path} cannot be read as .npy: its header is none that np.save writes for an array of numbers.\n"
-                f"Found: {header[:80]!r}. Copy or make it again."
+                f"{path} holds no log-variance behind the mean: nothing in it is negative. It may be the std."
             )
-        dtype, shape = np.dtype(match["dtype"].decode()), tuple(map(int, re.findall(rb"\d+", match["shape"])))
-        if dtype.kind != "f":
-            raise DataError(f"{path} holds {dtype}; floating-point numbers are needed.")
-        announced = stream.tell() + math.prod(shape) * dtype.itemsize
-        if announced != size:
-            raise DataError(
-                f"{path} has {size} bytes, but an array {shape} of {dtype} takes {announced}: it is truncated or "
-                "damaged. Copy or make it again."
-            )
-        return np.fromfile(stream, dtype).reshape(shape, order="F" if match["by_column"] == b"True" else "C")
+        std = (0.5 * std.clamp(*_LOGVAR_RANGE)).exp()
+    check_moments(mean, std, str(path))
+    return mean, std
+
+
+def check_moments(mean: Tensor, std: Tensor, name: str) -> None:
+    """Make sure that these can be a mean and a standard deviation.
+
+    A log-variance, which is what diffusers' ``latent_dist.parameters`` holds, is negative wherever the posterior is
+    narrower than 1, which a trained VAE's is nearly everywhere. A standard deviation never is.
+
+    Raises:
+        DataError: If a value is not finite, or the std negative.
+    """
+    if not (mean.isfinite().all() and std.isfinite().all()):
+        raise DataError(f"{name} holds values that are not finite. Encode the image again, in float32 if it was not.")
+    if (std < 0).any():
+        raise DataError(
+            f"{name} holds no standard deviation behind the mean: {(std < 0).float().mean().item():.0%} of it is "
+            f"negative, from {std.min().item():.3g} to {std.max().item():.3g}.\n"
+            "It looks like the log-variance of diffusers' latent_dist.parameters.\n"
+            "Store torch.cat([latent_dist.mean, latent_dist.std], dim=1). Features of U-ViT's own script hold it on "
+            "purpose: open them with CocoFeatures(second='logvar')."
+        )

@@ -5,7 +5,8 @@ from pathlib import Path
 from common.captioned_shapes import captioned_shapes, save_text_encoder
 from common.coco_features import write_coco_features
 from common.run_folder import open_run_folder
-from common.text_features import load_text_encoder
+from common.scaling import scaling_of
+from common.text import load_text_encoder
 from common.vae import encode_moments, trained_vae
 
 VAE = "vae"
@@ -31,4 +32,6 @@ def make_demo(folder: Path, *, images: int, vae_steps: int, seed: int = 0) -> No
     texts = ["", *(caption for captions in data.captions for caption in captions)]
     empty, *features = encoder.encode(texts).features.split([1, *map(len, data.captions)])
     items = zip(mean, std, features, strict=True)
-    write_coco_features(folder, _SPLIT, items, empty[0], scale=vae.config.scaling_factor, vae=str(folder / VAE))
+    write_coco_features(
+        folder, _SPLIT, items, empty[0], scaling=scaling_of(vae.config, "The VAE"), vae=str(folder / VAE)
+    )

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.data import NUM_DIGIT_CLASSES, digits
+from common.scaling import Scaling, scaling_of
 from common.step_sampler import mixed_seed
 from common.vae import encode_moments, trained_vae
 
@@ -22,19 +23,19 @@ class MemoryLatents(Dataset[tuple[Tensor, Tensor, int]]):
         std: (N, C, h, h), standard deviations.
         labels: (N,), int64.
         num_classes: Labels are in 0 .. num_classes - 1.
-        scale: The scale factor.
+        scaling: From latents to what a model sees.
         vae: Path of the VAE.
     """
 
     def __init__(
-        self, mean: Tensor, std: Tensor, labels: Tensor, *, num_classes: int, scale: float, vae: str | None
+        self, mean: Tensor, std: Tensor, labels: Tensor, *, num_classes: int, scaling: Scaling, vae: str | None
     ) -> None:
         self.mean = mean
         self.std = std
         self.labels = labels
         self.num_classes = num_classes
         _, self.channels, self.size, _ = mean.shape
-        self.scale = scale
+        self.scaling = scaling
         self.vae = vae
 
     def __len__(self) -> int:
@@ -51,8 +52,8 @@ def demo_latents(vae_folder: Path, *, vae_steps: int, device: str) -> tuple[Memo
     images, labels = digits(IMAGE_SIZE)[0]
     vae = trained_vae(vae_folder, images, steps=vae_steps, seed=0, device=device)
     mean, std = encode_moments(vae, images)
-    scale = vae.config.scaling_factor
-    data = MemoryLatents(mean, std, labels, num_classes=NUM_DIGIT_CLASSES, scale=scale, vae=str(vae_folder))
+    scaling = scaling_of(vae.config, f"The VAE in {vae_folder}")
+    data = MemoryLatents(mean, std, labels, num_classes=NUM_DIGIT_CLASSES, scaling=scaling, vae=str(vae_folder))
     return data, vae
 
 
@@ -66,7 +67,7 @@ class RandomLatents(Dataset[tuple[Tensor, Tensor, int]]):
 
     num_classes = 1000
     channels = 4
-    scale = 1.0
+    scaling = Scaling()
     vae = None
 
     def __init__(self, size: int, length: int = 1_281_167) -> None:

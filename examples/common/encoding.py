@@ -1,92 +1,69 @@
-"""What encoding images takes: the VAE, checked, its posterior of a batch, and images read by a loader's workers."""
+"""What encoding images takes: the VAE, checked, and images that a loader's workers read and crop."""
 
-import hashlib
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from common.data_files import DataError
-from common.image_folder import read_image
-from selftrans_reg.errors import CheckpointError, SettingError
+from common.images import read_square
+from common.vae import load_vae
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def load_encoder(name: str, dtype: torch.dtype) -> AutoencoderKL:
-    """The VAE, in eval mode and frozen.
+def load_encoder(name: str, precision: str, size: int) -> tuple["AutoencoderKL", int]:
+    """The VAE in one of `PRECISIONS`, and the side of its latents of images of a size.
 
     Raises:
-        CheckpointError: If there is none, or not as safetensors.
-        SettingError: If it takes other images than RGB, or shifts its latents, which no sampler here undoes.
+        DataError: If there is none, it takes other images than RGB, or it cannot halve the size as often as it does.
     """
-    try:
-        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, torch_dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"There is no AutoencoderKL at {name!r}: {error}\n"
-            "Name a folder that save_pretrained wrote, or a repository on the hub such as stabilityai/sd-vae-ft-mse."
-        ) from error
+    vae = load_vae(name, dtype=PRECISIONS[precision])
     if vae.config.in_channels != 3:
-        raise SettingError(f"The VAE {name!r} takes images of {vae.config.in_channels} channels; RGB images have 3.")
-    shifts = {key: vae.config.get(key) for key in ("shift_factor", "latents_mean", "latents_std")}
-    if any(value for value in shifts.values()):
-        raise SettingError(
-            f"The VAE {name!r} normalises its latents by more than a scale factor.\nFound: {shifts}.\n"
-            "The examples know latents = scale (mean + std noise) alone: take another VAE."
-        )
-    return vae.eval().requires_grad_(False)
-
-
-def weights_digest(vae: AutoencoderKL) -> str:
-    """SHA-256 of the VAE's weights: two folders of one VAE are the same VAE."""
-    digest = hashlib.sha256()
-    for name, value in sorted(vae.state_dict().items()):
-        digest.update(name.encode() + value.contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def latent_side(vae: AutoencoderKL, size: int) -> int:
-    """The side of the latents of images of a size.
-
-    Raises:
-        SettingError: If the VAE cannot halve the size as often as it does.
-    """
+        raise DataError(f"The VAE {name!r} takes images of {vae.config.in_channels} channels; RGB images have 3.")
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if size % factor:
-        raise SettingError(f"--size {size} is no multiple of {factor}, the VAE's pixels per latent.")
-    return size // factor
+        raise DataError(f"--size {size} is no multiple of {factor}, the pixels per latent of the VAE {name!r}.")
+    return vae, size // factor
 
 
-class Images(Dataset[tuple[Tensor | None, str]]):
-    """The images, each as uint8 pixels and an empty reason, or as None and the reason why it cannot be read."""
-
+class _Images(Dataset[tuple[Tensor | None, str]]):
     def __init__(self, folder: Path, names: list[str], size: int) -> None:
         self._folder, self._size = folder, size
         # One array: a list of strings would be copied into every worker, page by page.
         self._names = np.array([os.fsencode(name) for name in names])
 
     def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
-        """Pixels (3, size, size) or None, and a reason."""
         try:
-            return read_image(self._folder / os.fsdecode(self._names[index]), self._size), ""
+            return read_square(self._folder / os.fsdecode(self._names[index]), self._size), ""
         except DataError as error:
             return None, str(error)
 
 
-def collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
-    """The pixels of the readable images (n, 3, size, size), or None without any, and the reason of each image."""
+def image_batches(
+    folder: Path, names: list[str], batches: list[list[int]], *, size: int, workers: int
+) -> DataLoader[tuple[Tensor | None, list[str]]]:
+    """Batches of cropped images: uint8 (n, 3, size, size) of those that can be read, or None without any; and reasons.
+
+    The reasons are one for each image of the batch, empty where it can be read.
+
+    Args:
+        folder: Of the images.
+        names: Their files, relative to it.
+        batches: Which of them, batch by batch.
+        size: Pixels a side.
+        workers: Processes that read; 0 reads in this one.
+    """
+    return DataLoader(_Images(folder, names, size), batch_sampler=batches, num_workers=workers, collate_fn=_collate)
+
+
+def _collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
     good = [pixels for pixels, _ in items if pixels is not None]
     return torch.stack(good) if good else None, [reason for _, reason in items]
-
-
-@torch.no_grad()
-def posterior(vae: AutoencoderKL, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of images (N, 3, H, W), uint8: twice (N, C, h, w), float32 on the CPU."""
-    distribution = vae.encode((pixels.to(vae.device) / 127.5 - 1).to(vae.dtype)).latent_dist
-    # From the log-variance, in float32: half precision has no room for the smallest deviations.
-    return distribution.mean.float().cpu(), (0.5 * distribution.logvar.float()).exp().cpu()

@@ -1,33 +1,155 @@
-"""Features of sets of images, through an extractor that has a name; and their statistics, kept in a file with it."""
+"""Sets of images on disk, their features through an extractor that has a name, and statistics kept in a file with it.
+
+A set may be larger than the memory: nothing here holds more of it than a batch.
+"""
 
 import importlib
 import sys
+import zipfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from common.data import digits
-from common.data_files import DataError
-from common.image_sets import Images
-from common.metrics import (
-    FeatureStatistics,
-    SmallClassifier,
-    classifier_features,
-    streamed_statistics,
-    trained_classifier,
-)
+from common.data_files import DataError, readable
+from common.images import find_images, read_image, skipped_line, to_uint8
+from common.metrics import FeatureStatistics, classifier_features, streamed_statistics, trained_classifier
+from common.options import Mistake
+from common.run_folder import write_whole
 from common.training import progress
-from selftrans_reg.errors import SettingError, ShapeError
-from selftrans_reg.modules import fingerprint
+from common.vae import weights_digest
 
 DIGITS = "digits"
+INCEPTION = "inception"
 _CLASSIFIER_STEPS = 300  # what the quickstart gives it
 _PAIRED = 10_000
+_ARRAY = "arr_0.npy"  # what numpy calls the first array of an .npz, where ADM's evaluator looks for the images
+
+
+class Images(Protocol):
+    """Images in order, as often as asked, under a name."""
+
+    name: str
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one."""
+
+
+class HeldImages(NamedTuple):
+    """Images in memory: (N, 3, H, W), uint8."""
+
+    name: str
+    images: Tensor
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.images)
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Batches of ``size`` images and a smaller last one."""
+        yield from self.images.split(size)
+
+
+class ImageSet:
+    """The images of a folder, at any depth, or of the ``arr_0`` of an ``.npz``; in order, as often as asked.
+
+    Args:
+        path: The file, or the folder; one with a folder ``images`` in it, such as that of ``sample.py``, means that.
+
+    Raises:
+        DataError: If there is nothing of the kind, or the file is broken.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = (path / "images" if (path / "images").is_dir() else path).resolve()
+        self.name = str(self.path)
+        self._files: list[str] = []
+        if self.path.is_dir():
+            self._files, skipped = find_images(self.path)
+            self._length = len(self._files)
+            if skipped:
+                print(skipped_line(self.path, skipped))
+        elif self.path.suffix == ".npz" and self.path.exists():
+            with _array_stream(self.path) as (_, shape):
+                self._length = shape[0]
+        else:
+            raise DataError(f"There are no images at {path}.\nPass a folder of images, or an .npz of ADM's layout.")
+        if not self._length:
+            raise DataError(f"{self.path} holds no image.\nPass a folder of images, or an .npz of ADM's layout.")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one.
+
+        Raises:
+            DataError: If a file is broken or no image, or the images have different sizes.
+        """
+        rows = self._rows_of_files(size) if self._files else self._rows_of_array(size)
+        for images in rows:
+            yield torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+    def _rows_of_files(self, size: int) -> Iterator[NDArray[np.uint8]]:
+        width, height = read_image(self.path / self._files[0]).size
+        for start in range(0, self._length, size):
+            images = []
+            for name in self._files[start : start + size]:
+                image = read_image(self.path / name)
+                if image.size != (width, height):
+                    raise DataError(
+                        f"The images of a set have one size.\nFound: {width}x{height}, and {self.path / name} with "
+                        f"{image.width}x{image.height}.\nCrop and resize them alike, or name the folder of one size."
+                    )
+                images.append(np.asarray(image))
+            yield np.stack(images)
+
+    def _rows_of_array(self, size: int) -> Iterator[NDArray[np.uint8]]:
+        with _array_stream(self.path) as (stream, shape):
+            row = int(np.prod(shape[1:]))
+            for start in range(0, self._length, size):
+                count = min(size, self._length - start)
+                raw = stream.read(count * row)
+                if len(raw) != count * row:
+                    raise DataError(f"{self.path} ends in the middle of its images. Copy or make it again.")
+                yield np.frombuffer(raw, np.uint8).reshape(count, *shape[1:]).copy()
+
+
+@contextmanager
+def _array_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """The ``arr_0`` of an ``.npz``, opened and read up to its data, and its shape."""
+    with readable(path, ".npz"), zipfile.ZipFile(path) as archive:
+        if _ARRAY not in archive.namelist():
+            raise DataError(
+                f"{path} holds no images under 'arr_0'.\nFound: {', '.join(archive.namelist()[:8])}.\n"
+                "Statistics are passed with --statistics."
+            )
+        with archive.open(_ARRAY) as stream:
+            version = np.lib.format.read_magic(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            if version != (1, 0) or fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+                raise DataError(
+                    f"{path} holds no images: 'arr_0' has to be uint8 (N, H, W, 3).\nFound: {dtype} {shape}.\n"
+                    "Pass images as sample.py or ADM's scripts write them."
+                )
+            yield stream, shape
+
+
+def images_named(name: str) -> Images:
+    """The training digits, or the images at a path."""
+    if name == DIGITS:
+        from common.data import digits
+
+        return HeldImages(DIGITS, torch.from_numpy(to_uint8(digits(32)[0].images)).permute(0, 3, 1, 2).contiguous())
+    return ImageSet(Path(name))
 
 
 class Extractor(NamedTuple):
@@ -45,18 +167,18 @@ class Extractor(NamedTuple):
         """Features (N, D) of images (N, 3, H, W).
 
         Raises:
-            ShapeError: If the function returned anything else, or numbers that are not finite.
+            Mistake: If the function returned anything else, or numbers that are not finite.
         """
         with torch.no_grad():
             found = self.function(images)
         features = np.asarray(found.detach().cpu().float() if isinstance(found, Tensor) else found)
         if features.dtype.kind != "f" or features.ndim != 2 or len(features) != len(images):
-            raise ShapeError(
+            raise Mistake(
                 f"The extractor {self.name!r} has to make floating-point features (N, D) of N images.\n"
                 f"Found: {features.dtype} {features.shape} for {len(images)} images."
             )
         if not np.isfinite(features).all():
-            raise ShapeError(f"The extractor {self.name!r} made features that are not finite: look at its input range.")
+            raise Mistake(f"The extractor {self.name!r} made features that are not finite: look at its input range.")
         return features.astype(np.float32)
 
     def of(self, images: Images, batch_size: int) -> Iterator[NDArray[np.float32]]:
@@ -68,45 +190,71 @@ class Extractor(NamedTuple):
 
 
 def extractor_named(name: str, *, classifier: Path, device: str) -> Extractor:
-    """The extractor of an import path ``module:callable``, or "digits": a small classifier of the handwritten digits.
-
-    Modules are looked for in the working directory too.
+    """The extractor "digits" or "inception", or that of an import path ``module:callable``.
 
     Args:
         name: Of the extractor.
         classifier: Where the digits' classifier is; trained now, in seconds, if it is not there.
-        device: Of that classifier; a callable of one's own chooses its device itself.
+        device: Of a network that is made here; a callable of one's own chooses its device itself.
 
     Raises:
-        SettingError: If there is no such callable.
+        Mistake: If there is none of this name.
     """
     if name == DIGITS:
-        classifier.parent.mkdir(parents=True, exist_ok=True)
-        model = trained_classifier(classifier, digits(32)[0], steps=_CLASSIFIER_STEPS, seed=0, device=device)
-        identity = bytes(fingerprint(model, {})[:4].tolist()).hex()  # another training's features are other features
-        return Extractor(f"{DIGITS}-{identity}", lambda images: _digit_features(model, images))
+        return _digits(classifier, device)
+    if name == INCEPTION:
+        return _inception(device)
+    function = imported(name, "--features")
+    return Extractor(name, function)
+
+
+def _digits(path: Path, device: str) -> Extractor:
+    """A small classifier of the handwritten digits."""
+    from common.data import digits
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    model = trained_classifier(path, digits(32)[0], steps=_CLASSIFIER_STEPS, seed=0, device=device)
+
+    def features(images: Tensor) -> NDArray[np.float64]:
+        if images.shape[1:] != (3, 32, 32):
+            raise Mistake(
+                f"The digits' classifier takes images of 32x32.\nFound: {tuple(images.shape)}.\n"
+                "Name another extractor: inception, or module:callable."
+            )
+        return classifier_features(model, images.float().mean(1, keepdim=True) / 127.5 - 1)
+
+    return Extractor(f"{DIGITS}-{weights_digest(model)[:8]}", features)  # another training's features are others
+
+
+def _inception(device: str) -> Extractor:
+    """The Inception of published FIDs, with TensorFlow's weights and resizing, as torch-fidelity has ported it."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise Mistake(
+            f"--features inception needs torch-fidelity, which cannot be imported: {error}.\n"
+            "Install it with pip install torch-fidelity; it downloads the weights (91 MB) when it first runs."
+        ) from error
+    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+    return Extractor(f"{INCEPTION}-{weights_digest(model)[:8]}", lambda images: model(images.to(device))[0])
+
+
+def imported(name: str, option: str) -> Callable[..., Any]:
+    """What ``module:callable`` names; modules of the working directory are found too.
+
+    Raises:
+        Mistake: If there is no such callable.
+    """
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        found = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError, ValueError) as error:
-        raise SettingError(
-            f"There are no features named {name!r}: {error}.\n"
-            f"Pass {DIGITS!r}, or module:callable, where the callable turns images (N, 3, H, W), uint8, into (N, D)."
-        ) from error
-    if not callable(function):
-        raise SettingError(f"{name!r} is a {type(function).__name__}, which cannot be called with images.")
-    return Extractor(name, function)
-
-
-def _digit_features(model: SmallClassifier, images: Tensor) -> NDArray[np.float64]:
-    if images.shape[1:] != (3, 32, 32):
-        raise ShapeError(
-            f"The digits' classifier takes images of 32x32.\nFound: {tuple(images.shape)}.\n"
-            "Name another extractor: module:callable."
-        )
-    return classifier_features(model, images.float().mean(1, keepdim=True) / 127.5 - 1)
+        raise Mistake(f"{option} {name!r} is no module:callable that can be imported: {error}.") from error
+    if not callable(found):
+        raise Mistake(f"{option} {name!r} is a {type(found).__name__}, which cannot be called.")
+    return found
 
 
 class Reference(NamedTuple):
@@ -148,20 +296,11 @@ def reference_of(images: Images, extractor: Extractor, *, batch_size: int) -> Re
 
 
 def save_reference(reference: Reference, extractor: Extractor, source: str, path: Path) -> None:
-    """Write statistics, held features and where they come from as ``.npz``, under another name and then by a rename."""
-    partial = path.with_name(path.name + ".partial")
+    """Write statistics, held features and where they come from as ``.npz``."""
+    (mean, covariance), count, features = reference
+    content = {"mean": mean, "covariance": covariance, "features": features, "count": count}
     path.parent.mkdir(parents=True, exist_ok=True)
-    with partial.open("wb") as stream:
-        np.savez(
-            stream,
-            mean=reference.statistics.mean,
-            covariance=reference.statistics.covariance,
-            features=reference.features,
-            count=reference.count,
-            extractor=extractor.name,
-            source=source,
-        )
-    partial.replace(path)
+    write_whole(path, lambda file: np.savez(file, **content, extractor=extractor.name, source=source))
 
 
 def load_reference(path: Path, extractor: Extractor, source: str | None) -> Reference:
@@ -177,19 +316,16 @@ def load_reference(path: Path, extractor: Extractor, source: str | None) -> Refe
     Raises:
         DataError: If the file is broken, or its statistics are of other features or of other images.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            ours = {"mean", "covariance", "features", "count", "extractor", "source"} <= set(archive.files)
-            names = ("mean", "covariance") if ours else ("mu", "sigma")
-            mean, covariance = (archive[name].astype(np.float64) for name in names)
-            extra = {name: archive[name] for name in ("features", "count", "extractor", "source") if ours}
-    except (OSError, EOFError, KeyError, ValueError) as error:
-        raise DataError(
-            f"{path} holds no statistics of features: {error}.\n"
-            "Pass a file that --statistics wrote, or an ADM reference batch with 'mu' and 'sigma'."
-        ) from error
-    if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-        raise DataError(f"{path} holds no mean (D,) and covariance (D, D): {mean.shape} and {covariance.shape}.")
+    advice = "Pass a file that --statistics wrote, or an ADM reference batch with 'mu' and 'sigma'."
+    with readable(path, "statistics of features", advice), np.load(path, allow_pickle=False) as archive:
+        ours = {"mean", "covariance", "features", "count", "extractor", "source"} <= set(archive.files)
+        names = ("mean", "covariance") if ours else ("mu", "sigma")
+        mean, covariance = (archive[name].astype(np.float64) for name in names)
+        extra = {name: archive[name] for name in ("features", "count", "extractor", "source") if ours}
+        if mean.ndim != 1 or covariance.shape != mean.shape * 2:
+            raise ValueError(f"no mean (D,) and covariance (D, D), but {mean.shape} and {covariance.shape}")
+        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
+            raise ValueError("they are not finite")
     statistics = FeatureStatistics(mean, covariance)
     if not ours:
         return Reference(statistics, None, None)

@@ -5,30 +5,94 @@ A shard holds ``mean`` and ``std`` (n, C, h, w), in float32 or float16, and ``la
 read. It is complete in itself and written under another name first: what is there is finished.
 """
 
-import hashlib
 import json
-from bisect import bisect_right
-from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from common.data_files import DataError, first_ones, readable
-from common.moments import check_moments
-from common.shard_index import Index, read_index
+from common.data_files import DataError, check_moments, read_json, readable
+from common.run_folder import write_json
+from common.scaling import Scaling, checked_scaling
 
+INDEX = "index.json"
+_FORMAT = 1
+_KIND = "mean and std of VAE posteriors"
 _MAX_HEADER = 64 << 20  # holds the names of the images
-_MOMENTS = ("mean", "std")
-_MIRRORED = "_mirrored"
+_MAKE_AGAIN = "Delete it and run encode_latents.py again: it makes what is missing."
+
+
+class Index(NamedTuple):
+    """What ``index.json`` says: what every shard was made from, and with which settings.
+
+    Attributes:
+        settings: What decides the moments: ``vae``, ``size``, ``precision`` and so on; they are equal in every shard.
+        scaling: The VAE's: a latent is ``(mean + std noise - shift) * scale``.
+        shape: (C, h, w) of a latent.
+        mirrored: Whether every image is there a second time, mirrored.
+        shards: How many there are in the end.
+        classes: Their names; a label is a place in this list.
+        library: The version of selftrans_reg that wrote it.
+    """
+
+    settings: dict[str, Any]
+    scaling: Scaling
+    shape: list[int]
+    mirrored: bool
+    shards: int
+    classes: list[str]
+    library: str
+
+
+def write_index(index: Index, folder: Path) -> None:
+    """Write ``index.json``."""
+    entries = index._asdict() | index.scaling._asdict()
+    del entries["scaling"]
+    write_json({"kind": _KIND, "format": _FORMAT, **entries}, folder / INDEX)
+
+
+def read_index(folder: Path) -> Index:
+    """The index of a folder of shards.
+
+    Raises:
+        DataError: If it cannot be read, or is of another format.
+    """
+    path = folder / INDEX
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("kind") != _KIND:
+        raise DataError(f"{path} is no index of latents: it has no entry 'kind' that says {_KIND!r}.")
+    if content.get("format") != _FORMAT:
+        raise DataError(
+            f"{path} has format {content.get('format')!r}, written by version {content.get('library')!r} of "
+            f"selftrans_reg; this version reads {_FORMAT}. Install the one that wrote it, or a later one."
+        )
+    with readable(path, "an index of latents", "Make it again."):
+        channels, height, width = shape = content["shape"]
+        scaling = checked_scaling(content["scale"], content.get("shift", 0.0), channels)
+        entries = {name: content[name] for name in Index._fields if name != "scaling"}
+        right = {
+            "settings": isinstance(content["settings"], dict) and isinstance(content["settings"].get("vae"), str),
+            "shape": all(type(n) is int and 0 < n < 1 << 16 for n in shape) and height == width,
+            "mirrored": type(content["mirrored"]) is bool,
+            "shards": type(content["shards"]) is int and 0 < content["shards"] < 1 << 20,
+            "classes": isinstance(content["classes"], list) and bool(content["classes"]),
+        }
+        wrong = [f"{name}: {str(content[name])[:100]}" for name, fine in right.items() if not fine]
+        if wrong:
+            raise ValueError(f"it holds what encode_latents.py never writes, {'; '.join(wrong)}")
+    return Index(scaling=scaling, **entries)
 
 
 def shard_name(number: int) -> str:
     """The file of a shard."""
     return f"latents-{number:05d}.safetensors"
+
+
+def moment_names(*, mirrored: bool) -> tuple[str, ...]:
+    """The names of a shard's moments."""
+    return ("mean", "std", "mean_mirrored", "std_mirrored") if mirrored else ("mean", "std")
 
 
 class Shard(NamedTuple):
@@ -45,11 +109,6 @@ class Shard(NamedTuple):
     labels: Tensor
     images: list[str]
     left_out: list[tuple[str, str]]
-
-
-def moment_names(mirrored: bool) -> tuple[str, ...]:
-    """The names of a shard's moments."""
-    return (*_MOMENTS, *(name + _MIRRORED for name in _MOMENTS if mirrored))
 
 
 def write_shard(folder: Path, number: int, shard: Shard) -> None:
@@ -73,116 +132,36 @@ class OpenShard:
         DataError: If it is no whole safetensors file, or not of the index's shape.
     """
 
-    def __init__(self, path: Path, index: Index) -> None:
-        self._path = path
+    def __init__(self, folder: Path, number: int, index: Index) -> None:
+        self._path = path = folder / shard_name(number)
         with readable(path, "a shard", _MAKE_AGAIN):
             with path.open("rb") as stream:
                 header = int.from_bytes(stream.read(8), "little")
             if header > _MAX_HEADER:
-                raise DataError(f"{path} announces a header of {header} bytes: it is damaged. {_MAKE_AGAIN}")
+                raise ValueError(f"it announces a header of {header} bytes")
             self._file = safe_open(path, "pt")
             found = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (no mapping)
             shapes = {name: (part.get_dtype(), part.get_shape()) for name, part in found.items()}
             metadata = self._file.metadata() or {}
             self.images: list[str] = json.loads(metadata["images"])
             self.left_out: list[tuple[str, str]] = [(name, why) for name, why in json.loads(metadata["left_out"])]
-        dtype = shapes.get("mean", ("F32",))[0]
-        wanted = {name: (dtype, [len(self.images), *index.shape]) for name in moment_names(index.mirrored)}
-        wanted["labels"] = ("I64", [len(self.images)])
-        if shapes != wanted or dtype not in ("F32", "F16"):
-            raise DataError(f"{path} does not fit its index.\nFound: {shapes}.\nExpected: {wanted}.\n{_MAKE_AGAIN}")
-        self.labels = self._file.get_tensor("labels").clone()
-        if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(index.classes):
-            raise DataError(f"{path} has labels beyond the {len(index.classes)} classes of its index. {_MAKE_AGAIN}")
+            dtype = shapes.get("mean", ("F32",))[0]
+            wanted = {name: (dtype, [len(self.images), *index.shape]) for name in moment_names(mirrored=index.mirrored)}
+            wanted["labels"] = ("I64", [len(self.images)])
+            if shapes != wanted or dtype not in ("F32", "F16"):
+                raise ValueError(f"it does not fit its index. Found: {shapes}; expected: {wanted}")
+            self.labels = self._file.get_tensor("labels").clone()
+            if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(index.classes):
+                raise ValueError(f"it has labels beyond the {len(index.classes)} classes of its index")
 
-    def read(self, row: int, mirrored: bool) -> tuple[Tensor, Tensor]:
+    def read(self, row: int, *, mirrored: bool) -> tuple[Tensor, Tensor]:
         """Mean and std of an image, twice (C, h, w), float32.
 
         Raises:
             DataError: If they are none.
         """
-        suffix = _MIRRORED * mirrored
+        names = moment_names(mirrored=mirrored)[-2:]
         # Cloned: a part of a mapped file would be passed between processes as the whole file.
-        mean, std = (self._file.get_slice(name + suffix)[row].float().clone() for name in _MOMENTS)
+        mean, std = (self._file.get_slice(name)[row].float().clone() for name in names)
         check_moments(mean, std, f"{self.images[row]} in {self._path}")
         return mean, std
-
-
-_MAKE_AGAIN = "Delete it and run encode_latents.py again: it makes what is missing."
-
-
-class ShardFolder:
-    """The images in a folder of `encode_latents.py`, in the order of the shards; then all once more, mirrored.
-
-    Attributes:
-        labels: (N,), int64.
-        num_classes: The number of class folders that were encoded.
-        shape: (C, h, w) of a latent.
-        scale: The VAE's scale factor.
-        vae: The VAE's path or name on the hub.
-        problems: Shards that cannot be used, as (file, reason); their images are not among the labels.
-
-    Raises:
-        DataError: If the index cannot be read, shards are missing, or there is no image in any.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._index = index = read_index(folder)
-        self.num_classes = len(index.classes)
-        self.shape = torch.Size(index.shape)
-        self.scale = float(index.scale)
-        self.vae: str = index.settings["vae"]
-        self.problems: list[tuple[str, str]] = []
-        missing = [name for name in map(shard_name, range(index.shards)) if not (folder / name).exists()]
-        if missing:
-            raise DataError(
-                f"The latents in {folder} are not finished: {len(missing)} of {index.shards} shards are missing, "
-                f"{missing[0]} for one.\nRun encode_latents.py again as before: it makes what is missing."
-            )
-        self._shards: dict[int, OpenShard] = {}
-        labels = []
-        for number in range(index.shards):
-            try:
-                labels.append(self._shard(number).labels)
-            except DataError as error:
-                self.problems.append((shard_name(number), str(error)))
-                labels.append(torch.empty(0, dtype=torch.int64))
-        self._ends = list(accumulate(map(len, labels)))
-        self.labels = torch.cat(labels * (1 + index.mirrored))
-        if not len(self.labels):
-            raise DataError(f"There is no image in the shards of {folder}.\n{first_ones(self.problems)}")
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Without the open files: each process of a loader opens its own."""
-        return {**self.__dict__, "_shards": {}}
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the index and the labels."""
-        return hashlib.sha256(repr(self._index).encode() + self.labels.numpy().tobytes()).hexdigest()
-
-    def name(self, index: int) -> str:
-        """The image's file, relative to the folder that was encoded."""
-        number, row, mirrored = self._place(index)
-        return self._shard(number).images[row] + " (mirrored)" * mirrored
-
-    def read(self, index: int) -> tuple[Tensor, Tensor]:
-        """Mean and std of an image, twice (C, h, w), float32.
-
-        Raises:
-            DataError: If the shard or the moments cannot be used.
-        """
-        number, row, mirrored = self._place(index)
-        return self._shard(number).read(row, mirrored)
-
-    def _place(self, index: int) -> tuple[int, int, bool]:
-        """Shard, row in it, and whether the mirrored image is meant."""
-        mirrored, place = divmod(index, self._ends[-1])
-        number = bisect_right(self._ends, place)
-        return number, place - (self._ends[number - 1] if number else 0), bool(mirrored)
-
-    def _shard(self, number: int) -> OpenShard:
-        if number not in self._shards:
-            self._shards[number] = OpenShard(self._folder / shard_name(number), self._index)
-        return self._shards[number]

@@ -2,50 +2,42 @@
 
     data = open_latents(Path("imagenet/vae-sd"))
     mean, std, label = data[0]
-    latent = data.scale * (mean + std * torch.randn_like(mean))
+    latent = data.scaling.drawn(mean, std, torch.randn_like(mean))
 
 What the lists of files and labels show is checked when a folder is opened; a file is checked whenever it is read, since
 reading all of ImageNet first takes its time.
 """
 
+import hashlib
+import os
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
+from contextlib import suppress
+from itertools import accumulate, islice
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from common import repa_layout, shard_index
-from common.data_files import DataError, first_ones, read_json
-from common.latent_shards import ShardFolder
-from common.repa_layout import RepaFolder
+from common.data_files import DataError, first_ones, read_json, read_moments, readable
+from common.latent_shards import INDEX, OpenShard, read_index, shard_name
 from common.run_folder import write_json
+from common.scaling import Scaling
 from common.training import progress
 
+REPA_INDEX = "dataset.json"
+REPA_SCALE = 0.18215  # REPA's files do not say; its code multiplies by this
+
+_MAX_CLASSES = 1 << 20  # every class takes a row of the model's table
 _THREADS = 8
 _CHUNK = 1024
 _SAMPLED = 16
-
-
-class LatentSource(Protocol):
-    """What a layout has to offer; `RepaFolder` and `ShardFolder` say what each means."""
-
-    labels: Tensor
-    num_classes: int
-    shape: torch.Size
-    scale: float
-    vae: str | None
-    problems: list[tuple[str, str]]
-
-    @property
-    def digest(self) -> str: ...  # noqa: D102
-
-    def name(self, index: int) -> str: ...  # noqa: D102
-
-    def read(self, index: int) -> tuple[Tensor, Tensor]: ...  # noqa: D102
+_SKIP = "To go on without what cannot be used, open the folder with skip_bad (--skip-bad): it reads every file first."
 
 
 class LatentFolder(Dataset[tuple[Tensor, Tensor, int]]):
@@ -56,22 +48,22 @@ class LatentFolder(Dataset[tuple[Tensor, Tensor, int]]):
         num_classes: Labels are in 0 .. num_classes - 1.
         channels: C.
         size: h, which is w.
-        scale: The scale factor: what a model sees is ``scale (mean + std noise)``.
+        scaling: From latents to what a model sees.
         vae: Path or name of the VAE, where the folder records it.
-
-    Args:
-        source: Where they come from.
-        kept: (N,), the items of the source to use; all of them without it.
+        problems: What cannot be used of the folder, as (file, reason): it is not among the items.
     """
 
-    def __init__(self, source: LatentSource, kept: Tensor | None = None) -> None:
-        self._source = source
-        self._kept = kept
-        self.labels = source.labels if kept is None else source.labels[kept]
-        self.num_classes = source.num_classes
-        self.channels, self.size, _ = source.shape
-        self.scale = source.scale
-        self.vae = source.vae
+    labels: Tensor
+    num_classes: int
+    channels: int
+    size: int
+    scaling: Scaling
+    vae: str | None
+    _kept: Tensor | None = None  # (N,), the numbers of the items that are used; all without it
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.problems: list[tuple[str, str]] = []
 
     def __len__(self) -> int:
         """Items, mirrored ones included."""
@@ -85,13 +77,31 @@ class LatentFolder(Dataset[tuple[Tensor, Tensor, int]]):
         """
         place = range(len(self))[index]
         try:
-            mean, std = self._source.read(place if self._kept is None else int(self._kept[place]))
+            mean, std = self.read(place if self._kept is None else int(self._kept[place]))
         except DataError as error:
             raise DataError(f"{error}\n{_SKIP}") from error
         return mean, std, int(self.labels[place])
 
+    def keep(self, numbers: Tensor) -> None:
+        """Use the items of these numbers alone."""
+        self._kept, self.labels = numbers, self.labels[numbers]
 
-_SKIP = "To go on without what cannot be used, open the folder with skip_bad (--skip-bad): it reads every file first."
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what is listed: names and labels."""
+        raise NotImplementedError
+
+    def name(self, number: int) -> str:
+        """What messages call an item of the folder."""
+        raise NotImplementedError
+
+    def read(self, number: int) -> tuple[Tensor, Tensor]:
+        """Mean and std of an item of the folder, whether it is used or not.
+
+        Raises:
+            DataError: If the file cannot be used.
+        """
+        raise NotImplementedError
 
 
 def open_latents(
@@ -109,73 +119,247 @@ def open_latents(
     Raises:
         DataError: If the folder is of neither layout, or anything in it cannot be used and ``skip_bad`` is off.
     """
-    source = _source(folder, num_classes)
+    data = _opened(folder, num_classes)
     if not skip_bad:
-        if source.problems:
+        if data.problems:
             raise DataError(
-                f"{len(source.problems)} entries of {folder} cannot be used:\n{first_ones(source.problems)}\n{_SKIP}"
+                f"{len(data.problems)} entries of {folder} cannot be used:\n{first_ones(data.problems)}\n{_SKIP}"
             )
-        data = LatentFolder(source)
         for index in range(0, len(data), max(1, len(data) // _SAMPLED)):  # a wrong data set shows now, not in an hour
             data[index]
         return data
-    bad = _bad_items(source, folder, bad_list)
-    kept = torch.ones(len(source.labels), dtype=torch.bool)
-    kept[[index for index, _ in bad]] = False
-    problems = source.problems + [(source.name(index), reason) for index, reason in bad]
-    if not kept.any():
-        raise DataError(f"Nothing in {folder} can be used:\n{first_ones(problems)}")
-    if problems:
-        print(f"{folder}: {len(problems)} entries left out, {int(kept.sum())} items used\n{first_ones(problems)}")
-    return LatentFolder(source, kept.nonzero().flatten())
+    bad = _bad_items(data, bad_list)
+    data.problems += [(data.name(number), reason) for number, reason in bad]
+    good = torch.ones(len(data), dtype=torch.bool)
+    good[[number for number, _ in bad]] = False
+    if not good.any():
+        raise DataError(f"Nothing in {folder} can be used:\n{first_ones(data.problems)}")
+    data.keep(good.nonzero().flatten())
+    if data.problems:
+        print(f"{folder}: {len(data.problems)} entries left out, {len(data)} items used\n{first_ones(data.problems)}")
+    return data
 
 
-def _source(folder: Path, num_classes: int | None) -> LatentSource:
-    candidates = [folder / repa_layout.INDEX, folder / "vae-sd" / repa_layout.INDEX, folder / shard_index.INDEX]
+def _opened(folder: Path, num_classes: int | None) -> LatentFolder:
+    candidates = [folder / REPA_INDEX, folder / "vae-sd" / REPA_INDEX, folder / INDEX]
     found = [path for path in candidates if path.is_file()]
     if len(found) != 1:
         there = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) if folder.is_dir() else "no such folder"
         raise DataError(
             f"{folder} holds {len(found)} data sets of latents; exactly one is needed.\n"
             f"Found: {', '.join(map(str, found)) or there or 'an empty folder'}.\n"
-            f"Name a folder with {repa_layout.INDEX} (REPA's vae-sd/) or with the {shard_index.INDEX} that "
-            "encode_latents.py writes."
+            f"Name a folder with {REPA_INDEX} (REPA's vae-sd/) or with the {INDEX} that encode_latents.py writes."
         )
-    if found[0].name == repa_layout.INDEX:
-        return RepaFolder(found[0].parent, num_classes=num_classes)
-    source = ShardFolder(found[0].parent)
-    if num_classes is not None and source.num_classes > num_classes:
-        raise DataError(f"{folder} has {source.num_classes} classes; the model has {num_classes}.")
-    return source
+    if found[0].name == REPA_INDEX:
+        return RepaFolder(found[0].parent, num_classes)
+    data = ShardFolder(found[0].parent)
+    if num_classes is not None and data.num_classes > num_classes:
+        raise DataError(f"{folder} has {data.num_classes} classes; the model has {num_classes}.")
+    return data
 
 
-def _bad_items(source: LatentSource, folder: Path, bad_list: Path | None) -> list[tuple[int, str]]:
-    """Which items of the source cannot be read, and why: from the list, or by reading all of them."""
+def _bad_items(data: LatentFolder, bad_list: Path | None) -> list[tuple[int, str]]:
+    """Which items cannot be read, and why: from the list, or by reading all of them."""
     if bad_list is not None and bad_list.exists():
         content = read_json(bad_list)
-        if content["digest"] != source.digest:
-            raise DataError(
-                f"{bad_list} lists what is bad in {content['folder']} as it was; {folder} holds other files now.\n"
-                "Name another file, or delete this one and have every file read again."
-            )
-        return [(index, reason) for index, _, reason in content["bad"]]
-    bad = list(_read_all(source, f"checking {folder.name}"))
+        with readable(bad_list, "a list of bad items", "Delete it and have every file read again."):
+            if content["digest"] != data.digest:
+                raise DataError(
+                    f"{bad_list} lists what is bad in {content['folder']} as it was; {data.folder} holds other files "
+                    "now.\nName another file, or delete this one and have every file read again."
+                )
+            for number, name, reason in content["bad"]:
+                fine = type(number) is int and 0 <= number < len(data) and isinstance(reason, str)
+                if not fine or data.name(number) != name:
+                    raise ValueError(f"item {str(number)[:50]} of the folder is not {str(name)[:100]!r}")
+            return [(number, reason) for number, _, reason in content["bad"]]
+    bad = list(_read_all(data))
     if bad_list is not None:
-        named = [(index, source.name(index), reason) for index, reason in bad]
+        named = [(number, data.name(number), reason) for number, reason in bad]
         bad_list.parent.mkdir(parents=True, exist_ok=True)
-        write_json({"folder": str(folder), "digest": source.digest, "bad": named}, bad_list)
+        write_json({"folder": str(data.folder), "digest": data.digest, "bad": named}, bad_list)
     return bad
 
 
-def _read_all(source: LatentSource, title: str) -> Iterator[tuple[int, str]]:
-    def reason(index: int) -> str:
+def _read_all(data: LatentFolder) -> Iterator[tuple[int, str]]:
+    def reason(number: int) -> str:
         try:
-            source.read(index)
+            data.read(number)
         except DataError as error:
             return str(error)
         return ""
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        indices = iter(progress(range(len(source.labels)), title))
-        while chunk := list(islice(indices, _CHUNK)):  # the pool would queue every file of a data set at once
+        numbers = iter(progress(range(len(data)), f"checking {data.folder.name}"))
+        while chunk := list(islice(numbers, _CHUNK)):  # the pool would queue every file of a data set at once
             yield from ((i, why) for i, why in zip(chunk, pool.map(reason, chunk), strict=True) if why)
+
+
+class RepaFolder(LatentFolder):
+    """The images that REPA's ``dataset.json`` lists, in its order, each a ``.npy`` of mean and std.
+
+    The layout does not record its VAE (REPA encoded with sd-vae-ft-mse).
+
+    Args:
+        folder: The one that holds ``dataset.json``.
+        num_classes: Labels from there on are wrong; None takes every label for right.
+
+    Raises:
+        DataError: If the list itself cannot be read, or nothing in it can be used.
+    """
+
+    def __init__(self, folder: Path, num_classes: int | None = None) -> None:
+        super().__init__(folder)
+        labels = self._checked_labels(num_classes)
+        fine = {name: label for name, label in labels.items() if label is not None}
+        there = _npy_files(folder, {name.rpartition("/")[0] for name in fine})
+        self.problems += [(name, "listed, but not there") for name in sorted(fine.keys() - there)]
+        self.problems += [
+            (name, f"there, but without a label in {REPA_INDEX}") for name in sorted(there - labels.keys())
+        ]
+        usable = {name: label for name, label in fine.items() if name in there}
+        if not usable:
+            raise DataError(
+                f"None of the files that {folder / REPA_INDEX} lists can be used.\n{first_ones(self.problems)}\n"
+                "The .npy files belong beside it, under the names that it lists."
+            )
+        # One array: a list of strings would be copied into every worker of a loader, page by page, as it is counted.
+        self._names = np.array([os.fsencode(name) for name in usable])
+        self.labels = torch.tensor(list(usable.values()))
+        self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
+        self.scaling, self.vae = Scaling(REPA_SCALE), None
+        self.channels, self.size, _ = self._shape = self._usual_shape()
+
+    @property
+    def digest(self) -> str:  # noqa: D102
+        return hashlib.sha256(self._names.tobytes() + self.labels.numpy().tobytes()).hexdigest()
+
+    def name(self, number: int) -> str:  # noqa: D102
+        return os.fsdecode(self._names[number])
+
+    def read(self, number: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+        path = self.folder / self.name(number)
+        mean, std = read_moments(path)
+        if mean.shape != self._shape:
+            raise DataError(
+                f"{path} holds a latent {tuple(mean.shape)}; the others of its folder are {tuple(self._shape)}. "
+                "Encode the image again with the settings of the others."
+            )
+        return mean, std
+
+    def _usual_shape(self) -> torch.Size:
+        """The most frequent among 16 files spread over the list."""
+        shapes, last = Counter[torch.Size](), None
+        count = min(_SAMPLED, len(self.labels))
+        for number in np.linspace(0, len(self.labels) - 1, count).astype(int):
+            try:
+                shapes[read_moments(self.folder / self.name(number))[0].shape] += 1
+            except DataError as error:
+                last = error
+        if not shapes:
+            raise DataError(f"Not one of {count} files of {self.folder} can be used.\nThe last: {last}")
+        return shapes.most_common(1)[0][0]
+
+    def _checked_labels(self, num_classes: int | None) -> dict[str, int | None]:
+        """Labels by file; None where the entry is wrong, which is also one of the problems."""
+        path = self.folder / REPA_INDEX
+        content = read_json(path)
+        entries = content.get("labels") if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not entries:
+            raise DataError(
+                f'{path} has no list of labels. It should be {{"labels": [["00000/img-mean-std-00000000.npy", 3], …]}}.'
+            )
+        labels: dict[str, int | None] = {}
+        for entry in entries:
+            match entry:
+                case [str(name), label]:
+                    reason = "listed twice" if name in labels else _wrong_name(name) or _wrong_label(label, num_classes)
+                    labels[name] = None if reason else label
+                case _:
+                    name, reason = str(entry)[:100], "no pair of file and label"
+            if reason:
+                self.problems.append((name, reason))
+        return labels
+
+
+def _wrong_name(name: str) -> str:
+    fine = name.endswith(".npy") and not {"", ".", ".."} & {*name.split("/")} and "\0" not in name
+    return "" if fine else "no name of a .npy file in this folder"
+
+
+def _wrong_label(label: Any, num_classes: int | None) -> str:
+    if type(label) is not int:  # True is an int, too
+        return f"the label {str(label)[:50]!r} is no whole number"
+    end = _MAX_CLASSES if num_classes is None else num_classes
+    return "" if 0 <= label < end else f"the label {str(label)[:50]} is not in 0 .. {end - 1}"
+
+
+def _npy_files(folder: Path, parents: set[str]) -> set[str]:
+    """The ``.npy`` files, with slashes, in the folder, in those inside it and in ``parents``; nothing is opened."""
+    found: set[str] = set()
+    with os.scandir(folder) as entries:
+        parents = parents | {"", *(entry.name for entry in entries if entry.is_dir())}
+    for parent in parents:
+        with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder / parent) as entries:
+            prefix = f"{parent}/" if parent else ""
+            found.update(prefix + entry.name for entry in entries if entry.name.endswith(".npy"))
+    return found
+
+
+class ShardFolder(LatentFolder):
+    """The images in a folder of `encode_latents.py`, in the order of the shards; then all once more, mirrored.
+
+    Raises:
+        DataError: If the index cannot be read, shards are missing, or there is no image in any.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._index = index = read_index(folder)
+        self.num_classes, self.scaling, self.vae = len(index.classes), index.scaling, index.settings["vae"]
+        self.channels, self.size, _ = index.shape
+        missing = [name for name in map(shard_name, range(index.shards)) if not (folder / name).exists()]
+        if missing:
+            raise DataError(
+                f"The latents in {folder} are not finished: {len(missing)} of {index.shards} shards are missing, "
+                f"{missing[0]} for one.\nRun encode_latents.py again as before: it makes what is missing."
+            )
+        self._shards: dict[int, OpenShard] = {}
+        labels = []
+        for number in range(index.shards):
+            try:
+                labels.append(self._shard(number).labels)
+            except DataError as error:
+                self.problems.append((shard_name(number), str(error)))
+                labels.append(torch.empty(0, dtype=torch.int64))
+        self._ends = list(accumulate(map(len, labels)))
+        self.labels = torch.cat(labels * (1 + index.mirrored))
+        if not len(self.labels):
+            raise DataError(f"There is no image in the shards of {folder}.\n{first_ones(self.problems)}")
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the open files: each process of a loader opens its own."""
+        return {**self.__dict__, "_shards": {}}
+
+    @property
+    def digest(self) -> str:  # noqa: D102
+        return hashlib.sha256(repr(self._index).encode() + self.labels.numpy().tobytes()).hexdigest()
+
+    def name(self, number: int) -> str:  # noqa: D102
+        shard, row, mirrored = self._place(number)
+        return self._shard(shard).images[row] + " (mirrored)" * mirrored
+
+    def read(self, number: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+        shard, row, mirrored = self._place(number)
+        return self._shard(shard).read(row, mirrored=mirrored)
+
+    def _place(self, number: int) -> tuple[int, int, bool]:
+        """Shard, row in it, and whether the mirrored image is meant."""
+        mirrored, place = divmod(number, self._ends[-1])
+        shard = bisect_right(self._ends, place)
+        return shard, place - (self._ends[shard - 1] if shard else 0), bool(mirrored)
+
+    def _shard(self, number: int) -> OpenShard:
+        if number not in self._shards:
+            self._shards[number] = OpenShard(self.folder, number, self._index)
+        return self._shards[number]

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import selftrans_reg as st
 from common.mmdit import MMDiT
 from common.options import Mistake
+from common.scaling import Scaling, recorded_scaling
 from common.sit import SIZES, SiT, published_sizes
 
 Family = Literal["SiT", "MMDiT"]
@@ -35,7 +36,6 @@ _WRAPPERS = {"module", "_orig_mod"}  # of DDP and torch.compile, in a key
 _IMAGENET_CLASSES = 1000
 _NEEDED = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.weight", "final_layer.linear.weight",
            "blocks.0.mlp.fc1.weight")  # fmt: skip
-_SCALE_TOLERANCE = 1e-4  # relative: scale factors are written with five digits
 
 
 class Conventions(NamedTuple):
@@ -86,7 +86,7 @@ def check_claims(
     option: str = "--time",
     time: str | None = None,
     path: str | None = None,
-    scale: float | None = None,
+    scaling: Scaling | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> Conventions:
     """Compare what a checkpoint says of its model with what the user says and with what it is to be used for.
@@ -100,9 +100,9 @@ def check_claims(
         said_time: The user's word on its time, "repa" or "sit".
         said_path: The user's word on its path.
         option: With what option to say ``said_time``.
-        time: What it is to be used with, where there is a choice no more; likewise ``path`` and ``scale``.
+        time: What it is to be used with, where there is a choice no more; likewise ``path`` and ``scaling``.
         path: Of the run.
-        scale: The latents' scale factor.
+        scaling: Of the latents.
         settings: The arguments of the model that the weights go into: those that no shape shows have to agree.
 
     Returns:
@@ -158,10 +158,10 @@ def check_claims(
             f"{source} was trained on the {found.path} path; this run is on the {path} path.\n"
             "Pass a checkpoint of the same path, or the same --path."
         )
-    found_scale = args.get("scale_factor")
-    if scale is not None and found_scale is not None and not same_scale(found_scale, scale):
+    found_scaling = recorded_scaling(args, source)
+    if None not in (scaling, found_scaling) and not found_scaling.equals(scaling):
         raise Mistake(
-            f"{source} was trained on latents times {found_scale!r:.60}; here they are scaled by {scale}.\n"
+            f"{source} was trained on latents of {found_scaling}; here they have {scaling}.\n"
             "Pass a checkpoint that was trained on the same latents."
         )
     own = {**(settings or {}), "class_dropout_prob": None}  # how often labels are dropped is each run's own business
@@ -176,11 +176,6 @@ def check_claims(
             "Build the model with the settings of the run that saved it."
         )
     return found
-
-
-def same_scale(one: object, other: float) -> bool:
-    """Whether two scale factors of latents are one, up to how they are written."""
-    return isinstance(one, int | float) and math.isclose(one, other, rel_tol=_SCALE_TOLERANCE)
 
 
 def _at_one(time: str) -> str:

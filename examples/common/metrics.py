@@ -5,19 +5,19 @@ Also a classifier of small images, whose features serve where the data is small 
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from scipy.linalg import eigh, eigvalsh
 from torch import Tensor, nn
 
-from common.data import LabelledImages, shuffled_batches
 from common.run_folder import finished_or_made
 from common.training import endless, progress
-from selftrans_reg.errors import ShapeError
+
+if TYPE_CHECKING:
+    from common.data import LabelledImages
 
 _BATCH_SIZE = 64
 _FEATURE_BATCH = 512
@@ -56,6 +56,8 @@ def train_classifier(
     classifier: SmallClassifier, images: Tensor, labels: Tensor, *, steps: int, lr: float = 2e-3, seed: int = 0
 ) -> None:
     """Train by cross-entropy with a one-cycle learning rate; the classifier ends in eval mode, frozen."""
+    from common.data import shuffled_batches
+
     device = classifier.head.weight.device
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
@@ -71,7 +73,7 @@ def train_classifier(
     classifier.eval().requires_grad_(False)
 
 
-def trained_classifier(path: Path, data: LabelledImages, *, steps: int, seed: int, device: str) -> SmallClassifier:
+def trained_classifier(path: Path, data: "LabelledImages", *, steps: int, seed: int, device: str) -> SmallClassifier:
     """The classifier saved at the path; if there is none yet, one is trained on the data, from the seed, and saved."""
     torch.manual_seed(seed)
     classifier = SmallClassifier(int(data.labels.max()) + 1, data.images.shape[1]).to(device)
@@ -114,15 +116,9 @@ def feature_statistics(features: NDArray[np.floating]) -> FeatureStatistics:
     """Mean and covariance (with N - 1 below) of features (N, D).
 
     Raises:
-        ShapeError: If there are not at least two rows of features.
+        ValueError: If there are not at least two rows of features.
     """
-    if features.ndim != 2 or len(features) < 2:
-        raise ShapeError(
-            f"Statistics need features (N, D) with N >= 2.\nFound: {features.shape}.\n"
-            "Pass one row of features for each image."
-        )
-    features = features.astype(np.float64)
-    return FeatureStatistics(features.mean(0), np.atleast_2d(np.cov(features, rowvar=False)))
+    return streamed_statistics([features])
 
 
 def streamed_statistics(batches: Iterable[NDArray[np.floating]]) -> FeatureStatistics:
@@ -131,13 +127,15 @@ def streamed_statistics(batches: Iterable[NDArray[np.floating]]) -> FeatureStati
     Mean and scatter of what came before and of the new batch are joined by Chan's formula, which does not cancel.
 
     Raises:
-        ShapeError: If there are not at least two rows of features.
+        ValueError: If there are not at least two rows of features.
 
     Reference: Chan, Golub and LeVeque, 1983
     """
     count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
     for batch in batches:
-        rows = batch.astype(np.float64)
+        rows = np.asarray(batch, np.float64)
+        if rows.ndim != 2:
+            raise ValueError(f"Features are (N, D), one row an image.\nFound: {rows.shape}.")
         if not count:
             mean, scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1], rows.shape[1]))
         own_mean = rows.mean(0)
@@ -147,7 +145,7 @@ def streamed_statistics(batches: Iterable[NDArray[np.floating]]) -> FeatureStati
         mean = mean + apart * (len(rows) / (count + len(rows)))
         count += len(rows)
     if count < 2:
-        raise ShapeError(f"Statistics need features of at least two images.\nFound: {count}.")
+        raise ValueError(f"Statistics need features of at least two images.\nFound: {count}.")
     return FeatureStatistics(mean, scatter / (count - 1))
 
 
@@ -158,7 +156,7 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     complex root and no failure on a singular covariance.
 
     Raises:
-        ShapeError: If the two have features of different width.
+        ValueError: If the two have features of different width.
 
     Reference: Dowson and Landau, 1982; Heusel et al., 2017, https://arxiv.org/abs/1706.08500
     """
@@ -181,16 +179,20 @@ def frechet_spread(reference: FeatureStatistics, features: NDArray[np.floating],
 
 
 def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
+    from scipy.linalg import eigh
+
     values, vectors = eigh(covariance)
     return (vectors * np.sqrt(values.clip(0))) @ vectors.T
 
 
 def _distance(a: FeatureStatistics, root: NDArray[np.float64], b: FeatureStatistics) -> float:
     if a.mean.shape != b.mean.shape:
-        raise ShapeError(
+        raise ValueError(
             f"The Fréchet distance needs features of one width.\nFound: {len(a.mean)} and {len(b.mean)}.\n"
             "Compute both sets of statistics with one extractor."
         )
+    from scipy.linalg import eigvalsh
+
     cross = np.sqrt(eigvalsh(root @ b.covariance @ root).clip(0)).sum()
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
@@ -215,13 +217,13 @@ def precision_recall(
         neighbours: k.
 
     Raises:
-        ShapeError: If the features differ in width, or a set has no k-th other point.
+        ValueError: If the features differ in width, or a set has no k-th other point.
 
     Reference: Kynkäänniemi et al., 2019, https://arxiv.org/abs/1904.06991
     """
     fewest = min(len(data), len(samples))
     if data.ndim != 2 or samples.ndim != 2 or data.shape[1] != samples.shape[1] or fewest <= neighbours:
-        raise ShapeError(
+        raise ValueError(
             f"Precision and recall need two sets of more than {neighbours} features of one width.\n"
             f"Found: {data.shape} and {samples.shape}.\nPass more images, through one extractor."
         )

@@ -8,7 +8,7 @@ import selftrans_reg as st
 from common.mmdit import PUBLISHED_DEPTH, MMDiT
 from common.options import at_least
 from common.run_options import add_alignment_options, add_run_options, add_training_options, complete
-from common.text_features import CLIP_VIT_L14
+from common.text import CLIP_VIT_L14
 from selftrans_reg.errors import SettingError
 
 _DEMO_SIZE = {

@@ -1,7 +1,6 @@
 """The stages around any backbone: the criterion of each, the teacher that one leaves for the other, the latents."""
 
 import argparse
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 import selftrans_reg as st
 from common.checkpointing import checkpoint_path
+from common.scaling import Scaling
 from common.trainer import Condition, Trainer
 from selftrans_reg.artefacts import CONFIG
 from selftrans_reg.checkpoints import load_weights
@@ -25,7 +25,7 @@ class Backbone(NamedTuple):
         null: The null condition by argument name.
         time: The time convention.
         shape: Of a latent, (C, h, w).
-        scale: The latents' scale factor.
+        scaling: From a VAE's latents to the model's.
         patch_size: Latent pixels per token side.
         select: Which part of a block's output is the image's tokens.
     """
@@ -34,15 +34,15 @@ class Backbone(NamedTuple):
     null: dict[str, Any]
     time: str
     shape: tuple[int, int, int]
-    scale: float
+    scaling: Scaling
     patch_size: int
     select: int | None = None
 
 
-def latents_of(batch: tuple[Tensor, Tensor, Condition], scale: float) -> tuple[Tensor, Condition]:
+def latents_of(batch: tuple[Tensor, Tensor, Condition], scaling: Scaling) -> tuple[Tensor, Condition]:
     """Latents drawn from their posteriors (mean, std), as the model sees them, and what they are conditioned on."""
     mean, std, condition = batch
-    return scale * (mean + std * torch.randn_like(mean)), condition
+    return scaling.drawn(mean, std, torch.randn_like(mean)), condition
 
 
 def start_from(checkpoint: str, model: nn.Module, say: Callable[[str], None]) -> None:
@@ -88,10 +88,10 @@ def read_teacher(run: argparse.Namespace, backbone: Backbone) -> st.CFGFeatureTe
         raise SettingError(f"--teacher-weights is for a checkpoint; the teacher {run.teacher} was saved with one kind.")
     teacher = st.CFGFeatureTeacher.from_pretrained(run.teacher, model=backbone.new, compile=run.compile)
     scale = teacher.provenance.get("latent_scale")
-    if scale is not None and not math.isclose(scale, backbone.scale, rel_tol=1e-4):
+    if scale is not None and not Scaling(scale).equals(backbone.scaling):
         raise SettingError(
             f"The teacher {run.teacher} was trained on latents times {scale}, which are not those of {run.data}.\n"
-            f"Found: the scale factor {backbone.scale}. Train both stages on the same latents."
+            f"Found: {backbone.scaling}. Train both stages on the same latents."
         )
     if not _same_null(teacher.null, backbone.null):
         raise SettingError(
@@ -121,7 +121,7 @@ def leave_teacher(run: argparse.Namespace, backbone: Backbone, trainer: Trainer,
     if not (folder / CONFIG).exists():
         model = trainer.ema if run.teacher_weights == "ema" else trainer.accelerator.unwrap_model(trainer.model)
         _built_teacher(run, backbone, model.state_dict()).save_pretrained(
-            folder, source=source, step=trainer.steps, latent_scale=backbone.scale, latent_shape=backbone.shape
+            folder, source=source, step=trainer.steps, latent_scale=backbone.scaling.factor, latent_shape=backbone.shape
         )
     return folder
 

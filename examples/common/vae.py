@@ -1,14 +1,20 @@
-"""A small KL-VAE, trained in seconds: diffusers' AutoencoderKL with three levels, so that 32x32 becomes 4x8x8."""
+"""The VAE between images and latents: diffusers' AutoencoderKL, and a small one of its kind that is trained in seconds.
 
-from collections.abc import Iterator
+The small one has three levels, so that 32x32 becomes 4x8x8. diffusers is imported when a VAE is made or loaded.
+"""
+
+import hashlib
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKL
-from torch import Tensor
+from torch import Tensor, nn
 
-from common.data import shuffled_batches
-from common.training import endless, progress
+from common.data_files import DataError
+from common.scaling import Scaling, scaling_of
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 LATENT_CHANNELS = 4
 DOWNSAMPLING = 4
@@ -21,8 +27,10 @@ _DECODE_BATCH = 256
 
 def new_vae(
     image_size: int = 32, image_channels: int = 1, widths: tuple[int, int, int] = (16, 32, 32)
-) -> AutoencoderKL:
+) -> "AutoencoderKL":
     """An untrained VAE; its weights come from the global generator."""
+    from diffusers import AutoencoderKL
+
     return AutoencoderKL(
         in_channels=image_channels,
         out_channels=image_channels,
@@ -37,7 +45,7 @@ def new_vae(
     )
 
 
-def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, lr: float = 2e-3, seed: int = 0) -> None:
+def train_vae(vae: "AutoencoderKL", images: Tensor, *, steps: int, lr: float = 2e-3, seed: int = 0) -> None:
     """Train on squared error and a weak KL term, and record the latents' scale in ``vae.config.scaling_factor``.
 
     As in latent diffusion, the scale is one over the standard deviation of all latents: what the SiT sees has
@@ -50,6 +58,9 @@ def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, lr: float = 2e-
         lr: Peak of the one-cycle learning rate.
         seed: Of the order of the images.
     """
+    from common.data import shuffled_batches
+    from common.training import endless, progress
+
     optimizer = torch.optim.AdamW(vae.parameters(), lr=lr)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
     batches = endless(shuffled_batches(images, batch_size=_BATCH_SIZE, seed=seed))
@@ -72,19 +83,33 @@ def train_vae(vae: AutoencoderKL, images: Tensor, *, steps: int, lr: float = 2e-
     vae.register_to_config(scaling_factor=variance.rsqrt().item())
 
 
-def save_vae(vae: AutoencoderKL, folder: Path) -> None:
+def save_vae(vae: "AutoencoderKL", folder: Path) -> None:
     """Save for `load_vae`, weights and scale factor, under another name and then by a rename: never half a folder."""
     partial = folder.with_name(folder.name + ".partial")
     vae.save_pretrained(partial)
     partial.rename(folder)
 
 
-def load_vae(folder: Path) -> AutoencoderKL:
-    """The saved VAE, in eval mode and frozen."""
-    return AutoencoderKL.from_pretrained(folder).eval().requires_grad_(False)
+def load_vae(name: str | Path, *, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
+    """The VAE in a folder or on the hub, in eval mode and frozen.
+
+    Raises:
+        DataError: If there is none, or not as safetensors; or if it states no scaling that latents can have.
+    """
+    from diffusers import AutoencoderKL
+
+    try:
+        vae = AutoencoderKL.from_pretrained(name, use_safetensors=True, torch_dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"There is no VAE of diffusers' AutoencoderKL at {str(name)!r}.\nFound: {str(error).splitlines()[0]}\n"
+            "Pass a folder that save_pretrained wrote, or a name on the hub, as stabilityai/sd-vae-ft-mse."
+        ) from error
+    scaling_of(vae.config, f"The VAE {str(name)!r}")
+    return vae.eval().requires_grad_(False)
 
 
-def trained_vae(folder: Path, images: Tensor, *, steps: int, seed: int, device: str) -> AutoencoderKL:
+def trained_vae(folder: Path, images: Tensor, *, steps: int, seed: int, device: str) -> "AutoencoderKL":
     """The VAE saved in the folder; if there is none yet, one is trained on the images, from the seed, and saved."""
     if folder.exists():
         print(f"{folder}: finished before")
@@ -96,25 +121,37 @@ def trained_vae(folder: Path, images: Tensor, *, steps: int, seed: int, device: 
     return load_vae(folder).to(device)
 
 
-def _chunks(tensor: Tensor) -> Iterator[Tensor]:
-    yield from tensor.split(_DECODE_BATCH)
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 of a model's weights: two files of one model are the same model."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        digest.update(name.encode() + value.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 @torch.no_grad()
-def encode_moments(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
+def encode_moments(vae: "AutoencoderKL", images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation (not log-variance) of each image's posterior, unscaled.
 
     Shape:
-        images: (N, C, H, W); returns: twice (N, 4, H / 4, W / 4), on the images' device
+        images: (N, C, H, W) in [-1, 1]; returns: twice (N, 4, H / 4, W / 4), float32, on the images' device
     """
-    posteriors = [vae.encode(chunk.to(vae.device)).latent_dist for chunk in _chunks(images)]
-    mean = torch.cat([posterior.mean for posterior in posteriors])
-    std = torch.cat([posterior.std for posterior in posteriors])
+    posteriors = [vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist for chunk in images.split(_DECODE_BATCH)]
+    mean = torch.cat([posterior.mean for posterior in posteriors]).float()
+    # From the log-variance, in float32: half precision has no room for the smallest deviations.
+    std = (0.5 * torch.cat([posterior.logvar for posterior in posteriors]).float()).exp()
     return mean.to(images.device), std.to(images.device)
 
 
 @torch.no_grad()
-def decode(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Images (N, C, H, W), clamped to [-1, 1], from scaled latents as a SiT makes them."""
-    scale = vae.config.scaling_factor
-    return torch.cat([vae.decode(chunk.to(vae.device) / scale).sample for chunk in _chunks(latents)]).clamp(-1, 1)
+def decode(vae: "AutoencoderKL", latents: Tensor, scaling: Scaling | None = None) -> Tensor:
+    """Images (N, C, H, W), clamped to [-1, 1], from latents as a SiT makes them.
+
+    Args:
+        vae: Of the latents.
+        latents: (N, C, h, w), as the model sees them.
+        scaling: With which they were made; by default the VAE's own.
+    """
+    scaling = scaling or scaling_of(vae.config, "The VAE")
+    chunks = [vae.decode(scaling.to_vae(chunk.to(vae.device))).sample for chunk in latents.split(_DECODE_BATCH)]
+    return torch.cat(chunks).clamp(-1, 1)

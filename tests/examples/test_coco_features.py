@@ -8,13 +8,14 @@ import pytest
 import torch
 from common.coco_features import CocoFeatures, CocoWriter, write_coco_features
 from common.data_files import DataError
+from common.options import Mistake
+from common.scaling import Scaling
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from selftrans_reg.errors import SettingError
-
 CAPTIONS = [3, 1, 2]
 EMPTY = torch.full((5, 6), -1.0)
+SCALING = Scaling(0.5, 0.25)
 Item = tuple[Tensor, Tensor, Tensor]
 
 
@@ -34,7 +35,7 @@ def items(generator: torch.Generator) -> list[Item]:
 @pytest.fixture
 def folder(tmp_path: Path, items: list[Item]) -> Path:
     """Three images in U-ViT's layout."""
-    write_coco_features(tmp_path / "coco", "train", items, EMPTY, scale=0.5, vae="some/vae")
+    write_coco_features(tmp_path / "coco", "train", items, EMPTY, scaling=SCALING, vae="some/vae")
     return tmp_path / "coco"
 
 
@@ -52,7 +53,7 @@ def test_the_layout_is_u_vits(folder: Path, items: list[Item]) -> None:
 
 def test_an_item_is_an_image_with_one_of_its_captions(folder: Path, items: list[Item]) -> None:
     data = CocoFeatures(folder, dropout=0.0)
-    assert (len(data), data.channels, data.size, data.scale, data.vae) == (3, 4, 2, 0.5, "some/vae")
+    assert (len(data), data.channels, data.size) == (3, 4, 2)
     assert data.captions.tolist() == CAPTIONS
     for i, (mean, std, contexts) in enumerate(items):
         found_mean, found_std, context = data[i]
@@ -99,21 +100,18 @@ def test_epochs_of_a_loader_differ_and_follow_the_seed(folder: Path, workers: in
         assert epochs(0) == [first, second]
 
 
-def test_without_our_notes_the_scale_is_the_published_one(folder: Path) -> None:
-    (folder / "features.json").unlink()
+def test_notes_say_the_scaling_and_the_vae(folder: Path) -> None:
     data = CocoFeatures(folder)
-    assert (data.scale, data.vae) == (0.18215, None)
-
-
-def test_notes_that_are_none_are_named(folder: Path) -> None:
-    for notes, match in [
-        ("[]", "cannot be read as notes"),
-        ('{"scale": 0, "vae": null}', "no scale factor"),
-        ('{"scale": 1, "vae": 3}', "no scale factor"),
-    ]:
-        (folder / "features.json").write_text(notes)
-        with pytest.raises(DataError, match=match):
+    assert (data.scaling, data.vae) == (SCALING, "some/vae")
+    notes = folder / "features.json"
+    notes.write_text('{"scale": 0.5, "vae": null}')  # written before shifts were known
+    assert CocoFeatures(folder).scaling == Scaling(0.5)
+    for wrong in ("[]", '{"scale": 0, "vae": null}', '{"scale": 1, "vae": 3}', '{"scale": [1, 2], "vae": null}'):
+        notes.write_text(wrong)
+        with pytest.raises(DataError, match=r"features.json cannot be read as notes(.|\n)*Make it again"):
             CocoFeatures(folder)
+    notes.unlink()
+    assert (CocoFeatures(folder).scaling, CocoFeatures(folder).vae) == (Scaling(0.18215), None)  # U-ViT's own
 
 
 def test_a_log_variance_is_read_as_such_only_when_said(folder: Path, items: list[Item]) -> None:
@@ -157,7 +155,7 @@ def test_gaps_strangers_and_empty_folders_are_named(folder: Path) -> None:
         CocoFeatures(folder, "val")
     with pytest.raises(DataError, match=r"There is no folder .*test"):
         CocoFeatures(folder, "test")
-    with pytest.raises(SettingError, match=r"dropout must be in 0 .. 1; got 1.5"):
+    with pytest.raises(ValueError, match=r"dropout must be in 0 .. 1; got 1.5"):
         CocoFeatures(folder, dropout=1.5)
 
 
@@ -171,7 +169,7 @@ def test_other_shapes_are_named_when_read(folder: Path) -> None:
     with pytest.raises(DataError, match=r"1.npy holds a latent \(4, 4, 4\); the first is \(4, 2, 2\)"):
         data[1]
     (folder / "train/1.npy").write_bytes((folder / "train/1.npy").read_bytes()[:-2])
-    with pytest.raises(DataError, match=re.escape(str(folder / "train/1.npy")) + ".*truncated"):
+    with pytest.raises(DataError, match=re.escape(str(folder / "train/1.npy")) + ".*cannot be read"):
         data[1]
     np.save(folder / "train/0_0.npy", np.full((5, 6), np.nan, np.float32))
     with pytest.raises(DataError, match=r"0_0.npy holds no text features"):
@@ -179,15 +177,15 @@ def test_other_shapes_are_named_when_read(folder: Path) -> None:
 
 
 def test_nothing_written_is_replaced(folder: Path, items: list[Item]) -> None:
-    for arguments, match in [
-        (("train", items, EMPTY, 0.5), "train is there already"),
-        (("val", items, EMPTY + 1, 0.5), "other features than the empty prompt has now"),
-        (("val", items, EMPTY, 0.6), r"another VAE(.|\n)*'scale': 0.5(.|\n)*'scale': 0.6"),
+    for split, empty, scaling, match in [
+        ("train", EMPTY, SCALING, "train is there already"),
+        ("val", EMPTY + 1, SCALING, "other features than the empty prompt has now"),
+        ("val", EMPTY, Scaling(0.6, 0.25), r"another VAE(.|\n)*'scale': 0.5(.|\n)*'scale': 0.6"),
+        ("val", EMPTY, Scaling(0.5, 0.0), r"another VAE(.|\n)*'shift': 0.25(.|\n)*'shift': 0.0"),
     ]:
-        split, content, empty, scale = arguments
-        with pytest.raises(SettingError, match=match):
-            write_coco_features(folder, split, content, empty, scale=scale, vae="some/vae")
-    write_coco_features(folder, "val", items[:1], EMPTY, scale=0.5, vae="some/vae")
+        with pytest.raises(Mistake, match=match):
+            write_coco_features(folder, split, items, empty, scaling=scaling, vae="some/vae")
+    write_coco_features(folder, "val", items[:1], EMPTY, scaling=SCALING, vae="some/vae")
     assert (len(CocoFeatures(folder)), len(CocoFeatures(folder, "val"))) == (3, 1)
 
 
@@ -201,9 +199,9 @@ def test_wrong_items_leave_no_split(tmp_path: Path, items: list[Item]) -> None:
         ([], "not finished: 0 of 0 images"),
     ]:
         with pytest.raises(DataError, match=match):
-            write_coco_features(tmp_path, "train", wrong, EMPTY, scale=1.0)
+            write_coco_features(tmp_path, "train", wrong, EMPTY, scaling=Scaling())
         assert not (tmp_path / "train").exists()
-    write_coco_features(tmp_path, "train", items, EMPTY, scale=1.0)  # what broke off is no obstacle
+    write_coco_features(tmp_path, "train", items, EMPTY, scaling=Scaling())  # what broke off is no obstacle
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *sorted(["empty_context.npy", "features.json"]),
         "train",
@@ -212,7 +210,7 @@ def test_wrong_items_leave_no_split(tmp_path: Path, items: list[Item]) -> None:
 
 def test_a_split_goes_on_with_the_same_settings_alone(tmp_path: Path, items: list[Item]) -> None:
     def writer(size: int) -> CocoWriter:
-        return CocoWriter(tmp_path, "train", EMPTY, scale=1.0, settings={"size": size})
+        return CocoWriter(tmp_path, "train", EMPTY, scaling=Scaling(), settings={"size": size})
 
     writer(2).write(1, *items[1])
     with pytest.raises(ValueError, match=r"other settings(.|\n)*size: 2 there, 4 now"):

@@ -11,12 +11,12 @@ import torch
 from common.captioned_shapes import save_text_encoder
 from common.coco_features import CocoFeatures, CocoWriter
 from common.data_files import DataError
-from common.text_features import TextEncoder, load_text_encoder
+from common.options import Mistake
+from common.scaling import Scaling
+from common.text import TextEncoder, load_text_encoder
 from common.vae import new_vae
 from diffusers import AutoencoderKL
 from PIL import Image
-
-from selftrans_reg.errors import SettingError
 
 SIZE = 16
 # By id: 7 comes before 12.
@@ -40,7 +40,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
         torch.manual_seed(0)
         vae = new_vae(image_size=SIZE, image_channels=3, widths=(8, 8, 8)).requires_grad_(False)
     vae.quant_conv.bias[4:] = -3.0  # a trained posterior is narrow
-    vae.register_to_config(scaling_factor=0.31)
+    vae.register_to_config(scaling_factor=0.31, shift_factor=0.5)
     vae.save_pretrained(folder / "vae")
     save_text_encoder(folder / "clip", seed=0)
     return folder
@@ -56,9 +56,9 @@ def source(models: Path, tmp_path: Path) -> Source:
     return Source(tmp_path, AutoencoderKL.from_pretrained(models / "vae"), load_text_encoder(str(models / "clip")))
 
 
-def write_captions(folder: Path, captions: dict[int, list[str]]) -> None:
+def write_captions(folder: Path, captions: dict[Any, list[Any]], names: list[tuple[Any, str]] | None = None) -> None:
     content = {
-        "images": [{"id": image, "file_name": name} for image, name in NAMES.items()],
+        "images": [{"id": image, "file_name": name} for image, name in names or NAMES.items()],
         "annotations": [{"image_id": image, "caption": text} for image, some in captions.items() for text in some],
     }
     (folder / "captions.json").write_text(json.dumps(content))
@@ -78,7 +78,7 @@ def test_images_and_captions_are_encoded_in_the_order_of_their_ids(
     assert "3 images with 6 captions" in capsys.readouterr().out
     data = CocoFeatures(source.folder / "out", dropout=0.0)
     assert data.captions.tolist() == [1, 2, 3]
-    assert (data.scale, data.vae) == (0.31, str(models / "vae"))
+    assert (data.scaling, data.vae) == (Scaling(0.31, 0.5), str(models / "vae"))
     assert torch.equal(data.empty, source.texts.encode([""]).features[0])
     for i, image in enumerate(ORDER):
         pixels = np.asarray(Image.open(source.folder / "images" / NAMES[image])).astype(np.float32)
@@ -91,7 +91,7 @@ def test_images_and_captions_are_encoded_in_the_order_of_their_ids(
             torch.testing.assert_close(found, features, atol=1e-5, rtol=1e-5)
     run(source.folder, models, "--split=val")
     assert len(CocoFeatures(source.folder / "out", "val")) == 3
-    with pytest.raises(SettingError, match="train is there already"):
+    with pytest.raises(Mistake, match="train is there already"):
         run(source.folder, models)
 
 
@@ -132,43 +132,56 @@ def test_bad_images_are_named_and_the_others_written(source: Source, models: Pat
 def test_tf32_is_used_when_asked_for_and_cudnn_in_any_case(
     source: Source, models: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    posterior, seen = encode_coco.posterior, set()
+    encode_moments, seen = encode_coco.encode_moments, set()
 
     def watched(*given: Any) -> Any:
         cudnn = torch.backends.cudnn
         seen.add((cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()))
-        return posterior(*given)
+        return encode_moments(*given)
 
-    monkeypatch.setattr(encode_coco, "posterior", watched)
+    monkeypatch.setattr(encode_coco, "encode_moments", watched)
     run(source.folder, models, f"--precision={precision}")
     asked = precision == "tf32"
     assert seen == {(True, asked, "high" if asked else "highest")}
 
 
-def test_captions_that_do_not_fit_are_named(source: Source, models: Path) -> None:
-    for captions, match in [
-        ({**CAPTIONS, 12: []}, "twelve.jpg.png: has no captions"),
-        ({**CAPTIONS, 12: [None]}, "None: is no caption"),
-        ({**CAPTIONS, 99: ["a red circle"]}, "cannot be read as COCO's captions: KeyError: 99"),
-    ]:
-        write_captions(source.folder, captions)
-        with pytest.raises(DataError, match=match):
-            run(source.folder, models)
-    for content in ("[]", '{"images": [], "annotations": []}'):
-        (source.folder / "captions.json").write_text(content)
+@pytest.mark.parametrize(
+    ("captions", "names", "match"),
+    [
+        ({**CAPTIONS, 12: []}, [*NAMES.items()], r"twelve.jpg.png \(id 12\): has no captions"),
+        ({**CAPTIONS, 12: [None]}, [*NAMES.items()], r"'None' \(id 12\): is no caption"),
+        ({**CAPTIONS, 99: ["a dog", "a cat"]}, [*NAMES.items()], "id 99: has 2 captions and no image"),
+        (CAPTIONS, [*NAMES.items(), (7, "twelve.jpg.png")], "id 7: is that of 2 images"),
+        (CAPTIONS, [*NAMES.items(), (8, "seven.png")], "'seven.png': is the file of 2 images"),
+        ({"7": ["a dog"]}, [("7", "seven.png")], "id '7': is no whole number"),
+        ({"7": ["a dog"]}, [(7, "seven.png")], "id '7': "),
+        ({True: ["a dog"]}, [(True, "seven.png")], "id True: is no whole number"),
+        (CAPTIONS, [*NAMES.items(), (31, "missing.png")], "missing.png: is not in"),
+        ({}, [(7, 3)], "3: is not in"),
+        ({}, [([7], "seven.png")], "cannot be read as COCO's captions: TypeError"),
+    ],
+)
+def test_captions_that_do_not_fit_are_named(
+    source: Source, captions: dict[Any, list[Any]], names: list[tuple[Any, Any]], match: str
+) -> None:
+    write_captions(source.folder, captions, names)
+    with pytest.raises(DataError, match=match):
+        encode_coco.read_captions(source.folder / "captions.json", source.folder / "images")
+
+
+def test_captions_of_another_form_are_named(source: Source) -> None:
+    path = source.folder / "captions.json"
+    for content in ("[]", "{}", '{"images": [], "annotations": []}', '{"images": [{"id": 7}], "annotations": []}'):
+        path.write_text(content)
         with pytest.raises(DataError, match=r"COCO's captions|0 problems in 0 images"):
-            run(source.folder, models)
-    write_captions(source.folder, CAPTIONS)
-    (source.folder / "images" / NAMES[30]).unlink()
-    with pytest.raises(DataError, match=r"thirty.png: is not in"):
-        run(source.folder, models)
+            encode_coco.read_captions(path, source.folder / "images")
 
 
 def test_long_captions_are_cut_only_when_asked(
     source: Source, models: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_captions(source.folder, {**CAPTIONS, 7: [" ".join(["a red circle"] * 40)]})
-    with pytest.raises(SettingError, match="reads at most"):
+    with pytest.raises(Mistake, match="reads at most"):
         run(source.folder, models)
     run(source.folder, models, f"--out={source.folder / 'cut'}", "--cut-long")
     assert "1 captions are longer than the" in capsys.readouterr().out

@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import threading
-import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,17 +9,15 @@ import encode_latents
 import numpy as np
 import pytest
 import torch
-from common import shard_index
 from common.data_files import DataError
-from common.latent_shards import shard_name
+from common.latent_shards import read_index, shard_name
 from common.latents import LatentFolder, open_latents
-from common.shard_index import open_folder, read_index
+from common.options import Mistake
+from common.scaling import Scaling
 from common.vae import new_vae
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
-
-from selftrans_reg.errors import CheckpointError, SettingError
 
 SIZE = 16
 NAMES = ["ant/0.png", "ant/1.png", "ant/2.png", "bee/0.png", "bee/1.png", "cat/0.png", "cat/1.png"]
@@ -85,8 +81,8 @@ def items(data: LatentFolder) -> tuple[Tensor, Tensor, list[int]]:
     return torch.stack(means), torch.stack(stds), list(labels)
 
 
-def same(one: LatentFolder, other: LatentFolder) -> bool:
-    (a, b, c), (x, y, z) = items(one), items(other)
+def same(one: Path, other: Path) -> bool:
+    (a, b, c), (x, y, z) = items(open_latents(one)), items(open_latents(other))
     return torch.equal(a, x) and torch.equal(b, y) and c == z
 
 
@@ -100,37 +96,53 @@ def own(source: Source, tmp_path: Path) -> Source:
 # --- what is encoded
 
 
-def test_every_image_is_stored_as_the_vaes_posterior(source: Source, finished: Path) -> None:
-    data = open_latents(finished)
-    assert (len(data), data.num_classes, data.channels, data.size) == (7, 3, 4, 4)
-    assert (data.scale, data.vae) == (0.31, str(source.vae_folder))
+def test_every_image_is_stored_as_the_vaes_posterior(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(source, tmp_path / "out", "--flip")
+    printed = capsys.readouterr().out
+    assert "1 entries are no images and are skipped: readme.txt" in printed
+    assert "7 images of 3 classes, and mirrored, as latents 4x4x4 in 3 shards" in printed
+    assert "left out" not in printed
+    data = open_latents(tmp_path / "out")
+    assert (len(data), data.num_classes, data.channels, data.size) == (14, 3, 4, 4)
+    assert (data.scaling, data.vae) == (Scaling(0.31), str(source.vae_folder))
     mean, std, labels = items(data)
-    assert labels == LABELS
+    assert labels == LABELS * 2
     for i, name in enumerate(NAMES):
-        expected = plain_posterior(source, name)
-        torch.testing.assert_close((mean[i], std[i]), expected, **CLOSE)
-    assert {path.name for path in finished.iterdir()} == {"index.json", *map(shard_name, range(3))}
-    index = read_index(finished)
+        torch.testing.assert_close((mean[i], std[i]), plain_posterior(source, name), **CLOSE)
+        torch.testing.assert_close((mean[7 + i], std[7 + i]), plain_posterior(source, name, mirrored=True), **CLOSE)
+        assert (mean[7 + i] - mean[i]).abs().max() > 0.01
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"index.json", *map(shard_name, range(3))}
+    index = read_index(tmp_path / "out")
     assert index.classes == ["ant", "bee", "cat"]
     assert index.settings["size"] == SIZE
 
 
-def test_what_was_found_and_made_is_said(source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run(source, tmp_path / "latents")
-    printed = capsys.readouterr().out
-    assert "not encoded are 1 files of other kinds, such as readme.txt" in printed
-    assert "7 images of 3 classes, as latents 4x4x4 in 3 shards" in printed
-    assert "left out" not in printed
-
-
-def test_mirrored_images_are_encoded_as_such(source: Source, finished: Path, tmp_path: Path) -> None:
-    run(source, tmp_path / "latents", "--flip")
-    mean, std, labels = items(open_latents(tmp_path / "latents"))
-    assert labels == LABELS * 2
-    assert torch.equal(mean[:7], items(open_latents(finished))[0])
-    for i, name in enumerate(NAMES):
-        torch.testing.assert_close((mean[7 + i], std[7 + i]), plain_posterior(source, name, mirrored=True), **CLOSE)
-        assert (mean[7 + i] - mean[i]).abs().max() > 0.01
+@pytest.mark.parametrize(
+    ("config", "scaling"),
+    [
+        ({"shift_factor": 0.5}, Scaling(0.31, 0.5)),
+        (
+            {"latents_mean": [1, 2, 3, 4], "latents_std": [1, 2, 4, 5]},
+            Scaling([0.31, 0.155, 0.0775, 0.062], [1, 2, 3, 4]),
+        ),
+    ],
+)
+def test_the_vaes_shift_is_recorded_and_decides_whether_work_goes_on(
+    source: Source, finished: Path, tmp_path: Path, config: dict[str, Any], scaling: Scaling
+) -> None:
+    shutil.copytree(source.vae_folder, tmp_path / "vae")
+    content = json.loads((tmp_path / "vae/config.json").read_text())
+    (tmp_path / "vae/config.json").write_text(json.dumps(content | config))
+    shifted = source._replace(vae_folder=tmp_path / "vae")
+    run(shifted, tmp_path / "out")
+    run(shifted, tmp_path / "out")  # is finished
+    data = open_latents(tmp_path / "out")
+    assert data.scaling == scaling
+    assert torch.equal(data[3][0], open_latents(finished)[3][0])  # the moments are unscaled, as ever
+    with pytest.raises(Mistake, match=r"holds latents of another kind(.|\n)*scaling: "):
+        run(shifted, finished)
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 100])
@@ -143,7 +155,11 @@ def test_the_batch_size_does_not_matter(source: Source, finished: Path, tmp_path
 def test_workers_and_the_number_of_processes_change_nothing(
     source: Source, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setattr(encode_latents, "WAIT_SECONDS", 0.0)
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(Mistake, match="Process 0 has not written"):
+        run(source, tmp_path / "latents")
     monkeypatch.setenv("RANK", "0")
     run(source, tmp_path / "latents", "--workers=1")
     assert {path.name for path in tmp_path.glob("latents/latents-*")} == {shard_name(0), shard_name(2)}
@@ -151,21 +167,21 @@ def test_workers_and_the_number_of_processes_change_nothing(
     monkeypatch.setenv("RANK", "1")
     run(source, tmp_path / "latents")
     assert "7 images of 3 classes" in capsys.readouterr().out
-    assert same(open_latents(tmp_path / "latents"), open_latents(finished))
+    assert same(tmp_path / "latents", finished)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32"])
 def test_tf32_is_used_when_asked_for_and_cudnn_in_any_case(
     source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
-    posterior, seen = encode_latents.posterior, set()
+    encode_moments, seen = encode_latents.encode_moments, set()
 
     def watched(*given: Any) -> Any:
         cudnn = torch.backends.cudnn
         seen.add((cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()))
-        return posterior(*given)
+        return encode_moments(*given)
 
-    monkeypatch.setattr(encode_latents, "posterior", watched)
+    monkeypatch.setattr(encode_latents, "encode_moments", watched)
     run(source, tmp_path / "out", f"--precision={precision}")
     asked = precision == "tf32"
     assert seen == {(True, asked, "high" if asked else "highest")}
@@ -187,7 +203,7 @@ def test_what_a_dtype_cannot_hold_is_an_error(source: Source, tmp_path: Path) ->
         source.vae.save_pretrained(tmp_path / "vae")
     finally:
         source.vae.quant_conv.bias[0] = 0.0
-    with pytest.raises(SettingError, match=r"not finite with --precision fp32 --store float16(.|\n)*Take fp32 or bf16"):
+    with pytest.raises(Mistake, match=r"not finite with --precision fp32 --store float16(.|\n)*Take fp32 or bf16"):
         run(source._replace(vae_folder=tmp_path / "vae"), tmp_path / "latents", "--store=float16")
 
 
@@ -201,7 +217,8 @@ def test_killed_work_goes_on_where_it_was(
     write_shard, written = encode_latents.write_shard, []
 
     def killed(folder: Path, number: int, shard: Any) -> None:
-        if written:
+        if len(written) == 1:
+            written.append(-1)
             (folder / f"{shard_name(number)}.partial").write_bytes(b"half a shard")
             raise KeyboardInterrupt
         written.append(number)
@@ -213,18 +230,12 @@ def test_killed_work_goes_on_where_it_was(
     with pytest.raises(DataError, match="2 of 3 shards are missing"):
         open_latents(out)
     first = (out / shard_name(0)).stat()
-
-    def counted(folder: Path, number: int, shard: Any) -> None:
-        written.append(number)
-        write_shard(folder, number, shard)
-
-    monkeypatch.setattr(encode_latents, "write_shard", counted)
     run(source, out)
     run(source, out)
-    assert written == [0, 1, 2]
+    assert written == [0, -1, 1, 2]
     assert (out / shard_name(0)).stat().st_mtime_ns == first.st_mtime_ns
     assert {path.name for path in out.iterdir()} == {path.name for path in finished.iterdir()}
-    assert same(open_latents(out), open_latents(finished))
+    assert same(out, finished)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +249,7 @@ def test_killed_work_goes_on_where_it_was(
     ],
 )
 def test_other_settings_are_refused_and_named(source: Source, finished: Path, more: list[str], match: str) -> None:
-    with pytest.raises(SettingError, match=match):
+    with pytest.raises(Mistake, match=match):
         run(source, finished, *more)
 
 
@@ -249,10 +260,10 @@ def test_other_images_or_another_vae_are_refused(own: Source, finished: Path, tm
     vae = new_vae(image_size=SIZE, image_channels=3, widths=(8, 8, 8))
     vae.register_to_config(scaling_factor=0.31)
     vae.save_pretrained(tmp_path / "other")
-    with pytest.raises(SettingError, match="Found: vae_weights: "):
+    with pytest.raises(Mistake, match="Found: vae_weights: "):
         run(own._replace(vae_folder=tmp_path / "other"), finished)
     (own.images / "bee/0.png").rename(own.images / "bee/2.png")
-    with pytest.raises(SettingError, match="Found: image_names: "):
+    with pytest.raises(Mistake, match="Found: image_names: "):
         run(own, finished)
 
 
@@ -264,94 +275,85 @@ def test_a_damaged_shard_is_not_taken_for_finished(source: Source, finished: Pat
         run(source, out)
     (out / shard_name(1)).unlink()
     run(source, out)
-    assert same(open_latents(out), open_latents(finished))
+    assert same(out, finished)
 
 
 # --- images that cannot be read
 
 
-def spoil(source: Source) -> None:
-    whole = (source.images / "ant/1.png").read_bytes()
-    (source.images / "ant/1.png").write_bytes(whole[: len(whole) // 2])
-    (source.images / "cat/1.png").write_bytes(b"")
-
-
 def test_bad_images_stop_their_shards_and_are_all_named(own: Source, finished: Path, tmp_path: Path) -> None:
-    out = tmp_path / "latents"
-    (whole := tmp_path / "whole").mkdir()
-    for name in ("ant/1.png", "cat/1.png"):
-        shutil.copy(own.images / name, whole / name.replace("/", "-"))
-    spoil(own)
+    out, whole = tmp_path / "latents", {name: (own.images / name).read_bytes() for name in ("ant/1.png", "cat/1.png")}
+    (own.images / "ant/1.png").write_bytes(whole["ant/1.png"][:100])
+    (own.images / "cat/1.png").write_bytes(b"")
     with pytest.raises(DataError) as error:
         run(own, out)
-    message = str(error.value)
-    assert "2 of 7 images cannot be read" in message
-    assert "  ant/1.png: 1.png cannot be used: OSError: " in message
-    assert "  cat/1.png: 1.png cannot be used: UnidentifiedImageError: " in message
-    assert "--skip-bad" in message
+    for expected in [
+        "2 of 7 images cannot be read", f"  ant/1.png: {own.images}/ant/1.png cannot be read as an image: OSError: ",
+        f"  cat/1.png: {own.images}/cat/1.png cannot be read as an image: UnidentifiedImageError: ", "--skip-bad",
+    ]:  # fmt: skip
+        assert expected in str(error.value)
     assert {path.name for path in out.iterdir()} == {"index.json", shard_name(1)}
-    for name in ("ant/1.png", "cat/1.png"):
-        shutil.copy(whole / name.replace("/", "-"), own.images / name)
+    for name, content in whole.items():
+        (own.images / name).write_bytes(content)
     run(own, out)
-    assert same(open_latents(out), open_latents(finished))
+    assert same(out, finished)
 
 
 def test_bad_images_are_left_out_when_asked_and_recorded(
     own: Source, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    spoil(own)
-    for name in ("ant/0.png", "ant/2.png"):  # then the first shard is empty
+    for name in ("ant/0.png", "ant/1.png", "ant/2.png", "cat/1.png"):  # then the first shard is empty
         (own.images / name).write_bytes(b"")
     run(own, tmp_path / "latents", "--skip-bad")
     printed = capsys.readouterr().out
     assert "3 images of 3 classes" in printed
-    assert "4 images that cannot be read were left out" in printed
-    assert "ant/1.png: 1.png cannot be used" in printed
-    data = open_latents(tmp_path / "latents")
-    mean, std, labels = items(data)
+    assert "4 images that cannot be read were left out:\n  ant/0.png: " in printed
+    mean, std, labels = items(open_latents(tmp_path / "latents"))
     assert labels == [1, 1, 2]
     torch.testing.assert_close((mean, std), tuple(part[3:6] for part in items(open_latents(finished))[:2]), **CLOSE)
     run(own, tmp_path / "latents")  # is finished
     assert "4 images that cannot be read were left out" in capsys.readouterr().out
 
 
-# --- wrong settings
+# --- what does not fit
 
 
-def test_folders_that_would_be_spoilt_are_refused(source: Source, tmp_path: Path) -> None:
+def test_classes_are_the_folders_in_order(tmp_path: Path) -> None:
+    for name in ("bee-2/2.png", "bee/10.JPEG", "bee/deep/x.webp", "ant/a.jpg", "ant/notes.txt", ".git/x.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert encode_latents.list_classes(tmp_path) == (
+        ["ant", "bee", "bee-2"],
+        ["ant/a.jpg", "bee/10.JPEG", "bee/deep/x.webp", "bee-2/2.png"],
+        [0, 1, 1, 2],
+        [".git/", "ant/notes.txt"],
+    )
+    (tmp_path / "loose.png").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"loose.png: an image in no class folder\n  empty: a class folder without"):
+        encode_latents.list_classes(tmp_path)
+    with pytest.raises(DataError, match="Found: no folders"):
+        encode_latents.list_classes(tmp_path / "empty")
+
+
+def test_folders_that_would_be_spoilt_are_refused(
+    source: Source, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "holiday.jpg").touch()
-    with pytest.raises(SettingError, match=r"is not empty, and holds no latents(.|\n)*holiday.jpg"):
+    with pytest.raises(Mistake, match=r"is not empty, and holds no latents(.|\n)*holiday.jpg"):
         run(source, tmp_path)
-    with pytest.raises(SettingError, match="would be taken for images"):
+    with pytest.raises(SystemExit):
         run(source, source.images / "latents")
+    assert "would be taken for images" in capsys.readouterr().err
     assert not (source.images / "latents").exists()
 
 
 def test_vaes_that_do_not_fit_are_named(source: Source, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no AutoencoderKL at .*nowhere(.|\n)*sd-vae-ft-mse"):
+    with pytest.raises(DataError, match=r"no VAE of .* at .*nowhere(.|\n)*sd-vae-ft-mse"):
         run(source._replace(vae_folder=tmp_path / "nowhere"), tmp_path / "out")
     new_vae(image_size=SIZE, image_channels=1, widths=(8, 8, 8)).save_pretrained(tmp_path / "grey")
-    with pytest.raises(SettingError, match="takes images of 1 channels"):
+    with pytest.raises(DataError, match="takes images of 1 channels"):
         run(source._replace(vae_folder=tmp_path / "grey"), tmp_path / "out")
-    shutil.copytree(source.vae_folder, tmp_path / "shifted")
-    config = json.loads((tmp_path / "shifted/config.json").read_text())
-    (tmp_path / "shifted/config.json").write_text(json.dumps({**config, "shift_factor": 0.1}))
-    with pytest.raises(SettingError, match=r"more than a scale factor(.|\n)*'shift_factor': 0.1"):
-        run(source._replace(vae_folder=tmp_path / "shifted"), tmp_path / "out")
-    with pytest.raises(SettingError, match="--size 18 is no multiple of 4"):
+    with pytest.raises(DataError, match="--size 18 is no multiple of 4"):
         run(source, tmp_path / "out", "--size=18")
     assert not (tmp_path / "out").exists()
-
-
-def test_other_processes_wait_for_the_index(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    index = read_index(finished)
-    waiting = threading.Thread(target=open_folder, args=(tmp_path / "shared/latents", index, 1))
-    waiting.start()
-    time.sleep(0.3)
-    assert not (tmp_path / "shared").exists()
-    open_folder(tmp_path / "shared/latents", index, 0)
-    waiting.join(timeout=10)
-    assert not waiting.is_alive()
-    monkeypatch.setattr(shard_index, "_WAIT_SECONDS", 0.0)
-    with pytest.raises(SettingError, match=r"Process 0 has not written .* Is .* shared\?"):
-        open_folder(tmp_path / "elsewhere", index, 1)

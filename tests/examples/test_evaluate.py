@@ -12,15 +12,15 @@ import torch
 from common import feature_sets
 from common.data import LabelledImages, digits
 from common.data_files import DataError
-from common.feature_sets import Extractor, evenly, extractor_named, reference_of
-from common.image_sets import HeldImages, write_png
-from common.metrics import FeatureStatistics
+from common.feature_sets import extractor_named
+from common.images import to_uint8, write_png
+from common.options import Mistake
 from numpy.typing import NDArray
 from PIL import Image
 from scipy.linalg import sqrtm
 from tiny_runs import FAST, write_run
 
-from selftrans_reg.errors import SettingError, ShapeError
+from selftrans_reg.analysis import draw
 
 FEATURES = '''
 """Features that somebody wrote beside their data."""
@@ -28,8 +28,6 @@ FEATURES = '''
 import torch
 
 calls = []
-number = 3
-
 
 def colours(images):
     """Mean and corner of each colour, (N, 6)."""
@@ -40,14 +38,6 @@ def colours(images):
 
 def brightness(images):
     return colours(images)[:, :2].numpy()
-
-
-def infinite(images):
-    return torch.full((len(images), 2), float("inf"))
-
-
-def flat(images):
-    return images.float().mean((1, 2, 3))
 '''
 
 
@@ -130,62 +120,34 @@ def test_adms_reference_batch_gives_the_distance(here: Path, capsys: pytest.Capt
     assert "precision" not in row
     assert "an unknown number of images" in (printed := capsys.readouterr().out)
     assert "no precision and recall" in printed
-    with pytest.raises(ShapeError, match=r"features of one width.\nFound: 6 and 2"):
+    with pytest.raises(ValueError, match=r"features of one width.\nFound: 6 and 2"):
         evaluate.main(["--samples=samples", "--statistics=VIRTUAL.npz", "--features=my_features:brightness"])
 
 
 def test_files_without_statistics_are_named(here: Path) -> None:
     np.savez(here / "images.npz", np.zeros((2, 4, 4, 3), np.uint8))
     np.savez(here / "flat.npz", mu=np.zeros(3), sigma=np.zeros(3))
+    np.savez(here / "nan.npz", mu=np.full(6, np.nan), sigma=np.eye(6))
     (here / "text.npz").write_text("no archive")
     for name, match in [
-        ("images.npz", "holds no statistics of features: .*mu"),
-        ("flat.npz", r"no mean \(D,\) and covariance \(D, D\): \(3,\) and \(3,\)"),
-        ("text.npz", "holds no statistics of features"),
-        ("nowhere.npz", "holds no statistics of features: .*nowhere.npz"),
+        ("images.npz", "images.npz cannot be read as statistics of features: .*mu"),
+        ("flat.npz", r"no mean \(D,\) and covariance \(D, D\), but \(3,\) and \(3,\)"),
+        ("nan.npz", "they are not finite"),
+        ("text.npz", "text.npz cannot be read as statistics of features"),
+        ("nowhere.npz", "nowhere.npz is missing"),
     ]:
         with pytest.raises(DataError, match=match):
             evaluate.main(["--samples=samples", f"--statistics={name}", *COLOURS])
 
 
-def test_an_extractor_that_is_none_is_named(here: Path) -> None:
-    def named(name: str) -> Extractor:
-        return extractor_named(name, classifier=here / "classifier.pt", device="cpu")
-
-    for name in ("inception", "my_features:nothing", "no_such_module:f", ":f", "my_features:"):
-        for match in [f"no features named '{name}'", "module:callable"]:
-            with pytest.raises(SettingError, match=match):
-                named(name)
-    with pytest.raises(SettingError, match="'my_features:number' is a int, which cannot be called"):
-        named("my_features:number")
-    images = torch.zeros(2, 3, 4, 4, dtype=torch.uint8)
-    with pytest.raises(ShapeError, match=r"features \(N, D\) of N images.\nFound: float32 \(2,\) for 2 images"):
-        named("my_features:flat")(images)
-    with pytest.raises(ShapeError, match="made features that are not finite"):
-        named("my_features:infinite")(images)
-
-
-def test_few_of_many_features_are_held_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_sets, "_PAIRED", 5)
-    assert evenly(4).tolist() == [0, 1, 2, 3]
-    assert evenly(13).tolist() == [0, 3, 6, 9, 12]
-    images = HeldImages("grey", torch.arange(13, dtype=torch.uint8).reshape(13, 1, 1, 1).expand(13, 3, 2, 2))
-    extractor = Extractor("first", lambda batch: batch[:, 0, 0, :1].float())
-    found = reference_of(images, extractor, batch_size=4)
-    assert found.features[:, 0].tolist() == [0, 3, 6, 9, 12]
-    assert found.count == 13
-    assert found.statistics == FeatureStatistics(pytest.approx(np.array([6.0])), pytest.approx(np.array([[91 / 6]])))
-
-
 def test_the_digits_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held-out digits are nearer to the training digits than the same digits inverted, by the demo's own classifier."""
     train, held_out = (LabelledImages(d.images[:200], d.labels[:200]) for d in digits(32))
-    for module in (evaluate, feature_sets):
-        monkeypatch.setattr(module, "digits", lambda size: (train, held_out))
+    monkeypatch.setattr("common.data.digits", lambda size: (train, held_out))
     monkeypatch.setattr(feature_sets, "_CLASSIFIER_STEPS", 30)
     rows = {}
     for name, sign in [("held_out", 1), ("inverted", -1)]:
-        np.savez(tmp_path / f"{name}.npz", evaluate.to_uint8(sign * held_out.images))
+        np.savez(tmp_path / f"{name}.npz", to_uint8(sign * held_out.images))
         arguments = [f"--samples={tmp_path / name}.npz", "--reference=digits", "--features=digits", "--device=cpu"]
         rows |= evaluate.main([*arguments, f"--classifier={tmp_path / 'runs/classifier.pt'}", "--bootstrap=2"])
     assert rows["held_out.npz"]["frechet_distance"] < 0.2 * rows["inverted.npz"]["frechet_distance"]
@@ -196,7 +158,7 @@ def test_the_digits_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     other = extractor_named("digits", classifier=tmp_path / "other.pt", device="cpu")
     assert extractor.name.startswith("digits-")
     assert extractor.name != other.name  # features of another training are other features
-    with pytest.raises(ShapeError, match=r"images of 32x32.\nFound: \(2, 3, 16, 16\)"):
+    with pytest.raises(ValueError, match=r"images of 32x32.\nFound: \(2, 3, 16, 16\)"):
         extractor(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
 
 
@@ -236,22 +198,19 @@ def test_runs_become_curves_to_which_new_checkpoints_are_added(here: Path, curve
 def test_a_checkpoint_that_was_replaced_is_noticed(here: Path, curve: list[str]) -> None:
     evaluate.main(curve)
     (here / "run/checkpoints/0000012.pt").write_bytes((here / "run/checkpoints/0000004.pt").read_bytes())
-    with pytest.raises(SettingError, match="checkpoint_weights: "):
+    with pytest.raises(Mistake, match="checkpoint_weights: "):
         evaluate.main(curve)
     with pytest.raises(ValueError, match="num_samples: 10 there, 9 now"):
         evaluate.main([*curve, "--num-samples=9"])
 
 
-def test_the_published_curves_are_drawn_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn = []
-    monkeypatch.setattr(evaluate.plt, "close", drawn.append)
+def test_the_published_curves_are_drawn_beside_it() -> None:
     rows = {
         name: {"samples": 10_000, "frechet_distance": value, "spread": 1.0}
         for name, value in [("0050000", 90), ("0100000", 60)]
     }
-    for published in (False, True):
-        evaluate.draw_curves({"mine": rows, "yours": rows}, tmp_path / "distance.png", published=published)
-    plain, both = (figure.axes[0] for figure in drawn)
+    curves = {"mine": rows, "yours": rows}
+    plain, both = (evaluate.drawn_curves(curves, published=published).axes[0] for published in (False, True))
     assert len(plain.lines) + 3 == len(both.lines)
     assert {line.get_marker() for line in plain.lines} >= {"o", "s"}  # two curves in one place are told apart
     assert (plain.get_yscale(), both.get_yscale()) == ("linear", "log")  # 90 and 60; 96 to 23
@@ -259,15 +218,11 @@ def test_the_published_curves_are_drawn_beside_it(tmp_path: Path, monkeypatch: p
     assert lines["SiT-B/2, published FID-10K"] == [[50e3, 96], [100e3, 67], [200e3, 50], [300e3, 43], [400e3, 38.6]]
     assert lines["SiT-B/2 + Self-Transcendence, published FID-10K"][-1] == [400e3, 23]
     assert both.get_ylabel() == "Fréchet distance, 10,000 samples"
-    assert [path.name for path in tmp_path.iterdir()] == ["distance.png"]
-    monkeypatch.undo()
-    for figure in drawn:
-        evaluate.plt.close(figure)
 
 
 def test_samples_are_shown_along_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {}
-    monkeypatch.setattr(evaluate, "save_panels", lambda rows, path: shown.update(rows))
+    monkeypatch.setattr(draw, "save_panels", lambda rows, path: shown.update(rows))
     steps = [f"{step:07d}" for step in range(1, 9)]
     for step in steps:
         folder = tmp_path / "samples/run" / step
@@ -281,14 +236,6 @@ def test_samples_are_shown_along_training(tmp_path: Path, monkeypatch: pytest.Mo
         assert picture[0, 0] == pytest.approx(int(title[0]) / 255)
 
 
-def test_several_processes_are_sent_to_sample(here: Path, curve: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for match in [r"work of one process.\nFound: 2", "sample.py makes the images in several"]:
-        with pytest.raises(SettingError, match=match):
-            evaluate.main(curve)
-    assert not (here / "curve").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -299,9 +246,13 @@ def test_several_processes_are_sent_to_sample(here: Path, curve: list[str], monk
         (["--samples=a"], "name the data with --reference, or its --statistics"),
         (["--samples=a", "--reference=c", "--published"], "--published belongs to --run, with features of Inception"),
         (["--samples=a", "--reference=c", "--bootstrap=1"], "must be 2 or more"),
+        (["--samples=a", "--reference=c"], "2 were started; sample.py makes the images in several"),
     ],
 )
-def test_options_that_do_not_go_together(arguments: list[str], match: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_go_together(
+    arguments: list[str], match: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2" if "several" in match else "1")
     with pytest.raises(SystemExit):
         evaluate.options([*arguments, "--features=digits"])
     assert match in capsys.readouterr().err

@@ -12,17 +12,19 @@ import numpy as np
 import pytest
 import quickstart
 import torch
-from common import inspect_sources
+from common import data
 from common.coco_features import write_coco_features
 from common.data import LabelledImages, digits
 from common.demo_latents import demo_latents
+from common.feature_sets import imported
 from common.mmdit import MMDiT
+from common.options import Mistake
 from common.run_folder import write_json
+from common.scaling import Scaling
 from common.vae import load_vae
 from tiny_runs import ARGS, SCALE, write_checkpoint, write_run, write_vae
 
 import selftrans_reg as st
-from selftrans_reg.errors import SettingError
 
 FAST = ["--noise-fractions=0.5", "--scales=1,4", "--samples=40", "--batch-size=20", "--k=3", "--device=cpu"]
 FILES = {"settings.json", "report.json", "report.txt", "report.png", "features.png", "index.html"}
@@ -30,8 +32,8 @@ FILES = {"settings.json", "report.json", "report.txt", "report.png", "features.p
 
 @pytest.fixture(autouse=True)
 def few_digits(monkeypatch: pytest.MonkeyPatch) -> None:
-    few = [LabelledImages(data.images[:30], data.labels[:30]) for data in digits(32)]
-    monkeypatch.setattr(inspect_sources, "digits", lambda size: few)
+    few = [LabelledImages(part.images[:30], part.labels[:30]) for part in digits(32)]
+    monkeypatch.setattr(data, "digits", lambda size: few)
 
 
 @pytest.fixture(scope="module")
@@ -95,13 +97,13 @@ def test_a_quickstart_run_becomes_a_page(
     capsys.readouterr()
     assert inspect_features.main(call) == st.LayerReport.load(out / "report.json")
     assert "measured before" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"other settings.*\n.*k: 3 there, 5 now"):
+    with pytest.raises(Mistake, match=r"other settings.*\n.*k: 3 there, 5 now"):
         inspect_features.main([*call, "--k=5"])
 
 
 def test_the_batches_are_the_latents_that_the_model_was_trained_on(quickstart_run: Path) -> None:
     run = inspect_features.options([str(quickstart_run / "plain.pt"), *FAST])
-    subject = inspect_sources.open_subject(run)
+    subject = inspect_features.open_subject(run)
     assert subject.measured == {"time": "repa", "null": {"y": 10}}
     assert [*subject.log] == ["as is", "stage 1"]
     x, y = (torch.cat(parts) for parts in zip(*subject.batches(), strict=True))
@@ -109,7 +111,7 @@ def test_the_batches_are_the_latents_that_the_model_was_trained_on(quickstart_ru
     assert torch.equal(x, again)
     assert x.shape == (40, 4, 8, 8)
     vae = load_vae(quickstart_run / "vae")
-    images, labels = (torch.cat(parts) for parts in zip(*inspect_sources.digits(32), strict=True))
+    images, labels = (torch.cat(parts) for parts in zip(*data.digits(32), strict=True))
     order = torch.randperm(60, generator=torch.Generator().manual_seed(0))[:40]
     posterior = vae.encode(images[order]).latent_dist
     assert torch.equal(y, labels[order])
@@ -120,7 +122,9 @@ def test_the_batches_are_the_latents_that_the_model_was_trained_on(quickstart_ru
 
 def test_a_run_of_sit_imagenet_says_all_by_itself(tmp_path: Path, latents: Path) -> None:
     run, out = write_run(tmp_path / "run", 7), tmp_path / "report"
-    path = write_checkpoint(run / "checkpoints/0000009.pt", 9, ARGS | {"data": str(latents), "depth": 4}, depth=4)
+    vae = str(write_vae(tmp_path / "vae", scale=0.18215))
+    args = ARGS | {"data": str(latents), "depth": 4, "vae": vae}
+    path = write_checkpoint(run / "checkpoints/0000009.pt", 9, args, depth=4)
     (run / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     report = inspect_features.main([str(path), f"--out={out}", *FAST])
     assert files_of(out) == FILES | {"curves.png"}
@@ -137,15 +141,15 @@ def test_the_demo_of_sit_imagenet_is_found_again(tmp_path: Path, monkeypatch: py
     sizes = {"depth": 4, "num_classes": 10, "input_size": 8}
     args = ARGS | sizes | {"data": "demo", "demo_vae": str(tmp_path / "vae"), "demo_vae_steps": 2}
     path = write_checkpoint(tmp_path / "run/checkpoints/0000001.pt", 1, args, **sizes)
-    subject = inspect_sources.open_subject(inspect_features.options([str(path), *FAST]))
+    subject = inspect_features.open_subject(inspect_features.options([str(path), *FAST]))
     (_, y), *_ = subject.batches()
     assert sorted(y.tolist()) == sorted(
         expected.labels[torch.randperm(30, generator=torch.Generator().manual_seed(0))[:20]].tolist()
     )
     args["demo_vae"] = str(tmp_path / "elsewhere")
     path = write_checkpoint(tmp_path / "run/checkpoints/0000002.pt", 2, args, **sizes)
-    with pytest.raises(SettingError, match="The demo's VAE is not at"):
-        inspect_sources.open_subject(inspect_features.options([str(path), *FAST]))
+    with pytest.raises(Mistake, match="The demo's VAE is not at"):
+        inspect_features.open_subject(inspect_features.options([str(path), *FAST]))
 
 
 @pytest.mark.parametrize(
@@ -159,13 +163,32 @@ def test_a_foreign_sit_needs_to_be_told_its_time_and_data(
     sizes = {"num_heads": 2, "num_classes": 5, "class_dropout_prob": 0.0}
     content = torch.load(path, weights_only=True) | {"args": argparse.Namespace(**sizes)}
     torch.save(content, path)
-    with pytest.raises(ValueError, match="--time repa if t = 1 was noise"):
-        inspect_sources.open_subject(inspect_features.options([str(path), f"--data={latents}"]))
-    with pytest.raises(SettingError, match="pass --data FOLDER"):
-        inspect_sources.open_subject(inspect_features.options([str(path), *options]))
-    subject = inspect_sources.open_subject(inspect_features.options([str(path), f"--data={latents}", *options]))
+    with pytest.raises(Mistake, match="--time repa if t = 1 was noise"):
+        inspect_features.open_subject(inspect_features.options([str(path), f"--data={latents}"]))
+    with pytest.raises(Mistake, match="pass --data FOLDER"):
+        inspect_features.open_subject(inspect_features.options([str(path), *options]))
+    subject = inspect_features.open_subject(inspect_features.options([str(path), f"--data={latents}", *options]))
     assert subject.measured == {"time": time, "null": None}  # without label dropout there is no null class
     assert subject.log is subject.decode is None
+
+
+def test_other_latents_than_the_models_are_refused(tmp_path: Path, latents: Path) -> None:
+    known = [f"--data={latents}", *FAST]
+    vae = str(write_vae(tmp_path / "vae", scale=0.18215))
+    for changes, match in [
+        ({"scale_factor": 0.13025}, "trained on 4, 4 and scale 0.13025, shift 0.0"),
+        ({"scale_factor": 0.18215, "shift_factor": 3.0}, r"4 pixels a side, scale 0.18215, shift 0.0; .* shift 3.0"),
+    ]:
+        path = write_checkpoint(tmp_path / "a.pt", 1, ARGS | {"vae": vae} | changes)
+        with pytest.raises(Mistake, match=rf"trained on other latents than these(.|\n)*{match}"):
+            inspect_features.open_subject(inspect_features.options([str(path), *known]))
+    path = write_checkpoint(tmp_path / "a.pt", 1, ARGS | {"vae": vae})
+    subject = inspect_features.open_subject(inspect_features.options([str(path), *known]))
+    x, _ = next(iter(subject.batches()))
+    torch.testing.assert_close(subject.decode(x), -load_vae(vae).decode(x / 0.18215).sample.clamp(-1, 1))
+    shifted = write_vae(tmp_path / "shifted", scale=0.18215, shift_factor=3.0)
+    with pytest.raises(Mistake, match="is not the one that the latents of"):
+        inspect_features.open_subject(inspect_features.options([str(path), *known, f"--vae={shifted}"]))
 
 
 def test_an_mmdit_is_measured_without_labels(tmp_path: Path) -> None:
@@ -174,7 +197,7 @@ def test_an_mmdit_is_measured_without_labels(tmp_path: Path) -> None:
         (torch.randn(4, 4, 4, generator=g), torch.full((4, 4, 4), 0.1), torch.randn(2, 3, 6, generator=g))
         for _ in range(30)
     ]
-    write_coco_features(tmp_path / "features", "train", items, torch.zeros(3, 6), scale=0.5)
+    write_coco_features(tmp_path / "features", "train", items, torch.zeros(3, 6), scaling=Scaling(0.5))
     sizes = {"input_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 3, "num_heads": 2}
     sizes |= {"context_size": 6}
     with torch.random.fork_rng():
@@ -227,7 +250,7 @@ class TestAModelOfOnesOwn:
         torch.save(self.build().state_dict(), "weights.pt")
 
     def build(self) -> torch.nn.Module:
-        found: torch.nn.Module = inspect_sources.imported(f"{self.name}:build")()
+        found: torch.nn.Module = imported(f"{self.name}:build", "--model")()
         return found
 
     def call(self, *options: str) -> list[str]:
@@ -255,27 +278,28 @@ class TestAModelOfOnesOwn:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            (["--model=nowhere:build"], "'nowhere:build' is no module:function that can be imported"),
+            (["--model=nowhere:build"], "'nowhere:build' is no module:callable that can be imported"),
             (["--model={}:nothing"], "has no attribute 'nothing'"),
-            (["--model={}:CONSTANT"], "names int, not a function"),
+            (["--model={}:CONSTANT"], "is a int, which cannot be called"),
             (["--model={}:wrong"], "must return the model; it returned int"),
             (["--null=y"], "--null is name=number, or one module:function"),
             (["--null=y=ten"], "--null is name=number"),
         ],
     )
     def test_a_wrong_name_is_an_error(self, options: list[str], match: str) -> None:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(Mistake, match=match):
             inspect_features.main(self.call(*(option.format(self.name) for option in options)))
         assert not Path("runs").exists()
 
-    def test_what_is_missing_is_named(self) -> None:
+    def test_what_is_missing_is_named(self, capsys: pytest.CaptureFixture[str]) -> None:
         for given, match in [
             ([f"--model={self.name}:build"], "--data and --time must be given too"),
             (["--null=y=10"], "--null goes with --model"),
         ]:
-            with pytest.raises(SettingError, match=match):
+            with pytest.raises(SystemExit):
                 inspect_features.main(["weights.pt", *given])
-        with pytest.raises(SettingError, match=r"no file nothing\.pt"):
+            assert match in capsys.readouterr().err
+        with pytest.raises(Mistake, match=r"no file nothing\.pt"):
             inspect_features.main(["nothing.pt"])
-        with pytest.raises(ValueError, match="holds no SiT"):
+        with pytest.raises(Mistake, match="holds no SiT"):
             inspect_features.main(["weights.pt", "--time=sit"])  # no SiT

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import sample
 import torch
-from common.image_seeds import classes_of, draw, image_generator
-from common.load_sit import sit_from_checkpoint
+from common.data_files import DataError
+from common.images import write_png
+from common.loading import sit_from_checkpoint
+from common.options import Mistake
 from common.processes import Processes
+from common.sampling import image_generator
 from common.vae import load_vae
+from numpy.typing import NDArray
 from PIL import Image
-from tiny_runs import ARGS, FAST, SCALE, SIZES, images_of, write_checkpoint, write_run, write_vae
-
-from selftrans_reg.errors import CheckpointError, ShapeError
+from tiny_runs import ARGS, FAST, SCALE, images_of, write_checkpoint, write_run, write_vae
+from torch import Tensor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -170,27 +173,25 @@ def test_another_run_is_never_written_into(run_folder: Path, finished: Path) -> 
         ([f"--checkpoint={run_folder}", "--weights=model"], "checkpoint_weights: '[0-9a-f]{16}' there"),
         ([f"--checkpoint={run_folder}", "--cfg-scale=1.9"], "cfg_scale: 1.0 there, 1.9 now"),
     ]:
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(Mistake, match=match):
             sample.main([*arguments, f"--out={finished}", *FAST])
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"), [("balanced", [0, 1, 2, 3, 4, 0, 1, 2, 3, 4]), ("4, 1", [4, 1, 4, 1, 4, 1, 4, 1, 4, 1])]
-)
-def test_labels_that_are_given(run_folder: Path, text: str, expected: list[int]) -> None:
-    drawn = draw(0, range(10), classes_of(text, 5), SIZES)
-    assert drawn.labels.tolist() == expected
-    assert torch.equal(drawn.noise, draw(0, range(10), None, SIZES).noise)  # labels leave the noise as it is
+def test_labels_leave_the_noise_as_it_is() -> None:
+    def drawn(text: str, numbers: range, seed: int = 0) -> tuple[list[int], Tensor]:
+        generators = [image_generator(seed, number) for number in numbers]
+        labels = sample.labels_named(text, 5)(numbers, generators)
+        return labels.tolist(), torch.stack([torch.randn(3, generator=generator) for generator in generators])
 
-
-def test_random_labels_are_uniform_and_follow_the_seed() -> None:
-    small = SIZES | {"in_channels": 0}
-    labels = draw(0, range(2000), None, small).labels
-    counts = labels.bincount(minlength=5)
-    assert (counts - 400).abs().max() < 4 * (2000 * 0.2 * 0.8) ** 0.5
-    assert torch.equal(labels[1500:], draw(0, range(1500, 2000), None, small).labels)
-    assert not torch.equal(labels, draw(1, range(2000), None, small).labels)
+    labels, noise = drawn("random", range(2000))
+    assert (torch.tensor(labels).bincount(minlength=5) - 400).abs().max() < 4 * (2000 * 0.2 * 0.8) ** 0.5
+    assert drawn("random", range(1500, 2000))[0] == labels[1500:]
+    assert drawn("random", range(2000), seed=1)[0] != labels
+    for text, expected in [("balanced", [0, 1, 2, 3, 4, 0, 1, 2]), ("4, 1", [4, 1, 4, 1, 4, 1, 4, 1])]:
+        found, same = drawn(text, range(8))
+        assert found == expected
+        assert torch.equal(same, noise[:8])
 
 
 def test_no_two_images_of_a_run_begin_alike() -> None:
@@ -232,85 +233,129 @@ def test_a_process_that_finds_a_newer_checkpoint_stops(
     monkeypatch.setenv("RANK", "1")
     second = Processes()
     monkeypatch.setattr(second, "meet", lambda: None)
-    with pytest.raises(ValueError, match=r"checkpoint: '0000004.pt' there, '0000012.pt' now"):
+    with pytest.raises(Mistake, match=r"checkpoint: '0000004.pt' there, '0000012.pt' now"):
         sample.sample(sample.options([f"--checkpoint={run_folder}", f"--out={out}", *FAST]), second)
     assert not any((out / "images").iterdir())
 
 
-def sampler_of(*arguments: object) -> sample.Sampler:
-    return sample.new_sampler(sample.options([*map(str, arguments), "--out=unused", *FAST]))[0]
+def job_of(*arguments: object) -> sample.Job:
+    return sample.new_job(sample.options([*map(str, arguments), "--out=unused", *FAST]))
 
 
 def test_a_model_of_the_sit_repository_is_turned_around(run_folder: Path, tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "published.pt", 3)
     known = [f"--checkpoint={path}", "--num-heads=2", "--num-classes=5", f"--vae={run_folder / 'vae'}"]
-    for match in ["does not say what its training called t", "--time repa if", "--time sit if"]:
-        with pytest.raises(ValueError, match=match):
-            sampler_of(*known)
+    with pytest.raises(Mistake, match=r"does not say what its training called t(.|\n)*--time repa (.|\n)*--time sit"):
+        job_of(*known)
     plain = sit_from_checkpoint(path, num_heads=2, num_classes=5)[0]
     x, t, y = torch.ones(2, 4, 4, 4), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
     with torch.no_grad():
-        assert torch.equal(sampler_of(*known, "--time=repa").model(x, t, y), plain(x, t, y))
-        assert torch.equal(sampler_of(*known, "--time=sit").model(x, t, y), -plain(x, 1 - t, y))
-    assert sampler_of(*known, "--time=sit").run.weights == "ema"
+        assert torch.equal(job_of(*known, "--time=repa").model(x, t, y), plain(x, t, y))
+        assert torch.equal(job_of(*known, "--time=sit").model(x, t, y), -plain(x, 1 - t, y))
+    assert job_of(*known, "--time=sit").decided["time"] == "sit"
     torch.save(plain.state_dict(), tmp_path / "bare.pt")
-    assert sampler_of(f"--checkpoint={tmp_path / 'bare.pt'}", *known[1:], "--time=sit").run.weights == "bare"
-    with pytest.raises(ValueError, match=r"in the convention 'repa'.\nFound: --time sit. Leave it out"):
-        sampler_of(f"--checkpoint={run_folder}", "--time=sit")
+    run = sample.options([f"--checkpoint={tmp_path / 'bare.pt'}", *known[1:], "--time=sit", "--out=unused", *FAST])
+    sample.new_job(run)
+    assert run.weights == "bare"
 
 
-def test_the_path_is_the_runs_or_the_given_one(run_folder: Path, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "cosine.pt", 3, ARGS | {"path": "cosine", "vae": str(run_folder / "vae")})
-    assert sampler_of(f"--checkpoint={path}").path == "cosine"
-    with pytest.raises(ValueError, match=r"trained on the cosine path.\nFound: --path linear"):
-        sampler_of(f"--checkpoint={path}", "--path=linear")
+def test_what_a_checkpoint_claims_is_held_against_the_options(run_folder: Path, tmp_path: Path) -> None:
+    args = ARGS | {"path": "cosine", "vae": str(run_folder / "vae")}
+    path = write_checkpoint(tmp_path / "cosine.pt", 3, args)
+    assert job_of(f"--checkpoint={path}").sampler.path == "cosine"
+    with pytest.raises(Mistake, match=r"trained on the cosine path.\nFound: --path linear"):
+        job_of(f"--checkpoint={path}", "--path=linear")
+    with pytest.raises(Mistake, match=r"in the convention 'repa'.\nFound: --time sit. Leave it out"):
+        job_of(f"--checkpoint={run_folder}", "--time=sit")
+    for claim, match in [
+        ({"prediction": "noise"}, "predict 'noise'"),
+        ({"model": "DiT-XL/2"}, "trained as a 'DiT-XL/2'"),
+    ]:
+        path = write_checkpoint(tmp_path / "claims.pt", 3, args | claim)
+        with pytest.raises(Mistake, match=match):
+            job_of(f"--checkpoint={path}")
 
 
-def test_a_vae_that_does_not_fit_is_named(run_folder: Path, tmp_path: Path) -> None:
+def images_with(run_folder: Path, out: Path, *more: str) -> NDArray[np.uint8]:
+    sample.main([f"--checkpoint={run_folder}", f"--out={out}", *FAST, *more])
+    return images_of(out)
+
+
+def test_latents_are_decoded_with_the_vaes_own_shift(run_folder: Path, finished: Path, tmp_path: Path) -> None:
+    plain = write_checkpoint(tmp_path / "run/plain.pt", 12, ARGS)  # says no scaling, as others' files
+    images = {}
+    for name, config in {
+        "none": {},
+        "shift": {"shift_factor": 3.0},
+        "mean": {"latents_mean": [3.0] * 4},
+        "std": {"latents_std": [0.5] * 4},
+        "half": {"scale": 2 * SCALE},
+    }.items():
+        vae = write_vae(tmp_path / name, **config)
+        images[name] = images_with(plain, tmp_path / f"out-{name}", f"--vae={vae}")
+    assert np.array_equal(images["none"], images_of(finished))
+    assert not np.array_equal(images["none"], images["shift"])
+    assert np.array_equal(images["shift"], images["mean"])
+    assert np.array_equal(images["std"], images["half"])
+    with pytest.raises(Mistake, match=r"other settings(.|\n)*shift_factor: 3.0 there, 0.0 now"):
+        images_with(plain, tmp_path / "out-shift", f"--vae={tmp_path / 'none'}")
+
+
+def test_a_vae_that_does_not_fit_is_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     newest = f"--checkpoint={run_folder}"
-    other = write_vae(tmp_path / "other", scale=0.5)
-    for match in ["scales its latents by 0.5; the model was trained on latents times 0.8", "or --scale-factor"]:
-        with pytest.raises(ValueError, match=match):
-            sampler_of(newest, f"--vae={other}")
-    assert sampler_of(newest, f"--vae={other}", "--scale-factor=0.8").vae.config.scaling_factor == 0.8
-    with pytest.raises(ValueError, match="above 0; got 0"):
-        sampler_of(newest, "--scale-factor=0")
-    with pytest.raises(CheckpointError, match=r"no VAE of diffusers' AutoencoderKL at '.*nowhere'"):
-        sampler_of(newest, f"--vae={tmp_path / 'nowhere'}")
-
+    other, shifted = write_vae(tmp_path / "other", scale=0.5), write_vae(tmp_path / "shifted", shift_factor=3.0)
+    for vae, match in [
+        (other, r"scale 0.5, shift 0.0 in the VAE, scale 0.8, shift 0.0 in the latents"),
+        (shifted, r"scale 0.8, shift 3.0 in the VAE, scale 0.8, shift 0.0 in the latents"),
+    ]:
+        with pytest.raises(Mistake, match=match):
+            job_of(newest, f"--vae={vae}")
+    assert job_of(newest, f"--vae={other}", "--scale-factor=0.8").sampler.scaling == (0.8, 0.0)
+    with pytest.raises(DataError, match=r"no VAE of diffusers' AutoencoderKL at '.*nowhere'"):
+        job_of(newest, f"--vae={tmp_path / 'nowhere'}")
+    shift = write_checkpoint(tmp_path / "shift.pt", 3, ARGS | {"scale_factor": SCALE, "shift_factor": 3.0})
+    assert job_of(f"--checkpoint={shift}", f"--vae={shifted}").sampler.scaling == (SCALE, 3.0)
+    odd = write_checkpoint(tmp_path / "odd.pt", 3, ARGS | {"scale_factor": "0.8"})
+    with pytest.raises(DataError, match=r"odd.pt records a scaling that no latents can have"):
+        job_of(f"--checkpoint={odd}", f"--vae={other}")
     wide = write_checkpoint(tmp_path / "wide.pt", 3, ARGS | {"in_channels": 3}, in_channels=3)
-    for match in ["decodes latents of 4 channels; .*wide.pt makes 3", "Pass with --vae the one"]:
-        with pytest.raises(CheckpointError, match=match):
-            sampler_of(f"--checkpoint={wide}", f"--vae={run_folder / 'vae'}")
+    with pytest.raises(Mistake, match=r"decodes latents of 4 channels; .*wide.pt have 3(.|\n)*Pass with --vae the one"):
+        job_of(f"--checkpoint={wide}", f"--vae={run_folder / 'vae'}")
     nameless = write_checkpoint(tmp_path / "nameless.pt", 3, ARGS | {"vae": None})
-    for match in ["does not name its VAE", "Found: vae=None", "stabilityai/sd-vae-ft-mse"]:
-        with pytest.raises(ValueError, match=match):
-            sampler_of(f"--checkpoint={nameless}")
+    with pytest.raises(Mistake, match=r"does not name its VAE(.|\n)*stabilityai/sd-vae-ft-mse"):
+        job_of(f"--checkpoint={nameless}")
 
 
-def test_settings_without_sense_are_named_before_a_folder_is_made(run_folder: Path, tmp_path: Path) -> None:
+def test_settings_without_sense_are_named_before_a_folder_is_made(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     vae = f"--vae={run_folder / 'vae'}"
     unconditional = write_checkpoint(tmp_path / "all.pt", 3, ARGS | {"class_dropout_prob": 0.0}, class_dropout_prob=0.0)
-    for arguments, error, match in [
-        ([f"--checkpoint={run_folder}", "--labels=3,5"], ValueError, "each below 5; got '3,5'"),
-        ([f"--checkpoint={run_folder}", "--labels=cats"], ValueError, "'random', 'balanced', or classes"),
-        ([f"--checkpoint={run_folder}", "--steps=1"], ValueError, "at least 2 steps"),
-        ([f"--checkpoint={run_folder}", "--guidance-low=0.9", "--guidance-high=0.1"], ValueError, "low <= high"),
-        ([f"--checkpoint={unconditional}", vae, "--cfg-scale=2"], ValueError, "needs the null class"),
-        ([f"--checkpoint={run_folder}", "--model=SiT-B/2"], ValueError, "depth: 2 there, 12 said"),
-        ([f"--checkpoint={tmp_path / 'empty'}"], ValueError, "no checkpoint of a run"),
+    for arguments, match in [
+        ([f"--checkpoint={run_folder}", "--labels=3,5"], "each below 5; got '3,5'"),
+        ([f"--checkpoint={run_folder}", "--labels=cats"], "'random', 'balanced', or classes"),
+        ([f"--checkpoint={run_folder}", "--steps=1"], "at least 2 steps"),
+        ([f"--checkpoint={run_folder}", "--guidance-low=0.9", "--guidance-high=0.1"], "low <= high"),
+        ([f"--checkpoint={unconditional}", vae, "--cfg-scale=2"], "needs the null class"),
+        ([f"--checkpoint={run_folder}", "--model=SiT-B/2"], "depth: 2 there, 12 said"),
+        ([f"--checkpoint={tmp_path / 'empty'}"], "no checkpoint of a run"),
     ]:
-        with pytest.raises(error, match=match):
+        with pytest.raises(Mistake, match=match):
             sample.main([*FAST, *arguments, f"--out={tmp_path / 'out'}"])
+    for wrong in ("--scale-factor=0", "--guidance-low=-1", "--cfg-scale=nan", "--num-samples=0"):
+        with pytest.raises(SystemExit):
+            sample.main([*FAST, f"--checkpoint={run_folder}", wrong, f"--out={tmp_path / 'out'}"])
+        assert wrong.partition("=")[0] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_latents_that_are_not_finite_are_named(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = sampler_of(f"--checkpoint={run_folder}")
-    broken = sampler._replace(model=lambda x, t, y: x * torch.where(t > 0.9, 1.0, float("inf"))[:, None, None, None])
-    for match in ["not finite for 3 of 3 images", "Found: image 4, with sde, --steps 3", "Take an earlier checkpoint"]:
-        with pytest.raises(ShapeError, match=match):
-            broken.images([4, 5, 6])
+def test_latents_that_are_not_finite_are_named(run_folder: Path) -> None:
+    def broken(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return x * torch.where(t > 0.9, 1.0, float("inf"))[:, None, None, None]
+
+    for match in ["not finite for 3 of 3 images", "Found: image 4, by sde in 3 steps", "Take an earlier checkpoint"]:
+        with pytest.raises(Mistake, match=match):
+            job_of(f"--checkpoint={run_folder}").sampler.images(broken, [4, 5, 6], "cpu")
 
 
 @pytest.mark.parametrize(
@@ -322,19 +367,35 @@ def test_latents_that_are_not_finite_are_named(run_folder: Path, monkeypatch: py
         ("bf16", torch.bfloat16, False),
     ],
 )
-def test_the_precision_is_the_models_alone(run_folder: Path, name: str, product: torch.dtype, tf32: bool) -> None:
+def test_the_precision_is_the_models_alone(name: str, product: torch.dtype, tf32: bool) -> None:
     seen = set()
-    sampler = sampler_of(f"--checkpoint={run_folder}", f"--precision={name}")
 
     def switches() -> tuple[object, ...]:
         cudnn = torch.backends.cudnn
         return torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.enabled
 
-    def model(x: torch.Tensor, t: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         seen.add((x.dtype, (x @ x.mT).dtype, *switches()))
         return x
 
-    before = switches()
-    sampler._replace(model=model).images([0])
+    before, x = switches(), torch.ones(1, 4, 4, 4)
+    sample.in_precision(model, name, "cpu")(x, x[:, 0, 0, 0], x[:, 0, 0, 0])
     assert seen == {(torch.float32, product, "high" if tf32 else "highest", tf32, True)}
     assert switches() == before
+
+
+def test_the_npz_is_what_numpy_writes(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(256, size=(5, 4, 6, 3), dtype=np.uint8)
+    pngs = [tmp_path / f"{i}.png" for i in range(5)]
+    for image, png in zip(images, pngs, strict=True):
+        write_png(image, png)
+    sample.write_npz(pngs, np.array([3, 1, 4, 1, 5]), tmp_path / "set.npz")
+    with np.load(tmp_path / "set.npz", allow_pickle=False) as archive:
+        assert archive.files == ["arr_0", "arr_1"]
+        assert archive["arr_0"].dtype == np.uint8
+        assert np.array_equal(archive["arr_0"], images)
+        assert archive["arr_1"].tolist() == [3, 1, 4, 1, 5]
+    write_png(images[0, :3], pngs[3])
+    with pytest.raises(DataError, match=r"3.png is 6x3; the others are 6x4"):
+        sample.write_npz(pngs, np.arange(5), tmp_path / "other.npz")
+    assert not (tmp_path / "other.npz").exists()

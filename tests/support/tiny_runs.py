@@ -5,6 +5,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from common.captioned_shapes import TEXT_LENGTH, TEXT_WIDTH, save_text_encoder
+from common.mmdit import MMDiT
 from common.sit import SiT
 from common.vae import new_vae, save_vae
 from numpy.typing import NDArray
@@ -35,9 +37,12 @@ def write_checkpoint(path: Path, steps: int, args: dict[str, Any] | None = None,
     return path
 
 
-def write_vae(folder: Path, scale: float = SCALE) -> Path:
-    vae = new_vae(16, 1, widths=(8, 8, 8))
-    vae.register_to_config(scaling_factor=scale)
+def write_vae(folder: Path, scale: float = SCALE, **config: Any) -> Path:
+    """A VAE of grey images of 16x16; the same each time."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = new_vae(16, 1, widths=(8, 8, 8))
+    vae.register_to_config(scaling_factor=scale, **config)
     save_vae(vae, folder)
     return folder
 
@@ -50,6 +55,24 @@ def write_run(folder: Path, *steps: int) -> Path:
             write_checkpoint(folder / f"checkpoints/{step:07d}.pt", step, ARGS | {"scale_factor": SCALE})
         if not (folder / "vae").exists():
             write_vae(folder / "vae")
+    return folder
+
+
+def write_prompt_run(folder: Path, *steps: int) -> Path:
+    """A text-to-image run's folder: checkpoints of an MMDiT, the VAE and the text encoder that they name."""
+    sizes = {"input_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
+    sizes["context_size"] = TEXT_WIDTH
+    vae, encoder = write_vae(folder / "vae"), folder / "text_encoder"
+    save_text_encoder(encoder, seed=0)
+    args = {"vae": str(vae), "text_encoder": str(encoder), "scale_factor": SCALE, "context_length": TEXT_LENGTH}
+    args |= sizes | {"prompts": ["a red ring", "a blue cross"], "path": "linear"}
+    (folder / "checkpoints").mkdir()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        for step in steps:
+            entries = {name: {k: 0.3 * torch.randn_like(v) for k, v in MMDiT(**sizes).state_dict().items()}
+                       for name in ("model", "ema")}  # fmt: skip
+            torch.save(entries | {"steps": step, "args": args}, folder / f"checkpoints/{step:07d}.pt")
     return folder
 
 

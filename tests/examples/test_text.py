@@ -1,17 +1,18 @@
-"""CLIP text features by transformers' own classes, on tiny models whose vocabulary is made here; captioned shapes."""
+"""CLIP text features by transformers' own classes, on tiny models whose vocabulary is made here."""
 
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from common.captioned_shapes import CAPTIONS, COLOURS, SHAPES, captioned_shapes, save_text_encoder
-from common.text_features import TextEncoder, load_text_encoder
+from common.data_files import DataError
+from common.options import Mistake
+from common.text import TextEncoder, encoded_prompts, load_text_encoder, numbers_of, same_features, save_captioned
+from PIL import Image
 from torch import Tensor
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
-
-from selftrans_reg.errors import CheckpointError, SettingError, ShapeError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Letters inside and at the end of a word, and one merge: "ab" at a word's end is one token.
@@ -100,7 +101,7 @@ def test_a_text_that_is_too_long_is_named_or_counted(encoder: TextEncoder) -> No
     fitting, long = "a b c d e", "a b c d e f g"  # start and end beside them: 7 and 9 tokens
     encoder.encode([fitting])
     for match in ["at most 7 tokens", "1 of 2 texts", "9 tokens in 'a b c d e f g'", "Shorten"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(Mistake, match=match):
             encoder.encode([fitting, long])
     found = encoder.encode([fitting, long], cut_long=True)
     assert found.cut == [long]
@@ -109,7 +110,7 @@ def test_a_text_that_is_too_long_is_named_or_counted(encoder: TextEncoder) -> No
 
 def test_what_the_tokenizer_cannot_spell_is_named(encoder: TextEncoder) -> None:
     for match in ["no tokens for a part of 'a 7'", "endoftext"]:
-        with pytest.raises(SettingError, match=match):
+        with pytest.raises(Mistake, match=match):
             encoder.encode(["ab", "a 7"])
 
 
@@ -130,11 +131,36 @@ def test_the_text_part_of_a_whole_clip_model_is_what_is_loaded(folder: Path, tmp
     assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
-def test_another_width_is_named_with_the_encoder(encoder: TextEncoder, folder: Path) -> None:
-    encoder.check_width(WIDTH, "the run")
-    for match in [f"text features of {folder} have width 12", "runs/coco needs 768", "openai/clip-vit-large-patch14"]:
-        with pytest.raises(ShapeError, match=match):
-            encoder.check_width(768, "runs/coco")
+def test_prompts_are_the_conditions_of_their_numbers(encoder: TextEncoder) -> None:
+    prompts = encoded_prompts(encoder, ["ab", "c"], (LENGTH, WIDTH), "the data")
+    assert prompts.null == 2
+    torch.testing.assert_close(prompts.features, encoder.encode(["ab", "c", ""]).features)
+    assert same_features(prompts.features[2], encoder.encode([""]).features[0].half().float())
+    assert not same_features(prompts.features[2], prompts.features[0])
+    assert not same_features(prompts.features[2], prompts.features[2][:1])
+    model = torch.nn.Linear(1, 1)
+    model.forward = lambda x, t, context: context + x
+    found = prompts.conditioned(model)(torch.zeros(3, 1, 1), torch.zeros(3), numbers_of([1, 0, 2], []))
+    assert torch.equal(found, prompts.features[[1, 0, 2]])
+    for shape in [(LENGTH, 768), (77, WIDTH)]:
+        with pytest.raises(
+            Mistake, match=rf"gives 7 tokens of width 12 a text; the data has {shape[0]} of width {shape[1]}"
+        ):
+            encoded_prompts(encoder, ["ab"], shape, "the data")
+
+
+def test_a_picture_shows_every_image_and_nothing_else_is_left(tmp_path: Path) -> None:
+    colours = [(250, 10, 10), (10, 200, 10), (10, 10, 250), (240, 200, 10)]
+    solid = np.array(colours, np.uint8)[:, None, None, :] * np.ones((1, 8, 8, 1), np.uint8)
+    save_captioned({"first": solid[:2], "second": solid[2:]}, ["a caption", "another"], tmp_path / "rows.png")
+    save_captioned({"": np.concatenate([solid] * 3)}, ["the same"] * 12, tmp_path / "wrapped.png")  # more than a line
+    for name, shown in {"rows.png": 1, "wrapped.png": 3}.items():
+        with Image.open(tmp_path / name) as picture:
+            pixels = np.asarray(picture.convert("RGB")).reshape(-1, 3)
+        areas = [(pixels == colour).all(1).sum() / shown for colour in colours]
+        assert min(areas) > 5_000
+        assert max(areas) < 1.1 * min(areas)
+    assert {entry.name for entry in tmp_path.iterdir()} == {"rows.png", "wrapped.png"}
 
 
 def test_what_is_no_text_encoder_is_named(folder: Path, tmp_path: Path) -> None:
@@ -143,11 +169,11 @@ def test_what_is_no_text_encoder_is_named(folder: Path, tmp_path: Path) -> None:
         str(tmp_path): ["No CLIP text model", "a folder"],
     }.items():
         for match in matches:
-            with pytest.raises(CheckpointError, match=match):
+            with pytest.raises(DataError, match=match):
                 load_text_encoder(name)
     no_tokenizer = tmp_path / "model-alone"
     CLIPTextModel.from_pretrained(folder).save_pretrained(no_tokenizer)
-    with pytest.raises(CheckpointError, match=r"No CLIP text model|tokenizer that is not its text"):
+    with pytest.raises(DataError, match=r"No CLIP text model|tokenizer that is not its text"):
         load_text_encoder(str(no_tokenizer))
 
 
@@ -158,66 +184,5 @@ def test_a_model_without_all_weights_is_refused(folder: Path, tmp_path: Path) ->
     kept = {name: value for name, value in model.state_dict().items() if "final_layer_norm" not in name}
     model.save_pretrained(broken, state_dict=kept)
     for match in ["no whole CLIP text model", "final_layer_norm.bias", "2 weights in all"]:
-        with pytest.raises(CheckpointError, match=match):
+        with pytest.raises(DataError, match=match):
             load_text_encoder(str(broken))
-
-
-class TestCaptionedShapes:
-    def test_the_seed_decides(self) -> None:
-        first, again, other = captioned_shapes(20), captioned_shapes(20), captioned_shapes(20, seed=1)
-        assert torch.equal(first.images, again.images)
-        assert first.captions == again.captions != other.captions
-        assert first.images.shape == (20, 3, 32, 32)
-        assert first.images.abs().max() <= 1
-
-    def test_the_captions_say_what_is_drawn(self) -> None:
-        data = captioned_shapes(200)
-        palette = {name: torch.tensor(rgb) * 2 - 1 for name, rgb in COLOURS.items()}
-        for image, (sentence, other) in zip(data.images, data.captions, strict=True):
-            _, colour, _, _, _, ground, _ = sentence.split()
-            torch.testing.assert_close(image[:, 0, 0], palette[ground])  # no shape reaches a corner
-            inside = (image - palette[colour][:, None, None]).abs().amax(0) < 1e-4
-            assert inside.sum() > 15
-            assert sorted(set(sentence.split()) & {*COLOURS, *SHAPES}) == sorted(
-                set(other.split()) & {*COLOURS, *SHAPES}
-            )
-
-    @pytest.mark.parametrize(
-        ("shape", "area"),
-        [  # in squared radii
-            ("circle", torch.pi),
-            ("ring", torch.pi * (1 - 0.5**2)),
-            ("square", (2 * 0.85) ** 2),
-            ("cross", 4 * 0.6 - 0.6**2),
-            ("triangle", 3 * 3**0.5 / 4),
-        ],
-    )
-    def test_shapes_have_their_area(self, shape: str, area: float) -> None:
-        data = captioned_shapes(200, size=128)
-        radii = []
-        for image, (sentence, _) in zip(data.images, data.captions, strict=True):
-            if shape in sentence:
-                step = (image - image[:, :1, :1]).abs().sum(0)
-                radii.append((step.sum() / step.max() / area).sqrt().item() / 128)
-        assert len(radii) > 20
-        assert min(radii) > 0.275  # the radii that are drawn: 0.28 to 0.36
-        assert max(radii) < 0.365
-
-    def test_the_text_encoder_knows_each_word_as_one_token_and_is_the_same_each_time(self, tmp_path: Path) -> None:
-        state = torch.get_rng_state()
-        for name in ("a", "b"):
-            save_text_encoder(tmp_path / name)
-        assert torch.equal(torch.get_rng_state(), state)
-        first, second = (load_text_encoder(str(tmp_path / name)) for name in ("a", "b"))
-        sentences = [
-            caption.format(colour=colour, shape=shape, ground=ground)
-            for caption in CAPTIONS for colour in COLOURS for ground in COLOURS for shape in SHAPES
-        ]  # fmt: skip
-        for sentence in sentences:
-            tokens = first.tokenizer.tokenize(sentence)
-            assert [token.removesuffix("</w>") for token in tokens] == sentence.split()
-        features = first.encode(["", *sentences]).features
-        assert torch.equal(features, second.encode(["", *sentences]).features)
-        flat = features.flatten(1)
-        assert torch.cdist(flat, flat).fill_diagonal_(torch.inf).min() > 1  # no two sentences look alike
-        assert {entry.name for entry in tmp_path.iterdir()} == {"a", "b"}

@@ -1,0 +1,176 @@
+"""Images on disk: which files of a folder are images, their pixels as a viewer shows them, and writing PNGs."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from common.data_files import DataError, readable
+
+_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+_FORMATS = ("PNG", "JPEG", "WEBP")
+_PNG_BITS = 24  # the byte of a PNG that holds its bits a channel
+_SHOWN = 3
+
+
+class ImageFiles(NamedTuple):
+    """What a folder holds, relative to it, with slashes, sorted.
+
+    Attributes:
+        images: PNG, JPEG and WebP files, by their names.
+        skipped: Everything else: files of other kinds, what is hidden, and folders that a link leads back to.
+    """
+
+    images: list[str]
+    skipped: list[str]
+
+
+def find_images(folder: Path) -> ImageFiles:
+    """Find the images in a folder, at any depth; links are followed, nothing is opened.
+
+    Raises:
+        DataError: If there is no such folder.
+    """
+    if not folder.is_dir():
+        raise DataError(f"There is no folder {folder}.")
+    found, seen = ImageFiles([], []), {os.path.realpath(folder)}
+    for parent, folders, files in os.walk(folder, followlinks=True):
+        prefix = "" if Path(parent) == folder else f"{Path(parent).relative_to(folder).as_posix()}/"
+        entered = []
+        for name in sorted(folders):
+            place = os.path.realpath(f"{parent}/{name}")
+            if name.startswith(".") or place in seen:  # a link to a folder that was looked through, as to a parent
+                found.skipped.append(f"{prefix}{name}/")
+            else:
+                seen.add(place)
+                entered.append(name)
+        folders[:] = entered
+        for name in files:
+            # Opening a pipe would wait for a writer; a link may lead nowhere.
+            fine = name.lower().endswith(_SUFFIXES) and name[0] != "." and Path(parent, name).is_file()
+            (found.images if fine else found.skipped).append(prefix + name)
+    return ImageFiles(sorted(found.images), sorted(found.skipped))
+
+
+def skipped_line(folder: Path, skipped: list[str]) -> str:
+    """What a script says of the files that it does not take for images."""
+    more = f" and {len(skipped) - _SHOWN:,} more" if len(skipped) > _SHOWN else ""
+    return f"{folder}: {len(skipped):,} entries are no images and are skipped: {', '.join(skipped[:_SHOWN])}{more}"
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image as a viewer shows it: RGB, upright as its EXIF data say, on white where it is transparent.
+
+    Grey, palette and CMYK images become RGB as Pillow converts them; 16 bits a channel become 8.
+
+    Raises:
+        DataError: If the file is damaged, truncated, animated, or larger than Pillow's limit against decompression
+            bombs allows.
+    """
+    try:
+        with readable(path, "an image"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd metadata
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            with path.open("rb") as stream:
+                head = stream.read(_PNG_BITS + 1)
+            with Image.open(path, formats=_FORMATS) as image:
+                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's other views
+                if frames > 1:
+                    raise DataError(f"{path} has {frames} frames, and one of them would have to be chosen.")  # noqa: TRY301
+                return _on_white(ImageOps.exif_transpose(image), head[_PNG_BITS] if image.format == "PNG" else 8)
+    except DataError:
+        raise
+    except Exception as error:  # a decoder raises whatever a damaged file makes it stumble over
+        raise DataError(f"{path} cannot be read as an image: {type(error).__name__}: {error}.") from error
+
+
+def _on_white(image: Image.Image, bits: int) -> Image.Image:
+    # A PNG may name one grey or colour as transparent, with the file's own bits, which Pillow leaves as they are.
+    key = image.info.get("transparency")
+    if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip, not scale
+        values = np.asarray(image)
+        image = Image.fromarray((values / 257).round().astype(np.uint8))
+        if key is not None:
+            image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
+    elif image.mode == "L" and isinstance(key, int):
+        image.info["transparency"] = key * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and isinstance(key, tuple) and bits == 16:
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def read_square(path: Path, size: int) -> Tensor:
+    """An image as uint8 (3, size, size): as `read_image` reads it, cropped as `centre_crop` does.
+
+    Raises:
+        DataError: If it cannot be read, or would become too large before it is cropped.
+    """
+    image = read_image(path)
+    scale = size / min(image.size)
+    scaled = round(image.width * scale) * round(image.height * scale)
+    if Image.MAX_IMAGE_PIXELS is not None and scaled > Image.MAX_IMAGE_PIXELS:
+        raise DataError(
+            f"{path}: {image.width}x{image.height} pixels become {scaled} when the shorter side is {size}, more than "
+            "Pillow's limit against decompression bombs."
+        )
+    return torch.from_numpy(np.array(centre_crop(image, size))).permute(2, 0, 1)
+
+
+def centre_crop(image: Image.Image, size: int) -> Image.Image:
+    """Scale the shorter side to ``size`` and cut the longer one evenly, as ADM's data loader does.
+
+    Halved by box filtering while at least twice too large, then scaled bicubically. Source followed:
+    https://github.com/openai/guided-diffusion (``center_crop_arr``).
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def to_uint8(images: Tensor) -> NDArray[np.uint8]:
+    """Images in [-1, 1] as bytes, by DiT's and SiT's rule: ``127.5 x + 128``, cut to 0 .. 255. Grey ones become RGB.
+
+    Shape:
+        images: (N, C, H, W), C = 1 or 3; returns: (N, H, W, 3)
+
+    Raises:
+        ValueError: If there are neither one nor three channels.
+    """
+    if images.dim() != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(
+            f"Images have one channel or three: (N, 1 or 3, H, W).\nFound: {tuple(images.shape)}.\n"
+            "Decode with a VAE of images."
+        )
+    rgb = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+    return (127.5 * rgb.float() + 128).clamp(0, 255).byte().cpu().numpy()
+
+
+def write_png(image: NDArray[np.uint8], path: Path) -> None:
+    """Write an image (H, W, 3) under another name, then rename: the file is always whole."""
+    partial = path.with_name(path.name + ".partial")
+    Image.fromarray(image).save(partial, format="PNG")
+    partial.replace(path)
+
+
+def tile(images: NDArray[Any] | Tensor, columns: int, *, gap: int = 1) -> NDArray[Any]:
+    """Images (N, H, W, 3), bytes or numbers in [0, 1], as one: in rows of so many, with white between them."""
+    images = np.asarray(images)
+    count, height, width, _ = images.shape
+    rows, white = -(-count // columns), 255 if images.dtype == np.uint8 else 1
+    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), white, images.dtype)
+    for i, image in enumerate(images):
+        top, left = i // columns * (height + gap), i % columns * (width + gap)
+        grid[top : top + height, left : left + width] = image
+    return grid

@@ -1,0 +1,69 @@
+"""The captioned shapes of the text-to-image demo, and the text encoder that knows their words."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from common.captioned_shapes import CAPTIONS, COLOURS, SHAPES, captioned_shapes, save_text_encoder
+from common.text import load_text_encoder
+
+
+def test_the_seed_decides() -> None:
+    first, again, other = captioned_shapes(20), captioned_shapes(20), captioned_shapes(20, seed=1)
+    assert torch.equal(first.images, again.images)
+    assert first.captions == again.captions != other.captions
+    assert first.images.shape == (20, 3, 32, 32)
+    assert first.images.abs().max() <= 1
+
+
+def test_the_captions_say_what_is_drawn() -> None:
+    data = captioned_shapes(200)
+    palette = {name: torch.tensor(rgb) * 2 - 1 for name, rgb in COLOURS.items()}
+    for image, (sentence, other) in zip(data.images, data.captions, strict=True):
+        _, colour, _, _, _, ground, _ = sentence.split()
+        torch.testing.assert_close(image[:, 0, 0], palette[ground])  # no shape reaches a corner
+        inside = (image - palette[colour][:, None, None]).abs().amax(0) < 1e-4
+        assert inside.sum() > 15
+        assert sorted(set(sentence.split()) & {*COLOURS, *SHAPES}) == sorted(set(other.split()) & {*COLOURS, *SHAPES})
+
+
+@pytest.mark.parametrize(
+    ("shape", "area"),
+    [  # in squared radii
+        ("circle", torch.pi),
+        ("ring", torch.pi * (1 - 0.5**2)),
+        ("square", (2 * 0.85) ** 2),
+        ("cross", 4 * 0.6 - 0.6**2),
+        ("triangle", 3 * 3**0.5 / 4),
+    ],
+)
+def test_shapes_have_their_area(shape: str, area: float) -> None:
+    data = captioned_shapes(200, size=128)
+    radii = []
+    for image, (sentence, _) in zip(data.images, data.captions, strict=True):
+        if shape in sentence:
+            step = (image - image[:, :1, :1]).abs().sum(0)
+            radii.append((step.sum() / step.max() / area).sqrt().item() / 128)
+    assert len(radii) > 20
+    assert min(radii) > 0.275  # the radii that are drawn: 0.28 to 0.36
+    assert max(radii) < 0.365
+
+
+def test_the_text_encoder_knows_each_word_as_one_token_and_is_the_same_each_time(tmp_path: Path) -> None:
+    state = torch.get_rng_state()
+    for name in ("a", "b"):
+        save_text_encoder(tmp_path / name)
+    assert torch.equal(torch.get_rng_state(), state)
+    first, second = (load_text_encoder(str(tmp_path / name)) for name in ("a", "b"))
+    sentences = [
+        caption.format(colour=colour, shape=shape, ground=ground)
+        for caption in CAPTIONS for colour in COLOURS for ground in COLOURS for shape in SHAPES
+    ]  # fmt: skip
+    for sentence in sentences:
+        tokens = first.tokenizer.tokenize(sentence)
+        assert [token.removesuffix("</w>") for token in tokens] == sentence.split()
+    features = first.encode(["", *sentences]).features
+    assert torch.equal(features, second.encode(["", *sentences]).features)
+    flat = features.flatten(1)
+    assert torch.cdist(flat, flat).fill_diagonal_(torch.inf).min() > 1  # no two sentences look alike
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a", "b"}
