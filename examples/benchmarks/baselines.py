@@ -8,11 +8,11 @@ No baseline advances the global random number generator.
 
 from __future__ import annotations
 
-import copy
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,12 +20,11 @@ from einops import rearrange
 from torch import Tensor, nn
 
 import selftrans_reg as st
-from selftrans_reg.taps import EarlyExit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.data import shuffled_batches
 from common.metrics import SmallClassifier
-from common.training import endless
+from common.training import averaged_copy, endless
 
 
 class Baseline(nn.Module):
@@ -33,7 +32,7 @@ class Baseline(nn.Module):
 
     Args:
         model: The model that trains, called as ``model(x_t, t, y)``.
-        layers: Names of the layers to watch.
+        layers: Names of the layers to watch, or of embedders, whose (N, D) is seen as one token.
         weight: Factor of the term.
     """
 
@@ -46,7 +45,7 @@ class Baseline(nn.Module):
 
     def _remember(self, output: Tensor, arguments: dict[str, Any]) -> Tensor:
         self.arguments = arguments
-        return output
+        return _at_least_one_token(output)
 
     def forward(self, denoising: Tensor, latents: Tensor, step: int) -> st.LossTerms:
         """The terms for the batch that the model has just been run on."""
@@ -68,38 +67,88 @@ class Baseline(nn.Module):
         raise NotImplementedError
 
 
-class DeepSupervision(Baseline):
-    """An intermediate layer predicts the velocity too, through a norm and a Linear: mean squared error.
+def _at_least_one_token(output: Tensor) -> Tensor:
+    return output if output.ndim == 3 else output.unsqueeze(1)  # of an embedding (N, D) as well
 
-    As the auxiliary loss of Internal Guidance, whose guidance in sampling is left out here.
+
+class _ReachedError(Exception):
+    pass
+
+
+def early_output(model: nn.Module, layer: str, *inputs: Tensor) -> Tensor:
+    """A layer's output; what lies behind it does not run."""
+
+    def leave(module: nn.Module, args: Any, output: Tensor) -> None:
+        raise _ReachedError(output)
+
+    handle = model.get_submodule(layer).register_forward_hook(leave)
+    try:
+        model(*inputs)
+    except _ReachedError as reached:
+        return reached.args[0]
+    finally:
+        handle.remove()
+    raise AssertionError(f"{layer} did not run")
+
+
+class InternalGuidance(Baseline):
+    """A final layer of its own, modulated by time and label as the model's last is, predicts the velocity early on.
+
+    In sampling the whole model's velocity is extrapolated away from the early one: see `guided`.
+
+    Args:
+        model: A SiT with ``t_embedder`` and ``y_embedder``.
+        layer: Published: at 0.3 of the depth.
+        final: A final layer as the model's own, zero at first.
+        decay: Of the moving average of the final layer, which samples.
+
+    Reference: Zhou et al., 2025, https://arxiv.org/abs/2512.24176
     """
 
-    def __init__(
-        self, model: nn.Module, layer: str, *, weight: float, hidden_size: int, latent_channels: int, patch_size: int
-    ) -> None:
-        super().__init__(model, [layer], weight)
-        self.patch_size = patch_size
-        self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.linear = nn.utils.skip_init(nn.Linear, hidden_size, patch_size**2 * latent_channels)
-        nn.init.zeros_(self.linear.weight)  # as the model's own last layer
-        nn.init.zeros_(self.linear.bias)
+    def __init__(self, model: nn.Module, layer: str, final: nn.Module, *, weight: float, decay: float) -> None:
+        super().__init__(model, [layer, "t_embedder", "y_embedder"], weight)
+        self.final = final
+        self.average = averaged_copy(final, decay)
+        self.patch_size = getattr(model, "patch_size")  # noqa: B009
+
+    def velocity(self, final: nn.Module, tokens: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The early velocity, (N, C, H, W)."""
+        found, t, y = tokens
+        p, h = self.patch_size, like.shape[2] // self.patch_size
+        return rearrange(final(found, (t + y).squeeze(1)), "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)
 
     def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
         """Squared error of the velocity ``noise - x = (x_t - x) / t``."""
+        self.average.update_parameters(self.final)
         t = self.arguments["t"].clamp(min=1e-4).reshape(-1, 1, 1, 1)  # the times are uniform: hardly any is smaller
-        velocity = (self.arguments["x"] - latents) / t
-        p = self.patch_size
-        target = rearrange(velocity, "n c (h p) (w q) -> n (h w) (p q c)", p=p, q=p)
-        return F.mse_loss(self.linear(self.norm(tokens[0])), target)
+        return F.mse_loss(self.velocity(self.final, tokens, latents), (self.arguments["x"] - latents) / t)
+
+    def guided(self, model: nn.Module, scale: float = 1.4) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """A model to sample from: ``v_early + scale (v - v_early)``."""
+
+        def guided(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with st.FeatureTap(model, self.layers, tokens=_at_least_one_token) as tap:
+                v = model(x, t, y)
+                found = tap.pop()
+            early = self.velocity(self.average, [found[layer] for layer in self.layers], x)
+            return early + scale * (v - early)
+
+        return guided
 
 
 class SRA(Baseline):
-    """A shallow layer at a noisier time against a deep layer of the averaged model at a cleaner time: smooth L1.
+    """A shallow layer at a noisier time against a deep layer of the averaged model at a cleaner time.
 
     The cleaner time is ``max(t - k, 0)``, k uniform in [0, max_interval], on the same line from latents to noise. The
-    averaged model sees the true label, and stops at its layer.
+    averaged model sees the labels as the student saw them, dropped ones too, and stops at its layer.
 
-    Reference: Jiang et al., 2025, https://arxiv.org/abs/2505.02831
+    Args:
+        model: A SiT with a ``y_embedder``, whose last row is the null class.
+        ema: Its average.
+        distance: "cosine", the authors' default since July 2026 with weight 0.5: of each channel, along the tokens.
+            Or "smooth_l1" with beta 0.05, the paper's, with weight 0.2.
+
+    Reference: Jiang et al., 2025, https://arxiv.org/abs/2505.02831; code: https://github.com/vvvvvjdy/SRA
     """
 
     def __init__(
@@ -112,29 +161,33 @@ class SRA(Baseline):
         weight: float,
         hidden_size: int,
         hidden_features: int,
+        distance: Literal["cosine", "smooth_l1"] = "cosine",
         max_interval: float = 0.2,
     ) -> None:
-        super().__init__(model, [layer], weight)
-        self.max_interval = max_interval
+        super().__init__(model, [layer, "y_embedder"], weight)
+        self.ema_layer, self.distance, self.max_interval = ema_layer, distance, max_interval
         self.head = st.ProjectionHead(hidden_size, hidden_size, hidden_features)
-        self._ema = [ema]  # in a list: the average is no part of this module
-        self._exit = EarlyExit(ema, ema_layer)
+        self._models = [model, ema]  # in a list: they are no part of this module
 
     @torch.no_grad()
-    def target(self, latents: Tensor, step: int) -> Tensor:
+    def target(self, latents: Tensor, embedded: Tensor, step: int) -> Tensor:
         """The averaged model's tokens at the cleaner time, (N, T, D)."""
         x_t, t, y = (self.arguments[name] for name in ("x", "t", "y"))
+        model, ema = self._models
+        table = model.get_parameter("y_embedder.embedding_table.weight")
+        y = torch.where((embedded == table[-1]).flatten(1).all(1), len(table) - 1, y)
         # From the step alone, so that a resumed run draws what it would have drawn.
         interval = torch.rand(len(t), generator=torch.Generator().manual_seed(step)).to(t) * self.max_interval
         cleaner = (t - interval).clamp(min=0)
         share = (cleaner / t.clamp(min=1e-6)).reshape(-1, 1, 1, 1)
-        x_cleaner = latents + share * (x_t - latents)
-        (ema,) = self._ema
-        return self._exit.run(ema, (x_cleaner, cleaner, y), {})
+        return early_output(ema, self.ema_layer, latents + share * (x_t - latents), cleaner, y)
 
     def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
-        """Smooth L1 of the projected tokens."""
-        return st.feature_alignment(self.head(tokens[0]), self.target(latents, step), "smooth_l1").mean()
+        """The distance of the projected tokens."""
+        found, target = self.head(tokens[0]), self.target(latents, tokens[1], step)
+        if self.distance == "smooth_l1":
+            return F.smooth_l1_loss(found, target, beta=0.05)
+        return 1 - F.cosine_similarity(found, target, dim=1).mean()
 
 
 class LayerSync(Baseline):
@@ -238,55 +291,82 @@ class ClassifierPatches:
         return rearrange(convolutions(images), "n e h w -> n (h w) e")
 
 
-class OwnEarlierEMA(nn.Module):
+class NormalisedTarget(Baseline):
+    """Stage 2 on targets of mean 0 and variance 1: ``(f_g - mean) / std``, over the channels of each token.
+
+    Reference: https://arxiv.org/abs/2601.07773 has the target as it is
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layer: str,
+        teacher: st.CFGFeatureTeacher,
+        *,
+        weight: float,
+        hidden_size: int,
+        target_size: int,
+        hidden_features: int,
+        window: tuple[float, float],
+        rows: float = 1.0,
+    ) -> None:
+        super().__init__(model, [layer], weight)
+        self.head = st.ProjectionHead(hidden_size, target_size, hidden_features)
+        self.window, self.rows = window, rows
+        self._teacher = [teacher]  # in a list: it is no part of this module
+
+    def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
+        """Squared error of some of the rows in the window, times the share of all rows in it."""
+        x_t, t, y = (self.arguments[name] for name in ("x", "t", "y"))
+        inside = ((t >= self.window[0]) & (t <= self.window[1])).nonzero().flatten()
+        if not len(inside):
+            return 0.0 * self.head(tokens[0][:1]).sum()
+        order = torch.randperm(len(inside), generator=torch.Generator().manual_seed(step)).to(inside.device)
+        chosen = inside[order[: math.ceil(self.rows * len(inside))]]
+        target = self._teacher[0](x_t[chosen], t[chosen], y[chosen])
+        target = F.layer_norm(target, target.shape[-1:])
+        return st.feature_alignment(self.head(tokens[0][chosen]), target).mean() * len(inside) / len(t)
+
+
+class OwnAverage(nn.Module):
     """One run in place of two: stage 1 up to a step, and from there on the run's own average of that moment teaches.
 
     Args:
         ema: The average of the model that trains.
+        snapshot: A copy of it, which the teacher of stage 2 was built from.
         first: Stage 1's criterion on the model.
-        then: Makes stage 2's criterion on the model from a frozen copy of the average.
-        switch_step: The first step of the second part.
+        then: Stage 2's.
+        start: The first step of the second part.
+        refresh: How many steps later, and after as many again, the average is copied anew; 0 for never.
     """
 
     def __init__(
         self,
         ema: nn.Module,
+        snapshot: nn.Module,
         first: st.SelfTransLoss,
-        then: Callable[[nn.Module], st.SelfTransLoss],
-        switch_step: int,
+        then: st.SelfTransLoss,
+        *,
+        start: int,
+        refresh: int = 0,
     ) -> None:
         super().__init__()
-        self.switch_step = switch_step
-        self.register_buffer("switched", torch.tensor(False))
-        self.snapshot = copy.deepcopy(ema)  # saved with the heads: a resumed run has the same teacher
-        self.first = first
-        self.then = then(copy.deepcopy(ema))  # now, as the optimiser must hold its head from the start
-        self.then.detach()
-        self._ema, self._make = [ema], then  # in a list: the average is no part of this module
+        self.snapshot = snapshot  # saved with the heads: a resumed run has the same teacher
+        self.first, self.then = first, then
+        self.start, self.refresh = start, refresh
+        self._ema = [ema]  # in a list: the average is no part of this module
 
     def forward(self, denoising: Tensor, latents: Tensor, step: int) -> st.LossTerms:
         """The terms of the part that the step belongs to."""
-        if step < self.switch_step:
-            return self.first(denoising, latents=latents, step=step)
-        if step == self.switch_step:
-            (ema,) = self._ema
-            self.snapshot.load_state_dict(ema.state_dict())
-            self.first.discard()  # it saw the forward that the second part was not there for yet
-            self._switch()
-            return st.LossTerms(denoising.mean(), denoising.detach().mean(), *torch.zeros(3, device=denoising.device))
-        return self.then(denoising, latents=latents, step=step)
-
-    def _switch(self) -> None:
-        self.first.detach()
-        heads = self.then.heads
-        self.then = self._make(copy.deepcopy(self.snapshot))
-        self.then.heads = heads  # those that the optimiser holds
-        self.switched.fill_(True)
+        past = step - self.start
+        if past == 0 or (past > 0 and self.refresh and past % self.refresh == 0):
+            own = self.snapshot.state_dict()
+            self.snapshot.load_state_dict({k: v for k, v in self._ema[0].state_dict().items() if k in own})
+        active, idle = (self.first, self.then) if past < 0 else (self.then, self.first)
+        idle.discard()  # both saw the forward
+        return active(denoising, latents=latents, step=step)
 
     def load_state_dict(self, state_dict: dict[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Take up a saved state; saved after the switch, the teacher comes first."""
-        if state_dict["switched"]:
-            own = "snapshot."
-            self.snapshot.load_state_dict({k.removeprefix(own): v for k, v in state_dict.items() if k.startswith(own)})
-            self._switch()
-        return super().load_state_dict(state_dict, strict, assign)
+        """Take up a saved state; what the teacher does not run was not saved once it had begun."""
+        kept = {k: v for k, v in self.state_dict().items() if k.startswith("snapshot.")}
+        return super().load_state_dict({**kept, **state_dict}, strict, assign)

@@ -3,13 +3,12 @@
 Trains one small SiT in many ways on Fashion-MNIST, for a given seed each way from the same initial weights, on the same
 batches, with the same noise, and judges it at several steps. A run is one method with one seed; its result is one line
 of the results file, and what is there is not run again. Several processes may work on one --out at a time; one that is
-killed goes on, when started again, where its run was last judged.
+killed goes on, when started again, where its run was last judged. A teacher's run comes first, with a seed of its own.
 
-    python examples/benchmarks/convergence.py                            # the reduced study, on a CPU
-    python examples/benchmarks/convergence.py --study scale --seeds 0    # an ablation: see STUDIES
-    python examples/benchmarks/convergence.py --method "self guidance_scale=8 stop=0.6" --seeds 0 1 2
+    python examples/benchmarks/convergence.py --study old --seeds 10 11 12      # see STUDIES
+    python examples/benchmarks/convergence.py --method "self teacher_width=48 rows=0.25" --seeds 10
+    python examples/benchmarks/convergence.py --guidance --method none --seeds 10   # samples with guidance, afterwards
     python examples/benchmarks/convergence.py --size S --device cuda --study full
-    python examples/benchmarks/convergence.py --time                     # seconds of a step, all methods in turns
     python examples/benchmarks/convergence.py --report                   # redraw docs/does-it-work.md from the results
 """
 
@@ -19,7 +18,6 @@ import argparse
 import fcntl
 import json
 import os
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -35,23 +33,23 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
-from selftrans_reg.errors import SettingError
+import selftrans_reg as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.convergence_methods import STUDIES, Method, Parts, parse
-from benchmarks.convergence_report import write_page
+from benchmarks.baselines import InternalGuidance
+from benchmarks.convergence_methods import SCREEN_SEEDS, STUDIES, TEACHER_SEED, Method, Parts, parse
 from benchmarks.convergence_setting import PROTOCOLS, Protocol, Setting
 from benchmarks.recording import commit, hardware
 from common.fashion import PACKAGED
-from common.options import at_least
 from common.paths import denoising_loss, velocity_loss
 from common.run_folder import open_run_folder
 from common.sit import SiT
-from common.training import Criterion, Training, TrainSettings, averaged_copy, progress, train
+from common.training import Criterion, Training, TrainSettings, averaged_copy, train
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "convergence.jsonl"
 WARM_UP = 2
+GUIDANCE_SCALES = (1.5, 2.0, 3.0)
 WAIT = 5.0  # seconds before looking again for a run that another process is not working on
 
 
@@ -76,27 +74,31 @@ class Run:
         """Raw and averaged weights after so many steps."""
         return self.folder(out) / f"{step:07d}.pt"
 
+    @property
+    def end(self) -> int:
+        """Its length in steps."""
+        return self.protocol.step_at(self.method.share)
+
+    @property
+    def ends(self) -> set[int]:
+        """Where every measure is taken and weights are kept: where the plain run ends, and where it does itself."""
+        return {min(self.protocol.steps, self.end), self.end}
+
+    @property
+    def judged_at(self) -> list[int]:
+        """The steps at which it is judged: a teacher only at its end."""
+        if self.seed >= TEACHER_SEED:
+            return [self.end]
+        return sorted({step for step in self.protocol.evaluate_at if step < self.end} | self.ends)
+
     def parts(self) -> list[tuple[int, int]]:
         """First step and end of each part of the run within which every step costs the same."""
         return list(pairwise([0, *self.method.part_ends(self.protocol)]))
 
-    def teacher(self) -> tuple[Run, int] | None:
-        """The run that comes first, and the step whose weights teach.
-
-        Raises:
-            SettingError: If no weights are kept at that step.
-        """
+    def teacher(self) -> Run | None:
+        """The run that comes first."""
         needed = self.method.teacher()
-        if needed is None:
-            return None
-        step = self.protocol.step_at(needed.share)
-        if step not in self.protocol.evaluate_at:
-            raise SettingError(
-                f"{self.key}: a teacher's weights are kept only where it is judged.\n"
-                f"Found: step {step}. Choose a share of {self.protocol.steps} that gives one of "
-                f"{self.protocol.evaluate_at}."
-            )
-        return Run(self.protocol, needed.method, self.seed), step
+        return None if needed is None else Run(self.protocol, needed[0], self.seed + needed[1])
 
 
 @contextmanager
@@ -137,13 +139,13 @@ class Results:
         """Whether the run is finished.
 
         Raises:
-            SettingError: If it was, with other settings.
+            st.SettingError: If it was, with other settings.
         """
-        found = [line for line in self.lines() if line["key"] == run.key]
+        found = [line for line in self.lines() if line["kind"] == "run" and line["key"] == run.key]
         wanted = json.loads(json.dumps([asdict(run.protocol), run.method.described()]))
         for line in found:
             if [line["protocol"], line["method"]] != wanted:
-                raise SettingError(
+                raise st.SettingError(
                     f"{self.path} holds {run.key!r} with other settings.\nFound: {line['protocol']}, "
                     f"{line['method']}.\nName another file with --results."
                 )
@@ -161,16 +163,15 @@ class Results:
 
 def prepared(setting: Setting, run: Run, out: Path) -> tuple[SiT, TrainSettings, Criterion | None, AveragedModel]:
     """What `Training` is made of; the seed decides the initial weights."""
-    p = setting.protocol
+    p, needed = setting.protocol, run.teacher()
     torch.manual_seed(run.seed)
-    model = p.new_model(setting.device).train()
+    model = run.method.model(p, setting.device).train()
     ema = averaged_copy(model, p.ema_decay)
-    needed = run.teacher()
-    teacher = None if needed is None else needed[0].weights(out, needed[1])
+    teacher = None if needed is None else needed.weights(out, needed.end)
     criterion = run.method.criterion(Parts(setting, model, ema.module, run.seed, teacher))
     if isinstance(criterion, nn.Module):
         criterion.to(setting.device)
-    settings = TrainSettings(steps=p.steps, lr=p.lr, warmup_steps=p.warmup_steps, ema_decay=p.ema_decay)
+    settings = TrainSettings(steps=run.end, lr=p.lr, warmup_steps=p.warmup_steps, ema_decay=p.ema_decay)
     return model, settings, criterion, ema
 
 
@@ -181,47 +182,21 @@ def even_denoising(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
     return velocity_loss(model, latents, y, t, torch.randn_like(latents))
 
 
-def batch_of(setting: Setting, seed: int) -> tuple[Tensor, Tensor]:
-    """A batch to count and to time with."""
-    return next(setting.latents.batches(batch_size=setting.protocol.batch_size, seed=seed))
-
-
 def counted_operations(setting: Setting, run: Run, out: Path) -> list[tuple[int, int]]:
     """For each part of the run its end and the operations of a step: matrix products, convolutions and attention."""
     counts = []
+    batch = next(setting.latents.batches(batch_size=setting.protocol.batch_size, seed=run.seed))
     with torch.random.fork_rng():
         for begin, end in run.parts():
             training = Training(*prepared(setting, run, out))
             training.steps = begin
-            batch = batch_of(setting, run.seed)
             with sdpa_kernel(SDPBackend.MATH):  # the counter does not see into every fused attention
-                training.step(even_denoising, *batch)  # uncounted: a first call also looks what it can leave out
+                for _ in range(WARM_UP):  # uncounted: a teacher's first call also looks what it can leave out
+                    training.step(even_denoising, *batch)
                 with FlopCounterMode(display=False) as counter:
                     training.step(even_denoising, *batch)
             counts.append((end, counter.get_total_flops()))
     return counts
-
-
-def measured_seconds(setting: Setting, runs: list[Run], out: Path, repeats: int) -> dict[str, list[tuple[int, float]]]:
-    """As `counted_operations`, the median seconds of a step, by method; all parts of all runs take turns."""
-    parts = [(run, begin, end) for run in runs for begin, end in run.parts()]
-    trainings = [Training(*prepared(setting, run, out)) for run, _, _ in parts]
-    for training, (_, begin, _) in zip(trainings, parts, strict=True):
-        training.steps = begin
-    seconds: list[list[float]] = [[] for _ in parts]
-    batch = batch_of(setting, 0)
-    for repeat in progress(range(-WARM_UP, repeats), "timing"):
-        for i in [(repeat + k) % len(parts) for k in range(len(parts))]:  # nobody is always first
-            start = time.perf_counter()
-            trainings[i].step(even_denoising, *batch)
-            if setting.device == "cuda":
-                torch.cuda.synchronize()
-            if repeat >= 0:
-                seconds[i].append(time.perf_counter() - start)
-    found: dict[str, list[tuple[int, float]]] = {str(run.method): [] for run in runs}
-    for (run, _, end), values in zip(parts, seconds, strict=True):
-        found[str(run.method)].append((end, statistics.median(values)))
-    return found
 
 
 def described(setting: Setting, argv: list[str]) -> dict[str, Any]:
@@ -244,11 +219,17 @@ def trained(setting: Setting, run: Run, out: Path) -> list[dict[str, Any]]:
     model, settings, criterion, ema = prepared(setting, run, out)
 
     def after_step(training: Training) -> None:
-        if training.steps not in run.protocol.evaluate_at:
+        step, model = training.steps, training.ema.module
+        if step not in run.judged_at:
             return
-        measures.append({"step": training.steps, **setting.judged(training.ema.module, run.seed)})
-        weights = {"model": training.model.state_dict(), "ema": training.ema.module.state_dict()}
-        save(weights, run.weights(out, training.steps))
+        final = step in run.ends and run.seed < TEACHER_SEED
+        measures.append({"step": step, **setting.judged(model, run.seed, final=final)})
+        if final and isinstance(criterion, InternalGuidance):
+            samples = setting.samples(criterion.guided(model), run.seed)[0]
+            measures[-1]["distance_internally_guided"] = setting.distance(samples)
+        if step in run.ends:
+            weights = {"model": training.model.state_dict(), "ema": model.state_dict()}
+            save(weights, run.weights(out, step))
         save({"training": training.state_dict(), "measures": measures}, state_file)
 
     torch.manual_seed(run.seed)  # from here on every method draws the same times, noise and dropped labels
@@ -272,7 +253,7 @@ def with_teachers(runs: list[Run]) -> list[Run]:
     for run in runs:
         chain = [run]
         while (needed := chain[-1].teacher()) is not None:
-            chain.append(needed[0])
+            chain.append(needed)
         ordered |= {link.key: link for link in reversed(chain) if link.key not in ordered}
     return list(ordered.values())
 
@@ -283,12 +264,11 @@ def work(setting: Setting, runs: list[Run], out: Path, results: Results, argv: l
     teachers = [needed for run in runs if not results.has(run) and (needed := run.teacher()) is not None]
 
     def finished(run: Run) -> bool:
-        weights = [teacher.weights(out, step) for teacher, step in teachers if teacher == run]
-        return results.has(run) and all(path.exists() for path in weights)
+        return results.has(run) and (run not in teachers or run.weights(out, run.end).exists())
 
     def done(run: Run) -> bool:
         needed = run.teacher()
-        if needed is not None and not needed[0].weights(out, needed[1]).exists():
+        if needed is not None and not needed.weights(out, needed.end).exists():
             return False
         with locked(run.folder(out) / "lock", wait=False) as alone:
             if alone and not finished(run):
@@ -313,7 +293,7 @@ def do(setting: Setting, run: Run, out: Path, argv: list[str]) -> dict[str, Any]
         "seed": run.seed,
         **described(setting, argv),
         "operations": counted_operations(setting, run, out),
-        "teacher": None if needed is None else {"key": needed[0].key, "steps": needed[1]},
+        "teacher": None if needed is None else needed.key,
         "measures": trained(setting, run, out),
     }
     last = result["measures"][-1]
@@ -321,46 +301,57 @@ def do(setting: Setting, run: Run, out: Path, argv: list[str]) -> dict[str, Any]
     return result
 
 
+def sample_with_guidance(setting: Setting, runs: list[Run], out: Path, results: Results, argv: list[str]) -> None:
+    """For each run whose weights are kept, the distance of samples with classifier-free guidance, as a line."""
+    known = {line["key"] for line in results.lines() if line["kind"] == "guidance"}
+    for run in runs:
+        for step in sorted(run.ends):
+            weights, key = run.weights(out, step), f"{run.key} | step {step}"
+            if key in known or not weights.exists():
+                continue
+            model = run.method.model(run.protocol, setting.device).eval()
+            model.load_state_dict(torch.load(weights, map_location=setting.device, weights_only=True)["ema"])
+            distances = {str(scale): setting.guided_distance(model, run.seed, scale) for scale in GUIDANCE_SCALES}
+            results.add({
+                "kind": "guidance", "key": key, "method": run.method.described(), "seed": run.seed, "step": step,
+                **described(setting, argv), "distances": distances,
+            })  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Train what is not finished, or time, or report."""
+    """Train what is not finished, or sample with guidance, or report."""
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=PROTOCOLS, default="cpu", help="of model, data and run (default: cpu)")
-    parser.add_argument("--study", choices=STUDIES, default="reduced", help="which methods (default: reduced)")
+    parser.add_argument("--study", choices=STUDIES, default="controls", help="which methods (default: controls)")
     parser.add_argument("--method", action="append", help="instead: a method with its settings; may be repeated")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SCREEN_SEEDS))
     parser.add_argument(
         "--out", type=Path, default=Path("runs/convergence"), help="folder of weights and prepared data"
     )
     parser.add_argument("--data", type=Path, default=PACKAGED, help="folder of the four Fashion-MNIST files")
     parser.add_argument("--results", type=Path, default=RESULTS, help="results are appended to this file")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--time", action="store_true", help="measure a step of each method, in turns; train nothing")
-    parser.add_argument("--repeats", type=at_least(1), default=20, help="of --time")
+    parser.add_argument("--guidance", action="store_true", help="sample from finished runs, with guidance")
     parser.add_argument("--report", action="store_true", help="redraw the docs from the results; measure nothing")
     args = parser.parse_args(argv)
     results = Results(args.results)
     if args.report:
+        from benchmarks.convergence_report import write_page
+
         write_page(results.lines(), ROOT)
         return
 
     protocol = PROTOCOLS[args.size]
     methods = [parse(text) for text in args.method or STUDIES[args.study]]
     runs = [Run(protocol, method, seed) for seed in args.seeds for method in methods]
-    for run in runs:
-        run.teacher()  # a share without weights is named before anything is trained
     with locked(args.out.with_name(args.out.name + ".lock"), wait=True):
         open_run_folder(args.out, asdict(protocol))
         setting = Setting(protocol, args.out, args.data, args.device)
     judge = {name: round(value, 3) for name, value in setting.judge.items()}
     print(f"The judge's accuracy, and the distance of real images: {judge}")
-    if args.time:
-        found = measured_seconds(setting, [run for run in runs if run.seed == args.seeds[0]], args.out, args.repeats)
-        results.add(
-            {"kind": "seconds", "key": f"{protocol.name} | seconds", **described(setting, argv), "parts": found}
-        )
-    else:
-        work(setting, runs, args.out, results, argv)
+    order = sample_with_guidance if args.guidance else work
+    order(setting, runs, args.out, results, argv)
 
 
 if __name__ == "__main__":

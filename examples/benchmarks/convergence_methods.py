@@ -1,36 +1,40 @@
 """The methods that the convergence study compares: what each adds to the loss, and what it needs first.
 
-A method is written as its name and the settings in which it differs: ``self guidance_scale=8``.
+A method is written as its name and the settings in which it differs: ``self teacher_width=48 rows=0.25``.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import nn
 
 import selftrans_reg as st
-from selftrans_reg.errors import SettingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.baselines import REPA, SRA, ClassifierPatches, DeepSupervision, Dispersive, LayerSync, OwnEarlierEMA
+from benchmarks.baselines import (
+    REPA,
+    SRA,
+    ClassifierPatches,
+    Dispersive,
+    InternalGuidance,
+    LayerSync,
+    NormalisedTarget,
+    OwnAverage,
+)
 from benchmarks.convergence_setting import NULL_CLASS, PATCH_SIZE, Protocol, Setting, block
-from common.sit import SiT
+from common.sit import FinalLayer, SiT
 from common.training import Criterion
 from common.vae import LATENT_CHANNELS
 
 TIME = "repa"  # t = 1 is noise
 WINDOW = (0.4, 0.7)  # published
-
-
-class Teacher(NamedTuple):
-    """The run that has to come first: a method, and the share of its steps after which its weights teach."""
-
-    method: Method
-    share: float
+TEACHER_SEED = 1000  # a teacher's seed is its student's and this: users' teachers share nothing with their students
 
 
 class Parts(NamedTuple):
@@ -53,22 +57,31 @@ class Parts(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """One way to train, with its settings."""
+    """One way to train, with its settings.
+
+    Attributes:
+        share: Length of the run as a share of the plain run's.
+    """
 
     name: ClassVar[str]
     title: ClassVar[str]
+    share: float = 1.0
+
+    def model(self, protocol: Protocol, device: str) -> SiT:
+        """The model that trains."""
+        return protocol.new_model(device)
 
     def criterion(self, parts: Parts) -> Criterion | None:
         """What the method adds to the loss."""
         raise NotImplementedError
 
-    def teacher(self) -> Teacher | None:
-        """What has to be trained first."""
+    def teacher(self) -> tuple[Method, int] | None:
+        """What has to be trained first, and what is added to the seed for it."""
         return None
 
     def part_ends(self, protocol: Protocol) -> list[int]:
         """The steps at which the cost of a step changes, the last of them the run's end."""
-        return [protocol.steps]
+        return [protocol.step_at(self.share)]
 
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)}" for f in fields(self) if getattr(self, f.name) != f.default]
@@ -84,7 +97,7 @@ class Plain(Method):
     """The denoising loss alone."""
 
     name = "none"
-    title = "none"
+    title = "plain"
 
     def criterion(self, parts: Parts) -> None:
         """Nothing."""
@@ -93,149 +106,195 @@ class Plain(Method):
 
 @dataclass(frozen=True)
 class Stage1(Method):
-    """Stage 1 for the whole run: a shallow layer sees the latents, or the velocity as in the released code."""
+    """Stage 1 for the whole run: a shallow layer sees the latents, or the velocity as in the released code.
+
+    Attributes:
+        width: Of the model; 0 for the protocol's.
+        depth: Of the model; 0 for the protocol's.
+    """
 
     name = "stage1"
     title = "stage 1"
     target: Literal["latents", "velocity"] = "latents"
-    layer: int = 2
-    weight: float = 0.5
+    width: int = 0
+    depth: int = 0
+
+    def model(self, protocol: Protocol, device: str) -> SiT:
+        """A model of the size that was asked for."""
+        return protocol.new_model(device, width=self.width, depth=self.depth)
 
     def criterion(self, parts: Parts) -> st.SelfTransLoss:
         """The library's stage 1."""
+        protocol = parts.setting.protocol
         return st.SelfTransLoss.stage1(
             parts.model,
-            layer=block(self.layer),
+            layer=block(protocol.layer_at(protocol.stage1_layer, self.depth or protocol.depth)),
             time=TIME,
             latent_channels=LATENT_CHANNELS,
             patch_size=PATCH_SIZE,
-            hidden_features=parts.setting.protocol.head_features,
+            hidden_features=protocol.head_features,
             target=self.target,
-            weight=self.weight,
             window=WINDOW,
         )
 
 
 @dataclass(frozen=True)
-class SelfTranscendence(Method):
-    """Stage 2, taught by a finished run of the same seed. Layers count from 1; 0 stands for the protocol's.
+class Guided(Method):
+    """What the two ways to be taught in stage 2 have in common.
 
     Attributes:
-        teacher_run: "latents" or "velocity", a stage-1 run; or "self", a run of this method: a second generation.
-        teacher_share: The share of its steps after which the teacher's weights are taken.
-        teacher_weights: "ema" or "model", the raw ones.
-        stop: The share of the steps after which guidance ends; 1 for never.
+        rows: Share of the rows in the window that are taught.
+        schedule: How the weight goes to 0 until guidance stops.
+        stop: The share of the run after which guidance ends; 1 for never.
     """
 
-    name = "self"
-    title = "Self-Transcendence"
-    teacher_run: Literal["latents", "velocity", "self"] = "latents"
-    teacher_share: float = 1.0
-    teacher_weights: Literal["ema", "model"] = "ema"
-    guidance_scale: float = 3.0
-    student_layer: int = 0
-    teacher_layer: int = 0
-    window: bool = True
-    gating: Literal["per-sample", "released"] = "per-sample"
-    stop: float = 0.48
+    guidance_scale: float = 8.0
+    rows: float = 1.0
     distance: Literal["mse", "cosine", "smooth_l1"] = "mse"
     weight: float = 0.5
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    stop: float = 1.0
 
-    def teacher(self) -> Teacher:
-        """The run that teaches."""
-        method = SelfTranscendence() if self.teacher_run == "self" else Stage1(self.teacher_run)
-        return Teacher(method, self.teacher_share)
-
-    def part_ends(self, protocol: Protocol) -> list[int]:
-        """With guidance and without."""
-        return sorted({protocol.step_at(self.stop), protocol.steps})
-
-    def criterion(self, parts: Parts) -> st.SelfTransLoss:
-        """The library's stage 2."""
-        return self.stage2(parts, parts.setting.protocol.new_model(parts.setting.device), parts.teacher)
-
-    def stage2(self, parts: Parts, model: nn.Module, checkpoint: Path | None, **more: Any) -> st.SelfTransLoss:
-        """Stage 2 with a teacher from a checkpoint, or from the weights that the model already has."""
+    def teacher_of(self, parts: Parts, model: nn.Module, checkpoint: Path | None, depth: int) -> st.CFGFeatureTeacher:
+        """A teacher from a checkpoint, or from the weights that the model already has."""
         protocol = parts.setting.protocol
-        teacher = st.build_teacher(
+        return st.build_teacher(
             model,
             checkpoint,
-            layer=block(self.teacher_layer or protocol.teacher_layer),
+            layer=block(protocol.layer_at(protocol.teacher_layer, depth)),
             guidance_scale=self.guidance_scale,
             null={"y": NULL_CLASS},
             time=TIME,
-            weights=self.teacher_weights,
         )
+
+    def stage2(self, parts: Parts, teacher: st.CFGFeatureTeacher, **more: Any) -> st.SelfTransLoss:
+        """The library's stage 2."""
+        protocol = parts.setting.protocol
         return st.SelfTransLoss.stage2(
             parts.model,
-            layer=block(self.student_layer or protocol.student_layer),
+            layer=block(protocol.student_layer),
             teacher=teacher,
             time=TIME,
             hidden_features=protocol.head_features,
             distance=self.distance,
             weight=self.weight,
-            window=WINDOW if self.window else None,
-            gating=self.gating,
-            stop_step=protocol.step_at(self.stop),
+            window=WINDOW,
+            teacher_rows=None if self.rows == 1 else self.rows,
+            schedule=self.schedule,
+            stop_step=protocol.step_at(self.share * self.stop),
             **more,
         )
 
 
 @dataclass(frozen=True)
-class OwnEMA(Method):
-    """A single run: stage 1 up to a share of the steps, then its own average of that moment teaches."""
+class SelfTranscendence(Guided):
+    """Stage 2, taught by a finished stage-1 run.
 
-    name = "own-ema"
-    title = "own earlier EMA"
-    switch: float = 0.4
-    stop: float = 0.8
-    guidance_scale: float = 3.0
+    Attributes:
+        teacher_width: Of the teacher's model; 0 for the student's.
+        teacher_depth: Likewise.
+        teacher_share: Length of its run, as a share of the plain run's.
+        same_seed: Whether the teacher's run has the student's seed: the same weights at first, batches and noise.
+        normalised: Whether each token of the target is brought to mean 0 and variance 1.
+    """
+
+    name = "self"
+    title = "Self-Transcendence"
+    teacher_width: int = 0
+    teacher_depth: int = 0
+    teacher_share: float = 1.0
+    same_seed: bool = False
+    normalised: bool = False
+
+    def teacher(self) -> tuple[Method, int]:
+        """The run that teaches."""
+        method = Stage1(share=self.teacher_share, width=self.teacher_width, depth=self.teacher_depth)
+        return method, 0 if self.same_seed else TEACHER_SEED
 
     def part_ends(self, protocol: Protocol) -> list[int]:
-        """Stage 1, stage 2, and neither."""
-        return sorted({protocol.step_at(self.switch), protocol.step_at(self.stop), protocol.steps})
+        """With guidance and without."""
+        return sorted({protocol.step_at(self.share * self.stop), protocol.step_at(self.share)})
 
-    def criterion(self, parts: Parts) -> OwnEarlierEMA:
-        """Stage 1 of the latents, and then stage 2."""
-        later = SelfTranscendence(guidance_scale=self.guidance_scale, stop=self.stop)
-        return OwnEarlierEMA(
-            parts.ema,
-            Stage1().criterion(parts),
-            # It is taught by itself on purpose: not to be warned of.
-            lambda teacher: later.stage2(parts, teacher, None, health_interval=None),
-            parts.setting.protocol.step_at(self.switch),
+    def criterion(self, parts: Parts) -> Criterion:
+        """The library's stage 2, or the same on normalised targets."""
+        protocol = parts.setting.protocol
+        model = self.teacher()[0].model(protocol, parts.setting.device)
+        teacher = self.teacher_of(parts, model, parts.teacher, self.teacher_depth or protocol.depth)
+        if not self.normalised:
+            return self.stage2(parts, teacher)
+        return NormalisedTarget(
+            parts.model,
+            block(protocol.student_layer),
+            teacher,
+            weight=self.weight,
+            hidden_size=protocol.hidden_size,
+            target_size=self.teacher_width or protocol.hidden_size,
+            hidden_features=protocol.head_features,
+            window=WINDOW,
+            rows=self.rows,
         )
 
 
 @dataclass(frozen=True)
-class DeepSupervised(Method):
-    """A denoising loss on the student's layer."""
+class Own(Guided):
+    """A single run: stage 1 up to a share of the steps, then its own average teaches.
 
-    name = "deep"
-    title = "deep supervision"
+    Attributes:
+        start: The share after which it teaches.
+        refresh: Steps after which the average is copied anew, again and again; 0 for never.
+    """
+
+    name = "own"
+    title = "own average"
+    rows: float = 0.25
+    start: float = 0.2
+    refresh: int = 0
+
+    def part_ends(self, protocol: Protocol) -> list[int]:
+        """Stage 1, stage 2, and neither."""
+        return sorted({protocol.step_at(self.share * part) for part in (self.start, self.stop, 1.0)})
+
+    def criterion(self, parts: Parts) -> OwnAverage:
+        """Stage 1 of the latents, and then stage 2."""
+        protocol = parts.setting.protocol
+        snapshot = copy.deepcopy(parts.ema)
+        teacher = self.teacher_of(parts, snapshot, None, protocol.depth)
+        return OwnAverage(
+            parts.ema,
+            snapshot,
+            Stage1().criterion(parts),
+            self.stage2(parts, teacher, health_interval=None),  # taught by itself on purpose: not to be warned of
+            start=protocol.step_at(self.share * self.start),
+            refresh=self.refresh,
+        )
+
+
+@dataclass(frozen=True)
+class InternallyGuided(Method):
+    """Internal Guidance, with the published weight and depth."""
+
+    name = "ig"
+    title = "Internal Guidance"
     weight: float = 0.5
 
-    def criterion(self, parts: Parts) -> DeepSupervision:
+    def criterion(self, parts: Parts) -> InternalGuidance:
         """The baseline."""
-        protocol = parts.setting.protocol
-        return DeepSupervision(
-            parts.model,
-            block(protocol.student_layer),
-            weight=self.weight,
-            hidden_size=protocol.hidden_size,
-            latent_channels=LATENT_CHANNELS,
-            patch_size=PATCH_SIZE,
-        )
+        p = parts.setting.protocol
+        with torch.random.fork_rng():
+            final = FinalLayer(p.hidden_size, PATCH_SIZE, LATENT_CHANNELS)
+        for parameter in final.parameters():
+            nn.init.zeros_(parameter)  # as the model's own last layer
+        return InternalGuidance(parts.model, block(p.peer_layer), final, weight=self.weight, decay=p.ema_decay)
 
 
 @dataclass(frozen=True)
 class SelfRepresentation(Method):
-    """SRA, with the published weight and interval."""
+    """SRA, as its authors have it since July 2026."""
 
     name = "sra"
     title = "SRA"
-    weight: float = 0.2
-    max_interval: float = 0.2
+    distance: Literal["cosine", "smooth_l1"] = "cosine"
+    weight: float = 0.5
 
     def criterion(self, parts: Parts) -> SRA:
         """The baseline."""
@@ -248,7 +307,7 @@ class SelfRepresentation(Method):
             weight=self.weight,
             hidden_size=protocol.hidden_size,
             hidden_features=protocol.head_features,
-            max_interval=self.max_interval,
+            distance=self.distance,
         )
 
 
@@ -312,7 +371,7 @@ class External(Method):
 METHODS: dict[str, type[Method]] = {
     kind.name: kind
     for kind in (
-        Plain, Stage1, SelfTranscendence, OwnEMA, DeepSupervised, SelfRepresentation, Synced, Dispersed, External,
+        Plain, Stage1, SelfTranscendence, Own, InternallyGuided, SelfRepresentation, Synced, Dispersed, External,
     )
 }  # fmt: skip
 
@@ -321,17 +380,17 @@ def parse(text: str) -> Method:
     """The method that a text such as ``self guidance_scale=8`` means.
 
     Raises:
-        SettingError: If there is no such method or setting, or the value is not of the setting's type.
+        st.SettingError: If there is no such method or setting, or the value is not of the setting's type.
     """
     name, *settings = text.split()
     if name not in METHODS:
-        raise SettingError(f"There is no method named {name!r}.\nKnown: {', '.join(METHODS)}.")
+        raise st.SettingError(f"There is no method named {name!r}.\nKnown: {', '.join(METHODS)}.")
     kinds = {field.name: type(field.default) for field in fields(METHODS[name])}
     values = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in kinds:
-            raise SettingError(f"The method {name!r} has no setting {key!r}.\nKnown: {', '.join(kinds) or 'none'}.")
+            raise st.SettingError(f"The method {name!r} has no setting {key!r}.\nKnown: {', '.join(kinds) or 'none'}.")
         values[key] = _value(setting, kinds[key], value)
     return METHODS[name](**values)
 
@@ -339,31 +398,31 @@ def parse(text: str) -> Method:
 def _value(setting: str, kind: type, value: str) -> Any:
     if kind is bool:
         if value not in ("True", "False"):
-            raise SettingError(f"{setting!r}: write True or False.")
+            raise st.SettingError(f"{setting!r}: write True or False.")
         return value == "True"
     try:
         return kind(value)
     except ValueError as error:
-        raise SettingError(f"{setting!r}: that is no {kind.__name__}.") from error
+        raise st.SettingError(f"{setting!r}: that is no {kind.__name__}.") from error
 
 
+SCREEN_SEEDS, CONFIRMATION_SEEDS = (10, 11, 12), tuple(range(20, 30))
+OLD = [  # small and old teachers
+    "self teacher_width=48 teacher_depth=8", "self teacher_width=48 teacher_depth=5",
+    "self teacher_width=32 teacher_depth=5", "self teacher_width=24 teacher_depth=4",
+]  # fmt: skip
+YOUNG = ["self teacher_width=48 teacher_depth=8 teacher_share=0.4", "self teacher_share=0.2"]
 # Which methods each part of the study trains; a teacher that is missing is trained first.
 STUDIES: dict[str, list[str]] = {
-    "reduced": ["none", "stage1", "stage1 target=velocity", "self", "sra", "layersync"],
-    "price": ["self teacher_share=0.4", "self teacher_share=0.2"],
-    "longer": ["self stop=1.0", "self guidance_scale=4 stop=1.0", "self guidance_scale=8 stop=1.0"],
-    "confirmation": ["none", "self guidance_scale=8 stop=1.0", "self guidance_scale=8 stop=1.0 teacher_share=0.4"],
-    "peers": ["self gating=released", "deep", "dispersive", "repa"],
-    "questions": ["own-ema", "own-ema switch=0.6 stop=1.0", "self teacher_run=self"],
-    "scale": [f"self guidance_scale={scale}" for scale in (1, 2, 4, 8, 16, 30)],
-    "layers": [
-        *(f"self teacher_layer={layer}" for layer in (4, 6, 7)),
-        *(f"self student_layer={layer}" for layer in (2, 4)),
-    ],
-    "ablations": [
-        "self window=False", "self stop=0.2", "self stop=1.0", "self teacher_weights=model", "self teacher_share=0.4",
-        "self teacher_share=0.2", "self teacher_run=velocity", "self distance=cosine", "self weight=0.25",
-        "self weight=1.0",
+    "controls": ["none share=2.2", "stage1 share=2.2"],
+    "old": OLD,
+    "young": [text + more for text in YOUNG for more in ("", " distance=cosine", " normalised=True")],
+    "own": [f"own start={start} refresh={refresh}" for start in (0.1, 0.2) for refresh in (0, 250)],
+    "whole": ["self teacher_share=0.4", "self teacher_share=0.4 rows=0.25", "self", "self same_seed=True"],
+    "variants": [OLD[1] + more for more in (" rows=0.25", " rows=0.5", " weight=1.0", " schedule=linear")],
+    "peers": [
+        "ig", "ig weight=0.25", "sra", "sra weight=0.25", "sra distance=smooth_l1 weight=0.2", "layersync",
+        "layersync weight=0.5", "dispersive", "dispersive weight=0.25", "repa", "repa weight=1.0",
     ],
 }  # fmt: skip
 STUDIES["full"] = list(dict.fromkeys(text for study in tuple(STUDIES.values()) for text in study))

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import selftrans_reg as st
-from selftrans_reg.errors import SettingError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.data import LabelledImages, LatentData
@@ -25,11 +24,12 @@ from common.metrics import (
     classifier_features,
     feature_statistics,
     frechet_distance,
+    precision_recall,
     trained_classifier,
 )
 from common.paths import interpolate, linear_path, velocity_loss
 from common.run_folder import finished_or_made
-from common.samplers import sample_ode
+from common.samplers import UNGUIDED, Guidance, Model, sample_ode
 from common.sit import SiT
 from common.vae import DOWNSAMPLING, LATENT_CHANNELS, decode, encode_moments, trained_vae
 
@@ -46,13 +46,16 @@ class Protocol:
     """The sizes and settings that every run of one comparison has in common. Layers count from 1.
 
     Attributes:
+        stage1_layer: Layer that sees the latents in stage 1.
         student_layer: Layer that Self-Transcendence teaches; the k-NN accuracy of every method is taken there.
         teacher_layer: Layer that it is taught by.
-        peer_layer: Shallow layer of SRA, LayerSync, Dispersive loss: a quarter of the depth.
+        peer_layer: Shallow layer of the peers: a quarter of the depth, and 0.3 of it for Internal Guidance.
         peer_deep_layer: Deep layer of SRA and LayerSync: two thirds of it.
         head_features: Inner width of every projection head.
-        evaluate_at: Steps at which a run is judged and can be resumed.
-        samples: For the Fréchet distance.
+        steps: Length of the plain run, the unit of every price.
+        evaluate_at: Steps at which a run is judged, as far as it goes, and can be resumed.
+        samples: For the distance at each of these steps.
+        final_samples: For all that is measured where the plain run ends, and where a longer one does.
         sampler_steps: Euler steps, one evaluation of the model each, without guidance.
         knn: Latents that vote, and latents that are classified by them.
         least_accuracy: What the classifier must reach on held-out images to be a judge.
@@ -63,6 +66,7 @@ class Protocol:
     hidden_size: int = 96
     depth: int = 8
     num_heads: int = 3
+    stage1_layer: int = 2
     student_layer: int = 3
     teacher_layer: int = 5
     peer_layer: int = 2
@@ -72,8 +76,10 @@ class Protocol:
     lr: float = 3e-3
     warmup_steps: int = 100
     ema_decay: float = 0.99
-    evaluate_at: tuple[int, ...] = (500, 1000, 1500, 2500)
+    steps: int = 2500
+    evaluate_at: tuple[int, ...] = (500, 1000, 1500, 1750, 2000, 2250, 2500, 3000, 3500, 4000, 4500, 5000, 5500)
     samples: int = 2000
+    final_samples: int = 10_000
     sampler_steps: int = 25
     knn: tuple[int, int] = (2000, 1000)
     vae_steps: int = 1000
@@ -81,24 +87,23 @@ class Protocol:
     least_accuracy: float = 0.9
     images: tuple[int, int] = (60_000, 10_000)
 
-    @property
-    def steps(self) -> int:
-        """Length of a run."""
-        return self.evaluate_at[-1]
-
     def step_at(self, share: float) -> int:
-        """The step at a share of the run."""
+        """The step at a share of the plain run."""
         return round(share * self.steps)
 
-    def new_model(self, device: str = "cpu") -> SiT:
-        """A SiT of this size; its initial weights come from the global generator."""
+    def layer_at(self, layer: int, depth: int) -> int:
+        """The layer of a model of another depth that lies where this protocol has ``layer``."""
+        return max(1, int(layer * depth / self.depth + 0.5))
+
+    def new_model(self, device: str = "cpu", *, width: int = 0, depth: int = 0) -> SiT:
+        """A SiT of this size, or of another; its initial weights come from the global generator."""
         return SiT(
             input_size=IMAGE_SIZE // DOWNSAMPLING,
             patch_size=PATCH_SIZE,
             in_channels=LATENT_CHANNELS,
-            hidden_size=self.hidden_size,
-            depth=self.depth,
-            num_heads=self.num_heads,
+            hidden_size=width or self.hidden_size,
+            depth=depth or self.depth,
+            num_heads=max(1, width // 16) if width else self.num_heads,
             num_classes=NUM_FASHION_CLASSES,
             learn_sigma=False,
         ).to(device)
@@ -122,7 +127,8 @@ PROTOCOLS = {
             lr=3e-4,
             warmup_steps=500,
             ema_decay=0.999,
-            evaluate_at=tuple(range(2000, 20_001, 2000)),
+            steps=20_000,
+            evaluate_at=tuple(range(2000, 44_001, 2000)),
             samples=10_000,
             sampler_steps=50,
             knn=(10_000, 5000),
@@ -133,6 +139,7 @@ PROTOCOLS = {
             hidden_size=16,
             depth=5,
             num_heads=2,
+            stage1_layer=1,
             student_layer=2,
             teacher_layer=3,
             peer_layer=1,
@@ -140,8 +147,10 @@ PROTOCOLS = {
             head_features=8,
             batch_size=4,
             warmup_steps=1,
+            steps=5,
             evaluate_at=(1, 2, 5),
             samples=20,
+            final_samples=24,
             sampler_steps=2,
             knn=(16, 8),
             vae_steps=2,
@@ -193,6 +202,25 @@ def knn_accuracy(
     return (votes.argmax(1) == query_labels).double().mean().item()
 
 
+def kernel_distance(data: NDArray[np.float64], samples: NDArray[np.float64]) -> float:
+    """The kernel (Inception) distance: an unbiased squared MMD with the kernel ``(x · y / D + 1)^3``.
+
+    Shape:
+        data: (N, D); samples: (M, D)
+
+    Reference: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401
+    """
+
+    def total(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
+        return sum(float(((rows @ b.T / a.shape[1] + 1) ** 3).sum()) for rows in np.array_split(a, len(a) // 500 + 1))
+
+    def within(a: NDArray[np.float64]) -> float:
+        own = (((a**2).sum(1) / a.shape[1] + 1) ** 3).sum()
+        return float((total(a, a) - own) / (len(a) * (len(a) - 1)))
+
+    return within(data) + within(samples) - 2 * total(data, samples) / (len(data) * len(samples))
+
+
 class Setting:
     """The prepared data of a protocol: latents, judge, and the judgement itself.
 
@@ -223,7 +251,9 @@ class Setting:
         self.latents = LatentData(moments["mean"].to(device), moments["std"].to(device), train.labels.to(device), scale)
         self.held_out = (moments["held_out"] * scale).to(device)
         self.held_out_labels = held_out.labels.to(device)
-        self.reference = feature_statistics(self._features(train.images))
+        features = self._features(train.images)
+        self.reference = feature_statistics(features)
+        self.manifold = features[: protocol.final_samples]
         self.judge = self._judge(held_out)
 
     def _encode(self, train: Tensor, held_out: Tensor) -> dict[str, Tensor]:
@@ -237,7 +267,7 @@ class Setting:
         """How good the judge is, and what the best possible samples would get: as many held-out images."""
         found = accuracy(self.classifier, held_out.images, held_out.labels)
         if found < self.protocol.least_accuracy:
-            raise SettingError(
+            raise st.SettingError(
                 f"The classifier is too poor a judge: {found:.3f} of the held-out images, not "
                 f"{self.protocol.least_accuracy}.\nTrain it for more than {self.protocol.classifier_steps} steps."
             )
@@ -246,7 +276,8 @@ class Setting:
             "accuracy": found,
             "real": self.distance(held_out.images[some]),
             "real_through_vae": self.distance(decode(self.vae, self.held_out[some])),
-            "real_all": self.distance(held_out.images),
+            "real_all": self.distance(held_out.images[: self.protocol.final_samples]),
+            "real_all_through_vae": self.distance(decode(self.vae, self.held_out[: self.protocol.final_samples])),
         }
 
     def distance(self, images: Tensor) -> float:
@@ -254,14 +285,16 @@ class Setting:
         found: FeatureStatistics = feature_statistics(self._features(images))
         return frechet_distance(self.reference, found)
 
-    def samples(self, model: SiT, seed: int) -> tuple[Tensor, Tensor]:
+    def samples(
+        self, model: Model, seed: int, count: int | None = None, guidance: Guidance = UNGUIDED
+    ) -> tuple[Tensor, Tensor]:
         """Images (N, 1, H, W) from noise that the seed decides, and the labels that were asked for."""
         p = self.protocol
-        labels = torch.arange(p.samples) % NUM_FASHION_CLASSES
+        labels = torch.arange(count or p.samples) % NUM_FASHION_CLASSES
         side = IMAGE_SIZE // DOWNSAMPLING
-        noise = torch.randn(p.samples, LATENT_CHANNELS, side, side, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(len(labels), LATENT_CHANNELS, side, side, generator=torch.Generator().manual_seed(seed))
         chunks = zip(noise.to(self.device).split(_BATCH), labels.to(self.device).split(_BATCH), strict=True)
-        latents = [sample_ode(model, x, y, steps=p.sampler_steps) for x, y in chunks]
+        latents = [sample_ode(model, x, y, steps=p.sampler_steps, guidance=guidance) for x, y in chunks]
         return decode(self.vae, torch.cat(latents)).cpu(), labels
 
     @torch.no_grad()
@@ -283,16 +316,29 @@ class Setting:
         found = layer_features(model, layer, self.held_out[:queries], t)
         return knn_accuracy(reference, self.latents.labels[:votes], found, self.held_out_labels[:queries])
 
-    def judged(self, model: SiT, seed: int) -> dict[str, Any]:
-        """Every measure of a model in eval mode; advances no global generator."""
-        images, labels = self.samples(model, seed)
+    def judged(self, model: SiT, seed: int, *, final: bool) -> dict[str, Any]:
+        """The distance of a model in eval mode, at the end every measure; advances no global generator."""
+        if not final:
+            return {"distance": self.distance(self.samples(model, seed)[0])}
+        images, labels = self.samples(model, seed, self.protocol.final_samples)
+        features = self._features(images)
+        some = features[: self.protocol.samples]
+        precision, recall = precision_recall(self.manifold[: len(self.manifold) // 2], features[: len(features) // 2])
         return {
-            "distance": self.distance(images),
+            "distance": frechet_distance(self.reference, feature_statistics(some)),  # as at the other steps
+            "distance_all": frechet_distance(self.reference, feature_statistics(features)),
+            "kid": kernel_distance(self.manifold, features),
+            "precision": precision,
+            "recall": recall,
             "label_seen": accuracy(self.classifier, images, labels),
             "knn_clean": self.knn(model, 0.0),
             "knn_noisy": self.knn(model, NOISY),
             "held_out_loss": self.held_out_loss(model),
         }
+
+    def guided_distance(self, model: SiT, seed: int, scale: float) -> float:
+        """The distance of samples with classifier-free guidance."""
+        return self.distance(self.samples(model, seed, guidance=Guidance(scale, null=NULL_CLASS))[0])
 
     def described(self) -> dict[str, Any]:
         """What a result has to say about its setting."""
