@@ -2,8 +2,7 @@
 
 All are called as `SelfTransLoss` is, so one loop trains them all. Each computes ``total = denoising + weight * term``
 with the term averaged over the batch. Times are REPA's, t = 1 is noise, and the path is linear:
-``x_t = (1 - t) x + t noise``.
-No baseline advances the global random number generator.
+``x_t = (1 - t) x + t noise``. No baseline advances the global random number generator.
 """
 
 from __future__ import annotations
@@ -27,8 +26,13 @@ from common.metrics import SmallClassifier
 from common.training import averaged_copy, endless
 
 
+def one_token(output: Tensor) -> Tensor:
+    """Tokens as they are, and an embedding (N, D) as one token, (N, 1, D)."""
+    return output if output.ndim == 3 else output.unsqueeze(1)
+
+
 class Baseline(nn.Module):
-    """A weighted term from the tokens of one layer or two of the model's own forward.
+    """A weighted term from the tokens of one layer or several of the model's own forward.
 
     Args:
         model: The model that trains, called as ``model(x_t, t, y)``.
@@ -45,14 +49,13 @@ class Baseline(nn.Module):
 
     def _remember(self, output: Tensor, arguments: dict[str, Any]) -> Tensor:
         self.arguments = arguments
-        return _at_least_one_token(output)
+        return one_token(output)
 
     def forward(self, denoising: Tensor, latents: Tensor, step: int) -> st.LossTerms:
         """The terms for the batch that the model has just been run on."""
         found = self.tap.pop()
-        tokens = [found[layer] for layer in self.layers]
         denoising = denoising.mean()
-        term = self.term(tokens, latents, step)
+        term = self.term([found[layer] for layer in self.layers], latents, step)
         weight = torch.tensor(self.weight, device=term.device)
         return st.LossTerms(
             denoising + weight * term, denoising.detach(), term.detach(), weight, torch.ones_like(weight)
@@ -67,8 +70,93 @@ class Baseline(nn.Module):
         raise NotImplementedError
 
 
-def _at_least_one_token(output: Tensor) -> Tensor:
-    return output if output.ndim == 3 else output.unsqueeze(1)  # of an embedding (N, D) as well
+class InternalGuidance(Baseline):
+    """A final layer of its own, modulated by time and label as the model's last one is, predicts the velocity early.
+
+    In sampling the whole model's velocity is extrapolated away from the early one: see `guided`.
+
+    Args:
+        model: A SiT, with ``t_embedder``, ``y_embedder`` and ``patch_size``.
+        layer: Published: at 0.3 of the depth.
+        final: A final layer as the model's own, zero at first.
+        decay: Of the moving average of the final layer, which samples.
+
+    Reference: Zhou et al., 2025, https://arxiv.org/abs/2512.24176
+    """
+
+    def __init__(self, model: nn.Module, layer: str, final: nn.Module, *, weight: float, decay: float) -> None:
+        super().__init__(model, [layer, "t_embedder", "y_embedder"], weight)
+        self.final, self.average = final, averaged_copy(final, decay)
+        self.patch_size = model.patch_size
+
+    def velocity(self, final: nn.Module, tokens: Sequence[Tensor], like: Tensor) -> Tensor:
+        """The early velocity, (N, C, H, W)."""
+        p, h = self.patch_size, like.shape[2] // self.patch_size
+        patches = final(tokens[0], (tokens[1] + tokens[2]).squeeze(1))
+        return rearrange(patches, "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)
+
+    def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
+        """Squared error of the velocity ``noise - x = (x_t - x) / t``."""
+        self.average.update_parameters(self.final)
+        t = self.arguments["t"].clamp(min=1e-4).reshape(-1, 1, 1, 1)  # the times are uniform: hardly any is smaller
+        return F.mse_loss(self.velocity(self.final, tokens, latents), (self.arguments["x"] - latents) / t)
+
+    def guided(self, model: nn.Module, scale: float = 1.4) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """A model to sample from: ``v_early + scale (v - v_early)``; the scale is the published one."""
+
+        def velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            with st.FeatureTap(model, self.layers, tokens=one_token) as tap:
+                v, found = model(x, t, y), tap.pop()
+            early = self.velocity(self.average, [found[layer] for layer in self.layers], x)
+            return early + scale * (v - early)
+
+        return velocity
+
+
+class SRA(Baseline):
+    """A shallow layer at a noisier time against a deep layer of the averaged model at a cleaner time.
+
+    The cleaner time is ``max(t - k, 0)``, k uniform in [0, max_interval], on the same line from latents to noise. The
+    averaged model sees the labels as the student saw them, dropped ones too, and stops at its layer.
+
+    Args:
+        model: A SiT with a ``y_embedder``, whose last row is the null class.
+        ema: Its average.
+        layers: The model's and the average's.
+        head: Between them.
+        distance: "cosine", the authors' default since July 2026, with weight 0.5: of each channel, along the tokens.
+            Or "smooth_l1" with beta 0.05, the paper's, with weight 0.2.
+
+    Reference: Jiang et al., 2025, https://arxiv.org/abs/2505.02831; code: https://github.com/vvvvvjdy/SRA
+    """
+
+    def __init__(
+        self, model: nn.Module, ema: nn.Module, layers: tuple[str, str], head: nn.Module, *, weight: float,
+        distance: Literal["cosine", "smooth_l1"] = "cosine", max_interval: float = 0.2,
+    ) -> None:  # fmt: skip
+        super().__init__(model, [layers[0], "y_embedder"], weight)
+        self.head, self.distance, self.max_interval = head, distance, max_interval
+        self._models, self._deep = [model, ema], layers[1]  # in a list: they are no part of this module
+
+    @torch.no_grad()
+    def target(self, latents: Tensor, embedded: Tensor, step: int) -> Tensor:
+        """The averaged model's tokens at the cleaner time, (N, T, D)."""
+        x_t, t, y = (self.arguments[name] for name in ("x", "t", "y"))
+        model, ema = self._models
+        table = model.get_parameter("y_embedder.embedding_table.weight")
+        y = torch.where((embedded == table[-1]).flatten(1).all(1), len(table) - 1, y)
+        # From the step alone, so that a resumed run draws what it would have drawn.
+        interval = torch.rand(len(t), generator=torch.Generator().manual_seed(step)).to(t) * self.max_interval
+        cleaner = (t - interval).clamp(min=0)
+        share = (cleaner / t.clamp(min=1e-6)).reshape(-1, 1, 1, 1)
+        return early_output(ema, self._deep, latents + share * (x_t - latents), cleaner, y)
+
+    def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
+        """The distance of the projected tokens."""
+        found, target = self.head(tokens[0]), self.target(latents, tokens[1], step)
+        if self.distance == "smooth_l1":
+            return F.smooth_l1_loss(found, target, beta=0.05)
+        return 1 - F.cosine_similarity(found, target, dim=1).mean()
 
 
 class _ReachedError(Exception):
@@ -83,111 +171,11 @@ def early_output(model: nn.Module, layer: str, *inputs: Tensor) -> Tensor:
 
     handle = model.get_submodule(layer).register_forward_hook(leave)
     try:
-        model(*inputs)
+        return model(*inputs)
     except _ReachedError as reached:
         return reached.args[0]
     finally:
         handle.remove()
-    raise AssertionError(f"{layer} did not run")
-
-
-class InternalGuidance(Baseline):
-    """A final layer of its own, modulated by time and label as the model's last is, predicts the velocity early on.
-
-    In sampling the whole model's velocity is extrapolated away from the early one: see `guided`.
-
-    Args:
-        model: A SiT with ``t_embedder`` and ``y_embedder``.
-        layer: Published: at 0.3 of the depth.
-        final: A final layer as the model's own, zero at first.
-        decay: Of the moving average of the final layer, which samples.
-
-    Reference: Zhou et al., 2025, https://arxiv.org/abs/2512.24176
-    """
-
-    def __init__(self, model: nn.Module, layer: str, final: nn.Module, *, weight: float, decay: float) -> None:
-        super().__init__(model, [layer, "t_embedder", "y_embedder"], weight)
-        self.final = final
-        self.average = averaged_copy(final, decay)
-        self.patch_size = getattr(model, "patch_size")  # noqa: B009
-
-    def velocity(self, final: nn.Module, tokens: Sequence[Tensor], like: Tensor) -> Tensor:
-        """The early velocity, (N, C, H, W)."""
-        found, t, y = tokens
-        p, h = self.patch_size, like.shape[2] // self.patch_size
-        return rearrange(final(found, (t + y).squeeze(1)), "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)
-
-    def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
-        """Squared error of the velocity ``noise - x = (x_t - x) / t``."""
-        self.average.update_parameters(self.final)
-        t = self.arguments["t"].clamp(min=1e-4).reshape(-1, 1, 1, 1)  # the times are uniform: hardly any is smaller
-        return F.mse_loss(self.velocity(self.final, tokens, latents), (self.arguments["x"] - latents) / t)
-
-    def guided(self, model: nn.Module, scale: float = 1.4) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-        """A model to sample from: ``v_early + scale (v - v_early)``."""
-
-        def guided(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-            with st.FeatureTap(model, self.layers, tokens=_at_least_one_token) as tap:
-                v = model(x, t, y)
-                found = tap.pop()
-            early = self.velocity(self.average, [found[layer] for layer in self.layers], x)
-            return early + scale * (v - early)
-
-        return guided
-
-
-class SRA(Baseline):
-    """A shallow layer at a noisier time against a deep layer of the averaged model at a cleaner time.
-
-    The cleaner time is ``max(t - k, 0)``, k uniform in [0, max_interval], on the same line from latents to noise. The
-    averaged model sees the labels as the student saw them, dropped ones too, and stops at its layer.
-
-    Args:
-        model: A SiT with a ``y_embedder``, whose last row is the null class.
-        ema: Its average.
-        distance: "cosine", the authors' default since July 2026 with weight 0.5: of each channel, along the tokens.
-            Or "smooth_l1" with beta 0.05, the paper's, with weight 0.2.
-
-    Reference: Jiang et al., 2025, https://arxiv.org/abs/2505.02831; code: https://github.com/vvvvvjdy/SRA
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        ema: nn.Module,
-        layer: str,
-        ema_layer: str,
-        *,
-        weight: float,
-        hidden_size: int,
-        hidden_features: int,
-        distance: Literal["cosine", "smooth_l1"] = "cosine",
-        max_interval: float = 0.2,
-    ) -> None:
-        super().__init__(model, [layer, "y_embedder"], weight)
-        self.ema_layer, self.distance, self.max_interval = ema_layer, distance, max_interval
-        self.head = st.ProjectionHead(hidden_size, hidden_size, hidden_features)
-        self._models = [model, ema]  # in a list: they are no part of this module
-
-    @torch.no_grad()
-    def target(self, latents: Tensor, embedded: Tensor, step: int) -> Tensor:
-        """The averaged model's tokens at the cleaner time, (N, T, D)."""
-        x_t, t, y = (self.arguments[name] for name in ("x", "t", "y"))
-        model, ema = self._models
-        table = model.get_parameter("y_embedder.embedding_table.weight")
-        y = torch.where((embedded == table[-1]).flatten(1).all(1), len(table) - 1, y)
-        # From the step alone, so that a resumed run draws what it would have drawn.
-        interval = torch.rand(len(t), generator=torch.Generator().manual_seed(step)).to(t) * self.max_interval
-        cleaner = (t - interval).clamp(min=0)
-        share = (cleaner / t.clamp(min=1e-6)).reshape(-1, 1, 1, 1)
-        return early_output(ema, self.ema_layer, latents + share * (x_t - latents), cleaner, y)
-
-    def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
-        """The distance of the projected tokens."""
-        found, target = self.head(tokens[0]), self.target(latents, tokens[1], step)
-        if self.distance == "smooth_l1":
-            return F.smooth_l1_loss(found, target, beta=0.05)
-        return 1 - F.cosine_similarity(found, target, dim=1).mean()
 
 
 class LayerSync(Baseline):
@@ -224,7 +212,7 @@ class Dispersive(Baseline):
         norms = products.diagonal()
         squared = norms[:, None] + norms[None, :] - 2 * products
         logits = -squared / (z.shape[1] * self.temperature)
-        return torch.logsumexp(logits.flatten(), 0) - 2 * torch.log(torch.tensor(float(len(z))))
+        return torch.logsumexp(logits.flatten(), 0) - 2 * math.log(len(z))
 
 
 class REPA(Baseline):
@@ -235,25 +223,16 @@ class REPA(Baseline):
 
     Args:
         targets: ``targets(step)`` gives the encoder's features of the batch of that step, (N, T, E).
-        target_size: E.
+        head: From the layer's width to E.
 
     Reference: Yu et al., 2024, https://arxiv.org/abs/2410.06940
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        targets: Callable[[int], Tensor],
-        *,
-        weight: float,
-        hidden_size: int,
-        target_size: int,
-        hidden_features: int,
+        self, model: nn.Module, layer: str, targets: Callable[[int], Tensor], head: nn.Module, *, weight: float
     ) -> None:
         super().__init__(model, [layer], weight)
-        self.targets = targets
-        self.head = st.ProjectionHead(hidden_size, target_size, hidden_features)
+        self.targets, self.head = targets, head
 
     def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
         """Minus the cosine, averaged over tokens."""
@@ -292,31 +271,23 @@ class ClassifierPatches:
 
 
 class NormalisedTarget(Baseline):
-    """Stage 2 on targets of mean 0 and variance 1: ``(f_g - mean) / std``, over the channels of each token.
+    """Stage 2 on targets of mean 0 and variance 1 over the channels of each token: ``(f_g - mean) / std``.
 
-    Reference: https://arxiv.org/abs/2601.07773 has the target as it is
+    Args:
+        head: From the layer's width to the teacher's.
+        rows: Share of the rows inside the window that are taught.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        layer: str,
-        teacher: st.CFGFeatureTeacher,
-        *,
-        weight: float,
-        hidden_size: int,
-        target_size: int,
-        hidden_features: int,
-        window: tuple[float, float],
-        rows: float = 1.0,
-    ) -> None:
+        self, model: nn.Module, layer: str, teacher: st.CFGFeatureTeacher, head: nn.Module, *, weight: float,
+        window: tuple[float, float], rows: float = 1.0,
+    ) -> None:  # fmt: skip
         super().__init__(model, [layer], weight)
-        self.head = st.ProjectionHead(hidden_size, target_size, hidden_features)
-        self.window, self.rows = window, rows
+        self.head, self.window, self.rows = head, window, rows
         self._teacher = [teacher]  # in a list: it is no part of this module
 
     def term(self, tokens: list[Tensor], latents: Tensor, step: int) -> Tensor:
-        """Squared error of some of the rows in the window, times the share of all rows in it."""
+        """Squared error of the chosen rows, times the share of all rows that lie in the window."""
         x_t, t, y = (self.arguments[name] for name in ("x", "t", "y"))
         inside = ((t >= self.window[0]) & (t <= self.window[1])).nonzero().flatten()
         if not len(inside):
@@ -341,15 +312,9 @@ class OwnAverage(nn.Module):
     """
 
     def __init__(
-        self,
-        ema: nn.Module,
-        snapshot: nn.Module,
-        first: st.SelfTransLoss,
-        then: st.SelfTransLoss,
-        *,
-        start: int,
+        self, ema: nn.Module, snapshot: nn.Module, first: st.SelfTransLoss, then: st.SelfTransLoss, *, start: int,
         refresh: int = 0,
-    ) -> None:
+    ) -> None:  # fmt: skip
         super().__init__()
         self.snapshot = snapshot  # saved with the heads: a resumed run has the same teacher
         self.first, self.then = first, then
@@ -360,7 +325,7 @@ class OwnAverage(nn.Module):
         """The terms of the part that the step belongs to."""
         past = step - self.start
         if past == 0 or (past > 0 and self.refresh and past % self.refresh == 0):
-            own = self.snapshot.state_dict()
+            own = self.snapshot.state_dict()  # less than all of it, once the teacher has begun
             self.snapshot.load_state_dict({k: v for k, v in self._ema[0].state_dict().items() if k in own})
         active, idle = (self.first, self.then) if past < 0 else (self.then, self.first)
         idle.discard()  # both saw the forward

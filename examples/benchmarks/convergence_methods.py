@@ -54,6 +54,11 @@ class Parts(NamedTuple):
     seed: int
     teacher: Path | None
 
+    def head(self, target_size: int = 0) -> st.ProjectionHead:
+        """From the model's width to another, or to its own."""
+        p = self.setting.protocol
+        return st.ProjectionHead(p.hidden_size, target_size or p.hidden_size, p.head_features)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -199,7 +204,7 @@ class SelfTranscendence(Guided):
     """
 
     name = "self"
-    title = "Self-Transcendence"
+    title = "teacher"
     teacher_width: int = 0
     teacher_depth: int = 0
     teacher_share: float = 1.0
@@ -226,10 +231,8 @@ class SelfTranscendence(Guided):
             parts.model,
             block(protocol.student_layer),
             teacher,
+            parts.head(self.teacher_width),
             weight=self.weight,
-            hidden_size=protocol.hidden_size,
-            target_size=self.teacher_width or protocol.hidden_size,
-            hidden_features=protocol.head_features,
             window=WINDOW,
             rows=self.rows,
         )
@@ -302,11 +305,9 @@ class SelfRepresentation(Method):
         return SRA(
             parts.model,
             parts.ema,
-            block(protocol.peer_layer),
-            block(protocol.peer_deep_layer),
+            (block(protocol.peer_layer), block(protocol.peer_deep_layer)),
+            parts.head(),
             weight=self.weight,
-            hidden_size=protocol.hidden_size,
-            hidden_features=protocol.head_features,
             distance=self.distance,
         )
 
@@ -361,10 +362,8 @@ class External(Method):
             parts.model,
             block(protocol.student_layer),
             targets,
+            parts.head(targets.size),
             weight=self.weight,
-            hidden_size=protocol.hidden_size,
-            target_size=targets.size,
-            hidden_features=protocol.head_features,
         )
 
 

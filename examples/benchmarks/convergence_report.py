@@ -1,130 +1,93 @@
-"""The convergence study's results as the tables, the plot and the verdict of docs/does-it-work.md."""
+"""The convergence study's results as the tables, the picture and the verdict of docs/does-it-work.md.
+
+Everything is paired by seed, and every interval is Student's at 95 %. Operations are counted in plain runs.
+"""
 
 from __future__ import annotations
 
 import math
 import statistics
 import sys
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Container, Iterable
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
+
+from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.convergence_methods import METHODS, STUDIES, Method, parse
+from benchmarks.convergence_methods import (
+    CONFIRMATION_SEEDS,
+    METHODS,
+    SCREEN_SEEDS,
+    STUDIES,
+    Method,
+    Plain,
+    SelfTranscendence,
+    Stage1,
+    parse,
+)
 from benchmarks.recording import between
 
 Line = dict[str, Any]
-Cost = Literal["steps", "operations", "seconds"]
 
-STEPS_GOAL, OPERATIONS_GOAL = 0.6, 0.75  # shares of the plain run in which its final distance should be reached
-MAIN = [str(parse(text)) for study in ("reduced", "peers", "questions") for text in STUDIES[study]]
-EXTERNAL = "repa"  # the one method that is not self-contained
-BEST = "self guidance_scale=8.0 stop=1.0"  # found by the ablations, not fixed beforehand
-EXPLORED = (0, 1, 2)  # the seeds that it was found on; what is said of it on any others is a confirmation
-CONFIRMED = [str(parse(text)) for text in STUDIES["confirmation"]]
-TAUGHT = [*(str(parse(text)) for text in ["self", *STUDIES["price"]]), BEST]
-PLOTTED = [*(str(parse(text)) for study in ("reduced", "price") for text in STUDIES[study]), BEST]
-NOT_RUN = "None of them has been run yet."
+EARLIER = "cpu-1"  # the first round: its teachers had their students' seeds
+PLOTTED = ["none", "stage1", "self teacher_width=32 teacher_depth=5"]
+MISSING = "not measured"
+NOTHING = "Nothing of this has been run yet."
 MEASURES = {
-    "knn_clean": "k-NN, clean",
-    "knn_noisy": "k-NN, noisy",
-    "label_seen": "label seen",
-    "held_out_loss": "held-out loss",
+    "distance_all": ("distance", 1, 1),
+    "kid": ("KID × 1000", 1000, 2),
+    "precision": ("precision", 1, 3),
+    "recall": ("recall", 1, 3),
+    "label_seen": ("label seen", 1, 3),
+    "knn_noisy": ("k-NN, noisy", 1, 3),
+    "held_out_loss": ("held-out loss", 1, 4),
 }
 
 
-def title(method: Method) -> str:
-    """A method in words: ``Self-Transcendence, guidance scale 8``."""
-    changed = [part.partition("=") for part in str(method).split()[1:]]
-    words = [f"{key.replace('_', ' ')} {value.removesuffix('.0')}" for key, _, value in changed]
-    return ", ".join([method.title, *words])
+def title(text: str) -> str:
+    """A method in words: ``teacher 48 × 8, rows 0.25``."""
+    method = parse(text)
+    settings = dict(part.split("=") for part in str(method).split()[1:])
+    words = [method.title]
+    if isinstance(method, SelfTranscendence):
+        sizes = [settings.pop(f"teacher_{name}", "0") for name in ("width", "depth", "share")]
+        own = "whole" if sizes[0] == "0" else f"{sizes[0]} × {sizes[1]}"
+        words = [f"{method.title} {own}", *([f"{sizes[2]} of the steps"] if sizes[2] != "0" else [])]
+    words += [f"{key.replace('_', ' ')} {value.removesuffix('.0')}" for key, value in settings.items()]
+    return ", ".join(words).replace(" True", "")
 
 
-@dataclass(frozen=True)
-class Study:
-    """The results of one protocol.
+class Interval(NamedTuple):
+    """A mean and the ends of its 95 % interval; both are NaN where one seed gives none, infinite if not reached."""
 
-    Attributes:
-        runs: By method and seed, the line of the run.
-        seconds: By method, the parts of its run as (end, seconds of a step).
-    """
+    mean: float
+    low: float
+    high: float
 
-    name: str
-    runs: dict[str, dict[int, Line]]
-    seconds: dict[str, list[tuple[int, float]]]
+    def text(self, digits: int, sign: Literal["", "+"] = "") -> str:
+        """``1.23 ± 0.45``."""
+        mean = f"{self.mean:{sign}.{digits}f}"
+        return mean if math.isnan(self.high) else f"{mean} ± {self.high - self.mean:.{digits}f}"
 
-    @classmethod
-    def of(cls, lines: Iterable[Line], name: str, *, explored: bool = True) -> Study:
-        """The lines of one protocol; a later measurement of the seconds replaces an earlier one, method by method.
 
-        Args:
-            lines: Of the results file.
-            name: The protocol.
-            explored: Whether to take the runs of the seeds that settings were chosen on, or those of all others.
-        """
-        runs: dict[str, dict[int, Line]] = {}
-        seconds: dict[str, list[tuple[int, float]]] = {}
-        for line in lines:
-            if line["protocol"]["name"] != name:
-                continue
-            if line["kind"] == "seconds":
-                seconds |= line["parts"]
-            elif (line["seed"] in EXPLORED) == explored:
-                settings = dict(line["method"])
-                method = METHODS[settings.pop("name")](**settings)
-                runs.setdefault(str(method), {})[line["seed"]] = line
-        return cls(name, runs, seconds)
+def interval(values: list[float]) -> Interval:
+    """Student's interval of the mean."""
+    mean, n = statistics.mean(values), len(values)
+    half = stdtrit(n - 1, 0.975) * statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
+    return Interval(mean, mean - half, mean + half)
 
-    @property
-    def any_line(self) -> Line:
-        """A line, for what all have in common."""
-        return next(iter(next(iter(self.runs.values())).values()))
 
-    @property
-    def steps(self) -> list[int]:
-        """Where the runs were judged."""
-        return list(self.any_line["protocol"]["evaluate_at"])
-
-    def methods(self, wanted: Iterable[str]) -> list[str]:
-        """Those of the methods that were run."""
-        return [method for method in wanted if method in self.runs]
-
-    def values(self, method: str, measure: str, step: int, seeds: Iterable[int] | None = None) -> list[float]:
-        """A measure at a step, seed by seed."""
-        runs = self.runs[method]
-        return [
-            measures[measure]
-            for seed in (sorted(runs) if seeds is None else seeds)
-            for measures in runs[seed]["measures"]
-            if measures["step"] == step
-        ]
-
-    def differences(self, method: str, other: str, step: int) -> list[float]:
-        """The distance of one method less that of another at a step, for each seed that both were run with."""
-        seeds = sorted(self.runs[method].keys() & self.runs[other].keys())
-        pairs = zip(*(self.values(m, "distance", step, seeds) for m in (method, other)), strict=True)
-        return [a - b for a, b in pairs]
-
-    def curve(self, method: str, seeds: Iterable[int] | None = None) -> list[float]:
-        """The mean distance over the seeds, at each of the steps."""
-        return [statistics.mean(self.values(method, "distance", step, seeds)) for step in self.steps]
-
-    def cost(self, method: str, step: float, kind: Cost) -> float | None:
-        """What a method has spent by a step, its teacher's run included; None where it was not measured."""
-        if kind == "steps":
-            return step
-        line = next(iter(self.runs[method].values()))
-        parts = line["operations"] if kind == "operations" else self.seconds.get(method)
-        if parts is None:
-            return None
-        own = spent(parts, step)
-        if line["teacher"] is None:
-            return own
-        taught_by = line["teacher"]["key"].split(" | ")[1]
-        before = self.cost(taught_by, line["teacher"]["steps"], kind)
-        return None if before is None else own + before
+def crossing(steps: list[int], above: list[float]) -> float:
+    """Where a curve first comes down to 0, linear between the steps; infinity if it does not."""
+    if above[0] <= 0:
+        return steps[0]
+    for (a, high), (b, low) in pairwise(zip(steps, above, strict=True)):
+        if low <= 0:
+            return a + (b - a) * high / (high - low)
+    return math.inf
 
 
 def spent(parts: Iterable[tuple[int, float]], step: float) -> float:
@@ -136,23 +99,122 @@ def spent(parts: Iterable[tuple[int, float]], step: float) -> float:
     return total
 
 
-def crossing(steps: list[int], distances: list[float], target: float) -> float | None:
-    """The step at which a curve first comes down to the target: its logarithm is taken as linear between judgements.
+def method_of(line: Line) -> Method:
+    """The method of a result, without the length of a run that no teacher has: a longer one is the same, gone on."""
+    settings = dict(line["method"])
+    method = METHODS[settings.pop("name")](**settings)
+    return replace(method, share=1.0) if isinstance(method, (Plain, Stage1)) else method
 
-    None if it never does; the first step if it is there already.
+
+@dataclass(frozen=True)
+class Study:
+    """The results of one protocol on some seeds.
+
+    Attributes:
+        steps: Length of the plain run.
+        runs: By method and seed, the line of the longest run.
+        keys: By key, every run, the teachers' too.
+        guidance: By method and seed, the line of the samples with guidance at the plain run's end.
     """
-    if distances[0] <= target:
-        return steps[0]
-    for (a, high), (b, low) in pairwise(zip(steps, distances, strict=True)):
-        if low <= target:
-            return a + (b - a) * math.log(high / target) / math.log(high / low)
-    return None
 
+    steps: int
+    runs: dict[str, dict[int, Line]]
+    keys: dict[str, Line]
+    guidance: dict[str, dict[int, Line]]
 
-def spread(values: list[float], digits: int, sign: Literal["", "+"] = "") -> str:
-    """Mean, and the standard deviation over the seeds where there are several."""
-    mean = f"{statistics.mean(values):{sign}.{digits}f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    @classmethod
+    def of(cls, lines: Iterable[Line], name: str, seeds: Container[int]) -> Study:
+        """The lines of one protocol on these seeds."""
+        runs: dict[str, dict[int, Line]] = {}
+        keys, guidance, steps = {}, {}, 0
+        for line in (line for line in lines if "protocol" in line and line["protocol"]["name"] == name):
+            steps = line["protocol"]["steps"]
+            method = str(method_of(line))
+            if line["kind"] == "guidance":
+                if line["step"] == steps and line["seed"] in seeds:
+                    guidance.setdefault(method, {})[line["seed"]] = line
+                continue
+            keys[line["key"]] = line
+            known = runs.setdefault(method, {}).get(line["seed"])
+            if line["seed"] in seeds and (known is None or len(known["measures"]) < len(line["measures"])):
+                runs[method][line["seed"]] = line
+        return cls(steps, {method: found for method, found in runs.items() if found}, keys, guidance)
+
+    def methods(self, wanted: Iterable[str]) -> list[str]:
+        """Those of the methods that were run on a seed that the plain run was run on too, without repetition."""
+        found = dict.fromkeys(str(method_of({"method": parse(text).described()})) for text in wanted)
+        return [method for method in found if method in self.runs and self.seeds(method)]
+
+    def seeds(self, method: str) -> list[int]:
+        """The seeds that both the method and the plain run were run with."""
+        return sorted(self.runs[method].keys() & self.runs.get("none", {}).keys())
+
+    def judged(self, method: str) -> list[int]:
+        """The steps at which every seed was judged."""
+        found = [{m["step"] for m in self.runs[method][seed]["measures"]} for seed in self.seeds(method)]
+        return sorted(set.intersection(*found))
+
+    def values(self, method: str, measure: str, step: int, seeds: list[int] | None = None) -> list[float]:
+        """A measure at a step, seed by seed."""
+        lines = [self.runs[method][seed] for seed in (self.seeds(method) if seeds is None else seeds)]
+        return [m[measure] for line in lines for m in line["measures"] if m["step"] == step and measure in m]
+
+    def differences(self, method: str, step: int) -> Interval:
+        """The distance at a step less that of the plain run of the same seed."""
+        plain = self.values("none", "distance", step, self.seeds(method))
+        return interval([a - b for a, b in zip(self.values(method, "distance", step), plain, strict=True)])
+
+    def plain_run(self) -> float:
+        """The operations of a plain run."""
+        line = next(iter(self.runs["none"].values()))
+        return spent(line["operations"], self.steps)
+
+    def teacher_price(self, method: str) -> float:
+        """T: what the runs before it cost, in plain runs."""
+        total, line = 0.0, self.runs[method][self.seeds(method)[0]]
+        while line["teacher"] is not None:
+            line = self.keys[line["teacher"]]
+            total += spent(line["operations"], math.inf)
+        return total / self.plain_run()
+
+    def step_price(self, method: str, step: float) -> float:
+        """What the first steps of its own run cost, in plain runs: c · s."""
+        return spent(self.runs[method][self.seeds(method)[0]]["operations"], step) / self.plain_run()
+
+    def total(self, method: str, step: float) -> float:
+        """T + c · s."""
+        return math.inf if math.isinf(step) else self.teacher_price(method) + self.step_price(method, step)
+
+    def reached(self, method: str) -> Interval:
+        """The steps to the plain run's final distance.
+
+        At each step the distance is compared with that of the plain run's end, seed by seed; where the mean of these
+        differences, and where the ends of its interval, come down to 0 are the step and the ends of its interval.
+        """
+        steps = self.judged(method)
+        goals = self.values("none", "distance", self.steps, self.seeds(method))
+        found = [
+            interval([d - goal for d, goal in zip(self.values(method, "distance", step), goals, strict=True)])
+            for step in steps
+        ]
+        mean = crossing(steps, [each.mean for each in found])
+        if math.isnan(found[0].high):
+            return Interval(mean, math.nan, math.nan)
+        low, high = (crossing(steps, [getattr(each, end) for each in found]) for end in ("low", "high"))
+        return Interval(mean, low, high)
+
+    def at_equal_operations(self, method: str) -> Interval | None:
+        """Its distance at the end less that of the plain run after the same operations; None where that one ended."""
+        end = self.judged(method)[-1] if method != "none" else self.steps
+        step = self.total(method, end) * self.steps
+        seeds = [s for s in self.seeds(method) if self.runs["none"][s]["measures"][-1]["step"] >= step]
+        differences = []
+        for seed in seeds:
+            curve = [(m["step"], m["distance"]) for m in self.runs["none"][seed]["measures"]]
+            (a, high), (b, low) = next(pair for pair in pairwise(curve) if pair[1][0] >= step)
+            plain = high + (low - high) * (step - a) / (b - a)
+            differences += [d - plain for d in self.values(method, "distance", end, [seed])]
+        return interval(differences) if differences else None
 
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
@@ -160,226 +222,159 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
+def price_table(study: Study, methods: list[str]) -> str:
+    """What everything costs, in plain runs, and what it brings."""
+    rows = []
+    for method in methods:
+        at = study.reached(method)
+        end = study.judged(method)[-1]
+        costs = [study.total(method, step) for step in at]
+        equal = None if method == "none" else study.at_equal_operations(method)
+        limit = f"> {study.total(method, end):.2f}"
+        words = [limit if math.isinf(cost) else f"{cost:.2f}" for cost in costs]
+        whole = words[0] if math.isnan(at.high) else f"{words[0]} ({words[1]} to {words[2]})"
+        rows.append([
+            title(method), str(len(study.seeds(method))), f"{study.teacher_price(method):.2f}",
+            f"{study.step_price(method, end) * study.steps / end:.2f}",
+            f"> {end / study.steps:.2f}" if math.isinf(at.mean) else f"{at.mean / study.steps:.2f}", whole,
+            study.differences(method, study.steps).text(1, "+"), MISSING if equal is None else equal.text(1, "+"),
+        ])  # fmt: skip
+    header = ["", "seeds", "T", "c", "s", "T + c · s", "distance, equal steps", "distance, equal operations"]
+    return table(header, rows)
+
+
 def distance_table(study: Study, methods: list[str]) -> str:
-    """Distance at every judged step."""
-    header = ["", "seeds", *(f"{step:,} steps" for step in study.steps)]
-    return table(
-        header,
-        (
-            [
-                title(parse(m)),
-                str(len(study.runs[m])),
-                *(spread(study.values(m, "distance", s), 1) for s in study.steps),
-            ]
-            for m in methods
-        ),
-    )
-
-
-def difference_table(study: Study, methods: list[str]) -> str:
-    """Distance less that of the plain run of the same seed, at every judged step."""
-    rows = (
-        [title(parse(m)), *(spread(study.differences(m, "none", step), 1, "+") for step in study.steps)]
-        for m in methods
-        if m != "none"
-    )
-    return table(["", *(f"{step:,} steps" for step in study.steps)], rows)
+    """The plain run's distance at every judged step, and how far from it the others of the same seeds are."""
+    steps = [step for step in study.judged("none") if step <= study.steps]
+    rows = [["plain: distance", *(interval(study.values("none", "distance", s)).text(1) for s in steps)]]
+    for method in methods:
+        if method != "none":
+            known = study.judged(method)
+            rows.append(
+                [title(method), *(study.differences(method, s).text(1, "+") if s in known else MISSING for s in steps)]
+            )
+    return table(["", *(f"{step:,}" for step in steps)], rows)
 
 
 def measure_table(study: Study, methods: list[str]) -> str:
-    """The other measures at the end."""
-    end = study.steps[-1]
-    rows = (
-        [
-            title(parse(m)),
-            *(spread(study.values(m, measure, end), 4 if "loss" in measure else 3) for measure in MEASURES),
-        ]
-        for m in methods
-    )
-    return table(["", *MEASURES.values()], rows)
-
-
-def lead_table(study: Study) -> str:
-    """What Self-Transcendence has at a step, when the plain run has it, and what it spent of that one's operations."""
-    rows = []
-    for method in study.methods(TAUGHT):
-        own = study.runs[method].values()
-        for step, found in zip(study.steps, study.curve(method), strict=True):
-            plain = crossing(study.steps, study.curve("none"), found)
-            row = [title(parse(method)), f"{step:,}", f"{found:.1f}"]
-            if plain is None:
-                rows.append([*row, "later than its end", "", ""])
-                continue
-            there = study.cost("none", plain, "operations")
-            alone = spent(next(iter(own))["operations"], step)
-            rows.append([
-                *row, f"{plain:,.0f}", f"{alone / there:.2f}", f"{study.cost(method, step, 'operations') / there:.2f}",
-            ])  # fmt: skip
-    header = ["", "its steps", "distance", "steps of the plain run", "operations, teacher at hand", "operations, all"]
-    return table(header, rows)
-
-
-def price_table(study: Study, methods: list[str]) -> str:
-    """What the whole run cost, and where the plain run's final distance was reached, as shares of the plain run."""
-    end = study.steps[-1]
-    target = study.curve("none")[-1]
+    """Every measure of the large sample at the plain run's end."""
     rows = []
     for method in methods:
-        at = crossing(study.steps, study.curve(method), target)
-        whole = [ratio(study, method, end, kind) for kind in ("operations", "seconds")]
-        reached = [
-            None if at is None else ratio(study, method, at, kind) for kind in ("steps", "operations", "seconds")
-        ]
-        rows.append([title(parse(method)), *(share(x) for x in whole), *(share(x) for x in reached)])
-    header = ["", "operations", "seconds", "steps to the plain run's end", "operations to it", "seconds to it"]
-    return table(header, rows)
+        found = [(study.values(method, key, study.steps), *how) for key, (_, *how) in MEASURES.items()]
+        rows.append([title(method), *(interval([v * k for v in vs]).text(d) if vs else MISSING for vs, k, d in found)])
+    return table(["", *(name for name, _, _ in MEASURES.values())], rows)
 
 
-def ratio(study: Study, method: str, step: float, kind: Cost) -> float | None:
-    """A cost over that of the whole plain run."""
-    cost, plain = study.cost(method, step, kind), study.cost("none", study.steps[-1], kind)
-    return None if cost is None or plain is None else cost / plain
+def guidance_table(study: Study) -> str:
+    """The distance of samples with guidance, at the plain run's end."""
+    rows, scales = [], []
+    for method, lines in study.guidance.items():
+        scales = list(next(iter(lines.values()))["distances"])
+        seeds = sorted(lines)
+        alone = study.values(method, "distance", study.steps, seeds)
+        guided = [[lines[seed]["distances"][scale] for seed in seeds] for scale in scales]
+        rows.append([title(method), str(len(seeds)), *(interval(values).text(1) for values in (alone, *guided))])
+    return table(["", "seeds", "1", *scales], rows) if rows else NOTHING
 
 
-def share(value: float | None) -> str:
-    """A share, or "no" for what was not reached or not measured."""
-    return "no" if value is None else f"{value:.2f}"
-
-
-def ablation_table(study: Study, methods: list[str]) -> str:
-    """Variants against Self-Transcendence as it was set beforehand, on the seeds that both were run with."""
-    end = study.steps[-1]
+def coverage(study: Study) -> str:
+    """What of each part of the study has been run."""
     rows = []
-    for method in methods:
-        seeds = sorted(study.runs[method].keys() & study.runs["self"].keys())
-        if not seeds:
-            continue
-        distances = [spread(study.values(method, "distance", step, seeds), 1) for step in study.steps]
-        rows.append(
-            [title(parse(method)), str(len(seeds)), *distances, spread(study.differences(method, "self", end), 1, "+")]
-        )
-    return table(["", "seeds", *(f"{step:,} steps" for step in study.steps), "against the default"], rows)
+    for name, texts in STUDIES.items():
+        done = study.methods(texts)
+        count = sum(len(study.runs[method]) for method in done)
+        missing = [f"`{text}`" for text in texts if not study.methods([text])]
+        rows.append([name, f"{count} of {len(texts) * len(SCREEN_SEEDS)}", "; ".join(missing) or "none"])
+    return table(["part", "runs", "settings without any"], rows[:-1])  # the last is all of them
 
 
-def verdict(study: Study) -> str:
-    """Whether the goal was met, in sentences."""
-    own, end = study.curve("self"), study.steps[-1]
-    peers = [m for m in study.methods(MAIN) if m != EXTERNAL and not m.startswith(("self", "own-ema"))]
+def verdict(study: Study, criterion: str | None) -> str:
+    """The criterion, and what became of it on the seeds that nothing was chosen on."""
+    rows = [method for method in study.methods(list(study.runs)) if method not in ("none", "stage1")]
+    said = f"> {criterion}\n\n" if criterion else ""
+    if not rows:
+        return f"{said}The confirmation has not been run yet: nothing on this page is confirmed."
     sentences = []
-    for step, found in zip(study.steps, own, strict=True):
-        best = min(peers, key=lambda m: statistics.mean(study.values(m, "distance", step)))
-        other = statistics.mean(study.values(best, "distance", step))
-        sentences.append(
-            f"- At {step:,} steps: {found:.2f}; the best of the others is {title(parse(best))}, {other:.2f}: "
-            f"{'met' if found < other else 'not met'}. Seed by seed the difference is "
-            f"{spread(study.differences('self', best, step), 2, '+')}."
-        )
-    at = crossing(study.steps, own, study.curve("none")[-1])
-    if at is None:
-        return "\n".join([*sentences, f"- It does not reach the plain run's final distance in {end:,} steps."])
-    for kind, goal in ("steps", STEPS_GOAL), ("operations", OPERATIONS_GOAL):
-        needed = ratio(study, "self", at, kind)
-        word = "met" if needed <= goal else "not met"
-        sentences.append(
-            f"- It reaches the plain run's final distance in {needed:.2f} of its {kind}: {word}, the goal was {goal}."
-        )
-    return "\n".join(sentences)
-
-
-def confirmation(study: Study) -> str:
-    """Distances, differences from the plain run and price, on seeds that nothing was chosen on."""
-    methods = study.methods(CONFIRMED)
-    if not methods:
-        return NOT_RUN
-    tables = [make(study, methods) for make in (distance_table, difference_table, price_table)]
-    return "\n\n".join([*tables, f"{taken_on(study)} {floor(study)}"])
+    for method in rows:
+        high, n = study.total(method, study.reached(method).high), len(study.seeds(method))
+        word = "met" if high < 1 else "not met"
+        bound = "that distance is not reached by it" if math.isinf(high) else f"the upper bound is {high:.2f}"
+        sentences.append(f"- {title(method)}, on {n} of {len(CONFIRMATION_SEEDS)} seeds: {word}; {bound}.")
+    return said + "\n".join(sentences)
 
 
 def origin(study: Study) -> str:
     """What was run and judged, on what, and how good the judge is."""
-    p, judge = study.any_line["protocol"], study.any_line["judge"]
-    return (
-        f"{sum(map(len, study.runs.values()))} runs of {study.steps[-1]:,} steps at batch {p['batch_size']}: "
-        f"{p['depth']} blocks of width {p['hidden_size']}, 16 tokens, learning rate {p['lr']:g}, average of decay "
-        f"{p['ema_decay']:g}. {p['samples']:,} samples at {p['sampler_steps']} evaluations of the averaged model, "
-        f"without guidance. {taken_on(study)}\n\n{floor(study)} All {p['images'][1]:,} have {judge['real_all']:.1f}: "
-        "most of the floor comes from the small number, and is the same for every method."
-    )
-
-
-def taken_on(study: Study) -> str:
-    """Hardware, PyTorch and commit of the runs."""
     lines = [line for runs in study.runs.values() for line in runs.values()]
+    p, judge = lines[0]["protocol"], lines[0]["judge"]
     said = {key: ", ".join(sorted({line[key] for line in lines})) for key in ("hardware", "torch", "commit")}
-    return f"{said['hardware']}; PyTorch {said['torch']}; commit {said['commit']}."
-
-
-def floor(study: Study) -> str:
-    """How good the judge is, and what it says of real images."""
-    p, judge = study.any_line["protocol"], study.any_line["judge"]
     return (
-        f"The judge is a classifier, {judge['accuracy']:.3f} right on held-out images. {p['samples']:,} of these, "
-        f"which are real, have a distance of {judge['real']:.1f}, and of {judge['real_through_vae']:.1f} once they "
-        "went through the VAE: the floor."
+        f"{len(lines)} runs at batch {p['batch_size']}; the plain one has {p['steps']:,} steps. {p['depth']} blocks of "
+        f"width {p['hidden_size']}, 16 tokens, learning rate {p['lr']:g}, average of decay {p['ema_decay']:g}. "
+        f"{p['samples']:,} samples at each judgement, {p.get('final_samples', p['samples']):,} at the end, from the "
+        f"averaged model at {p['sampler_steps']} evaluations without guidance. The judge is a classifier, "
+        f"{judge['accuracy']:.3f} right on held-out images; {p['samples']:,} of these have a distance of "
+        f"{judge['real']:.1f}, and of {judge['real_through_vae']:.1f} once they went through the VAE. "
+        f"{said['hardware']}; PyTorch {said['torch']}; commit {said['commit']}."
     )
 
 
-def draw(study: Study, path: Path) -> None:
-    """Distance against steps, operations and seconds, and its difference from the plain run: means and ranges."""
+def draw(study: Study, methods: list[str], path: Path) -> None:
+    """Distance against total operations: means and 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    labels: dict[Cost, str] = {"steps": "steps", "operations": "operations, 10¹²", "seconds": "seconds"}
-    figure, panels = plt.subplots(2, 2, figsize=(11, 8), layout="constrained")
-    for panel, (kind, label) in zip(panels.flat[[0, 2, 3]], labels.items(), strict=True):
-        panel.set(xlabel=label, ylabel="Fréchet distance", yscale="log")
-        panel.yaxis.set_major_formatter("{x:g}")
-        panel.yaxis.set_minor_formatter("{x:g}")
-        for i, method in enumerate(study.methods(PLOTTED)):
-            costs = [study.cost(method, step, kind) for step in study.steps]
-            if None not in costs:
-                x = [cost / 1e12 if kind == "operations" else cost for cost in costs]
-                _plot(panel, x, [study.values(method, "distance", step) for step in study.steps], method, i)
-        panel.set_xlim(left=0)
-    panels[0, 1].set(xlabel="steps", ylabel="distance less that of the plain run")
-    for i, method in enumerate(study.methods(PLOTTED)):
-        _plot(panels[0, 1], study.steps, [study.differences(method, "none", step) for step in study.steps], method, i)
-    for panel in panels.flat:
-        panel.grid(alpha=0.3, which="both")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    figure, panel = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    for i, method in enumerate(methods):
+        steps = study.judged(method)
+        x = [study.total(method, step) for step in steps]
+        found = [interval(study.values(method, "distance", step)) for step in steps]
+        n = len(study.seeds(method))
+        panel.plot(
+            x, [each.mean for each in found], marker="o", ms=3.5, color=f"C{i}", label=f"{title(method)} (n = {n})"
+        )
+        if n > 1:
+            panel.fill_between(x, [e.low for e in found], [e.high for e in found], color=f"C{i}", alpha=0.15, lw=0)
+    goal = statistics.mean(study.values("none", "distance", study.steps))
+    panel.axhline(goal, color="0.4", lw=0.8, ls="--")
+    panel.axvline(1, color="0.4", lw=0.8, ls="--")
+    panel.set(
+        xlabel="all operations, the teacher's run included, in plain runs", ylabel="Fréchet distance", yscale="log"
+    )
+    panel.yaxis.set_major_formatter("{x:g}")
+    panel.yaxis.set_minor_formatter("{x:g}")
+    panel.set_xlim(left=0)
+    panel.grid(alpha=0.3, which="both")
+    panel.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _plot(panel: Any, x: list[float], found: list[list[float]], method: str, i: int) -> None:
-    style = "--" if "share" in method else "-"
-    mean = [statistics.mean(values) for values in found]
-    panel.plot(x, mean, style, marker="o", ms=3.5, color=f"C{i}", label=title(parse(method)))
-    panel.fill_between(x, [min(v) for v in found], [max(v) for v in found], color=f"C{i}", alpha=0.15, lw=0)
-
-
 def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
-    """Write tables and verdict of a protocol into docs/does-it-work.md, and draw its curves."""
-    study = Study.of(lines, name)
-    main = study.methods(MAIN)
-    ablations = [m for m in study.runs if m == "self" or (m.startswith("self") and m not in MAIN)]
+    """Write tables and verdict of a protocol into docs/does-it-work.md, and draw its picture."""
+    study, confirmed = (Study.of(lines, name, seeds) for seeds in (SCREEN_SEEDS, CONFIRMATION_SEEDS))
+    earlier = Study.of(lines, EARLIER, range(SCREEN_SEEDS[0]))
+    own = study.methods(text for part, texts in STUDIES.items() if part not in ("peers", "full") for text in texts)
+    peers = study.methods(STUDIES["peers"])
+    criteria = [line["text"] for line in lines if line["kind"] == "criterion"]
     parts = {
         "origin": origin(study),
-        "verdict": verdict(study),
-        "distances": distance_table(study, main),
-        "differences": difference_table(study, main),
-        "measures": measure_table(study, main),
-        "price": price_table(study, [*main, *(m for m in study.methods(PLOTTED) if m not in main)]),
-        "lead": lead_table(study),
-        "ablations": ablation_table(study, ablations) if len(ablations) > 1 else NOT_RUN,
-        "confirmation": confirmation(Study.of(lines, name, explored=False)),
+        "verdict": verdict(confirmed, criteria[-1] if criteria else None),
+        "price": price_table(study, own),
+        "peers": price_table(study, peers) if peers else NOTHING,
+        "distances": distance_table(study, [*own, *peers]),
+        "measures": measure_table(study, [*own, *peers]),
+        "guidance": guidance_table(study),
+        "confirmation": price_table(confirmed, confirmed.methods(confirmed.runs)) if confirmed.runs else NOTHING,
+        "earlier": price_table(earlier, earlier.methods(earlier.runs)) if earlier.runs else NOTHING,
+        "coverage": coverage(study),
     }
     page = root / "docs" / "does-it-work.md"
     text = page.read_text()
     for part, content in parts.items():
         text = between(text, part, content + "\n")
     page.write_text(text)
-    draw(study, root / "docs" / "images" / "convergence.png")
+    draw(study, study.methods(PLOTTED), root / "docs" / "images" / "convergence.png")
