@@ -14,7 +14,6 @@ killed goes on, when started again, where its run was last judged. A teacher's r
 
 from __future__ import annotations
 
-import argparse
 import fcntl
 import json
 import os
@@ -23,6 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -33,16 +33,15 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.flop_counter import FlopCounterMode
 
-import selftrans_reg as st
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baselines import InternalGuidance
 from benchmarks.convergence_methods import SCREEN_SEEDS, STUDIES, TEACHER_SEED, Method, Parts, parse
 from benchmarks.convergence_setting import PROTOCOLS, Protocol, Setting
 from benchmarks.recording import commit, hardware
 from common.fashion import PACKAGED
+from common.options import Mistake, Parser, run_script
 from common.paths import denoising_loss, velocity_loss
-from common.run_folder import open_run_folder
+from common.run_folder import open_run_folder, write_whole
 from common.sit import SiT
 from common.training import Criterion, Training, TrainSettings, averaged_copy, train
 
@@ -114,13 +113,6 @@ def locked(path: Path, *, wait: bool) -> Iterator[bool]:
         yield True
 
 
-def save(content: Any, path: Path) -> None:
-    """Write under another name, then rename."""
-    partial = path.with_name(path.name + ".partial")
-    torch.save(content, partial)
-    partial.replace(path)
-
-
 class Results:
     """The results file: one JSON object a line, read anew at each question, as other processes add to it."""
 
@@ -139,13 +131,13 @@ class Results:
         """Whether the run is finished.
 
         Raises:
-            st.SettingError: If it was, with other settings.
+            Mistake: If it was, with other settings.
         """
         found = [line for line in self.lines() if line["kind"] == "run" and line["key"] == run.key]
         wanted = json.loads(json.dumps([asdict(run.protocol), run.method.described()]))
         for line in found:
             if [line["protocol"], line["method"]] != wanted:
-                raise st.SettingError(
+                raise Mistake(
                     f"{self.path} holds {run.key!r} with other settings.\nFound: {line['protocol']}, "
                     f"{line['method']}.\nName another file with --results."
                 )
@@ -214,8 +206,8 @@ def trained(setting: Setting, run: Run, out: Path) -> list[dict[str, Any]]:
     """Train a run, or go on with it; what was measured, by step."""
     folder = run.folder(out)
     state_file = folder / "state.pt"
-    state = torch.load(state_file, map_location=setting.device, weights_only=True) if state_file.exists() else None
-    measures: list[dict[str, Any]] = [] if state is None else state["measures"]
+    resumed = torch.load(state_file, map_location=setting.device, weights_only=True) if state_file.exists() else None
+    measures: list[dict[str, Any]] = [] if resumed is None else resumed["measures"]
     model, settings, criterion, ema = prepared(setting, run, out)
 
     def after_step(training: Training) -> None:
@@ -229,8 +221,9 @@ def trained(setting: Setting, run: Run, out: Path) -> list[dict[str, Any]]:
             measures[-1]["distance_internally_guided"] = setting.distance(samples)
         if step in run.ends:
             weights = {"model": training.model.state_dict(), "ema": model.state_dict()}
-            save(weights, run.weights(out, step))
-        save({"training": training.state_dict(), "measures": measures}, state_file)
+            write_whole(run.weights(out, step), partial(torch.save, weights))
+        state = {"training": training.state_dict(), "measures": measures}
+        write_whole(state_file, partial(torch.save, state))
 
     torch.manual_seed(run.seed)  # from here on every method draws the same times, noise and dropped labels
     train(
@@ -240,7 +233,7 @@ def trained(setting: Setting, run: Run, out: Path) -> list[dict[str, Any]]:
         settings,
         criterion=criterion,
         ema=ema,
-        resume=None if state is None else state["training"],
+        resume=None if resumed is None else resumed["training"],
         after_step=after_step,
         title=run.key,
     )
@@ -321,9 +314,9 @@ def sample_with_guidance(setting: Setting, runs: list[Run], out: Path, results: 
 def main(argv: list[str] | None = None) -> None:
     """Train what is not finished, or sample with guidance, or report."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", choices=PROTOCOLS, default="cpu", help="of model, data and run (default: cpu)")
-    parser.add_argument("--study", choices=STUDIES, default="controls", help="which methods (default: controls)")
+    parser = Parser(__doc__)
+    parser.add_argument("--size", choices=PROTOCOLS, default="cpu", help="of model, data and run")
+    parser.add_argument("--study", choices=STUDIES, default="controls", help="which methods")
     parser.add_argument("--method", action="append", help="instead: a method with its settings; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SCREEN_SEEDS))
     parser.add_argument(
@@ -355,4 +348,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

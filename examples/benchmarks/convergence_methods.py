@@ -28,6 +28,7 @@ from benchmarks.baselines import (
     OwnAverage,
 )
 from benchmarks.convergence_setting import NULL_CLASS, PATCH_SIZE, Protocol, Setting, block
+from common.options import Mistake
 from common.sit import FinalLayer, SiT
 from common.training import Criterion
 from common.vae import LATENT_CHANNELS
@@ -54,9 +55,14 @@ class Parts(NamedTuple):
     seed: int
     teacher: Path | None
 
+    @property
+    def protocol(self) -> Protocol:
+        """The setting's."""
+        return self.setting.protocol
+
     def head(self, target_size: int = 0) -> st.ProjectionHead:
         """From the model's width to another, or to its own."""
-        p = self.setting.protocol
+        p = self.protocol
         return st.ProjectionHead(p.hidden_size, target_size or p.hidden_size, p.head_features)
 
 
@@ -97,12 +103,10 @@ class Method:
         return {"name": self.name, **asdict(self)}
 
 
-@dataclass(frozen=True)
 class Plain(Method):
     """The denoising loss alone."""
 
-    name = "none"
-    title = "plain"
+    name, title = "none", "plain"
 
     def criterion(self, parts: Parts) -> None:
         """Nothing."""
@@ -118,8 +122,7 @@ class Stage1(Method):
         depth: Of the model; 0 for the protocol's.
     """
 
-    name = "stage1"
-    title = "stage 1"
+    name, title = "stage1", "stage 1"
     target: Literal["latents", "velocity"] = "latents"
     width: int = 0
     depth: int = 0
@@ -130,7 +133,7 @@ class Stage1(Method):
 
     def criterion(self, parts: Parts) -> st.SelfTransLoss:
         """The library's stage 1."""
-        protocol = parts.setting.protocol
+        protocol = parts.protocol
         return st.SelfTransLoss.stage1(
             parts.model,
             layer=block(protocol.layer_at(protocol.stage1_layer, self.depth or protocol.depth)),
@@ -162,7 +165,7 @@ class Guided(Method):
 
     def teacher_of(self, parts: Parts, model: nn.Module, checkpoint: Path | None, depth: int) -> st.CFGFeatureTeacher:
         """A teacher from a checkpoint, or from the weights that the model already has."""
-        protocol = parts.setting.protocol
+        protocol = parts.protocol
         return st.build_teacher(
             model,
             checkpoint,
@@ -174,7 +177,7 @@ class Guided(Method):
 
     def stage2(self, parts: Parts, teacher: st.CFGFeatureTeacher, **more: Any) -> st.SelfTransLoss:
         """The library's stage 2."""
-        protocol = parts.setting.protocol
+        protocol = parts.protocol
         return st.SelfTransLoss.stage2(
             parts.model,
             layer=block(protocol.student_layer),
@@ -203,8 +206,7 @@ class SelfTranscendence(Guided):
         normalised: Whether each token of the target is brought to mean 0 and variance 1.
     """
 
-    name = "self"
-    title = "teacher"
+    name, title = "self", "teacher"
     teacher_width: int = 0
     teacher_depth: int = 0
     teacher_share: float = 1.0
@@ -222,7 +224,7 @@ class SelfTranscendence(Guided):
 
     def criterion(self, parts: Parts) -> Criterion:
         """The library's stage 2, or the same on normalised targets."""
-        protocol = parts.setting.protocol
+        protocol = parts.protocol
         model = self.teacher()[0].model(protocol, parts.setting.device)
         teacher = self.teacher_of(parts, model, parts.teacher, self.teacher_depth or protocol.depth)
         if not self.normalised:
@@ -247,8 +249,7 @@ class Own(Guided):
         refresh: Steps after which the average is copied anew, again and again; 0 for never.
     """
 
-    name = "own"
-    title = "own average"
+    name, title = "own", "own average"
     rows: float = 0.25
     start: float = 0.2
     refresh: int = 0
@@ -259,7 +260,7 @@ class Own(Guided):
 
     def criterion(self, parts: Parts) -> OwnAverage:
         """Stage 1 of the latents, and then stage 2."""
-        protocol = parts.setting.protocol
+        protocol = parts.protocol
         snapshot = copy.deepcopy(parts.ema)
         teacher = self.teacher_of(parts, snapshot, None, protocol.depth)
         return OwnAverage(
@@ -273,16 +274,20 @@ class Own(Guided):
 
 
 @dataclass(frozen=True)
-class InternallyGuided(Method):
+class Peer(Method):
+    """A baseline of benchmarks/baselines.py."""
+
+    weight: float = 0.5
+
+
+class InternallyGuided(Peer):
     """Internal Guidance, with the published weight and depth."""
 
-    name = "ig"
-    title = "Internal Guidance"
-    weight: float = 0.5
+    name, title = "ig", "Internal Guidance"
 
     def criterion(self, parts: Parts) -> InternalGuidance:
         """The baseline."""
-        p = parts.setting.protocol
+        p = parts.protocol
         with torch.random.fork_rng():
             final = FinalLayer(p.hidden_size, PATCH_SIZE, LATENT_CHANNELS)
         for parameter in final.parameters():
@@ -291,80 +296,49 @@ class InternallyGuided(Method):
 
 
 @dataclass(frozen=True)
-class SelfRepresentation(Method):
-    """SRA, as its authors have it since July 2026."""
+class SelfRepresentation(Peer):
+    """SRA, as its authors have it since July 2026; before, smooth L1 with weight 0.2."""
 
-    name = "sra"
-    title = "SRA"
+    name, title = "sra", "SRA"
     distance: Literal["cosine", "smooth_l1"] = "cosine"
-    weight: float = 0.5
 
     def criterion(self, parts: Parts) -> SRA:
         """The baseline."""
-        protocol = parts.setting.protocol
-        return SRA(
-            parts.model,
-            parts.ema,
-            (block(protocol.peer_layer), block(protocol.peer_deep_layer)),
-            parts.head(),
-            weight=self.weight,
-            distance=self.distance,
-        )
+        layers = block(parts.protocol.peer_layer), block(parts.protocol.peer_deep_layer)
+        return SRA(parts.model, parts.ema, layers, parts.head(), weight=self.weight, distance=self.distance)
 
 
-@dataclass(frozen=True)
-class Synced(Method):
-    """LayerSync, with the published weight."""
+class Synced(Peer):
+    """LayerSync; its published weight is 0.2."""
 
-    name = "layersync"
-    title = "LayerSync"
-    weight: float = 0.2
+    name, title = "layersync", "LayerSync"
 
     def criterion(self, parts: Parts) -> LayerSync:
         """The baseline."""
-        protocol = parts.setting.protocol
-        return LayerSync(parts.model, block(protocol.peer_layer), block(protocol.peer_deep_layer), weight=self.weight)
+        p = parts.protocol
+        return LayerSync(parts.model, block(p.peer_layer), block(p.peer_deep_layer), weight=self.weight)
 
 
-@dataclass(frozen=True)
-class Dispersed(Method):
+class Dispersed(Peer):
     """Dispersive loss, with the published weight and temperature."""
 
-    name = "dispersive"
-    title = "Dispersive loss"
-    weight: float = 0.5
-    temperature: float = 0.5
+    name, title = "dispersive", "Dispersive loss"
 
     def criterion(self, parts: Parts) -> Dispersive:
         """The baseline."""
-        return Dispersive(
-            parts.model,
-            block(parts.setting.protocol.peer_layer),
-            weight=self.weight,
-            temperature=self.temperature,
-        )
+        return Dispersive(parts.model, block(parts.protocol.peer_layer), weight=self.weight)
 
 
-@dataclass(frozen=True)
-class External(Method):
+class External(Peer):
     """REPA, with the classifier as encoder: not self-contained, and taught by the judge."""
 
-    name = "repa"
-    title = "REPA (external: the classifier)"
-    weight: float = 0.5
+    name, title = "repa", "REPA (external: the classifier)"
 
     def criterion(self, parts: Parts) -> REPA:
         """The baseline."""
-        setting = parts.setting
-        protocol = setting.protocol
-        targets = ClassifierPatches(setting.classifier, setting.images, batch_size=protocol.batch_size, seed=parts.seed)
-        return REPA(
-            parts.model,
-            block(protocol.student_layer),
-            targets,
-            parts.head(targets.size),
-            weight=self.weight,
-        )
+        p, setting = parts.protocol, parts.setting
+        targets = ClassifierPatches(setting.classifier, setting.images, batch_size=p.batch_size, seed=parts.seed)
+        return REPA(parts.model, block(p.student_layer), targets, parts.head(targets.size), weight=self.weight)
 
 
 METHODS: dict[str, type[Method]] = {
@@ -376,33 +350,25 @@ METHODS: dict[str, type[Method]] = {
 
 
 def parse(text: str) -> Method:
-    """The method that a text such as ``self guidance_scale=8`` means.
+    """The method that a text such as ``self rows=0.25`` means.
 
     Raises:
-        st.SettingError: If there is no such method or setting, or the value is not of the setting's type.
+        Mistake: If there is no such method or setting, or the value is not of the setting's type.
     """
     name, *settings = text.split()
     if name not in METHODS:
-        raise st.SettingError(f"There is no method named {name!r}.\nKnown: {', '.join(METHODS)}.")
+        raise Mistake(f"There is no method named {name!r}.\nKnown: {', '.join(METHODS)}.")
     kinds = {field.name: type(field.default) for field in fields(METHODS[name])}
-    values = {}
+    values: dict[str, Any] = {}
     for setting in settings:
         key, _, value = setting.partition("=")
         if key not in kinds:
-            raise st.SettingError(f"The method {name!r} has no setting {key!r}.\nKnown: {', '.join(kinds) or 'none'}.")
-        values[key] = _value(setting, kinds[key], value)
+            raise Mistake(f"The method {name!r} has no setting {key!r}.\nKnown: {', '.join(kinds)}.")
+        try:
+            values[key] = {"True": True, "False": False}[value] if kinds[key] is bool else kinds[key](value)
+        except (KeyError, ValueError) as error:
+            raise Mistake(f"{setting!r}: that is no {kinds[key].__name__}.") from error
     return METHODS[name](**values)
-
-
-def _value(setting: str, kind: type, value: str) -> Any:
-    if kind is bool:
-        if value not in ("True", "False"):
-            raise st.SettingError(f"{setting!r}: write True or False.")
-        return value == "True"
-    try:
-        return kind(value)
-    except ValueError as error:
-        raise st.SettingError(f"{setting!r}: that is no {kind.__name__}.") from error
 
 
 SCREEN_SEEDS, CONFIRMATION_SEEDS = (10, 11, 12), tuple(range(20, 30))
@@ -421,7 +387,7 @@ STUDIES: dict[str, list[str]] = {
     "variants": [OLD[1] + more for more in (" rows=0.25", " rows=0.5", " weight=1.0", " schedule=linear")],
     "peers": [
         "ig", "ig weight=0.25", "sra", "sra weight=0.25", "sra distance=smooth_l1 weight=0.2", "layersync",
-        "layersync weight=0.5", "dispersive", "dispersive weight=0.25", "repa", "repa weight=1.0",
+        "layersync weight=0.2", "dispersive", "dispersive weight=0.25", "repa", "repa weight=1.0",
     ],
 }  # fmt: skip
 STUDIES["full"] = list(dict.fromkeys(text for study in tuple(STUDIES.values()) for text in study))

@@ -42,7 +42,6 @@ MEASURES = {
     "precision": ("precision", 1, 3),
     "recall": ("recall", 1, 3),
     "label_seen": ("label seen", 1, 3),
-    "knn_noisy": ("k-NN, noisy", 1, 3),
     "held_out_loss": ("held-out loss", 1, 4),
 }
 

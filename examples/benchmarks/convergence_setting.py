@@ -12,8 +12,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-import selftrans_reg as st
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.data import LabelledImages, LatentData
 from common.fashion import NUM_FASHION_CLASSES, fashion
@@ -24,10 +22,12 @@ from common.metrics import (
     classifier_features,
     feature_statistics,
     frechet_distance,
+    kernel_distance,
     precision_recall,
     trained_classifier,
 )
-from common.paths import interpolate, linear_path, velocity_loss
+from common.options import Mistake
+from common.paths import velocity_loss
 from common.run_folder import finished_or_made
 from common.samplers import UNGUIDED, Guidance, Model, sample_ode
 from common.sit import SiT
@@ -36,8 +36,6 @@ from common.vae import DOWNSAMPLING, LATENT_CHANNELS, decode, encode_moments, tr
 IMAGE_SIZE = 32
 PATCH_SIZE = 2
 NULL_CLASS = NUM_FASHION_CLASSES
-NOISY = 0.5  # the noise fraction of the noisy k-NN inputs: inside the window
-NEIGHBOURS = 20
 _BATCH = 250  # of samples and features; larger ones are slower on a CPU
 
 
@@ -47,7 +45,7 @@ class Protocol:
 
     Attributes:
         stage1_layer: Layer that sees the latents in stage 1.
-        student_layer: Layer that Self-Transcendence teaches; the k-NN accuracy of every method is taken there.
+        student_layer: Layer that Self-Transcendence teaches.
         teacher_layer: Layer that it is taught by.
         peer_layer: Shallow layer of the peers: a quarter of the depth, and 0.3 of it for Internal Guidance.
         peer_deep_layer: Deep layer of SRA and LayerSync: two thirds of it.
@@ -57,7 +55,6 @@ class Protocol:
         samples: For the distance at each of these steps.
         final_samples: For all that is measured where the plain run ends, and where a longer one does.
         sampler_steps: Euler steps, one evaluation of the model each, without guidance.
-        knn: Latents that vote, and latents that are classified by them.
         least_accuracy: What the classifier must reach on held-out images to be a judge.
         images: How many images to train on and to hold out, from the first.
     """
@@ -81,7 +78,6 @@ class Protocol:
     samples: int = 2000
     final_samples: int = 10_000
     sampler_steps: int = 25
-    knn: tuple[int, int] = (2000, 1000)
     vae_steps: int = 1000
     classifier_steps: int = 10_000
     least_accuracy: float = 0.9
@@ -131,32 +127,7 @@ PROTOCOLS = {
             evaluate_at=tuple(range(2000, 44_001, 2000)),
             samples=10_000,
             sampler_steps=50,
-            knn=(10_000, 5000),
             vae_steps=4000,
-        ),
-        Protocol(  # for the tests: it judges nothing
-            "tiny",
-            hidden_size=16,
-            depth=5,
-            num_heads=2,
-            stage1_layer=1,
-            student_layer=2,
-            teacher_layer=3,
-            peer_layer=1,
-            peer_deep_layer=3,
-            head_features=8,
-            batch_size=4,
-            warmup_steps=1,
-            steps=5,
-            evaluate_at=(1, 2, 5),
-            samples=20,
-            final_samples=24,
-            sampler_steps=2,
-            knn=(16, 8),
-            vae_steps=2,
-            classifier_steps=2,
-            least_accuracy=0.0,
-            images=(80, 24),
         ),
     )
 }
@@ -165,60 +136,6 @@ PROTOCOLS = {
 def block(layer: int) -> str:
     """The module of a layer that is counted from 1."""
     return f"blocks.{layer - 1}"
-
-
-@torch.no_grad()
-def layer_features(model: SiT, layer: str, latents: Tensor, t: float) -> Tensor:
-    """The mean token of one layer, without being told the class; fixed noise at noise fraction t.
-
-    Shape:
-        latents: (N, C, H, W); returns: (N, D)
-    """
-    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0)).to(latents.device)
-    found = []
-    with st.FeatureTap(model, layer) as tap:
-        for x, e in zip(latents.split(_BATCH), noise.split(_BATCH), strict=True):
-            times = torch.full((len(x),), t, device=x.device)
-            x_t, _ = interpolate(linear_path, x, e, times)
-            model(x_t, times, torch.full((len(x),), NULL_CLASS, device=x.device))
-            found.append(tap.pop().mean(1))
-    return torch.cat(found)
-
-
-def knn_accuracy(
-    reference: Tensor, reference_labels: Tensor, queries: Tensor, query_labels: Tensor, neighbours: int = NEIGHBOURS
-) -> float:
-    """Fraction of the queries whose nearest references by cosine vote for their label.
-
-    Features are centred on the references' mean first: tokens share a large constant part.
-
-    Shape:
-        reference: (M, D); queries: (N, D); labels: (M,), (N,)
-    """
-    centre = reference.mean(0)
-    reference, queries = (torch.nn.functional.normalize(x - centre, dim=1) for x in (reference, queries))
-    nearest = (queries @ reference.T).topk(min(neighbours, len(reference)), dim=1).indices  # (N, k)
-    votes = torch.nn.functional.one_hot(reference_labels[nearest]).sum(1)  # (N, classes)
-    return (votes.argmax(1) == query_labels).double().mean().item()
-
-
-def kernel_distance(data: NDArray[np.float64], samples: NDArray[np.float64]) -> float:
-    """The kernel (Inception) distance: an unbiased squared MMD with the kernel ``(x · y / D + 1)^3``.
-
-    Shape:
-        data: (N, D); samples: (M, D)
-
-    Reference: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401
-    """
-
-    def total(a: NDArray[np.float64], b: NDArray[np.float64]) -> float:
-        return sum(float(((rows @ b.T / a.shape[1] + 1) ** 3).sum()) for rows in np.array_split(a, len(a) // 500 + 1))
-
-    def within(a: NDArray[np.float64]) -> float:
-        own = (((a**2).sum(1) / a.shape[1] + 1) ** 3).sum()
-        return float((total(a, a) - own) / (len(a) * (len(a) - 1)))
-
-    return within(data) + within(samples) - 2 * total(data, samples) / (len(data) * len(samples))
 
 
 class Setting:
@@ -231,7 +148,7 @@ class Setting:
         device: Where to train.
 
     Raises:
-        SettingError: If the classifier is too poor a judge.
+        Mistake: If the classifier is too poor a judge.
     """
 
     def __init__(self, protocol: Protocol, out: Path, data: Path, device: str) -> None:
@@ -267,7 +184,7 @@ class Setting:
         """How good the judge is, and what the best possible samples would get: as many held-out images."""
         found = accuracy(self.classifier, held_out.images, held_out.labels)
         if found < self.protocol.least_accuracy:
-            raise st.SettingError(
+            raise Mistake(
                 f"The classifier is too poor a judge: {found:.3f} of the held-out images, not "
                 f"{self.protocol.least_accuracy}.\nTrain it for more than {self.protocol.classifier_steps} steps."
             )
@@ -308,14 +225,6 @@ class Setting:
         parts = zip(*(tensor.split(_BATCH) for tensor in (latents, labels, t, noise)), strict=True)
         return torch.cat([velocity_loss(model, *part) for part in parts]).mean().item()
 
-    def knn(self, model: SiT, t: float) -> float:
-        """k-NN accuracy of the student's layer on held-out latents, at noise fraction t."""
-        votes, queries = self.protocol.knn
-        layer = block(self.protocol.student_layer)
-        reference = layer_features(model, layer, self.latents.mean[:votes] * self.latents.scale, t)
-        found = layer_features(model, layer, self.held_out[:queries], t)
-        return knn_accuracy(reference, self.latents.labels[:votes], found, self.held_out_labels[:queries])
-
     def judged(self, model: SiT, seed: int, *, final: bool) -> dict[str, Any]:
         """The distance of a model in eval mode, at the end every measure; advances no global generator."""
         if not final:
@@ -331,8 +240,6 @@ class Setting:
             "precision": precision,
             "recall": recall,
             "label_seen": accuracy(self.classifier, images, labels),
-            "knn_clean": self.knn(model, 0.0),
-            "knn_noisy": self.knn(model, NOISY),
             "held_out_loss": self.held_out_loss(model),
         }
 

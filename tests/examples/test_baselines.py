@@ -4,11 +4,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from benchmarks.baselines import REPA, SRA, ClassifierPatches, DeepSupervision, Dispersive, LayerSync, OwnEarlierEMA
+from benchmarks.baselines import (
+    REPA,
+    SRA,
+    ClassifierPatches,
+    Dispersive,
+    InternalGuidance,
+    LayerSync,
+    NormalisedTarget,
+    OwnAverage,
+)
 from common.data import LatentData
 from common.metrics import SmallClassifier
 from common.paths import velocity_loss
-from common.sit import SiT
+from common.sit import FinalLayer, SiT
 from common.training import averaged_copy
 from torch import Tensor, nn
 
@@ -91,36 +100,67 @@ def test_dispersive_is_the_log_mean_over_all_pairs(model: SiT) -> None:
     torch.testing.assert_close(batch.terms(criterion).alignment.double(), expected.detach(), rtol=1e-4, atol=1e-5)
 
 
-def test_deep_supervision_regresses_the_velocity_patch_by_patch(model: SiT) -> None:
-    criterion = DeepSupervision(model, "blocks.1", weight=1.0, hidden_size=WIDTH, latent_channels=3, patch_size=2)
-    nn.init.normal_(criterion.linear.weight)
-    batch = Batch(model)
-    tokens = batch.tokens[1]
-    normed = (tokens - tokens.mean(-1, keepdim=True)) / (tokens.var(-1, correction=0, keepdim=True) + 1e-6).sqrt()
-    predicted = normed @ criterion.linear.weight.T + criterion.linear.bias  # (N, 4, 12)
-    velocity = batch.noise - batch.latents
-    total = 0.0
+def internal_guidance(model: SiT) -> InternalGuidance:
+    final = FinalLayer(WIDTH, 2, 3)
+    criterion = InternalGuidance(model, "blocks.1", final, weight=1.0, decay=0.9)
+    for parameter in final.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return criterion
+
+
+def early_velocity(model: SiT, final: FinalLayer, batch: Batch) -> Tensor:
+    """Patch by patch, from the tokens of the second block."""
+    patches = final(batch.tokens[1], model.t_embedder(batch.t) + model.y_embedder(batch.y))  # (N, 4, 12)
+    velocity = torch.empty_like(batch.latents)
     for row in range(2):
         for column in range(2):
-            patch = velocity[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].permute(0, 2, 3, 1).flatten(1)
-            total += (predicted[:, 2 * row + column] - patch).square().mean() / 4
-    torch.testing.assert_close(batch.terms(criterion).alignment, total.detach(), rtol=1e-4, atol=1e-4)
+            patch = patches[:, 2 * row + column].unflatten(1, (2, 2, 3)).permute(0, 3, 1, 2)
+            velocity[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2] = patch
+    return velocity
 
 
-def test_deep_supervision_starts_from_zero_prediction(model: SiT) -> None:
-    criterion = DeepSupervision(model, "blocks.1", weight=1.0, hidden_size=WIDTH, latent_channels=3, patch_size=2)
+def test_internal_guidance_regresses_the_velocity_early(model: SiT) -> None:
+    criterion = internal_guidance(model)
     batch = Batch(model)
-    expected = (batch.noise - batch.latents).square().mean()
-    torch.testing.assert_close(batch.terms(criterion).alignment, expected, rtol=1e-4, atol=1e-4)
+    terms = batch.terms(criterion)
+    expected = (early_velocity(model, criterion.final, batch) - (batch.noise - batch.latents)).square().mean()
+    torch.testing.assert_close(terms.alignment, expected.detach(), rtol=1e-4, atol=1e-4)
+    terms.total.backward()
+    assert all(p.grad is not None for p in criterion.final.parameters())
+    assert not any(p.requires_grad for p in criterion.average.parameters())
 
 
-def test_sra_regresses_the_averages_layer_at_a_cleaner_time(model: SiT) -> None:
-    ema = averaged_copy(model, 0.9).module
+def test_internal_guidance_samples_away_from_the_averages_early_velocity(model: SiT) -> None:
+    criterion = internal_guidance(model)
+    Batch(model).terms(criterion)  # the average begins as a copy
+    before = {name: value.clone() for name, value in criterion.final.state_dict().items()}
+    for parameter in criterion.final.parameters():
+        parameter.data.add_(1.0)
+    batch = Batch(model.eval())
+    with torch.no_grad():
+        v = model(batch.x_t, batch.t, batch.y)
+        found = criterion.guided(model, 1.4)(batch.x_t, batch.t, batch.y)
+        criterion.final.load_state_dict(before)
+        early = early_velocity(model, criterion.final, batch)
+    torch.testing.assert_close(found, early + 1.4 * (v - early))
+
+
+@pytest.mark.parametrize("distance", ["cosine", "smooth_l1"])
+def test_sra_regresses_the_averages_layer_at_a_cleaner_time(nullable: SiT, distance: str) -> None:
+    ema = averaged_copy(nullable, 0.9).module
     for parameter in ema.parameters():
         parameter.mul_(1.1)
-    criterion = SRA(model, ema, "blocks.0", "blocks.2", weight=1.0, hidden_size=WIDTH, hidden_features=8)
-    batch = Batch(model)
+    head = st.ProjectionHead(WIDTH, WIDTH, 8)
+    criterion = SRA(nullable, ema, ("blocks.0", "blocks.2"), head, weight=1.0, distance=distance)
+    nullable.y_embedder.dropout_prob = 0.5
+    seen: list[Tensor] = []
+    nullable.y_embedder.embedding_table.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    ran: list[int] = []
+    ema.blocks[3].register_forward_hook(lambda m, a, out: ran.append(1))
+    batch = Batch(nullable)
     terms = batch.terms(criterion, step=7)
+    assert not ran  # the average stops at its layer
+    assert 0 < (seen[0] == 5).sum() < N  # some labels were dropped, and the average sees the same
 
     interval = 0.2 * torch.rand(N, generator=torch.Generator().manual_seed(7))
     cleaner = (batch.t - interval).clamp(min=0)
@@ -128,39 +168,24 @@ def test_sra_regresses_the_averages_layer_at_a_cleaner_time(model: SiT) -> None:
     found: list[Tensor] = []
     handle = ema.blocks[2].register_forward_hook(lambda m, a, out: found.append(out))
     with torch.no_grad():
-        ema((1 - s) * batch.latents + s * batch.noise, cleaner, batch.y)
+        ema((1 - s) * batch.latents + s * batch.noise, cleaner, seen[0])
     handle.remove()
-    error = (plain_head(criterion.head, batch.tokens[0]) - found[0]).abs()
-    expected = torch.where(error < 1, 0.5 * error**2, error - 0.5).mean()
+    projected = plain_head(head, batch.tokens[0])
+    error = (projected - found[0]).abs()
+    if distance == "smooth_l1":
+        expected = torch.where(error < 0.05, error**2 / 0.1, error - 0.025).mean()
+    else:  # of each channel, along the tokens
+        expected = 1 - cosine(projected.transpose(1, 2), found[0].transpose(1, 2))
     torch.testing.assert_close(terms.alignment, expected.detach(), rtol=1e-4, atol=1e-5)
     terms.total.backward()
     assert all(parameter.grad is None for parameter in ema.parameters())
     assert not any(name.startswith("blocks") for name, _ in criterion.named_parameters())  # the average is no part
 
 
-def test_sra_stops_the_average_at_its_layer_and_draws_by_the_step(model: SiT) -> None:
-    ema = averaged_copy(model, 0.9).module
-    criterion = SRA(model, ema, "blocks.0", "blocks.2", weight=1.0, hidden_size=WIDTH, hidden_features=8)
-    ran: list[int] = []
-    ema.blocks[3].register_forward_hook(lambda m, a, out: ran.append(1))
-    found = []
-    for step in (3, 4, 3):
-        torch.manual_seed(1)
-        batch = Batch(model)
-        batch.terms(criterion, step)
-        found.append(criterion.target(batch.latents, step))
-    assert not ran
-    assert torch.equal(found[0], found[2])
-    assert not torch.equal(found[0], found[1])
-    ema(torch.randn(2, 3, 4, 4), torch.rand(2), torch.arange(2))  # sampling from the average runs the whole of it
-    assert ran
-
-
 def test_repa_is_minus_the_cosine_to_the_encoder_of_that_batch(model: SiT) -> None:
     targets = torch.randn(3, N, 4, 5)
-    criterion = REPA(
-        model, "blocks.1", lambda step: targets[step], weight=1.0, hidden_size=WIDTH, target_size=5, hidden_features=8
-    )
+    head = st.ProjectionHead(WIDTH, 5, 8)
+    criterion = REPA(model, "blocks.1", lambda step: targets[step], head, weight=1.0)
     batch = Batch(model)
     expected = -cosine(plain_head(criterion.head, batch.tokens[1]), targets[2])
     torch.testing.assert_close(batch.terms(criterion, step=2).alignment, expected.detach())
@@ -185,18 +210,36 @@ def test_the_encoder_sees_the_images_of_the_batches_that_train() -> None:
     assert torch.equal(resumed(6), found)
 
 
-def own_earlier_ema(model: SiT) -> tuple[OwnEarlierEMA, nn.Module]:
-    ema = averaged_copy(model, 0.9).module
-    for parameter in ema.parameters():
-        parameter.mul_(0.9)  # an average is never quite the model
-    common = {"time": "repa", "hidden_features": 8, "window": None}
-    first = st.SelfTransLoss.stage1(model, layer="blocks.0", latent_channels=3, patch_size=2, **common)
+def taught_by(snapshot: nn.Module) -> st.CFGFeatureTeacher:
+    return st.build_teacher(snapshot, None, layer="blocks.2", guidance_scale=3.0, null={"y": 5}, time="repa")
 
-    def then(teacher: nn.Module) -> st.SelfTransLoss:
-        built = st.build_teacher(teacher, None, layer="blocks.2", guidance_scale=3.0, null={"y": 5}, time="repa")
-        return st.SelfTransLoss.stage2(model, layer="blocks.1", teacher=built, **common)
 
-    return OwnEarlierEMA(ema, first, then, switch_step=2), ema
+def guided(weights: dict[str, Tensor], batch: Batch) -> Tensor:
+    """The guided features of the third block of a model with these weights."""
+    teacher = SiT(4, 2, 3, WIDTH, 4, 2, num_classes=5, learn_sigma=False).eval()
+    teacher.load_state_dict(weights)
+    tokens: list[Tensor] = []
+    teacher.blocks[2].register_forward_hook(lambda m, a, out: tokens.append(out))
+    with torch.no_grad():
+        teacher(batch.x_t, batch.t, batch.y)
+        teacher(batch.x_t, batch.t, torch.full_like(batch.y, 5))
+    return tokens[1] + 3.0 * (tokens[0] - tokens[1])
+
+
+@pytest.mark.parametrize("window", [(0.0, 1.0), (0.3, 0.8), (2.0, 3.0)])
+def test_a_normalised_target_has_mean_0_and_variance_1(nullable: SiT, window: tuple[float, float]) -> None:
+    snapshot = averaged_copy(nullable, 0.9).module
+    weights = {name: value.clone() for name, value in snapshot.state_dict().items()}
+    head = st.ProjectionHead(WIDTH, WIDTH, 8)
+    criterion = NormalisedTarget(nullable, "blocks.1", taught_by(snapshot), head, weight=1.0, window=window)
+    batch = Batch(nullable)
+    terms = batch.terms(criterion)
+    target = guided(weights, batch)
+    target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    errors = (plain_head(head, batch.tokens[1]) - target).square().mean((1, 2))
+    inside = (batch.t >= window[0]) & (batch.t <= window[1])
+    torch.testing.assert_close(terms.alignment, (errors * inside).mean().detach(), rtol=1e-4, atol=1e-5)
+    terms.total.backward()
 
 
 @pytest.fixture
@@ -208,51 +251,26 @@ def nullable() -> SiT:
     return model.train()
 
 
-def test_own_earlier_ema_is_stage_1_and_then_stage_2_from_the_snapshot(nullable: SiT) -> None:
-    criterion, ema = own_earlier_ema(nullable)
-    held = {id(parameter) for parameter in criterion.parameters() if parameter.requires_grad}
-    found = []
-    for step in range(5):
+@pytest.mark.parametrize(("refresh", "taught_at"), [(0, [2] * 4), (2, [2, 2, 4, 4])])
+def test_an_own_average_teaches_as_it_was_when_copied(nullable: SiT, refresh: int, taught_at: list[int]) -> None:
+    ema = averaged_copy(nullable, 0.9).module
+    snapshot = averaged_copy(nullable, 0.9).module
+    common = {"time": "repa", "hidden_features": 8, "window": None}
+    first = st.SelfTransLoss.stage1(nullable, layer="blocks.0", latent_channels=3, patch_size=2, **common)
+    then = st.SelfTransLoss.stage2(nullable, layer="blocks.1", teacher=taught_by(snapshot), **common)
+    criterion = OwnAverage(ema, snapshot, first, then, start=2, refresh=refresh)
+    averages = []
+    for step in range(6):
         for parameter in ema.parameters():
-            parameter.add_(0.05)  # the average moves on; after the switch the teacher does not
-        if step == 2:
-            snapshot = {name: value.clone() for name, value in ema.state_dict().items()}
+            parameter.mul_(0.95)  # the average moves on
+        averages.append({name: value.clone() for name, value in ema.state_dict().items()})
         batch = Batch(nullable)
         terms = batch.terms(criterion, step)
-        found.append(terms.alignment.item())
+        if step < 2:
+            expected = first.heads[0](batch.tokens[0], batch.latents).mean()
+        else:
+            projected = plain_head(then.heads[0], batch.tokens[1])
+            expected = (projected - guided(averages[taught_at[step - 2]], batch)).square().mean()
+        torch.testing.assert_close(terms.alignment, expected.detach(), rtol=1e-3, atol=1e-5)
         terms.total.backward()
         nullable.zero_grad()
-    assert found[2] == 0  # the batch of the switch
-    assert min(found[:2] + found[3:]) > 0
-
-    x, t, y = batch.x_t, batch.t, batch.y
-    teacher = SiT(4, 2, 3, WIDTH, 4, 2, num_classes=5, learn_sigma=False).eval()
-    teacher.load_state_dict(snapshot)
-    tokens: list[Tensor] = []
-    teacher.blocks[2].register_forward_hook(lambda m, a, out: tokens.append(out))
-    with torch.no_grad():
-        teacher(x, t, y)
-        teacher(x, t, torch.full_like(y, 5))
-    guided = tokens[1] + 3.0 * (tokens[0] - tokens[1])
-    projected = plain_head(criterion.then.heads[0], batch.tokens[1])
-    assert found[4] == pytest.approx((projected - guided).square().mean().item(), rel=1e-3)
-    trained = {id(p) for p in criterion.then.parameters() if p.grad is not None}
-    assert trained <= held  # the optimiser was given them at the start
-    assert trained
-
-
-@pytest.mark.parametrize("saved_after", [1, 4])
-def test_own_earlier_ema_goes_on_from_its_state(nullable: SiT, saved_after: int) -> None:
-    criterion, _ = own_earlier_ema(nullable)
-    for step in range(saved_after):
-        Batch(nullable).terms(criterion, step)
-    state = {name: value.clone() for name, value in criterion.state_dict().items()}
-    torch.manual_seed(9)
-    expected = Batch(nullable).terms(criterion, saved_after).alignment
-    criterion.first.detach()
-    criterion.then.detach()
-
-    again, _ = own_earlier_ema(nullable)
-    again.load_state_dict(state)
-    torch.manual_seed(9)
-    assert torch.equal(Batch(nullable).terms(again, saved_after).alignment, expected)

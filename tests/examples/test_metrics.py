@@ -12,6 +12,7 @@ from common.metrics import (
     feature_statistics,
     frechet_distance,
     frechet_spread,
+    kernel_distance,
     precision_recall,
     streamed_statistics,
     train_classifier,
@@ -151,6 +152,18 @@ def test_precision_falls_for_noise_and_recall_for_one_mode() -> None:
     assert precision_recall(modes, one_mode).recall == pytest.approx(0.5, abs=0.06)
     assert precision_recall(modes, noise).precision < 0.05
     assert precision_recall(modes, modes) == (1, 1)
+
+
+def test_the_kernel_distance_is_the_mean_over_pairs_of_different_points() -> None:
+    rng = np.random.default_rng(0)
+    data, samples = rng.normal(size=(7, 3)), rng.normal(size=(5, 3)) + 0.5
+
+    def mean(a: np.ndarray, b: np.ndarray, *, same: bool) -> float:
+        pairs = [(x @ y / 3 + 1) ** 3 for i, x in enumerate(a) for j, y in enumerate(b) if not (same and i == j)]
+        return float(np.mean(pairs))
+
+    expected = mean(data, data, same=True) + mean(samples, samples, same=True) - 2 * mean(data, samples, same=False)
+    assert kernel_distance(data, samples) == pytest.approx(expected)
 
 
 def test_sets_without_neighbours_are_named() -> None:
