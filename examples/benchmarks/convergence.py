@@ -90,10 +90,6 @@ class Run:
             return [self.end]
         return sorted({step for step in self.protocol.evaluate_at if step < self.end} | self.ends)
 
-    def parts(self) -> list[tuple[int, int]]:
-        """First step and end of each part of the run within which every step costs the same."""
-        return list(pairwise([0, *self.method.part_ends(self.protocol)]))
-
     def teacher(self) -> Run | None:
         """The run that comes first."""
         needed = self.method.teacher()
@@ -179,7 +175,7 @@ def counted_operations(setting: Setting, run: Run, out: Path) -> list[tuple[int,
     counts = []
     batch = next(setting.latents.batches(batch_size=setting.protocol.batch_size, seed=run.seed))
     with torch.random.fork_rng():
-        for begin, end in run.parts():
+        for begin, end in pairwise([0, *run.method.part_ends(run.protocol)]):
             training = Training(*prepared(setting, run, out))
             training.steps = begin
             with sdpa_kernel(SDPBackend.MATH):  # the counter does not see into every fused attention

@@ -17,16 +17,7 @@ from torch import nn
 import selftrans_reg as st
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.baselines import (
-    REPA,
-    SRA,
-    ClassifierPatches,
-    Dispersive,
-    InternalGuidance,
-    LayerSync,
-    NormalisedTarget,
-    OwnAverage,
-)
+from benchmarks import baselines as peers
 from benchmarks.convergence_setting import NULL_CLASS, PATCH_SIZE, Protocol, Setting, block
 from common.options import Mistake
 from common.sit import FinalLayer, SiT
@@ -229,7 +220,7 @@ class SelfTranscendence(Guided):
         teacher = self.teacher_of(parts, model, parts.teacher, self.teacher_depth or protocol.depth)
         if not self.normalised:
             return self.stage2(parts, teacher)
-        return NormalisedTarget(
+        return peers.NormalisedTarget(
             parts.model,
             block(protocol.student_layer),
             teacher,
@@ -258,12 +249,12 @@ class Own(Guided):
         """Stage 1, stage 2, and neither."""
         return sorted({protocol.step_at(self.share * part) for part in (self.start, self.stop, 1.0)})
 
-    def criterion(self, parts: Parts) -> OwnAverage:
+    def criterion(self, parts: Parts) -> peers.OwnAverage:
         """Stage 1 of the latents, and then stage 2."""
         protocol = parts.protocol
         snapshot = copy.deepcopy(parts.ema)
         teacher = self.teacher_of(parts, snapshot, None, protocol.depth)
-        return OwnAverage(
+        return peers.OwnAverage(
             parts.ema,
             snapshot,
             Stage1().criterion(parts),
@@ -285,14 +276,14 @@ class InternallyGuided(Peer):
 
     name, title = "ig", "Internal Guidance"
 
-    def criterion(self, parts: Parts) -> InternalGuidance:
+    def criterion(self, parts: Parts) -> peers.InternalGuidance:
         """The baseline."""
         p = parts.protocol
         with torch.random.fork_rng():
             final = FinalLayer(p.hidden_size, PATCH_SIZE, LATENT_CHANNELS)
         for parameter in final.parameters():
             nn.init.zeros_(parameter)  # as the model's own last layer
-        return InternalGuidance(parts.model, block(p.peer_layer), final, weight=self.weight, decay=p.ema_decay)
+        return peers.InternalGuidance(parts.model, block(p.peer_layer), final, weight=self.weight, decay=p.ema_decay)
 
 
 @dataclass(frozen=True)
@@ -302,10 +293,10 @@ class SelfRepresentation(Peer):
     name, title = "sra", "SRA"
     distance: Literal["cosine", "smooth_l1"] = "cosine"
 
-    def criterion(self, parts: Parts) -> SRA:
+    def criterion(self, parts: Parts) -> peers.SRA:
         """The baseline."""
         layers = block(parts.protocol.peer_layer), block(parts.protocol.peer_deep_layer)
-        return SRA(parts.model, parts.ema, layers, parts.head(), weight=self.weight, distance=self.distance)
+        return peers.SRA(parts.model, parts.ema, layers, parts.head(), weight=self.weight, distance=self.distance)
 
 
 class Synced(Peer):
@@ -313,10 +304,10 @@ class Synced(Peer):
 
     name, title = "layersync", "LayerSync"
 
-    def criterion(self, parts: Parts) -> LayerSync:
+    def criterion(self, parts: Parts) -> peers.LayerSync:
         """The baseline."""
         p = parts.protocol
-        return LayerSync(parts.model, block(p.peer_layer), block(p.peer_deep_layer), weight=self.weight)
+        return peers.LayerSync(parts.model, block(p.peer_layer), block(p.peer_deep_layer), weight=self.weight)
 
 
 class Dispersed(Peer):
@@ -324,9 +315,9 @@ class Dispersed(Peer):
 
     name, title = "dispersive", "Dispersive loss"
 
-    def criterion(self, parts: Parts) -> Dispersive:
+    def criterion(self, parts: Parts) -> peers.Dispersive:
         """The baseline."""
-        return Dispersive(parts.model, block(parts.protocol.peer_layer), weight=self.weight)
+        return peers.Dispersive(parts.model, block(parts.protocol.peer_layer), weight=self.weight)
 
 
 class External(Peer):
@@ -334,11 +325,11 @@ class External(Peer):
 
     name, title = "repa", "REPA (external: the classifier)"
 
-    def criterion(self, parts: Parts) -> REPA:
+    def criterion(self, parts: Parts) -> peers.REPA:
         """The baseline."""
         p, setting = parts.protocol, parts.setting
-        targets = ClassifierPatches(setting.classifier, setting.images, batch_size=p.batch_size, seed=parts.seed)
-        return REPA(parts.model, block(p.student_layer), targets, parts.head(targets.size), weight=self.weight)
+        targets = peers.ClassifierPatches(setting.classifier, setting.images, batch_size=p.batch_size, seed=parts.seed)
+        return peers.REPA(parts.model, block(p.student_layer), targets, parts.head(targets.size), weight=self.weight)
 
 
 METHODS: dict[str, type[Method]] = {
@@ -379,6 +370,7 @@ OLD = [  # small and old teachers
 YOUNG = ["self teacher_width=48 teacher_depth=8 teacher_share=0.4", "self teacher_share=0.2"]
 # Which methods each part of the study trains; a teacher that is missing is trained first.
 STUDIES: dict[str, list[str]] = {
+    "plain": ["none"],
     "controls": ["none share=2.2", "stage1 share=2.2"],
     "old": OLD,
     "young": [text + more for text in YOUNG for more in ("", " distance=cosine", " normalised=True")],
@@ -390,4 +382,4 @@ STUDIES: dict[str, list[str]] = {
         "layersync weight=0.2", "dispersive", "dispersive weight=0.25", "repa", "repa weight=1.0",
     ],
 }  # fmt: skip
-STUDIES["full"] = list(dict.fromkeys(text for study in tuple(STUDIES.values()) for text in study))
+STUDIES["full"] = list(dict.fromkeys(text for study in tuple(STUDIES.values())[1:] for text in study))

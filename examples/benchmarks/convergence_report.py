@@ -223,6 +223,8 @@ def table(header: list[str], rows: Iterable[list[str]]) -> str:
 
 def price_table(study: Study, methods: list[str]) -> str:
     """What everything costs, in plain runs, and what it brings."""
+    if not methods:
+        return NOTHING
     rows = []
     for method in methods:
         at = study.reached(method)
@@ -277,13 +279,18 @@ def guidance_table(study: Study) -> str:
 
 
 def coverage(study: Study) -> str:
-    """What of each part of the study has been run."""
+    """What of each part of the study has been run, on the seeds of the screen."""
+
+    def done(text: str) -> int:
+        run = {"method": parse(text).described()}
+        lines = study.runs.get(str(method_of(run)), {}).values()  # a longer run holds the shorter one
+        return sum(line["measures"][-1]["step"] >= run["method"]["share"] * study.steps for line in lines)
+
     rows = []
     for name, texts in STUDIES.items():
-        done = study.methods(texts)
-        count = sum(len(study.runs[method]) for method in done)
-        missing = [f"`{text}`" for text in texts if not study.methods([text])]
-        rows.append([name, f"{count} of {len(texts) * len(SCREEN_SEEDS)}", "; ".join(missing) or "none"])
+        missing = [f"`{text}`" for text in texts if not done(text)]
+        runs = f"{sum(map(done, texts))} of {len(texts) * len(SCREEN_SEEDS)}"
+        rows.append([name, runs, "; ".join(missing) or "none"])
     return table(["part", "runs", "settings without any"], rows[:-1])  # the last is all of them
 
 
@@ -363,12 +370,12 @@ def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
         "origin": origin(study),
         "verdict": verdict(confirmed, criteria[-1] if criteria else None),
         "price": price_table(study, own),
-        "peers": price_table(study, peers) if peers else NOTHING,
+        "peers": price_table(study, peers),
         "distances": distance_table(study, [*own, *peers]),
         "measures": measure_table(study, [*own, *peers]),
         "guidance": guidance_table(study),
-        "confirmation": price_table(confirmed, confirmed.methods(confirmed.runs)) if confirmed.runs else NOTHING,
-        "earlier": price_table(earlier, earlier.methods(earlier.runs)) if earlier.runs else NOTHING,
+        "confirmation": price_table(confirmed, confirmed.methods(confirmed.runs)),
+        "earlier": price_table(earlier, earlier.methods(earlier.runs)),
         "coverage": coverage(study),
     }
     page = root / "docs" / "does-it-work.md"

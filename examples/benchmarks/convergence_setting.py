@@ -13,19 +13,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import metrics
 from common.data import LabelledImages, LatentData
 from common.fashion import NUM_FASHION_CLASSES, fashion
-from common.metrics import (
-    FeatureStatistics,
-    SmallClassifier,
-    accuracy,
-    classifier_features,
-    feature_statistics,
-    frechet_distance,
-    kernel_distance,
-    precision_recall,
-    trained_classifier,
-)
 from common.options import Mistake
 from common.paths import velocity_loss
 from common.run_folder import finished_or_made
@@ -105,32 +95,12 @@ class Protocol:
         ).to(device)
 
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol("cpu"),
-        Protocol(  # SiT-S/2
-            "S",
-            hidden_size=384,
-            depth=12,
-            num_heads=6,
-            student_layer=6,
-            teacher_layer=8,
-            peer_layer=3,
-            peer_deep_layer=8,
-            head_features=2048,
-            batch_size=256,
-            lr=3e-4,
-            warmup_steps=500,
-            ema_decay=0.999,
-            steps=20_000,
-            evaluate_at=tuple(range(2000, 44_001, 2000)),
-            samples=10_000,
-            sampler_steps=50,
-            vae_steps=4000,
-        ),
-    )
-}
+SIT_S = Protocol(
+    "S", hidden_size=384, depth=12, num_heads=6, student_layer=6, teacher_layer=8, peer_layer=3, peer_deep_layer=8,
+    head_features=2048, batch_size=256, lr=3e-4, warmup_steps=500, ema_decay=0.999, steps=20_000, samples=10_000,
+    evaluate_at=tuple(range(2000, 44_001, 2000)), sampler_steps=50, vae_steps=4000,
+)  # fmt: skip
+PROTOCOLS = {"cpu": Protocol("cpu"), "S": SIT_S}
 
 
 def block(layer: int) -> str:
@@ -160,7 +130,7 @@ class Setting:
         )
         self.images = train.images
         self.vae = trained_vae(out / "vae", train.images, steps=protocol.vae_steps, seed=0, device=device)
-        self.classifier: SmallClassifier = trained_classifier(
+        self.classifier: metrics.SmallClassifier = metrics.trained_classifier(
             out / "classifier.pt", train, steps=protocol.classifier_steps, seed=0, device=device
         )
         moments = finished_or_made(out / "latents.pt", lambda: self._encode(train.images, held_out.images))
@@ -169,7 +139,7 @@ class Setting:
         self.held_out = (moments["held_out"] * scale).to(device)
         self.held_out_labels = held_out.labels.to(device)
         features = self._features(train.images)
-        self.reference = feature_statistics(features)
+        self.reference = metrics.feature_statistics(features)
         self.manifold = features[: protocol.final_samples]
         self.judge = self._judge(held_out)
 
@@ -178,11 +148,11 @@ class Setting:
         return {"mean": mean, "std": std, "held_out": encode_moments(self.vae, held_out)[0]}
 
     def _features(self, images: Tensor) -> NDArray[np.float64]:
-        return classifier_features(self.classifier, images)
+        return metrics.classifier_features(self.classifier, images)
 
     def _judge(self, held_out: LabelledImages) -> dict[str, float]:
         """How good the judge is, and what the best possible samples would get: as many held-out images."""
-        found = accuracy(self.classifier, held_out.images, held_out.labels)
+        found = metrics.accuracy(self.classifier, held_out.images, held_out.labels)
         if found < self.protocol.least_accuracy:
             raise Mistake(
                 f"The classifier is too poor a judge: {found:.3f} of the held-out images, not "
@@ -199,8 +169,7 @@ class Setting:
 
     def distance(self, images: Tensor) -> float:
         """Fréchet distance of images from all training images."""
-        found: FeatureStatistics = feature_statistics(self._features(images))
-        return frechet_distance(self.reference, found)
+        return metrics.frechet_distance(self.reference, metrics.feature_statistics(self._features(images)))
 
     def samples(
         self, model: Model, seed: int, count: int | None = None, guidance: Guidance = UNGUIDED
@@ -231,15 +200,15 @@ class Setting:
             return {"distance": self.distance(self.samples(model, seed)[0])}
         images, labels = self.samples(model, seed, self.protocol.final_samples)
         features = self._features(images)
-        some = features[: self.protocol.samples]
-        precision, recall = precision_recall(self.manifold[: len(self.manifold) // 2], features[: len(features) // 2])
+        half = len(features) // 2
+        precision, recall = metrics.precision_recall(self.manifold[:half], features[:half])
         return {
-            "distance": frechet_distance(self.reference, feature_statistics(some)),  # as at the other steps
-            "distance_all": frechet_distance(self.reference, feature_statistics(features)),
-            "kid": kernel_distance(self.manifold, features),
+            "distance": self.distance(images[: self.protocol.samples]),  # as at the other steps
+            "distance_all": metrics.frechet_distance(self.reference, metrics.feature_statistics(features)),
+            "kid": metrics.kernel_distance(self.manifold, features),
             "precision": precision,
             "recall": recall,
-            "label_seen": accuracy(self.classifier, images, labels),
+            "label_seen": metrics.accuracy(self.classifier, images, labels),
             "held_out_loss": self.held_out_loss(model),
         }
 

@@ -427,7 +427,8 @@ def test_the_verdict_is_of_the_upper_bound(study: Study) -> None:
 
 def test_coverage_names_what_was_not_run(study: Study) -> None:
     rows = {row.split(" | ")[0]: row for row in coverage(study).splitlines()}
-    assert rows["| controls"] == "| controls | 2 of 6 | `stage1 share=2.2` |"
+    assert rows["| plain"] == "| plain | 2 of 3 | none |"
+    assert rows["| controls"] == "| controls | 0 of 6 | `none share=2.2`; `stage1 share=2.2` |"  # 2.0 is not enough
 
 
 def test_a_methods_title_names_its_settings() -> None:
