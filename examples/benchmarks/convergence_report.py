@@ -38,7 +38,7 @@ MISSING = "not measured"
 NOTHING = "Nothing of this has been run yet."
 MEASURES = {
     "distance_all": ("distance", 1, 1),
-    "kid": ("KID × 1000", 1000, 2),
+    "kid": ("KID", 1, 1),
     "precision": ("precision", 1, 3),
     "recall": ("recall", 1, 3),
     "label_seen": ("label seen", 1, 3),
