@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
 
 import selftrans_reg as st
-from selftrans_reg.analysis.draw import draw_curves, draw_features
+from selftrans_reg.analysis.draw import draw_curves, draw_features, draw_report
 
 MOST_ROWS = 6  # layers in the picture of tokens
 PICTURE_SCALES = (0.0, 1.0, 4.0)  # and the proposed one
@@ -410,7 +410,7 @@ def main(argv: Sequence[str] | None = None) -> st.LayerReport:
     report = measured_report(run, subject)
     text = str(report)
     (run.out / "report.txt").write_text(text + "\n", "utf-8")
-    report.draw(run.out / "report.png")
+    draw_report(report, run.out / "report.png")
     sections = [
         Section("Layers and guidance scales", fragment=report._repr_html_()),
         Section("Over the layers", picture=run.out / "report.png"),

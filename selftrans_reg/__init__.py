@@ -7,7 +7,7 @@ Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 """
 
 from .analysis.inspection import layer_report
-from .analysis.result import LayerReport
+from .analysis.report import LayerReport
 from .artefacts import strip
 from .checkpoints import load_weights, read_checkpoint
 from .criterion import LossTerms, SelfTransLoss

@@ -11,18 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..modules import unwrap
+from ..modules import check_positive, unwrap
 from ..null import Null
 from ..recipes import Recipe, find_blocks, recipe
 from ..taps import layer_names
 from ..teacher import check_guidance_scale
 from ..time import TimeConvention, resolve
 from ..tokens import Select, Tokens, check_select, check_tokens
-from .measures import effective_rank, knn_accuracy, probe_accuracy, similarities
-from .noising import time_at
 from .proposal import NO_CONTRAST, propose
-from .result import LayerMeasures, LayerReport
-from .survey import LayerReader, Progress, Survey, survey
+from .report import LayerMeasures, LayerReport
+from .scores import effective_rank, knn_accuracy, probe_accuracy, similarities
+from .survey import LayerReader, Progress, Survey, noise_generator, survey, time_at
 
 _HELD_OUT = 0.25
 # Layers are compared by a matrix of this many samples squared; more would hardly change it.
@@ -93,9 +92,9 @@ def layer_report(
         raise SettingError("noise_fractions is empty: name at least one, such as 0.5.")
     for fraction in fractions:
         time_at(convention, fraction)
-    for name, value in {"samples": samples, "k": k}.items():
-        if type(value) is not int or value < 1:
-            raise SettingError(f"{name} must be a positive integer; got {value!r}.")
+    check_positive("samples", samples)
+    check_positive("k", k)
+    split = noise_generator(seed)
     names = find_blocks(model, None) if layers is None else layer_names(layers)
     scales = {1.0}
     if null is not None:
@@ -105,8 +104,8 @@ def layer_report(
     found = survey(reader, batches, fractions, samples=samples, seed=seed, progress=progress)
     if found.samples < max(_FEWEST, k / (1 - _HELD_OUT) + 1):
         raise SettingError(f"{found.samples} samples are too few for k = {k}, a quarter of them held out: give more.")
-    split = _Split(found, seed, reader.device)
-    rows, alignment = _measured(found, split, tuple(sorted(scales)), fractions, k, progress)
+    scores = _Scores(found, torch.randperm(found.samples, generator=split, device="cpu"), reader.device, k)
+    rows, alignment = scores.measured(tuple(sorted(scales)), fractions, progress)
     report = LayerReport(
         model=type(unwrap(model)).__name__,
         layers=found.layers,
@@ -114,26 +113,26 @@ def layer_report(
         guidance_scales=tuple(sorted(scales)),
         conditioned=found.conditioned,
         samples=found.samples,
-        held_out=len(split.test),
-        classes=split.classes,
-        chance=split.chance,
+        held_out=len(scores.test),
+        classes=scores.classes,
+        chance=scores.chance,
         rows=tuple(rows),
-        alignment=alignment,
-        notes=(*_broken_notes(found, fractions), *_guidance_notes(found, fractions, split, guided=null is not None)),
+        alignment=tuple(tuple(tuple(None if v != v else v for v in row) for row in matrix) for matrix in alignment),
+        notes=(*_broken_notes(found, fractions), *_guidance_notes(found, scores.classes, guided=null is not None)),
         recipe=None,
     )
     published = _published(model, found.layers)
     return report if published is None else dataclasses.replace(report, recipe=propose(report, published))
 
 
-class _Split:
-    """Labels as numbers from 0, and which samples are held out."""
+class _Scores:
+    """What a survey's features are scored by: labels as numbers from 0, and which samples are held out."""
 
-    def __init__(self, found: Survey, seed: int, device: torch.device) -> None:
+    def __init__(self, found: Survey, order: Tensor, device: torch.device, k: int) -> None:
         self.device = device if device.type == "cuda" else torch.device("cpu")  # others may have no float64
-        order = torch.randperm(found.samples, generator=torch.Generator().manual_seed(seed)).to(self.device)
+        self.found, self.k = found, k
         held_out = round(_HELD_OUT * len(order))
-        self.test, self.train = order[:held_out], order[held_out:]
+        self.test, self.train = order.to(self.device).tensor_split([held_out])
         self.labels: Tensor | None = None
         self.classes: int | None = None
         self.chance: float | None = None
@@ -142,55 +141,45 @@ class _Split:
             self.labels, self.classes = inverse.to(self.device), len(seen)
             self.chance = int(counts.max()) / found.samples
 
-    def accuracies(self, features: Tensor, k: int) -> tuple[float | None, float | None]:
+    def measured(
+        self, scales: tuple[float, ...], fractions: tuple[float, ...], progress: Progress
+    ) -> tuple[list[LayerMeasures], list[list[list[float]]]]:
+        """The rows, and the alignment's mean over the noise fractions; NaN where a layer is not finite."""
+        rows, layers = [], self.found.layers
+        alignment = torch.zeros(len(scales), len(layers), len(layers), dtype=torch.float64, device="cpu")
+        pairs = [(fraction, layer) for fraction in fractions for layer in layers]
+        students: dict[float, Tensor] = {}
+        for fraction, layer in pairs if progress is None else progress(pairs, "measures"):
+            if fraction not in students:
+                students = {fraction: self._compared(fraction)}  # those of the last fraction are dropped
+            cell = self.found.cells[layer, fraction]
+            column = alignment[:, :, layers.index(layer)]  # a view
+            for index, scale in enumerate(scales):
+                if cell.broken:
+                    column[index] = torch.nan
+                    rows.append(LayerMeasures(layer, fraction, scale))
+                    continue
+                features = cell.pooled(scale, self.device)
+                cka = students[fraction] @ similarities(features[:_MOST_COMPARED])
+                column[index] += cka.cpu() / len(fractions)
+                contrast = cell.contrast() if cell.unconditional else None
+                sizes = cell.norm(scale), effective_rank(features)
+                rows.append(LayerMeasures(layer, fraction, scale, contrast, *sizes, *self._accuracies(features)))
+        return rows, alignment.tolist()
+
+    def _accuracies(self, features: Tensor) -> tuple[float | None, float | None]:
         """Of k-NN and probe; none without labels, or with one label alone."""
         if self.labels is None or self.classes == 1:
             return None, None
         parts = (features[self.train], self.labels[self.train], features[self.test], self.labels[self.test])
-        return knn_accuracy(*parts, k), probe_accuracy(*parts)
+        return knn_accuracy(*parts, self.k), probe_accuracy(*parts)
 
-
-def _measured(
-    found: Survey,
-    split: _Split,
-    scales: tuple[float, ...],
-    fractions: tuple[float, ...],
-    k: int,
-    progress: Progress,
-) -> tuple[list[LayerMeasures], tuple[tuple[tuple[float | None, ...], ...], ...]]:
-    """The rows, and the alignment's mean over the noise fractions."""
-    rows = []
-    alignment = torch.zeros(len(scales), len(found.layers), len(found.layers), dtype=torch.float64)
-    pairs = [(fraction, layer) for fraction in fractions for layer in found.layers]
-    students: dict[float, Tensor] = {}
-    for fraction, layer in pairs if progress is None else progress(pairs, "measures"):
-        if fraction not in students:
-            students = {fraction: _compared(found, fraction, split.device)}  # those of the last fraction are dropped
-        cell = found.cells[layer, fraction]
-        column = alignment[:, :, found.layers.index(layer)]  # a view
-        for index, scale in enumerate(scales):
-            if cell.broken:
-                column[index] = torch.nan
-                rows.append(LayerMeasures(layer, fraction, scale))
-                continue
-            features = cell.pooled(scale, split.device)
-            column[index] += (students[fraction] @ similarities(features[:_MOST_COMPARED])).cpu() / len(fractions)
-            contrast = cell.contrast() if cell.unconditional else None
-            sizes = cell.norm(scale), effective_rank(features)
-            rows.append(LayerMeasures(layer, fraction, scale, contrast, *sizes, *split.accuracies(features, k)))
-    matrices = [
-        tuple(tuple(None if value != value else value for value in row) for row in matrix)
-        for matrix in alignment.tolist()
-    ]
-    return rows, tuple(matrices)
-
-
-def _compared(found: Survey, fraction: float, device: torch.device) -> Tensor:
-    """What every layer's f_c is compared by, (layers, n * n); NaN where it is not finite."""
-    count = min(found.samples, _MOST_COMPARED)
-    cells = [found.cells[layer, fraction] for layer in found.layers]
-    missing = torch.full((count**2,), torch.nan, dtype=torch.float64, device=device)
-    return torch.stack([missing if c.broken else similarities(c.pooled(1.0, device)[:count]) for c in cells])
+    def _compared(self, fraction: float) -> Tensor:
+        """What every layer's f_c is compared by, (layers, n * n); NaN where it is not finite."""
+        count = min(self.found.samples, _MOST_COMPARED)
+        cells = [self.found.cells[layer, fraction] for layer in self.found.layers]
+        missing = torch.full((count**2,), torch.nan, dtype=torch.float64, device=self.device)
+        return torch.stack([missing if c.broken else similarities(c.pooled(1.0, self.device)[:count]) for c in cells])
 
 
 def _broken_notes(found: Survey, fractions: tuple[float, ...]) -> list[str]:
@@ -199,36 +188,34 @@ def _broken_notes(found: Survey, fractions: tuple[float, ...]) -> list[str]:
     for fraction in fractions:
         broken = [layer for layer in found.layers if found.cells[layer, fraction].broken]
         if broken:
-            count = found.cells[broken[0], fraction].broken
             notes.append(
-                f"Layer {broken[0]!r} gives NaN or infinite features at noise fraction {fraction:g}, for {count} of "
-                f"{found.samples} samples"
+                f"Layer {broken[0]!r} gives NaN or infinite features at noise fraction {fraction:g}, for "
+                f"{found.cells[broken[0], fraction].broken} of {found.samples} samples"
                 + (f", and so do {len(broken) - 1} behind it" if len(broken) > 1 else "")
                 + ": nothing is measured there. Its weights may be broken, or half precision overflows."
             )
     return notes
 
 
-def _guidance_notes(found: Survey, fractions: tuple[float, ...], split: _Split, *, guided: bool) -> list[str]:
+def _guidance_notes(found: Survey, classes: int | None, *, guided: bool) -> list[str]:
     """What to mind about condition, null condition and labels."""
-    cells = [found.cells[layer, fraction] for layer in found.layers for fraction in fractions]
-    contrasts = [cell.contrast() for cell in cells if not cell.broken]
+    contrast = max((cell.contrast() for cell in found.cells.values() if not cell.broken), default=1.0)
     notes = []
     if not guided:
         notes.append("Without null= there is no guidance to measure: the features are those of the condition.")
-    elif contrasts and max(contrasts) == 0:
+    elif contrast == 0:
         notes.append(
             "Condition and null condition give the same features in every layer: f_c − f_u is 0, and guidance would "
             "do nothing. The model ignores what null= replaces, or null= is no other than the condition."
         )
-    elif contrasts and max(contrasts) < NO_CONTRAST:
+    elif contrast < NO_CONTRAST:
         notes.append(
             f"Condition and null condition give nearly the same features: |f_c − f_u| / |f_c| is at most "
-            f"{max(contrasts):.1g}. Is null= the null condition that the model was trained with, and for long enough?"
+            f"{contrast:.1g}. Is null= the null condition that the model was trained with, and for long enough?"
         )
-    if split.classes == 1:
+    if classes == 1:
         notes.append("All labels are the same: there is nothing to tell apart, and accuracies are not measured.")
-    elif split.classes is not None and found.conditioned:
+    elif classes is not None and found.conditioned:
         notes.append(
             "Features of the condition (w = 1 and above) may carry the label because the model was given it; those of "
             "the null condition (w = 0) know it from the image alone."

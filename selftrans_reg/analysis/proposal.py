@@ -10,10 +10,10 @@ Heuristics, each named in the reasons that it gives. The published rule holds un
 from __future__ import annotations
 
 import dataclasses
-import math
 
 from ..recipes import Recipe
-from .result import LayerReport
+from .report import LayerReport
+from .scores import standard_error
 
 # Below this part of |f_c| a difference is rounding, in bfloat16 too, or as good as none.
 NO_CONTRAST = 1e-2
@@ -41,12 +41,6 @@ def propose(report: LayerReport, published: Recipe) -> Recipe:
         reasons=published.reasons | reasons,
         notes=tuple(notes),
     )
-
-
-def one_error(accuracy: float, count: int) -> float:
-    """A standard error of an accuracy over so many samples, above 0 even if all or none are right (Agresti-Coull)."""
-    share = (accuracy * count + 2) / (count + 4)
-    return math.sqrt(share * (1 - share) / (count + 4))
 
 
 def _teacher(report: LayerReport, published: Recipe) -> tuple[str, str]:
@@ -109,7 +103,7 @@ def _scale(report: LayerReport, published: Recipe, teacher: str) -> tuple[float,
 
 def _margin(accuracy: float, report: LayerReport) -> float:
     """What is measurable: two standard errors."""
-    return 2 * one_error(accuracy, report.held_out)
+    return 2 * standard_error(accuracy, report.held_out)
 
 
 def _recognition(report: LayerReport) -> dict[str, float]:

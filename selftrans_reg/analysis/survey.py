@@ -16,16 +16,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..calls import Call, CallSpec, RowTensors, as_weights
+from ..calls import CallSpec, RowTensors
 from ..errors import SettingError, ShapeError
 from ..modules import device_of, find_layer, quoted
 from ..null import Null, checked_indices, flatten_null, null_tensors
 from ..taps import FeatureTap, watched
-from ..time import TimeConvention
-from ..tokens import Select, Tokens
-from .noising import add_noise, times_at
+from ..time import TimeConvention, is_number
+from ..tokens import Select, Tokens, described
 
 Progress: TypeAlias = Callable[[Iterable[Any], str], Iterable[Any]] | None
+
+# A table of steps has no step at every fraction, and none may reach the ends.
+_NEAR = 0.01
+# A noise level of so many times the data's is beyond any.
+_HIGHEST = 2.0**20
+# Halvings of the interval of t: float32 tells no more of them apart, even from so high an end.
+_HALVINGS = 60
 
 
 class Batch(NamedTuple):
@@ -57,6 +63,21 @@ class Cell:
     unconditional: list[Tensor] = field(default_factory=list)
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
     broken: int = 0
+
+    def add(self, conditional: Tensor, unconditional: Tensor | None) -> None:
+        """Take in a batch's (f_c, f_u), each (N, T, D) in float32."""
+        null = conditional if unconditional is None else unconditional
+        difference = conditional - null
+        products = (conditional.square(), null.square(), null * difference, difference.square())
+        rows = torch.stack([product.sum((1, 2)) for product in products])  # (4, N)
+        broken = (~rows.isfinite().all(0)).sum()
+        *found, count = torch.cat([rows.double().sum(1), broken[None].double()]).tolist()
+        self.broken += int(count)
+        tokens = conditional.shape[0] * conditional.shape[1]
+        self.sums = [total + new for total, new in zip(self.sums, [*found, tokens], strict=True)]
+        self.conditional.append(conditional.mean(1).cpu())
+        if unconditional is not None:
+            self.unconditional.append(unconditional.mean(1).cpu())
 
     def pooled(self, scale: float, device: torch.device) -> Tensor:
         """The pooled features f_u + scale (f_c − f_u) of all samples, (n, D), in float64."""
@@ -98,8 +119,10 @@ class Survey(NamedTuple):
 class LayerReader:
     """Runs a model on noisy latents, condition and null condition in one doubled batch, and gives its layers' tokens.
 
+    The model, which is left as it is, gets the latents and conditions as they are given, and x_t in the latents' dtype.
+
     Args:
-        model: Left as it is.
+        model: Any backbone.
         layers: Names.
         time: Of the model's t.
         null: As `build_teacher` takes it; None for the condition alone.
@@ -131,7 +154,7 @@ class LayerReader:
 
         Raises:
             SettingError: If it is neither ``(latents, *condition)`` nor a mapping with ``latents``, or holds what the
-                model does not take, or latents that are not finite.
+                model does not take, or latents that are none or not finite.
             ShapeError: If the labels are not one whole number for each sample.
         """
         batch = dict(batch) if isinstance(batch, Mapping) else batch
@@ -153,21 +176,23 @@ class LayerReader:
                 f"with 'latents', if there are any 'labels', and the model's other arguments by name.\nGot {found}"
                 + (f" of {len(batch)}." if isinstance(batch, list | tuple) else ".")
             )
-        if not isinstance(latents, Tensor) or not latents.is_floating_point() or not latents.isfinite().all():
+        usable = isinstance(latents, Tensor) and latents.is_floating_point() and latents.ndim > 0 and len(latents) > 0
+        if not usable or not latents.isfinite().all():
             raise SettingError(
-                "The latents of a batch must be a floating tensor (N, ...) of finite values; got "
-                + (f"{tuple(latents.shape)} {latents.dtype}." if isinstance(latents, Tensor) else f"{latents!r:.80}.")
+                "The latents of a batch must be a floating tensor (N, ...) of finite values, one sample or more; got "
+                f"{described(latents)}."
             )
         if labels is not None and not _are_labels(labels, latents):
-            found = f"{tuple(labels.shape)} {labels.dtype}" if isinstance(labels, Tensor) else f"{labels!r:.80}"
-            raise ShapeError(f"Labels must be whole numbers (N,), one for each of {len(latents)} latents; got {found}.")
+            raise ShapeError(
+                f"Labels must be whole numbers (N,), one for each of {len(latents)} latents; got {described(labels)}."
+            )
         return Batch(latents, labels, arguments)
 
     def run(self, batch: Batch, noise: Tensor, fraction: float) -> dict[str, tuple[Tensor, Tensor | None]]:
         """The tokens (f_c, f_u), each (N, T, D) in float32, of every layer; f_u is None without a null condition.
 
         Raises:
-            SettingError: If the null condition does not fit the call.
+            SettingError: If the null condition does not fit the call, or the latents' dtype the model.
             CaptureError: If a layer does not run, or runs more than once.
             ShapeError: If a layer keeps no row for each sample.
         """
@@ -176,35 +201,44 @@ class LayerReader:
         args, kwargs = self.spec.arguments({self.spec.x: x_t, self.spec.t: t, **batch.arguments})
         call = self.spec.bind(args, kwargs)
         held = RowTensors(call)
-        tensors = held.tensors
+        tensors, rows = held.tensors, call.rows
         if self.null is not None:
             null = {path: v.to(self.device) if isinstance(v, Tensor) else v for path, v in self.null.items()}
             tensors = [torch.cat(pair) for pair in zip(tensors, null_tensors(null, call, held), strict=True)]
-        tensors = [
-            as_weights(self.model, tensor, exact=path == self.spec.t)
-            for path, tensor in zip(held.paths, tensors, strict=True)
-        ]
-        with checked_indices(self.model, self.null or {}):
-            return self._tokens(call, held.rebuild(tensors))
-
-    def _tokens(self, call: Call, arguments: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor | None]]:
-        args, kwargs = self.spec.arguments(arguments)
-        with FeatureTap(self.model, self.layers, select=self.select, tokens=self.tokens) as tap:
-            with torch.compiler.set_stance("force_eager"):  # what was compiled before has no hook in it
+            rows *= 2
+        args, kwargs = self.spec.arguments(held.rebuild(tensors))
+        with (
+            checked_indices(self.model, self.null or {}),
+            torch.compiler.set_stance("force_eager"),  # what was compiled before has no hook in it
+            FeatureTap(self.model, self.layers, select=self.select, tokens=self.tokens) as tap,
+        ):
+            with self._dtypes_explained(x_t):
                 self.model(*args, **kwargs)
             found = tap.pop()
         assert isinstance(found, dict)
-        rows = call.rows if self.null is None else 2 * call.rows
         for name, tokens in found.items():
             if len(tokens) != rows:
                 raise ShapeError(
                     f"Layer {name!r} gives {len(tokens)} rows for a batch of {rows}: name layers that keep one row "
                     "for each sample."
                 )
-        if self.null is None:
-            return {name: (tokens.float(), None) for name, tokens in found.items()}
-        pairs = {name: tokens.float().chunk(2) for name, tokens in found.items()}
-        return {name: (conditional, unconditional) for name, (conditional, unconditional) in pairs.items()}
+        halves = {name: tokens.float().chunk(rows // call.rows) for name, tokens in found.items()}
+        return {name: (half[0], half[1] if len(half) > 1 else None) for name, half in halves.items()}
+
+    @contextlib.contextmanager
+    def _dtypes_explained(self, x_t: Tensor) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:
+            own = sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})
+            given = str(x_t.dtype).removeprefix("torch.")
+            if "type" not in str(error) or own == [given]:
+                raise
+            raise SettingError(
+                f"The model fails on latents in {given}; its weights are in {', '.join(own)}: {error}\n"
+                "Nothing is cast: give latents and conditions in the dtypes that the model is called with, as "
+                "latents.to(torch.bfloat16), or measure under torch.autocast."
+            ) from error
 
 
 @torch.no_grad()
@@ -228,18 +262,18 @@ def survey(
     labels: list[Tensor | None] = []
     order: list[nn.Module] = []
     count = 0
-    generator = torch.Generator().manual_seed(seed)
+    generator = noise_generator(seed)
     batches = batches if progress is None else progress(batches, "features")
     with undisturbed(reader.model):
         for raw in batches:
             batch = reader.read(raw)
-            noise = torch.randn(batch.latents.shape, generator=generator).to(batch.latents)
+            noise = torch.randn(batch.latents.shape, generator=generator, device="cpu").to(batch.latents)
             for fraction in fractions:
                 seen = [] if order else list(reader.modules.values())
                 with watched(seen, lambda module, args: order.append(module)):
                     found = reader.run(batch, noise, fraction)
-                for layer, (conditional, unconditional) in found.items():
-                    _add(cells[layer, fraction], conditional, unconditional)
+                for layer, features in found.items():
+                    cells[layer, fraction].add(*features)
             labels.append(None if batch.labels is None else batch.labels.cpu())
             count += len(batch.latents)
             if count >= samples:
@@ -258,8 +292,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """While inside, the model is in eval mode; afterwards it and the global random state are as they were."""
     training = {module: module.training for module in model.modules()}
     device = device_of(model)
-    cuda = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=cuda):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             model.eval()
             yield
@@ -268,21 +301,82 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def _add(cell: Cell, conditional: Tensor, unconditional: Tensor | None) -> None:
-    null = conditional if unconditional is None else unconditional
-    difference = conditional - null
-    products = (conditional.square(), null.square(), null * difference, difference.square())
-    rows = torch.stack([product.sum((1, 2)) for product in products])  # (4, N)
-    broken = (~rows.isfinite().all(0)).sum()
-    *found, count = torch.cat([rows.double().sum(1), broken[None].double()]).tolist()
-    cell.broken += int(count)
-    tokens = conditional.shape[0] * conditional.shape[1]
-    cell.sums = [total + new for total, new in zip(cell.sums, [*found, tokens], strict=True)]
-    cell.conditional.append(conditional.mean(1).cpu())
-    if unconditional is not None:
-        cell.unconditional.append(unconditional.mean(1).cpu())
+def noise_generator(seed: object) -> torch.Generator:
+    """A generator on the CPU.
+
+    Raises:
+        SettingError: If the seed is none that PyTorch takes.
+    """
+    if type(seed) is not int or not 0 <= seed < 1 << 64:
+        raise SettingError(f"seed must be a whole number from 0 to 2**64 - 1; got {seed!r:.80}.")
+    return torch.Generator("cpu").manual_seed(seed)
+
+
+def time_at(time: TimeConvention, fraction: float) -> float:
+    """The t at which ``time.noise_fraction(t)`` is ``fraction``; of steps, the nearest one.
+
+    By bisection: every path from data to noise is monotonic in its noise fraction.
+
+    Raises:
+        SettingError: If the fraction is not in [0, 1], the convention does not say where t ends, or no t comes within
+            0.01 of the fraction.
+    """
+    if not is_number(fraction) or not 0 <= fraction <= 1:
+        raise SettingError(f"A noise fraction is a number from 0 (data) to 1 (noise); got {fraction!r}.")
+    if time.domain is None:
+        raise SettingError(
+            f"Time convention {time.name!r} does not say from where to where t goes, so the t of noise fraction "
+            f"{fraction:g} cannot be found: give it domain=(smallest t, largest t)."
+        )
+
+    def fraction_at(t: float) -> float:
+        return time.noise_fraction(torch.tensor([t], device="cpu")).item()
+
+    low, high = time.domain
+    if time.discrete:
+        steps = torch.arange(int(low), int(high) + 1, device="cpu")
+        t = float(steps[(time.noise_fraction(steps) - fraction).abs().argmin()])
+    else:
+        high = min(high, _HIGHEST)
+        clean, noisy = (low, high) if fraction_at(high) > fraction_at(low) else (high, low)
+        exact = [end for end in (clean, noisy) if fraction_at(end) == fraction]
+        for _ in range(0 if exact else _HALVINGS):
+            middle = (clean + noisy) / 2
+            clean, noisy = (middle, noisy) if fraction_at(middle) < fraction else (clean, middle)
+        t = exact[0] if exact else (clean + noisy) / 2
+    found = fraction_at(t)
+    if not abs(found - fraction) <= _NEAR:
+        raise SettingError(
+            f"No t of time {time.name!r} has noise fraction {fraction:g}: the nearest is {found:.4f} at t = {t:g}.\n"
+            "Name a noise fraction that it reaches."
+        )
+    return t
+
+
+def times_at(time: TimeConvention, fraction: float, rows: int, device: torch.device) -> Tensor:
+    """The same t for every row, as a loop gives it: whole steps where the convention has steps.
+
+    Shape:
+        returns: (rows,), int64 or float32
+    """
+    t = time_at(time, fraction)
+    return torch.full((rows,), t, dtype=torch.long if time.discrete else torch.float32, device=device)
+
+
+def add_noise(time: TimeConvention, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+    """``x_t = α(t) latents + σ(t) noise``, in the latents' dtype.
+
+    Shape:
+        latents, noise: (N, ...); t: (N,); returns: (N, ...)
+    """
+    alpha, sigma = (factor.reshape(-1, *[1] * (latents.ndim - 1)) for factor in (time.signal(t), time.noise(t)))
+    return (alpha * latents + sigma * noise).to(latents.dtype)
 
 
 def _are_labels(value: object, latents: object) -> bool:
-    whole = isinstance(value, Tensor) and not value.is_floating_point() and not value.is_complex()
-    return whole and isinstance(latents, Tensor) and value.shape == latents.shape[:1]  # type: ignore[attr-defined]
+    return (
+        isinstance(value, Tensor)
+        and isinstance(latents, Tensor)
+        and not (value.is_floating_point() or value.is_complex())
+        and value.shape == latents.shape[:1]
+    )

@@ -18,8 +18,8 @@ from toys import ToyDiT
 
 import selftrans_reg as st
 from selftrans_reg import errors
-from selftrans_reg.analysis import colours, curves, features, report_picture
-from selftrans_reg.analysis.draw import ColourBasis, draw_curves, draw_features, save_panels, tile
+from selftrans_reg.analysis import colours, draw
+from selftrans_reg.analysis.draw import ColourBasis, draw_curves, draw_features, draw_report, save_panels, tile
 
 BATCH = (torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10)
 TOY: dict[str, Any] = {"time": "repa", "null": {"y": 10}}
@@ -33,8 +33,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     def keep(save: Callable[[Figure, Any], None]) -> Callable[[Figure, Any], None]:
         return lambda figure, path: (figures.append(figure), save(figure, path))[1]
 
-    for module in (curves, features, report_picture):
-        monkeypatch.setattr(module, "save_figure", keep(module.save_figure))
+    monkeypatch.setattr(draw, "save_figure", keep(draw.save_figure))
     return figures
 
 
@@ -285,7 +284,7 @@ class TestReport:
     def test_it_shows_the_measurements(self, tmp_path: Path, drawn: list[Figure]) -> None:
         x = torch.randn(40, 4, 8, 8, generator=torch.Generator().manual_seed(0))
         report = st.layer_report(ToyDiT(), [(x, torch.arange(40) % 4)], **self.SETTINGS)
-        report.draw(tmp_path / "report.png")
+        draw_report(report, tmp_path / "report.png")
         for title, measure, scale, factor in [
             ("Linear probe", "probe", 0, 100), ("k-NN of the null", "knn", 0, 100),
             ("Effective rank", "effective_rank", 0, 1), ("Contrast", "contrast", 1, 1),
@@ -316,7 +315,7 @@ class TestReport:
         broken, deep = ToyDiT(), ToyDiT(depth=13)
         broken.blocks[3].fc2.bias.data[0] = torch.nan
         for model in (broken, deep):
-            st.layer_report(model, [batch], **self.SETTINGS).draw(tmp_path / "report.png")
+            draw_report(st.layer_report(model, [batch], **self.SETTINGS), tmp_path / "report.png")
         for title in ("CKA", "k-NN of $f_g$"):
             cells = panel(drawn[0], title).images[0].get_array()
             assert len(panel(drawn[0], title).texts) == np.isfinite(cells).sum() < cells.size
@@ -329,7 +328,7 @@ class TestReport:
             ({"y": 10}, {"Effective rank", "CKA", "Contrast", "Norm of a token"}),
         ]:
             report = st.layer_report(ToyDiT(), [{"latents": x, "y": y}], **self.SETTINGS | {"null": null})
-            report.draw(tmp_path / "report.png")
+            draw_report(report, tmp_path / "report.png")
             found = {axes.get_title() for axes in drawn[-1].axes if axes.get_title()}
             assert len(found) == len(titles)
             assert all(any(title in name for name in found) for title in titles)
@@ -339,7 +338,8 @@ class TestReport:
         model.add_module("$x", model.blocks[3])
         model.blocks[3] = model.get_submodule("$x")
         batch = (torch.randn(40, 4, 8, 8), torch.arange(40) % 4)
-        st.layer_report(model, [batch], ["blocks.0", "blocks.1", "$x"], **self.SETTINGS).draw(tmp_path / "report.png")
+        found = st.layer_report(model, [batch], ["blocks.0", "blocks.1", "$x"], **self.SETTINGS)
+        draw_report(found, tmp_path / "report.png")
         assert r"\$x" in [text.get_text() for text in panel(drawn[0], "CKA").get_xticklabels()]
 
 
@@ -354,17 +354,17 @@ class TestWithoutMatplotlib:
 
         model = ToyDiT()
         model.forward = forward  # type: ignore[method-assign]
-        for draw in (
+        for picture in (
             lambda: draw_curves(TestCurves.LOG, tmp_path / "a.png"),
             lambda: draw_features(model, BATCH, tmp_path / "a.png", **TOY),
             lambda: save_panels({"a": {"b": np.zeros((2, 2, 3))}}, tmp_path / "a.png"),
         ):
             with pytest.raises(errors.MissingDependencyError, match=r"pip install 'selftrans-reg\[examples\]'"):
-                draw()
+                picture()
 
     def test_a_report_is_measured_printed_and_saved(self, tmp_path: Path) -> None:
         report = st.layer_report(ToyDiT(), [BATCH], **TOY | {"k": 2})
         report.save(tmp_path / "report.json")
         assert "blocks.3" in str(report)
         with pytest.raises(ImportError, match="Pictures need matplotlib"):
-            report.draw(tmp_path / "report.png")
+            draw_report(report, tmp_path / "report.png")

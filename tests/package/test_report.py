@@ -18,7 +18,7 @@ from toys import ToyDiT
 
 import selftrans_reg as st
 from selftrans_reg import errors
-from selftrans_reg.analysis.result import LayerMeasures
+from selftrans_reg.analysis.report import LayerMeasures
 
 CLASSES = 4
 DEPTH, PUBLISHED = (
@@ -359,7 +359,7 @@ class TestUntouched:
         for row, other in zip(found.rows, expected.rows, strict=True):
             assert (row.contrast, row.norm) == pytest.approx((other.contrast, other.norm), rel=1e-3)
 
-    def test_a_model_in_half_precision_is_called_with_its_own(self) -> None:
+    def test_a_model_in_half_precision_is_called_with_what_is_given(self) -> None:
         class Model(ToyDiT):
             def embed_t(self, t: Tensor) -> Tensor:
                 assert t.dtype == torch.float32
@@ -367,8 +367,14 @@ class TestUntouched:
 
         model = Model().bfloat16()
         model.t_embedder.float().append(Cast(torch.bfloat16))  # time is embedded in float32, as backbones do it
-        data = [(torch.randn(40, 4, 8, 8), torch.arange(40) % 4)]
-        whole, half = (st.layer_report(m, data, time="repa", null={"y": 10}) for m in (ToyDiT(), model))
+        x, y = torch.randn(40, 4, 8, 8), torch.arange(40) % 4
+        settings = {"time": "repa", "null": {"y": 10}}
+        whole = st.layer_report(ToyDiT(), [(x, y)], **settings)
+        half = st.layer_report(model, [(x.bfloat16(), y)], **settings)
+        with pytest.raises(
+            errors.SettingError, match="on latents in float32; its weights are in bfloat16, float32"
+        ):
+            st.layer_report(model, [(x, y)], **settings)
         for row, other in zip(half.rows, whole.rows, strict=True):
             assert (row.contrast, row.norm) == pytest.approx((other.contrast, other.norm), rel=0.1)
 
@@ -470,8 +476,15 @@ class TestBatches:
             ([()], "Got tuple of 0"),
             ([(torch.zeros(4, 4, 8, 8), 1, 2, 3)], "in the order of 'y'.*\nGot tuple of 4"),
             ([{"x": 1}], "Got the keys 'x'"),
-            ([(torch.full((4, 4, 8, 8), torch.nan), torch.zeros(4).long())], "finite values; got"),
+            (
+                [(torch.full((4, 4, 8, 8), torch.nan), torch.zeros(4).long())],
+                "of finite values, one sample or more",
+            ),
             ([([1, 2], torch.zeros(4).long())], "must be a floating tensor"),
+            (
+                [(torch.zeros(0, 4, 8, 8), torch.zeros(0).long())],
+                "one sample or more; got a float32 tensor",
+            ),
             ([{"latents": torch.zeros(4, 4, 8, 8), "labels": torch.rand(4)}], "Labels must be whole numbers"),
             ([{"latents": torch.zeros(4, 4, 8, 8), "labels": torch.zeros(3).long()}], "one for each of 4 latents"),
             ([(torch.zeros(4, 4, 8, 8), torch.zeros(4).long())], "4 samples are too few for k = 10"),
@@ -494,6 +507,7 @@ class TestBatches:
             ({"guidance_scales": (1, -2)}, errors.SettingError, "0 or more"),
             ({"noise_fractions": ()}, errors.SettingError, "noise_fractions is empty"),
             ({"noise_fractions": (1.5,)}, errors.SettingError, "from 0 .data. to 1"),
+            ({"seed": 2**64}, errors.SettingError, "seed must be a whole number from 0"),
             ({"samples": 0}, errors.SettingError, "samples must be a positive integer; got 0"),
             ({"k": 2.5}, errors.SettingError, "k must be a positive integer; got 2.5"),
             ({"time": "siT"}, errors.SettingError, "Nearest: 'sit'"),
@@ -553,6 +567,10 @@ class TestFiles:
             ({"rows": [{"layer": 3}]}, "malformed: 'rows'"),
             ({"alignment": []}, "rows or alignment"),
             ({"recipe": {"name": "x"}}, "malformed: 'recipe'"),
+            ({"guidance_scales": [float("nan")]}, "malformed: 'guidance_scales'"),
+            ({"samples": 10**400, "chance": 1e300}, "malformed: 'chance', 'samples'"),
+            ({"layers": ["a"] * 3}, "rows or alignment, which do not fit"),
+            ({axis: [*range(60_000)] for axis in ("noise_fractions", "guidance_scales")}, "which do not fit"),
         ],
     )
     def test_another_file_is_refused(
@@ -607,5 +625,5 @@ class TestShown:
         assert "<script" not in page
         assert "<img" not in page
         assert "&lt;script&gt;alert(&#x27;1&#x27;)&lt;/script&gt;" in page
-        assert page.count("<tr>") >= len(found.rows) + len(found.layers)
+        assert page.count("<tr>") == 1 + len(found.rows)
         assert "<b>" not in st.LayerReport(**{**vars(found), "notes": ("<b>",)})._repr_html_()

@@ -10,7 +10,7 @@ from sklearn.linear_model import RidgeClassifierCV
 from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor
 
-from selftrans_reg.analysis.measures import effective_rank, knn_accuracy, probe_accuracy, similarities
+from selftrans_reg.analysis.scores import effective_rank, knn_accuracy, probe_accuracy, similarities
 
 
 def classes(n: int, width: int, spread: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from selftrans_reg import TimeConvention
-from selftrans_reg.analysis.noising import add_noise, time_at, times_at
+from selftrans_reg.analysis.survey import add_noise, time_at, times_at
 from selftrans_reg.errors import SettingError
 
 FRACTIONS = (0.05, 0.4, 0.55, 0.7, 0.9)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -98,6 +100,12 @@ def similarities(features: Tensor) -> Tensor:
     flat = gram.fill_diagonal_(0).flatten()
     norm = flat.norm()
     return flat / norm if norm > 0 else torch.zeros_like(flat)
+
+
+def standard_error(accuracy: float, count: int) -> float:
+    """That of an accuracy over so many samples, above 0 even if all or none are right (Agresti-Coull)."""
+    share = (accuracy * count + 2) / (count + 4)
+    return math.sqrt(share * (1 - share) / (count + 4))
 
 
 def _principal(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,286 @@
+"""A report on the layers of a model: the numbers, how they are shown, and their file."""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from types import NoneType
+from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
+
+from ..artefacts import library_version
+from ..checkpoints import read_json
+from ..errors import CheckpointError, SettingError
+from ..modules import quoted, some_of
+from ..recipes import Recipe
+from .scores import standard_error
+
+Measure: TypeAlias = Literal["contrast", "norm", "effective_rank", "knn", "probe"]
+# Some columns under one heading, by name: a cell for each layer.
+_Group: TypeAlias = tuple[str, dict[str, list[str]]]
+
+_KIND, _FORMAT = "layer report", 1
+# What of a file may be a number, a name or a note.
+_FITS: dict[type, Callable[[Any], bool]] = {
+    bool: lambda value: type(value) is bool,
+    int: lambda value: type(value) is int and 0 <= value <= 1 << 53,
+    float: lambda value: type(value) in (int, float) and abs(value) < 1e30,  # which NaN is not
+    str: lambda value: isinstance(value, str) and 0 < len(value) <= 2000 and value.isprintable(),
+}
+
+
+@dataclass(frozen=True)
+class LayerMeasures:
+    """One layer at one noise fraction and guidance scale: f_g = f_u + w (f_c − f_u).
+
+    None stands for what could not be measured: accuracies without labels, contrast without a null condition, anything
+    where features are not finite.
+
+    Attributes:
+        layer: Its name.
+        noise_fraction: σ / (σ + α), 0 is data.
+        guidance_scale: w; 0 is the null condition alone, 1 the condition alone.
+        contrast: ``|f_c − f_u| / |f_c|`` over all tokens, the same at every w.
+        norm: Root mean square of the norm of a token's f_g.
+        effective_rank: Of the pooled f_g, at most the smaller of their width and the number of samples.
+        knn: Accuracy of k nearest neighbours on held-out samples, from the pooled f_g.
+        probe: Accuracy of a linear probe, likewise.
+    """
+
+    layer: str
+    noise_fraction: float
+    guidance_scale: float
+    contrast: float | None = None
+    norm: float | None = None
+    effective_rank: float | None = None
+    knn: float | None = None
+    probe: float | None = None
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What :func:`layer_report` measured: ``print(report)`` shows a table, a notebook too.
+
+    Attributes:
+        model: The model's class.
+        layers: In the order in which they ran.
+        noise_fractions: At which it was measured.
+        guidance_scales: At which it was measured, rising: 0, 1 and the published one among them, or 1 alone without a
+            null condition.
+        conditioned: Whether the model was given anything beside x_t and t.
+        samples: How many.
+        held_out: How many of them the accuracies were counted on.
+        classes: How many labels there are; None without labels.
+        chance: Share of the most frequent label.
+        rows: Every measurement.
+        alignment: Linear CKA, without bias, of the pooled f_c of one layer with the pooled f_g of another, mean over
+            the noise fractions: ``alignment[w][student][teacher]`` by position.
+        notes: What else was seen.
+        recipe: The proposed plan with its reasons; None if the model's depth is not certain.
+    """
+
+    model: str
+    layers: tuple[str, ...]
+    noise_fractions: tuple[float, ...]
+    guidance_scales: tuple[float, ...]
+    conditioned: bool
+    samples: int
+    held_out: int
+    classes: int | None
+    chance: float | None
+    rows: tuple[LayerMeasures, ...]
+    alignment: tuple[tuple[tuple[float | None, ...], ...], ...]
+    notes: tuple[str, ...]
+    recipe: Recipe | None
+
+    @property
+    def labelled(self) -> bool:
+        """Whether accuracies were measured."""
+        return self.chance is not None and self.classes != 1
+
+    def mean(self, measure: Measure, layer: str, guidance_scale: float) -> float | None:
+        """A measure's mean over the noise fractions; None if one of them has none.
+
+        Raises:
+            SettingError: If there is no such layer or scale in the report.
+        """
+        rows = [row for row in self.rows if row.layer == layer and row.guidance_scale == guidance_scale]
+        values = [getattr(row, measure) for row in rows]
+        if not values:
+            raise SettingError(
+                f"The report has no layer {layer!r} at guidance scale {guidance_scale!r}.\n"
+                f"Layers: {quoted(self.layers)}. Scales: {', '.join(f'{scale:g}' for scale in self.guidance_scales)}."
+            )
+        return None if None in values else sum(values) / len(values)
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the report as JSON, for :meth:`load`; a file that is there is replaced, whole."""
+        content = {"kind": _KIND, "format_version": _FORMAT, "library_version": library_version()}
+        content |= dataclasses.asdict(self)
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(json.dumps(_rounded(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> LayerReport:
+        """The report that was saved.
+
+        Raises:
+            CheckpointError: If the file holds none, or one that a later version wrote.
+        """
+        try:
+            content = read_json(path)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} cannot be read as a layer report: {error}") from error
+        if not isinstance(content, dict) or content.pop("kind", None) != _KIND:
+            raise CheckpointError(
+                f"{path} is no layer report: it lacks 'kind': {_KIND!r}. Save one with report.save()."
+            )
+        version, library = content.pop("format_version", None), content.pop("library_version", None)
+        if version != _FORMAT:
+            raise CheckpointError(
+                f"{path} is a layer report of format {version!r:.40}, written by selftrans-reg {library!r:.40}; this "
+                f"version reads format {_FORMAT}. Install that version."
+            )
+        hints, values, wrong = get_type_hints(cls), {}, list(content.keys() ^ get_type_hints(cls).keys())
+        for name in hints.keys() & content.keys():
+            try:
+                values[name] = _of_json(content[name], hints[name])
+            except ValueError:
+                wrong.append(name)
+        if not wrong:
+            report = cls(**values)
+            if report._is_complete():
+                return report
+        raise CheckpointError(
+            f"{path} is no layer report as this version writes it; missing, unknown or malformed: "
+            f"{some_of(sorted(wrong)) if wrong else 'rows or alignment, which do not fit the layers'}. Measure again."
+        )
+
+    def _is_complete(self) -> bool:
+        """Whether there is a row for each layer, fraction and scale, and an alignment for each scale and two layers."""
+        axes = self.layers, self.noise_fractions, self.guidance_scales
+        counts = [len(set(axis)) for axis in axes]
+        if counts != [len(axis) for axis in axes] or not all(counts) or len(self.rows) != math.prod(counts):
+            return False  # before anything is made of these sizes: they are what a file says
+        found = {(row.layer, row.noise_fraction, row.guidance_scale) for row in self.rows}
+        known = all(value in axis for values in found for value, axis in zip(values, map(set, axes), strict=True))
+        lengths = {len(row) for matrix in self.alignment for row in matrix} | {len(m) for m in self.alignment}
+        return known and len(found) == len(self.rows) and len(self.alignment) == counts[2] and lengths == {counts[0]}
+
+    def __str__(self) -> str:
+        parts = ["\n".join(_head(self)), *map(_shown_table, _tables(self))]
+        parts += ["\n".join(f"Note: {note}" for note in self.notes)] if self.notes else []
+        parts += [f"Proposal for {self.recipe}"] if self.recipe is not None else []
+        return "\n\n".join(parts)
+
+    def _repr_html_(self) -> str:
+        names = [field.name for field in dataclasses.fields(LayerMeasures)]
+        lines = [names, *([getattr(row, name) for name in names] for row in self.rows)]
+        cells = [["-" if v is None else f"{v:.4g}" if isinstance(v, float) else str(v) for v in line] for line in lines]
+        body = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>" for line in cells)
+        return (
+            f'<div class="layer-report"><pre>{html.escape(str(self))}</pre><details><summary>All {len(self.rows)} '
+            f"measurements</summary><table>{body}</table></details></div>"
+        )
+
+
+def _head(report: LayerReport) -> list[str]:
+    fractions = ", ".join(f"{fraction:g}" for fraction in report.noise_fractions)
+    head = [
+        f"{report.model}: {len(report.layers)} layers on {report.samples:,} samples at noise fractions {fractions}; "
+        "means over these"
+    ]
+    if report.chance is not None:
+        head.append(
+            f"Accuracies in % on {report.held_out:,} held-out samples of {report.classes} classes: chance "
+            f"{100 * report.chance:.1f}, standard error at most {100 * standard_error(0.5, report.held_out):.1f}"
+        )
+    return head
+
+
+def _tables(report: LayerReport) -> list[list[_Group]]:
+    """What the layers are by themselves, and what guidance makes of them."""
+    layers, scales, plan = report.layers, report.guidance_scales, report.recipe
+    first, guided = scales[0], [scale for scale in scales if scale >= 1]
+
+    def column(measure: Measure, scale: float, form: str, over: float | None = None) -> list[str]:
+        values = [report.mean(measure, layer, scale) for layer in layers]
+        bases = [1.0 if over is None else report.mean(measure, layer, over) for layer in layers]
+        return [
+            _cell(v / base if v is not None and base else None, form) for v, base in zip(values, bases, strict=True)
+        ]
+
+    names: _Group = ("", {"layer": list(layers)})
+    own = {"probe": column("probe", first, "%"), "k-NN": column("knn", first, "%")} if report.labelled else {}
+    own |= {"rank": column("effective_rank", first, ".1f"), "norm": column("norm", first, ".2f")}
+    tables: list[list[_Group]] = [[names, ("null condition alone" if first == 0 else "", own)]]
+    if len(scales) > 1:
+        tables[0].append(("", {"contrast": column("contrast", 1.0, ".3f")}))
+    if plan is not None and plan.teacher_layer in layers:
+        scale = plan.guidance_scale if plan.guidance_scale in scales else 1.0
+        cka = [row[layers.index(plan.teacher_layer)] for row in report.alignment[scales.index(scale)]]
+        tables[0].append((f"CKA with {plan.teacher_layer}", {f"at w = {scale:g}": [_cell(v, ".2f") for v in cka]}))
+    if len(scales) > 1:
+        shown = [("k-NN at w", {f"{w:g}": column("knn", w, "%") for w in guided})] if report.labelled else []
+        shown.append(("rank at w", {f"{w:g}": column("effective_rank", w, ".1f") for w in guided}))
+        growth = {f"{w:g}": column("norm", w, ".2f", over=1.0) for w in guided if w > 1}
+        tables.append([names, *shown, *([("norm at w over that at 1", growth)] if growth else [])])
+    return tables
+
+
+def _cell(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{100 * value:.1f}" if form == "%" else f"{value:{form}}"
+
+
+def _shown_table(table: Sequence[_Group]) -> str:
+    blocks = []
+    for index, (heading, columns) in enumerate(table):
+        justify = str.rjust if index else str.ljust
+        cells = [[name, *column] for name, column in columns.items()]
+        widths = [max(map(len, column)) + 2 for column in cells]
+        widths[0] += max(0, len(heading) + 2 - sum(widths))
+        lines = ["".join(map(justify, line, widths)) for line in zip(*cells, strict=True)]
+        blocks.append([justify(heading, sum(widths)), *lines])
+    return "\n".join(" ".join(line).rstrip() for line in zip(*blocks, strict=True))
+
+
+def _rounded(value: Any) -> Any:
+    """Seven digits are more than any of the numbers means."""
+    if isinstance(value, float):
+        return float(f"{value:.7g}")
+    if isinstance(value, Mapping):
+        return {key: _rounded(item) for key, item in value.items()}
+    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _of_json(value: Any, wanted: Any) -> Any:
+    """A value of a file as the annotation ``wanted`` has it.
+
+    Raises:
+        ValueError: If it is of another kind, or no number that a report could hold.
+    """
+    kind, parts = get_origin(wanted), get_args(wanted)
+    if NoneType in parts:
+        return None if value is None else _of_json(value, next(part for part in parts if part is not NoneType))
+    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
+        hints = get_type_hints(wanted)
+        if hints.keys() == value.keys():
+            return wanted(**{name: _of_json(value[name], hint) for name, hint in hints.items()})  # type: ignore[operator]
+    elif kind is tuple and isinstance(value, list):
+        if parts[-1] is Ellipsis or len(parts) == len(value):
+            return tuple(_of_json(item, parts[0]) for item in value)
+    elif kind is dict and isinstance(value, dict):
+        return {_of_json(key, str): _of_json(item, parts[1]) for key, item in value.items()}
+    elif kind is Literal and value in parts:
+        return value
+    elif wanted in _FITS and _FITS[wanted](value):
+        return wanted(value)
+    raise ValueError
