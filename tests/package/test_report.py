@@ -371,9 +371,7 @@ class TestUntouched:
         settings = {"time": "repa", "null": {"y": 10}}
         whole = st.layer_report(ToyDiT(), [(x, y)], **settings)
         half = st.layer_report(model, [(x.bfloat16(), y)], **settings)
-        with pytest.raises(
-            errors.SettingError, match="on latents in float32; its weights are in bfloat16, float32"
-        ):
+        with pytest.raises(errors.SettingError, match="on latents in float32; its weights are in bfloat16, float32"):
             st.layer_report(model, [(x, y)], **settings)
         for row, other in zip(half.rows, whole.rows, strict=True):
             assert (row.contrast, row.norm) == pytest.approx((other.contrast, other.norm), rel=0.1)
