@@ -12,8 +12,6 @@ from torch import Tensor, nn
 
 from .calls import Call, CallSpec
 from .errors import (
-    CaptureError,
-    SelfTransError,
     SettingError,
     ShapeError,
     TeacherError,
@@ -22,7 +20,7 @@ from .errors import (
 from .heads import ProjectionHead
 from .health import Look
 from .losses import Distance, VAEAlignmentLoss, check_distance, distance_of, velocity_target, zero_of
-from .modules import check_device, find_layer, sharded_parts, unwrap
+from .modules import Layout, check_device, find_layer, sharded_parts, unwrap
 from .settings import Gating, Target, check_choice, check_interval_of
 from .taps import Record, layer_names
 from .teacher import CFGFeatureTeacher
@@ -69,29 +67,25 @@ class Gate:
         self.window = window
 
     @torch.no_grad()
-    def __call__(self, record: Record) -> Gated:
+    def __call__(self, record: Record[Gated]) -> Gated:
         """Bind the record's call and see which rows are inside.
 
         Raises:
             CallError: If x_t or t cannot be told from the call.
         """
         call = self.spec.bind(record.args, record.kwargs)
-        inside = window_mask(self.time.noise_fraction(call.t), self.window)
+        if self.window is None:
+            inside = torch.ones(call.rows, dtype=torch.bool, device=call.x_t.device)
+        else:
+            inside = window_mask(self.time.noise_fraction(call.t), self.window)
         if inside.device.type not in ASYNCHRONOUS:
             return Gated(call, inside, inside.cpu(), None)
-        on_host = torch.empty(inside.shape, dtype=torch.bool, pin_memory=True)
+        on_host = torch.empty(inside.shape, dtype=torch.bool, device="cpu", pin_memory=True)
         on_host.copy_(inside, non_blocking=True)
         ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
         # The copy is in the stream of the batch's device, which need not be the current one.
         ready.record(torch.cuda.current_stream(inside.device))
         return Gated(call, inside, on_host, ready)
-
-    def early(self, record: Record) -> Gated | SelfTransError:
-        """The same at the moment of the call; an error is kept for the loss, where the user expects it."""
-        try:
-            return self(record)
-        except SelfTransError as error:
-            return error.with_traceback(None)  # whose frames hold the record, and with it the graph
 
 
 def check_teacher_rows(teacher_rows: object) -> None:
@@ -121,7 +115,7 @@ def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Te
     wanted = math.ceil(teacher_rows * len(rows)) if isinstance(teacher_rows, float) else teacher_rows
     if wanted >= len(rows):
         return rows
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[:wanted]
+    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")[:wanted]
     return rows[chosen.sort().values]
 
 
@@ -200,7 +194,7 @@ def check_same_shape(call: Call, latents: Tensor) -> None:
         )
 
 
-def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> None:
+def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module, record: Record[Gated]) -> None:
     """Make sure that a head can be trained on the tokens.
 
     Raises:
@@ -222,11 +216,12 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module) -> N
         )
     check_device(head, tokens.device, "head")
     if torch.is_grad_enabled() and not tokens.requires_grad:
-        raise CaptureError(
-            f"The tokens of layer {layer!r} carry no gradient, so aligning them would train nothing of the model.\n"
+        raise record.no_gradient(
+            layer,
+            "so aligning them would train nothing of the model",
             "Either everything up to this layer is frozen: tap a later one. Or reentrant activation checkpointing "
             "hides the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the very "
-            "module that is checkpointed."
+            "module that is checkpointed.",
         )
 
 
@@ -249,6 +244,7 @@ class Alignment(nn.Module):
     """Heads, and what they are aligned with. The settings are those of :class:`SelfTransLoss`, which describes them."""
 
     spec: CallSpec  # of the student's calls
+    layouts: list[Layout]  # of the layers' outputs
 
     def __init__(
         self,
@@ -305,7 +301,7 @@ class Alignment(nn.Module):
 
     def _alignment(
         self,
-        record: Record,
+        record: Record[Gated],
         gated: Gated,
         latents: Tensor | None,
         *,
@@ -326,12 +322,14 @@ class Alignment(nn.Module):
         call = gated.call
         captures = [record.capture(layer) for layer in self.layers]
         tokens = []
-        for layer, capture, head in zip(self.layers, captures, self.heads, strict=True):
+        for layer, capture, head, layout in zip(self.layers, captures, self.heads, self.layouts, strict=True):
             tensor = select_tensor(capture.output, self.select, layer)
             if look is not None:
                 tensor = look.branch(tensor)
-            tokens.append(as_tokens(tensor, None, self.tokens, layer=layer, arguments=lambda: call.arguments))
-            check_captured(tokens[-1], call, layer, head)
+            tokens.append(
+                as_tokens(tensor, None, self.tokens, layer=layer, layout=layout, arguments=lambda: call.arguments)
+            )
+            check_captured(tokens[-1], call, layer, head, record)
             if isinstance(head, VAEAlignmentLoss):
                 assert latents is not None  # the caller has seen to it
                 self._check_fit(head, latents, tokens[-1])
@@ -341,8 +339,8 @@ class Alignment(nn.Module):
             check_device(self.teacher, call.x_t.device, "teacher")
         if look is not None:
             look.tokens = [found.detach() for found in tokens]
-        inside = torch.arange(call.rows) if self.window is None else gated.rows()
-        candidates = torch.arange(call.rows) if self.gating == "released" else inside
+        inside = torch.arange(call.rows, device="cpu") if self.window is None else gated.rows()
+        candidates = torch.arange(call.rows, device="cpu") if self.gating == "released" else inside
         if len(inside) == 0:
             if self.teacher is not None and sharded_parts(self.teacher):
                 # On other ranks it runs, and gathers its weights from all of them: they wait for this one.

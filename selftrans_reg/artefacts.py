@@ -191,7 +191,7 @@ CRITERION_FIELDS: dict[str, Field] = {
 
 def shared_settings(spec: CallSpec, select: Select, tokens: Tokens, time: TimeConvention | None) -> dict[str, Any]:
     """The settings that name the model's arguments, outputs and times, as JSON."""
-    call = {"x": spec.x, "t": spec.t, "shared": sorted(spec.shared), "fixed": spec.fixed}
+    call = {key: unsaved(value) if callable(value) else value for key, value in spec.config.items()}
     cut = {"slice": [tokens.start, tokens.stop, tokens.step]} if isinstance(tokens, slice) else None
     return {
         "call": call,

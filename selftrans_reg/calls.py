@@ -1,22 +1,32 @@
-"""A model's call: its arguments by name, where x_t and t are, and which tensors hold rows."""
+"""A model's call: its arguments by name, where x_t and t are, and which of them hold one row for each sample."""
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .errors import CallError, SettingError, ShapeError
 from .modules import nearest, quoted, unwrap
-from .tokens import described, rebuilt
+from .tokens import described, tensors_in, walk
 
-_KEYS = ("x", "t", "shared", "fixed")
+_KEYS = ("x", "t", "shared", "rows", "fixed")
+
+# What models call their time. Where exactly one argument has such a name, it is t.
+_TIMES = frozenset({
+    "t", "ts", "time", "times", "timestep", "timesteps", "time_step", "time_steps", "time_input", "t_input", "sigma",
+    "sigmas", "noise_labels", "noise_level", "noise_levels", "c_noise", "logsnr", "log_snr",
+})  # fmt: skip
+
+Read: TypeAlias = Callable[[Mapping[str, Any]], Any]  # from a call's arguments by name to x_t or t
+Rows: TypeAlias = Tensor | list[Any]  # one entry a sample: along the first axis, or in the list
+Way: TypeAlias = int | str  # how an argument holds the samples: along an axis, as a "list", or not at all ("shared")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,78 +36,126 @@ class Call:
     Attributes:
         arguments: Every argument that was passed, by the name in the model's signature.
         x_t: (N, ...), the noisy latents.
-        t: (N,), the time as the model was given it; a scalar is repeated for every row.
-        shared: Names of arguments that hold nothing by row, whatever they look like.
+        times: (N,), the time as the model was given it, a scalar repeated for every row; or (N, T), one a token. None
+            where the call has no t that is needed.
+        time_from: What t was read from, for messages: ``"argument 't' of SiT"``.
+        ways: By path, what the user says of how arguments hold the samples.
     """
 
     arguments: Mapping[str, Any]
     x_t: Tensor
-    t: Tensor
-    shared: frozenset[str]
+    times: Tensor | None
+    time_from: str = "argument 't'"
+    ways: Mapping[str, Way] = dataclasses.field(default_factory=dict)
 
     @property
     def rows(self) -> int:
         """N, the number of samples."""
-        return self.x_t.shape[0]
+        return len(self.x_t)
+
+    @property
+    def t(self) -> Tensor:
+        """(N,) or (N, T), the time.
+
+        Raises:
+            CallError: If the call has none.
+        """
+        if self.times is None:
+            raise CallError(f"The model's call has no time t: {self.time_from}.")
+        return self.times
 
 
 class CallSpec:
     """How a model is called: its signature, and which arguments are x_t and t.
 
+    x_t is the first argument. t is the one that has a name of the field's, if exactly one has, else the second.
+
     Args:
         model: The model, wrapped or not.
-        call: Optional names: ``x`` and ``t`` where they are not the first two arguments; ``shared``, a sequence of
-            arguments that hold nothing by row although their first axis looks like it; and ``fixed``, values that
-            replace those of a call, such as ``dict(mask_ratio=0.0)``.
+        call: Optional: ``x`` and ``t``, the names of other arguments, or callables that make (N, ...) and (N,) or
+            (N, T) of the call's arguments by name; ``shared``, a sequence of arguments that hold nothing by sample
+            although they look like it; ``rows``, how arguments hold the samples, by name: the axis, or ``"list"``; and
+            ``fixed``, values that replace those of a call, such as ``dict(mask_ratio=0.0)``. What lies inside of an
+            argument is named as messages name it: ``"data_info['mask_type']"``.
+        needs_t: Whether t is needed; if not, a model without any will do.
+
+    Attributes:
+        x: The argument that is x_t; None if a callable makes it.
+        t: The argument that is t; None if a callable makes it, or there is none.
+        known: By path, how earlier calls held the samples, where these left no doubt.
 
     Raises:
         SettingError: If ``call`` has other keys, or names that the signature does not have.
         CallError: If the signature names fewer than two arguments and ``call`` does not help.
     """
 
-    def __init__(self, model: nn.Module, call: Mapping[str, Any] | None) -> None:
+    def __init__(self, model: nn.Module, call: Mapping[str, Any] | None, *, needs_t: bool = True) -> None:
         root = unwrap(model)
         self.model_name = type(root).__name__
         self.signature = inspect.signature(root.forward)
         self.names = [
             n for n, p in self.signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        self._takes_any = _spill(self.signature) is not None
+        self._spill = _spill(self.signature)
+        self.needs_t = needs_t
+        self.known: dict[str, Way] = {}
         call = dict(call or {})
         if unknown := set(call) - set(_KEYS):
             raise SettingError(f"call= takes {quoted(_KEYS)}; got {quoted(sorted(unknown))}.")
-        shared = call.get("shared", ())
-        self.shared = frozenset([shared] if isinstance(shared, str) else shared)
-        self.x = self._name_of("x", call, 0)
-        self.t = self._name_of("t", call, 1)
-        if self.x == self.t:
+        self._read: dict[str, Read | None] = {}
+        self.x = self._name_of("x", call, self.names[:1])
+        named = [name for name in self.names if name in _TIMES and name != self.x]
+        self.t = self._name_of("t", call, named if len(named) == 1 else self.names[1:2] if needs_t else [])
+        if self.x is not None and self.x == self.t:
             raise SettingError(f"x_t and t cannot both be the argument {self.x!r}: name the other one in call=.")
-        for name in self.shared:
-            self.check_name(name, "call=dict(shared=...)")
-        if own := self.shared & {self.x, self.t}:
-            raise SettingError(f"call=dict(shared=...) names {quoted(sorted(own))}: x_t or t, which are never shared.")
+        shared = call.get("shared", ())
+        ways: dict[str, Any] = dict.fromkeys([shared] if isinstance(shared, str) else shared, "shared") | dict(
+            call.get("rows", {})
+        )
+        for path, way in ways.items():
+            key = "shared" if way == "shared" else "rows"
+            self._check_condition(path, key, "which are never shared" if key == "shared" else "whose axis is the first")
+            if way not in ("shared", "list") and (type(way) is not int or way < 0):
+                raise SettingError(f"call=dict(rows=...) takes an axis or 'list'; got {way!r} for {path!r}.")
+        self.ways = {bracketed(path): way for path, way in ways.items()}
         self.fixed = dict(call.get("fixed", {}))
         for name in self.fixed:
-            self.check_name(name, "call=dict(fixed=...)")
-        if own := frozenset(self.fixed) & {self.x, self.t}:
-            raise SettingError(f"call=dict(fixed=...) names {quoted(sorted(own))}: x_t or t, which differ by call.")
+            self._check_condition(name, "fixed", "which differ by call")
 
-    def _name_of(self, key: str, call: Mapping[str, Any], position: int) -> str:
-        if key in call:
-            self.check_name(call[key], f"call=dict({key}=...)")
-            return str(call[key])
-        if len(self.names) <= position:
+    @property
+    def config(self) -> dict[str, Any]:
+        """``call=`` as it would make this one again."""
+        shared = sorted(path for path, way in self.ways.items() if way == "shared")
+        rows = {path: way for path, way in self.ways.items() if way != "shared"}
+        names = {"x": self._read["x"] or self.x, "t": self._read["t"] or self.t}
+        return {**names, "shared": shared, "fixed": self.fixed, **({"rows": rows} if rows else {})}
+
+    def _name_of(self, key: str, call: Mapping[str, Any], names: list[str]) -> str | None:
+        given = call.get(key)
+        self._read[key] = given if callable(given) else None
+        if callable(given):
+            return None
+        if given is not None:
+            self.check_name(given, f"call=dict({key}=...)")
+            return str(given)
+        if not names and (key == "x" or self.needs_t):
             raise CallError(
                 f"{self.model_name}.forward{self.signature} does not name its arguments, so x_t and t cannot be told.\n"
                 "Attach to the module that names them, or pass call=dict(x=..., t=...) if they are keywords."
             )
-        return self.names[position]
+        return names[0] if names else None
+
+    def _check_condition(self, path: object, key: str, why: str) -> None:
+        root = re.split(r"[.\[]", path)[0] if isinstance(path, str) and key != "fixed" else path
+        self.check_name(root, f"call=dict({key}=...)")
+        if root in (self.x, self.t):
+            raise SettingError(f"call=dict({key}=...) names {path!r}: x_t or t, {why}.")
 
     def check_name(
         self, name: object, where: str, error: type[Exception] = SettingError, advice: str | None = None
     ) -> None:
         """Raise ``error``, with ``advice``, unless the model can take an argument called ``name``."""
-        if not isinstance(name, str) or (name not in self.names and not self._takes_any):
+        if not isinstance(name, str) or (name not in self.names and self._spill is None):
             raise error(
                 f"{where} names {name!r}, which {self.model_name}.forward does not take.\n"
                 f"It takes {quoted(self.names)}. Nearest: {quoted(nearest(str(name), self.names)) or 'none'}."
@@ -109,9 +167,10 @@ class CallSpec:
 
         Raises:
             CallError: If the signature does not take these arguments, or x_t or t is missing or no tensor.
-            ShapeError: If t is neither a scalar nor one value for each row of x_t.
+            ShapeError: If t is neither a scalar nor one value for each row of x_t, or for each of its tokens; or if
+                x_t has no rows, or no values.
         """
-        return self._call(by_name(self.signature, args, kwargs, self.model_name), self.shared)
+        return self._call(by_name(self.signature, args, kwargs, self.model_name), self.ways)
 
     def adopt(self, call: Call, source: CallSpec) -> Call:
         """The call of another model, made ready for this one: x_t and t by their names here, the rest by theirs.
@@ -119,45 +178,73 @@ class CallSpec:
         Raises:
             CallError: If an argument of the other model is unknown here.
         """
-        rest = {name: value for name, value in call.arguments.items() if name not in (source.x, source.t)}
-        if not self._takes_any and (unknown := [name for name in rest if name not in self.names]):
+        renamed = {old: new for old, new in ((source.x, self.x), (source.t, self.t)) if old and new}
+        arguments = {renamed.get(name, name): value for name, value in call.arguments.items()}
+        if self._spill is None and (unknown := [name for name in arguments if name not in self.names]):
             raise CallError(
                 f"The student was called with {quoted(unknown)}, which {self.model_name}.forward does not take; it "
-                f"takes {quoted(self.names)}.\n"
+                f"takes {quoted(name for name in self.names if name not in (self.x, self.t))}.\n"
                 "The teacher sees the student's own call: it must take the same conditions under the same names."
             )
-        arguments = {self.x: call.arguments[source.x], self.t: call.arguments[source.t], **rest}
-        return self._call(arguments, self.shared | call.shared)
+        return self._call(arguments, {**call.ways, **self.ways})
 
-    def _call(self, arguments: dict[str, Any], shared: frozenset[str]) -> Call:
-        arguments = arguments | self.fixed
-        for key, name in (("x", self.x), ("t", self.t)):
-            if name not in arguments:
-                raise CallError(
-                    f"The call of {self.model_name} has no argument {name!r}; it has {quoted(arguments)}.\n"
-                    f"Say which holds {'x_t' if key == 'x' else 't'}: call=dict({key}=...)."
-                )
-        x_t, t = arguments[self.x], arguments[self.t]
+    def _call(self, arguments: dict[str, Any], ways: Mapping[str, Way]) -> Call:
+        arguments.update(self.fixed)
+        x_t = self._found("x", self.x, arguments)
+        source = self._source("x", self.x)
         if not isinstance(x_t, Tensor) or not x_t.is_floating_point() or x_t.ndim < 2:
             raise CallError(
-                f"Argument {self.x!r} of {self.model_name} should be x_t, a floating tensor (N, ...); got "
-                f"{described(x_t)}.\n"
+                f"{_capital(source)} should be x_t, a floating tensor (N, ...); got {described(x_t)}.\n"
                 "Say which argument is x_t: call=dict(x=...)."
             )
-        rows = x_t.shape[0]
+        if x_t.is_meta or not len(x_t):
+            nothing = "lies on the meta device, without values" if x_t.is_meta else "has no rows"
+            raise ShapeError(f"x_t {tuple(x_t.shape)} {nothing}: run the model on a batch of real samples.")
+        source = self._source("t", self.t)
+        if self.t is None and self._read["t"] is None:
+            return Call(arguments, x_t, None, f"{self.model_name}.forward{self.signature} names none", ways)
+        t = self._found("t", self.t, arguments)
         if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
+            if not self.needs_t:
+                return Call(arguments, x_t, None, f"{source} is {described(t)}", ways)
             raise CallError(
-                f"Argument {self.t!r} of {self.model_name} should be the time t; got {described(t)}.\n"
+                f"{_capital(source)} should be the time t; got {described(t)}.\n"
                 "Say which argument is t: call=dict(t=...)."
             )
+        rows = len(x_t)
         times = t if isinstance(t, Tensor) else torch.full((), float(t), device=x_t.device)
-        if times.numel() not in (1, rows):
+        if times.numel() == 1:
+            times = times.reshape(1).expand(rows)
+        elif len(times) == rows:
+            times = times.reshape(rows) if times.numel() == rows else times.reshape(rows, -1)
+        elif self.needs_t:
             raise ShapeError(
-                f"Argument {self.t!r} of {self.model_name} has shape {tuple(times.shape)}; the time is a scalar or one "
-                f"value for each of the {rows} rows of {self.x!r} {tuple(x_t.shape)}.\n"
-                "If t is another argument, pass call=dict(t=...)."
+                f"{_capital(source)} has shape {tuple(times.shape)}; the time is a scalar, one value for each of the "
+                f"{rows} rows of x_t {tuple(x_t.shape)}, or one for each of their tokens, (N, T).\n"
+                "If t is another argument, name it: call=dict(t=...); or pass a callable that makes t of the arguments."
             )
-        return Call(arguments, x_t, times.reshape(-1).expand(rows), shared)
+        else:
+            return Call(arguments, x_t, None, f"the {source} has shape {tuple(times.shape)}", ways)
+        return Call(arguments, x_t, times, source, ways)
+
+    def _source(self, key: str, name: str | None) -> str:
+        return f"value of call=dict({key}=...)" if name is None else f"argument {name!r} of {self.model_name}"
+
+    def _found(self, key: str, name: str | None, arguments: Mapping[str, Any]) -> Any:
+        read = self._read[key]
+        if read is not None:
+            try:
+                return read(arguments)
+            except Exception as error:
+                raise CallError(
+                    f"The callable call=dict({key}=...) failed on the call's arguments {quoted(arguments)}: {error!r}."
+                ) from error
+        if name in arguments or (key == "t" and not self.needs_t):
+            return arguments.get(str(name))
+        raise CallError(
+            f"The call of {self.model_name} has no argument {name!r}; it has {quoted(arguments)}.\n"
+            f"Say which holds {'x_t' if key == 'x' else 't'}: call=dict({key}=...)."
+        )
 
     def arguments(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments by name as ``(args, kwargs)`` of a call."""
@@ -178,9 +265,15 @@ def by_name(
         arguments = dict(signature.bind(*args, **kwargs).arguments)
     except TypeError as error:
         raise CallError(f"{model_name}.forward{signature} does not take this call: {error}.") from error
-    if (spill := _spill(signature)) is not None:
-        arguments.update(arguments.pop(spill, {}))
+    for name in arguments:
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            arguments.update(arguments.pop(name))
+            break
     return arguments
+
+
+def _capital(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def _spill(signature: inspect.Signature) -> str | None:
@@ -189,72 +282,148 @@ def _spill(signature: inspect.Signature) -> str | None:
 
 
 class RowTensors:
-    """The tensors of a call that hold one row for each sample, nested ones too, and a way to put others in their place.
+    """What a call holds by sample, nested or not, and a way to put other rows in its place.
 
-    A tensor counts as rows if its first axis is N. Others are shared by all rows; a first axis of 2N, 3N, ... could be
-    a doubled or packed batch and is refused rather than cut or shared.
+    A tensor whose first axis is N holds rows; so does a list of N tensors, unless all of them hold rows themselves.
+    Other tensors are shared by all samples. What may be either is asked about: a first axis of 2N, 3N, ..., as of a
+    doubled or packed batch; N on a later axis; a mapping by numbers; N entries that are no tensors.
 
     Args:
         call: The call.
+        known: By path, what earlier calls told; what this one tells is added.
+        conditions: Paths of what is known to differ by sample, as the null condition's.
+
+    Attributes:
+        paths: Where the rows are, as one would type it.
+        tensors: The rows: a tensor with N of them, or a list of N entries.
 
     Raises:
-        CallError: If a tensor's first axis is a multiple of N, or a list or tuple holds other things by sample.
+        CallError: If it is open where the samples are.
     """
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: Call, known: dict[str, Way] | None = None, conditions: Container[str] = ()) -> None:
+        self.paths: list[str] = []
+        self.tensors: list[Rows] = []
         self._arguments = call.arguments
         self._n = call.rows
-        self._shared = call.shared
-        found = [item for name, value in call.arguments.items() for item in self._find(value, name, name)]
-        self.paths = [path for path, _ in found]  # where each tensor is, as one would type it
-        self.tensors = [tensor for _, tensor in found]
-
-    def rebuild(self, tensors: list[Tensor]) -> dict[str, Any]:
-        """The call's arguments with ``tensors`` in place of :attr:`tensors`."""
-        replacements = iter(tensors)
-
-        def put(name: str, tensor: Tensor) -> Tensor:
-            return next(replacements) if self._is_row(tensor, name) else tensor
-
-        return {name: rebuilt(value, partial(put, name)) for name, value in self._arguments.items()}
-
-    def _is_row(self, tensor: Tensor, name: str) -> bool:
-        return name not in self._shared and tensor.ndim > 0 and tensor.shape[0] == self._n
-
-    def _find(self, value: Any, name: str, path: str) -> Iterator[tuple[str, Tensor]]:
-        if isinstance(value, Tensor):
-            if self._is_row(value, name):
-                yield path, value
-            elif name not in self._shared:
-                self._refuse_packed(value, name, path)
-        elif isinstance(value, Mapping):
-            for key, item in value.items():
-                yield from self._find(item, name, nested_path(path, key))
-        elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-            for field in dataclasses.fields(value):
-                yield from self._find(getattr(value, field.name), name, nested_path(path, field.name))
-        elif isinstance(value, list | tuple):
-            found = [f for i, item in enumerate(value) for f in self._find(item, name, nested_path(path, i))]
-            # A tuple of numbers or tensors is one value; of strings it is what zip(*samples) makes of captions.
-            by_sample = isinstance(value, list) or any(isinstance(item, str) for item in value)
-            if by_sample and len(value) == self._n > 1 and not found and name not in self._shared:
-                kind = "list" if isinstance(value, list) else "tuple"
+        self._known = {} if known is None else known
+        self._said = call.ways
+        self._ways = {**self._known, **self._said}
+        self._conditions = conditions
+        self._axes: dict[str, int] = {}  # of the tensors whose samples are not on the first
+        for name, value in call.arguments.items():
+            walk(value, self._find, name, enter=self._enter)
+        for path in call.ways:
+            if not _reaches(path, call.arguments):
                 raise CallError(
-                    f"Argument {path!r} is a {kind} of {self._n} entries, one for each sample by the look of it, and "
-                    "rows can only be taken from tensors.\n"
-                    f"Pass a tensor with {self._n} rows; or, if all samples share the list, "
-                    f"call=dict(shared=[{name!r}])."
+                    f"call= names {path!r}, which this call does not have; it has rows under {quoted(self.paths)}."
                 )
-            yield from found
 
-    def _refuse_packed(self, tensor: Tensor, name: str, path: str) -> None:
-        if self._n > 1 and tensor.ndim > 0 and tensor.shape[0] > self._n and tensor.shape[0] % self._n == 0:
-            raise CallError(
-                f"Argument {path!r} has shape {tuple(tensor.shape)}: its first axis is {tensor.shape[0] // self._n} "
-                f"times the batch of {self._n}, as in a doubled or packed batch, from which rows cannot be taken.\n"
-                f"If all samples share it, pass call=dict(shared=[{name!r}]); else call the model with one row a "
-                "sample."
-            )
+    def rebuild(self, tensors: Sequence[Rows]) -> dict[str, Any]:
+        """The call's arguments with ``tensors`` in place of :attr:`tensors`, in containers of their own."""
+        new = dict(zip(self.paths, tensors, strict=True))
+
+        def put(tensor: Tensor, path: str) -> Any:
+            path = bracketed(path)
+            rows = new.get(path, tensor)
+            return rows.movedim(0, self._axes[path]) if path in self._axes and isinstance(rows, Tensor) else rows
+
+        def enter(container: Any, path: str) -> Any:
+            rows = new.get(bracketed(path))
+            if rows is None:
+                return ...
+            return dict(enumerate(rows)) if isinstance(container, Mapping) else type(container)(rows)
+
+        return {name: walk(value, put, name, enter=enter, fresh=True) for name, value in self._arguments.items()}
+
+    def _find(self, tensor: Tensor, path: str) -> Tensor:
+        path, n, shape = bracketed(path), self._n, tensor.shape
+        way = self._ways.get(path)
+        if way is None and self._said:  # of all that lies in a container
+            way = next((way for said, way in self._said.items() if path.startswith(f"{said}[")), None)
+        if isinstance(way, int):
+            if tensor.ndim <= way or shape[way] != n:
+                self._ask(path, f"has shape {tuple(shape)}, not {n} samples on axis {way}, where they were said to be")
+            if way:
+                self._axes[path] = way
+                tensor = tensor.movedim(way, 0)
+            self._take(path, way, tensor)
+        elif tensor.ndim and way != "shared":
+            if shape[0] == n:
+                self._take(path, 0, tensor)
+            elif n > 1 and shape[0] and shape[0] % n == 0:
+                raise CallError(
+                    f"Argument {path!r} has shape {tuple(shape)}: its first axis is {shape[0] // n} times the batch of "
+                    f"{n}, as in a doubled or packed batch, from which rows cannot be taken.\n"
+                    f"If all samples share it, pass call=dict(shared=[{path!r}]); else call the model with one row a "
+                    "sample."
+                )
+            elif shape[0] > 1 and n in shape[1 : None if n > 1 else 2]:
+                self._ask(path, f"has shape {tuple(shape)}: axis {shape.index(n, 1)} looks like the batch of {n}")
+            else:
+                self._learn(path, "shared")
+        return tensor
+
+    def _enter(self, container: Any, path: str) -> Any:
+        path, n = bracketed(path), self._n
+        way = self._ways.get(path)
+        if way == "shared":
+            return container
+        numbered = isinstance(container, Mapping) and bool(container) and all(type(key) is int for key in container)
+        if not (numbered or isinstance(container, list | tuple)):
+            return ...
+        entries = list(container.values() if isinstance(container, Mapping) else container)
+        held = [tensor.ndim > 0 and len(tensor) == n for _, tensor in tensors_in(entries)]  # whether each holds rows
+        by_tensor, one_each = bool(held) and all(held), len(entries) == n
+        bare = all(isinstance(entry, Tensor) for entry in entries)
+        listed = isinstance(container, list) and not by_tensor  # rather than a tuple, which is one value
+        if way == "list" or (way is None and one_each and bare and (listed or path in self._conditions)):
+            if not one_each:
+                self._ask(path, f"has {len(entries)} entries, not one for each of the {n} samples, as it was said to")
+            self._take(path, "list", entries)
+            return container
+        # A tuple of numbers or tensors is one value; of strings, or of several shapes, it is what zip(*samples) makes.
+        lengths = {entry.shape if isinstance(entry, Tensor) else isinstance(entry, str) for entry in entries}
+        by_sample = numbered or isinstance(container, list) or True in lengths or (bare and len(lengths) > 1)
+        if way is None and (
+            (by_sample and one_each and n > 1 and (numbered or bare or not any(held)))
+            or (numbered and held and (one_each or not by_tensor))
+        ):
+            kind = "mapping by numbers" if numbered else type(container).__name__
+            look = "one for each sample by the look of it, and rows can only be taken from tensors, unless you say so"
+            self._ask(path, f"is a {kind} of {len(entries)} entries, {look}", "'list'")
+        if by_tensor:
+            self._learn(path, 0)  # its tensors hold the samples, whatever their number
+        return ...
+
+    def _take(self, path: str, way: Way, rows: Rows) -> None:
+        self.paths.append(path)
+        self.tensors.append(rows)
+        self._learn(path, way)
+
+    def _learn(self, path: str, way: Way) -> None:
+        if self._n > 1:  # with a single sample, whatever has a first axis of 1 looks like rows
+            self._known[path] = way
+
+    def _ask(self, path: str, found: str, way: str = "axis") -> NoReturn:
+        raise CallError(
+            f"Argument {path!r} {found}.\n"
+            f"Pass a tensor with {self._n} rows; or say what it is: call=dict(shared=[{path!r}]) if all samples share "
+            f"it, call=dict(rows={{{path!r}: {way}}}) if it holds one entry for each."
+        )
+
+
+def take_rows(rows: Rows, index: Tensor | slice) -> Rows:
+    """Some of the rows that :class:`RowTensors` has found; a list waits for the device of ``index``."""
+    if isinstance(index, slice):
+        return rows[index]
+    return rows.index_select(0, index) if isinstance(rows, Tensor) else [rows[i] for i in index.tolist()]
+
+
+def join_rows(parts: Sequence[Rows]) -> Rows:
+    """The rows of all parts, one part behind the other."""
+    tensors = [part for part in parts if isinstance(part, Tensor)]
+    return torch.cat(tensors) if len(tensors) == len(parts) else [row for part in parts for row in part]
 
 
 def nested_path(path: str, key: object) -> str:
@@ -262,12 +431,36 @@ def nested_path(path: str, key: object) -> str:
     return f"{path}[{key!r}]"
 
 
-def as_weights(model: nn.Module, tensor: Tensor, *, exact: bool) -> Tensor:
-    """A tensor of a call in the dtype of the model's weights, unless autocast sees to it.
+def bracketed(path: str) -> str:
+    """A path with attributes written as keys: ``cond.text`` and ``cond["text"]`` are ``cond['text']``."""
+    if "." in path or '"' in path:
+        path = re.sub(r"\.([^\W\d]\w*)", r"['\1']", path.replace('"', "'"))
+    return path
 
-    If it must stay ``exact`` it is never rounded: models embed t in float32 whatever their weights.
+
+def _reaches(path: str, arguments: Mapping[str, Any]) -> bool:
+    """Whether there is something at a path in brackets, or nothing at all at its argument."""
+    name, *keys = re.split(r"\[(.*?)\]", path)
+    value = arguments.get(name)
+    for key in keys[::2]:
+        if value is None:
+            return True
+        try:
+            plain = key.strip("'") if "'" in key else int(key)
+            value = getattr(value, str(plain)) if dataclasses.is_dataclass(value) else value[plain]
+        except (LookupError, AttributeError, TypeError, ValueError):
+            return False
+    return True
+
+
+def as_weights(model: nn.Module, rows: Rows, *, exact: bool) -> Rows:
+    """The rows of a call in the dtype of the model's weights, unless autocast sees to it.
+
+    If they must stay ``exact`` they are never rounded: models embed t in float32 whatever their weights.
     """
-    if not tensor.is_floating_point() or torch.is_autocast_enabled(tensor.device.type):
-        return tensor
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), tensor.dtype)
-    return tensor.to(torch.promote_types(tensor.dtype, dtype) if exact else dtype)
+    if isinstance(rows, list):
+        return [as_weights(model, row, exact=exact) if isinstance(row, Tensor) else row for row in rows]
+    if not rows.is_floating_point() or torch.is_autocast_enabled(rows.device.type):
+        return rows
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), rows.dtype)
+    return rows.to(torch.promote_types(rows.dtype, dtype) if exact else dtype)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any, NamedTuple, Unpack
@@ -13,11 +12,11 @@ from torch import Tensor, nn
 
 from .alignment import Alignment, Gate, Gated, check_batch, check_denoising, check_same_shape, check_teacher
 from .calls import Call, CallSpec
-from .errors import CaptureError, SelfTransError, SettingError, ShapeError, TeacherError
+from .errors import CaptureError, SettingError, ShapeError, TeacherError
 from .heads import ProjectionHead
 from .health import Health, Look
 from .losses import Distance, VAEAlignmentLoss, zero_of
-from .modules import device_of, find_layer, quoted, resolve_width
+from .modules import Layout, device_of, find_layer, quoted, resolve_width
 from .plateau import GradientProbe, Interval, Plateau, PlateauRule
 from .settings import (
     Gating,
@@ -40,8 +39,8 @@ from .tokens import Select, Tokens
 
 # What is fixed when a criterion is built. Its weight, for one, is read at every call.
 _FIXED = frozenset({
-    "layers", "time", "window", "gating", "distance", "target", "call", "which_forward", "schedule", "stop_step",
-    "stop_when", "check_interval", "health_interval",
+    "layers", "time", "window", "gating", "distance", "target", "call", "which_forward", "eval_mode", "schedule",
+    "stop_step", "stop_when", "check_interval", "health_interval",
 })  # fmt: skip
 
 
@@ -92,6 +91,8 @@ class SelfTransLoss(Alignment):
       :class:`FeatureTap`.
     - ``forward=None``: which of several forwards before one call counts, ``"first"`` or ``"last"``; None makes several
       an error.
+    - ``eval_mode=False``: True for a loop that trains the model in eval mode, as sd-scripts and musubi-tuner do: a
+      forward with gradients enabled then counts whatever the mode.
     - ``check_interval=1000``: what has to be read off the device (the range of t, x_t against the latents) is checked
       in the first three calls and then at this interval; None switches that off.
     - ``health_interval=100``: in the first three calls and then at this interval the criterion measures itself
@@ -109,7 +110,7 @@ class SelfTransLoss(Alignment):
     teacher_fingerprint: Tensor
     health_state: Tensor
     plateau_state: Tensor
-    _recorder: Recorder | None = None
+    _recorder: Recorder[Gated] | None = None
 
     def __init__(
         self,
@@ -131,6 +132,7 @@ class SelfTransLoss(Alignment):
         select: Select = None,
         tokens: Tokens = None,
         forward: WhichForward = None,
+        eval_mode: bool = False,
         check_interval: int | None = 1000,
         health_interval: int | None = 100,
         teacher_chunk: int | None = None,
@@ -161,6 +163,7 @@ class SelfTransLoss(Alignment):
         self.stop_when = stop_when
         self.call = call
         self.which_forward: WhichForward = forward
+        self.eval_mode = eval_mode
         self.check_interval = check_interval
         self.health_interval = health_interval
         # The counters live here and go to the buffers only when a state dict is made: a step writes nothing.
@@ -382,8 +385,6 @@ class SelfTransLoss(Alignment):
             return self._terms(denoising, zero_of(self.heads), 0.0, None)
         record = self._watching().take()
         gated = record.note
-        if isinstance(gated, SelfTransError):  # the call could not be read; the place to say so is here
-            raise copy.copy(gated)  # not itself: a raised error holds this frame, which holds it and the graph
         record.check_arguments()
         checking = self._check_interval.due(self._calls)
         self._check(gated.call, denoising, latents, checking)
@@ -396,10 +397,20 @@ class SelfTransLoss(Alignment):
     def attach(self, model: nn.Module) -> None:
         """Watch ``model``: done at construction, and needed again only for a copy or after :meth:`detach`."""
         self.detach()
-        self.spec = CallSpec(model, self.call)
-        gate = Gate(self.spec, self.time, self.window)
+        needs_t = self.window is not None or self.stage == 2 or self.target == "velocity"
+        self.spec = CallSpec(model, self.call, needs_t=needs_t)
+        self.layouts = [
+            Layout.of(find_layer(model, layer), head.in_features)
+            for layer, head in zip(self.layers, self.heads, strict=True)
+            if isinstance(head, ProjectionHead | VAEAlignmentLoss)
+        ]
         self._recorder = Recorder(
-            model, self.layers, training_only=True, forward=self.which_forward, on_open=gate.early
+            model,
+            self.layers,
+            Gate(self.spec, self.time, self.window),
+            training_only=True,
+            eval_mode=self.eval_mode,
+            forward=self.which_forward,
         )
 
     def detach(self) -> None:
@@ -446,7 +457,7 @@ class SelfTransLoss(Alignment):
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _watching(self) -> Recorder:
+    def _watching(self) -> Recorder[Gated]:
         if self._recorder is None:
             raise CaptureError(
                 "This criterion watches no model: it was detached, or is a copy of one that does.\n"
@@ -477,15 +488,13 @@ class SelfTransLoss(Alignment):
                 f"The alignment is still on (step {self._step}, stop_step {self.stop_step}), but there is no teacher: "
                 "it was released, or never given.\nBuild the criterion with the teacher that the run began with."
             )
-        if not checking:
+        if not checking or call.times is None:
             return
         if latents is None:
-            check_times(self.time, call.t, self.spec.t)
+            check_times(self.time, call.t)
         else:
             check_same_shape(call, latents)
-            left_out = check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach(), self.spec.t)
-            if left_out is not None:
-                self._health.warn("time_not_checked", left_out)
+            check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach())
 
     def _new_look(self, denoising: Tensor, call: Call, weight: float) -> Look | None:
         """Where this call is measured, what is to see it."""
@@ -493,11 +502,12 @@ class SelfTransLoss(Alignment):
         model = self._watching().model
         if not any(due) or model is None:
             return None
+        nowhere = torch.full((call.rows,), torch.nan, device=call.x_t.device)
         return Look(
             denoising,
             GradientProbe(self.measures.update) if self.weight > 0.0 else None,
             call,
-            self.time.noise_fraction(call.t),
+            nowhere if call.times is None else self.time.noise_fraction(call.times),
             self.window,
             model,
             {layer: find_layer(model, layer) for layer in self.layers},

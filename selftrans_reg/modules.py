@@ -7,34 +7,74 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from .errors import LayerNotFoundError, SettingError, ShapeError
 
-# Children under these names are the wrapped module itself: torch.compile, checkpoint_wrapper, FSDP1.
-_TRANSPARENT = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
+# The child that a wrapper holds, by the wrapper's package and class, so that none of them has to be imported. A child's
+# name alone tells nothing: blocks have parts that are called `module`.
+_WRAPPERS = {
+    ("torch", "DataParallel"): "module",
+    ("torch", "DistributedDataParallel"): "module",
+    ("torch", "AveragedModel"): "module",
+    ("torch", "OptimizedModule"): "_orig_mod",
+    ("torch", "ActivationWrapper"): "_checkpoint_wrapped_module",  # CheckpointWrapper and OffloadWrapper
+    ("torch", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("deepspeed", "DeepSpeedEngine"): "module",
+    ("apex", "DistributedDataParallel"): "module",
+    ("fairscale", "ShardedDataParallel"): "module",
+    ("fairscale", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
+    ("torch_xla", "XlaFullyShardedDataParallel"): "module",
+    ("timm", "ModelEmaV2"): "module",
+    ("timm", "ModelEmaV3"): "module",
+    ("lightning", "_FabricModule"): "_forward_module",
+    ("lightning_fabric", "_FabricModule"): "_forward_module",
+    ("peft", "PeftModel"): "base_model",
+    ("peft", "PeftMixedModel"): "base_model",
+    ("peft", "BaseTuner"): "model",
+}
 
 
-def _looks_through(parent: nn.Module, child: str) -> bool:
-    """Whether ``parent.child`` is what ``parent`` wraps, so that ``child`` is no part of a layer's name."""
-    if child in _TRANSPARENT:
-        return True
-    if child == "module":  # DDP, DataParallel, DeepSpeed, AveragedModel: one child, called so
-        return len(parent._modules) == 1
-    # PEFT, recognised without importing it: PeftModel.base_model, and the tuner's own `model`.
-    return child in ("base_model", "model") and type(parent).__module__.partition(".")[0] == "peft"
+def _wrapped_by(kind: type) -> str | None:
+    for base in kind.__mro__:
+        package = base.__module__.partition(".")[0]
+        if (package, base.__name__) in _WRAPPERS:
+            return _WRAPPERS[package, base.__name__]
+        if package == "peft" and base.__name__.endswith("Model"):  # LoraModel and its like, before there was BaseTuner
+            return "model"
+    return None
+
+
+def _wrapped_child(module: nn.Module) -> str | None:
+    """What a wrapper calls the module that it wraps; None if ``module`` is no wrapper."""
+    child = _wrapped_by(type(module))
+    return child if module._modules.get(child or "") is not None else None
 
 
 def unwrap(model: nn.Module) -> nn.Module:
     """The user's own model: what DDP, ``torch.compile``, checkpoint wrappers, FSDP and PEFT hold."""
-    while True:
-        inner = next((c for name, c in model.named_children() if _looks_through(model, name)), None)
-        if inner is None:
-            return model
-        model = inner
+    while (child := _wrapped_child(model)) is not None:
+        model = model._modules[child]  # type: ignore[assignment]  # it is there
+    return model
+
+
+def plain_key(model: nn.Module, key: str) -> str:
+    """The name of a weight of ``model`` without the parts that stand for its wrappers."""
+    module: nn.Module | None = model
+    kept = []
+    for part in key.split("."):
+        inner = None
+        while part != inner and module is not None and (inner := _wrapped_child(module)) is not None:
+            module = module._modules[inner]  # whether the key names it or not: checkpoint wrappers leave their part out
+        if part != inner:
+            kept.append(part)
+            module = None if module is None else module._modules.get(part)
+    return ".".join(kept)
 
 
 def sharded_parts(model: nn.Module) -> list[nn.Module]:
@@ -54,11 +94,10 @@ def named_layers(model: nn.Module) -> dict[str, nn.Module]:
 
     def walk(module: nn.Module, name: str) -> None:
         found.setdefault(name, module)
+        inner = _wrapped_child(module)
         for child_name, child in module._modules.items():  # named_children leaves out a shared module's other names
-            if child is None:
-                continue
-            child_path = name if _looks_through(module, child_name) else f"{name}.{child_name}" if name else child_name
-            walk(child, child_path)
+            if child is not None:
+                walk(child, name if child_name == inner else f"{name}.{child_name}" if name else child_name)
 
     walk(unwrap(model), "")
     del found[""]
@@ -161,23 +200,82 @@ def check_positive(name: str, value: object) -> None:
         raise SettingError(f"{name} must be a positive integer; got {value!r}.")
 
 
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CHANNELS_FIRST = (*_CONVOLUTIONS, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which axis of a layer's output holds its width D, as far as the layer tells.
+
+    Attributes:
+        axis: 1 or -1 where the layer's class leaves no doubt, else None.
+        widths: Every width that the layer may have; a single one where that is certain.
+    """
+
+    axis: int | None
+    widths: frozenset[int]
+
+    @classmethod
+    def of(cls, layer: nn.Module, hidden_size: int | None = None) -> Layout:
+        """The layout of a layer's output, of width ``hidden_size`` if given."""
+        width = hidden_size or infer_width(layer)
+        last = _last(layer)
+        axis = -1 if isinstance(last, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding) else None
+        return cls(
+            1 if isinstance(last, _CHANNELS_FIRST) else axis,
+            frozenset([width]) if width else frozenset(_possible_widths(layer)),
+        )
+
+    def doubts(self, size: int) -> bool:
+        """Whether the last of three axes, of this size, may be another than D."""
+        return self.axis == 1 or (len(self.widths) == 1 and size not in self.widths)
+
+
 def infer_width(layer: nn.Module) -> int | None:
     """The width of a layer's output tokens where its parts leave no doubt, else None.
 
-    A Linear tells by itself, a Sequential by its last module. In a transformer block the residual width is the one
-    that is normalised, enters a Linear and leaves at least two, the attention's last and the MLP's; the MLP's inner
-    width is not normalised, a head's width (qk-norm) enters no Linear, and in a final layer at most one Linear gives
-    it, that of the condition.
+    A Linear or a norm tells by itself, a Sequential by its last module. In a transformer block the
+    residual width is the one that is normalised, enters a Linear and leaves at least two, the attention's last and the
+    MLP's; the MLP's inner width is not normalised, a head's width (qk-norm) enters no Linear, and in a final layer at
+    most one Linear gives it, that of the condition.
     """
-    if isinstance(layer, nn.Linear):
-        return layer.out_features
-    if isinstance(layer, nn.Sequential) and len(layer):
-        return infer_width(layer[-1])
-    linears = [m for m in layer.modules() if isinstance(m, nn.Linear)]
-    normalised = {m.normalized_shape[-1] for m in layer.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)}
+    last = _last(layer)
+    if isinstance(last, nn.Linear):
+        return last.out_features
+    if (width := _norm_width(last)) is not None:
+        return width
+    linears = [m for m in last.modules() if isinstance(m, nn.Linear)]
+    normalised = {_norm_width(m) for m in last.modules()}
     given = Counter(m.out_features for m in linears)
-    widths = [width for width in normalised & {m.in_features for m in linears} if given[width] > 1]
+    widths = [width for width in normalised & {m.in_features for m in linears} if width and given[width] > 1]
     return widths[0] if len(widths) == 1 else None
+
+
+def _last(layer: nn.Module) -> nn.Module:
+    """The module whose output is the layer's: the last of a Sequential, what a wrapper holds."""
+    layer = unwrap(layer)
+    return _last(layer[-1]) if isinstance(layer, nn.Sequential) and len(layer) else layer
+
+
+def _norm_width(module: nn.Module) -> int | None:
+    """What a norm normalises over, whatever its class: it has no parts, and its weights are vectors of one length."""
+    if isinstance(module, nn.LayerNorm | nn.RMSNorm):
+        return int(module.normalized_shape[-1])
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    weights = [weight for weight in module._parameters.values() if weight is not None]
+    if module._modules or not weights or any(is_lazy(weight) or weight.ndim != 1 for weight in weights):
+        return None
+    lengths = {len(weight) for weight in weights}
+    return lengths.pop() if len(lengths) == 1 and max(lengths) > 1 else None
+
+
+def _possible_widths(layer: nn.Module) -> set[int]:
+    found = {_norm_width(module) for module in layer.modules()}
+    found |= {getattr(m, name, None) for m in layer.modules() for name in ("out_features", "out_channels", "embed_dim")}
+    found |= {p.shape[0] for p in layer.parameters() if not is_lazy(p) and p.ndim > 1}  # of classes of one's own
+    return {width for width in found if isinstance(width, int) and width > 1}
 
 
 def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
@@ -191,9 +289,11 @@ def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
         return hidden_size
     width = infer_width(layer)
     if width is None:
+        lazy = any(is_lazy(parameter) for parameter in layer.parameters())
         raise SettingError(
             f"The width of layer {name!r} ({type(layer).__name__}) cannot be read off with certainty.\n"
-            "Pass hidden_size=, the last axis of that layer's tokens."
+            "Pass hidden_size=, the last axis of that layer's tokens"
+            + ("; or run the model once, as some of its parameters are not initialised yet." if lazy else ".")
         )
     return width
 

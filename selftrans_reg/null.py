@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, CallSpec, RowTensors, nested_path
+from .calls import Call, CallSpec, Rows, RowTensors, nested_path
 from .errors import SettingError
 from .modules import nearest, quoted
 from .taps import watched
@@ -32,8 +32,8 @@ def flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
         )
     for name in null:
         spec.check_name(name, "null=", SettingError, _NESTED)
-    if overlap := {spec.x, spec.t} & set(null):
-        raise SettingError(f"null= names {quoted(sorted(overlap))}, which is x_t or t, not a condition.")
+    if overlap := [name for name in null if name in (spec.x, spec.t)]:
+        raise SettingError(f"null= names {quoted(overlap)}, which is x_t or t, not a condition.")
 
     def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping) and value:
@@ -51,7 +51,7 @@ def flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
         yield from walk(value, name)
 
 
-def null_tensors(null: Mapping[str, Any], call: Call, held: RowTensors) -> Iterator[Tensor]:
+def null_tensors(null: Mapping[str, Any], call: Call, held: RowTensors) -> Iterator[Rows]:
     """For each row tensor of the call its null counterpart: itself where the null condition does not name it.
 
     Args:
@@ -71,7 +71,12 @@ def null_tensors(null: Mapping[str, Any], call: Call, held: RowTensors) -> Itera
             + (f"\n{_NESTED}" if any(path.startswith(f"{missing[0]}[") for path in held.paths) else "")
         )
     for path, tensor in zip(held.paths, held.tensors, strict=True):
-        yield _null_like(path, null[path], tensor, call) if path in null else tensor
+        if path not in null:
+            yield tensor
+        elif isinstance(tensor, Tensor):
+            yield _null_like(path, null[path], tensor, call)
+        else:
+            yield list(null[path](call.arguments)) if callable(null[path]) else [null[path]] * len(tensor)
 
 
 def _null_like(path: str, value: Any, tensor: Tensor, call: Call) -> Tensor:

@@ -36,6 +36,7 @@ class Settings(TypedDict, total=False):
     select: Select
     tokens: Tokens
     forward: WhichForward
+    eval_mode: bool
     check_interval: int | None
     health_interval: int | None
 

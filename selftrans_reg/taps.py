@@ -10,26 +10,29 @@ reentrant checkpointing the stored object is the very one that receives the grad
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 import itertools
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
-from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calls import by_name
-from .errors import CaptureError, SettingError
-from .modules import find_layer, quoted, sharded_parts, unwrap
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, rebuilt, tensors_in
+from .errors import CaptureError, SelfTransError, SettingError
+from .modules import Layout, find_layer, quoted, sharded_parts, unwrap
+from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, tensors_in, walk
 
 WhichForward: TypeAlias = Literal["first", "last"] | None
-Versions: TypeAlias = tuple[tuple[Tensor, int], ...]
-Owner = TypeVar("Owner", "Recorder", "EarlyExit")
+Versions: TypeAlias = list[tuple[Tensor, int]]
+Note = TypeVar("Note")
+Owner = TypeVar("Owner", "Recorder[Any]", "EarlyExit")
 
 
 class Capture(NamedTuple):
@@ -40,29 +43,45 @@ class Capture(NamedTuple):
     autocast: torch.dtype | None  # the dtype of the autocast that the layer ran under, None without
 
 
-class Record:
+class Record(Generic[Note]):
     """One forward of the model: its arguments, what the tapped layers returned, and the owner's note on it.
 
     The arguments are in containers of the record's own: the model may put others into those that it was given.
+
+    Attributes:
+        args, kwargs: The call's arguments.
+        captures: By layer, what it returned each time that it ran.
+        with_gradients: Whether gradients were enabled when the call began.
+        transformed: Whether it ran inside a function transform, such as ``torch.func.jvp``.
+        note: What the owner has made of the arguments when the call began.
+        error: Why it could not, which is raised when the record is taken.
     """
 
-    __slots__ = ("args", "captures", "kwargs", "note", "versions")
+    __slots__ = ("_versions", "args", "captures", "error", "kwargs", "note", "transformed", "with_gradients")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str]) -> None:
-        self.args, self.kwargs = rebuilt((args, kwargs), lambda tensor: tensor)
-        self.versions = _versions((self.args, self.kwargs))
+        self._versions: Versions = []
+        self.args, self.kwargs = walk((args, kwargs), self._see, fresh=True)
         self.captures: dict[str, list[Capture]] = {layer: [] for layer in layers}
-        self.note: Any = None
+        self.with_gradients = torch.is_grad_enabled()
+        self.transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        self.note: Note
+        self.error: SelfTransError | None = None
+
+    def _see(self, tensor: Tensor, path: str) -> Tensor:
+        self._versions.append((tensor, _version(tensor)))
+        return tensor
 
     def check_arguments(self) -> None:
         """Raise ``CaptureError`` if an argument of the call was changed in place since: it is to be read again."""
-        if _changed((self.args, self.kwargs), self.versions):
-            raise CaptureError(
-                "An argument of the model's call was changed in place after the call began, so what the student was "
-                "called with can no longer be read.\n"
-                "Change it out of place, in the model (as a label that is dropped) or in the loop (as x_t that is "
-                "reused), or call the criterion first."
-            )
+        for tensor, version in self._versions:
+            if not tensor.is_inference() and tensor._version != version:
+                raise CaptureError(
+                    "An argument of the model's call was changed in place after the call began, so what the student "
+                    "was called with can no longer be read.\n"
+                    "Change it out of place, in the model (as a label that is dropped) or in the loop (as x_t that is "
+                    "reused), or call the criterion first."
+                )
 
     def capture(self, layer: str) -> Capture:
         """The one capture of ``layer``.
@@ -95,16 +114,36 @@ class Record:
             )
         return capture
 
+    def no_gradient(self, layer: str, consequence: str, reason: str) -> CaptureError:
+        """What to raise where the tokens of ``layer`` carry no gradient, and why they may not."""
+        if self.transformed:
+            reason = (
+                "The model ran inside a function transform (torch.func.jvp, vjp, grad or vmap), whose tensors end with "
+                "it: run the model once more outside of it, and say which forward counts with forward='last' or "
+                "'first'."
+            )
+        return CaptureError(f"The tokens of layer {layer!r} carry no gradient, {consequence}.\n{reason}")
 
-def _versions(value: Any) -> Versions:
-    """The tensors of a nested value, and how often each was changed in place; those of inference mode do not count."""
-    return tuple((tensor, 0 if tensor.is_inference() else tensor._version) for _, tensor in tensors_in(value))
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; those of inference mode do not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _versions_of(value: Any) -> Versions:
+    if isinstance(value, Tensor):
+        return [(value, _version(value))]
+    return [(tensor, _version(tensor)) for _, tensor in tensors_in(value)]
 
 
 def _changed(value: Any, before: Versions) -> bool:
     """Whether a tensor of a nested value was changed in place, or another put there, since ``before``."""
-    now = _versions(value)
+    now = _versions_of(value)
     return len(now) != len(before) or any(a is not b or m != n for (a, m), (b, n) in zip(now, before, strict=True))
+
+
+class _UnscriptableError(CaptureError, AttributeError):
+    """Raised where ``torch.jit.script`` asks a hook for its name; no error to those who ask by ``hasattr``."""
 
 
 class _Hook(Generic[Owner]):
@@ -113,6 +152,13 @@ class _Hook(Generic[Owner]):
     def __init__(self, owner: Owner, module: nn.Module) -> None:
         self.owner: weakref.ref[Owner] = weakref.ref(owner)
         self.module = weakref.ref(module)
+
+    @property
+    def __name__(self) -> NoReturn:
+        raise _UnscriptableError(
+            "torch.jit.script cannot compile a model that this library watches, as it would compile the hooks too.\n"
+            "Script it before, or after detach(); torch.compile takes it as it is."
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return _inert
@@ -129,10 +175,10 @@ def _make_inert() -> Callable[..., None]:
     return _inert
 
 
-class _LayerHook(_Hook["Recorder"]):
+class _LayerHook(_Hook["Recorder[Any]"]):
     """Appends a layer's raw output to the open record. Traced by ``torch.compile``: keep it free of Python counters."""
 
-    def __init__(self, owner: Recorder, module: nn.Module, layer: str) -> None:
+    def __init__(self, owner: Recorder[Any], module: nn.Module, layer: str) -> None:
         super().__init__(owner, module)
         self.layer = layer
 
@@ -140,9 +186,9 @@ class _LayerHook(_Hook["Recorder"]):
         recorder = self.owner()
         if recorder is None or module is not self.module():
             return
-        record = recorder.opened
+        record = getattr(recorder.here, "opened", None)
         if record is not None:
-            versions = None if torch.compiler.is_compiling() else _versions(output)
+            versions = None if torch.compiler.is_compiling() else _versions_of(output)
             device = recorder.device_type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             capture = Capture(output, versions, autocast)
@@ -162,10 +208,10 @@ def _append(captures: list[Capture], capture: Capture) -> None:
     captures.append(capture)
 
 
-class _RootHook(_Hook["Recorder"]):
+class _RootHook(_Hook["Recorder[Any]"]):
     """Calls one method of its owner around the model's forward, outside of any compiled graph."""
 
-    def __init__(self, owner: Recorder, module: nn.Module, method: str) -> None:
+    def __init__(self, owner: Recorder[Any], module: nn.Module, method: str) -> None:
         super().__init__(owner, module)
         self.method = method
 
@@ -173,40 +219,48 @@ class _RootHook(_Hook["Recorder"]):
         recorder = self.owner()
         if recorder is not None and module is self.module():
             getattr(recorder, self.method)(module, *args)
+        elif recorder is not None and getattr(module, "_is_replica", False):
+            recorder.passed_over = ": it ran as replicas of nn.DataParallel, which are copies; use DDP"
 
 
-class Recorder:
+class Recorder(Generic[Note]):
     """Watches one model: a record for each forward, holding the raw outputs of the named layers.
 
-    At most one record is held, whatever the loop does, so that a forgotten consumer cannot pile up graphs.
+    At most one record is held, whatever the loop does, so that a forgotten consumer cannot pile up graphs. What a
+    thread's forwards leave is that thread's: others may sample from the model in the meantime.
 
     Args:
         model: The user's model, wrapped or not.
         layers: Dotted names, as the unwrapped model prints them.
+        on_open: Called with each new record before the forward runs; what it returns is the record's note, and an error
+            of the library that it raises is kept for the loss, where the user expects it.
         training_only: Record a forward only in train mode with gradients enabled, and never inside a backward pass.
+        eval_mode: With ``training_only``, record those in eval mode too.
         forward: Which of several forwards between two takes counts; None makes several an error.
-        on_open: Called with each new record before the forward runs; what it returns is the record's note.
+
+    Attributes:
+        here: The record that is ``opened`` and the one that is ``kept``, and the ``count`` of forwards: the thread's.
     """
 
     def __init__(
         self,
         model: nn.Module,
         layers: Sequence[str],
+        on_open: Callable[[Record[Note]], Note],
         *,
-        training_only: bool,
+        training_only: bool = False,
+        eval_mode: bool = False,
         forward: WhichForward = None,
-        on_open: Callable[[Record], Any] | None = None,
     ) -> None:
         if forward not in (None, "first", "last"):
             raise SettingError(f"forward must be None, 'first' or 'last'; got {forward!r}.")
         self.layers = tuple(layers)
-        self.training_only = training_only
         self.on_open = on_open
+        self.training_only = training_only
+        self.eval_mode = eval_mode
         self.forward = forward
-        self.opened: Record | None = None
-        self._kept: Record | None = None
-        self._count = 0
-        self._passed_over = ""  # why the last forward left no record, for the error message
+        self.here = threading.local()
+        self.passed_over = ""  # why the last forward left no record, for the error message
         root = unwrap(model)
         self.device_type = "cpu"
         modules = [find_layer(model, layer) for layer in self.layers]
@@ -234,21 +288,25 @@ class Recorder:
     @property
     def holds_record(self) -> bool:
         """Whether there was a forward to record since the last take."""
-        return self._kept is not None
+        return getattr(self.here, "kept", None) is not None
 
-    def take(self) -> Record:
-        """The record of the forward since the last take, which is forgotten here.
+    def take(self) -> Record[Note]:
+        """The record of this thread's forward since the last take, which is forgotten here.
 
         Raises:
             CaptureError: If there was no forward, or several and ``forward`` does not say which counts.
+            SelfTransError: What ``on_open`` has raised.
         """
-        record, count = self._kept, self._count
+        record: Record[Note] | None = getattr(self.here, "kept", None)
+        count = getattr(self.here, "count", 0)
         self.discard()
         if record is None:
             mode = ", in train mode with gradients enabled" if self.training_only else ""
+            mode = mode.replace("in train mode ", "") if self.eval_mode else mode
             raise CaptureError(
-                f"There is no forward of the model to work on{self._passed_over}.\n"
-                f"Call the model itself (not model.forward) once before each call of this one{mode}."
+                f"There is no forward of the model to work on{self.passed_over}.\n"
+                f"Call the model itself (not model.forward) once before each call of this one, in the same "
+                f"thread{mode}."
             )
         if count > 1 and self.forward is None:
             choice = "say which counts with forward='first' or 'last'; or " if self.training_only else ""
@@ -256,36 +314,43 @@ class Recorder:
                 f"The model ran {count} forwards since the last call, and nothing is guessed.\n"
                 f"Call this after every forward; or {choice}drop what a skipped batch left with discard()."
             )
+        if record.error is not None:
+            raise copy.copy(record.error)  # not itself: a raised error holds this frame, which holds it and the graph
         return record
 
     def discard(self) -> None:
         """Forget what was recorded."""
-        self.opened = self._kept = None
-        self._count = 0
+        self.here.opened = self.here.kept = None
+        self.here.count = 0
 
     def detach(self) -> None:
         """Remove every hook and forget what was recorded."""
         _remove(self._handles)
-        self.discard()
+        self.here = threading.local()
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.opened = None  # what an interrupted forward may have left
+        self.here.opened = None  # what an interrupted forward may have left
         device_type = next((p.device.type for p in module.parameters()), "cpu")  # now: the model may have been moved
         self.device_type = device_type if torch.amp.is_autocast_available(device_type) else "cpu"
-        if torch._C._current_graph_task_id() != -1:  # a checkpoint of the whole model recomputes it in backward
+        # A checkpoint of the whole model recomputes it in backward; and torch.jit.trace takes it down.
+        if torch._C._current_graph_task_id() != -1 or torch._C._is_tracing():
             return
         if self.training_only:
-            if not module.training:
-                self._passed_over = ": the last one was in eval mode"
+            if not (module.training or self.eval_mode):
+                self.passed_over = ": the last one was in eval mode"
                 return
             if not torch.is_grad_enabled():
-                self._passed_over = ": the last one ran without gradients, as in a checkpoint with use_reentrant=True"
+                self.passed_over = ": the last one ran without gradients, as in a checkpoint with use_reentrant=True"
                 return
-        record = Record(args, kwargs, self.layers)
-        if self.on_open is not None:
-            cast = None if self._came_first(module) else _reduced_precision(args, kwargs)
-            record.note = self.on_open(record) if cast is None else _not_first(cast)
-        self.opened = record
+        record: Record[Note] = Record(args, kwargs, self.layers)
+        cast = None if self._came_first(module) or not self.training_only else _reduced_precision(args, kwargs)
+        try:
+            if cast is not None:
+                raise _not_first(cast)
+            record.note = self.on_open(record)
+        except SelfTransError as error:
+            record.error = error.with_traceback(None)  # whose frames hold the record, and with it the graph
+        self.here.opened = record
 
     def _came_first(self, module: nn.Module) -> bool:
         """Whether no hook of another's ran before this recorder's, which from now on comes first."""
@@ -298,13 +363,14 @@ class Recorder:
         return False
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        record, self.opened = self.opened, None
+        here = self.here
+        record, here.opened = getattr(here, "opened", None), None
         if record is None or output is None:  # always_call: a forward that raised has no output
             return
-        self._count += 1
-        self._passed_over = ""
-        if self._kept is None or self.forward == "last":
-            self._kept = record
+        here.count = getattr(here, "count", 0) + 1
+        self.passed_over = ""
+        if getattr(here, "kept", None) is None or self.forward == "last":
+            here.kept = record
 
 
 def _remove(handles: list[RemovableHandle]) -> None:
@@ -345,20 +411,21 @@ class _Stop(BaseException):
 
 
 class _StopHook(_Hook["EarlyExit"]):
-    """Keeps the layer's output with its owner and leaves the forward, or counts, while the owner is running one."""
+    """Keeps the layer's output with its owner and leaves the forward, or counts, where the thread is running one."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         early_exit = self.owner()
         if early_exit is None or module is not self.module():
             return
-        early_exit.count += 1
-        if early_exit.running:
-            early_exit.output = output
+        here = early_exit.here
+        here.count = getattr(here, "count", 0) + 1
+        if getattr(here, "running", False):
+            here.output = output
             raise _Stop
 
 
 class EarlyExit:
-    """Runs a model up to one layer and returns that layer's raw output.
+    """Runs a model up to one layer and returns that layer's raw output. Several threads may, each for itself.
 
     Args:
         model: The model, wrapped or not.
@@ -369,9 +436,7 @@ class EarlyExit:
         _keep_out_of_graphs()
         module = find_layer(model, layer)
         self.layer = layer
-        self.running = False
-        self.count = 0
-        self.output: Any = None
+        self.here = threading.local()  # whether the thread is `running` one, the layer's `output`, and its `count`
         module.register_forward_hook(_StopHook(self, module))
 
     def check_runs_once(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -380,13 +445,13 @@ class EarlyExit:
         Raises:
             CaptureError: If it does.
         """
-        self.count = 0
+        self.here.count = 0
         with contextlib.suppress(Exception):  # behind the layer nothing need work; what fails before it fails in `run`
             model(*args, **kwargs)
-        if self.count > 1:
+        if self.here.count > 1:
             raise CaptureError(
-                f"Layer {self.layer!r} runs {self.count} times in one forward of the teacher, and nothing is guessed.\n"
-                "Tap a layer that runs once."
+                f"Layer {self.layer!r} runs {self.here.count} times in one forward of the teacher, and nothing is "
+                "guessed.\nTap a layer that runs once."
             )
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -395,16 +460,16 @@ class EarlyExit:
         Raises:
             CaptureError: If the forward ended without running the layer.
         """
-        self.running = True
+        self.here.running = True
         try:
             model(*args, **kwargs)
         except _Stop:
             for part in sharded_parts(model):  # as FSDP2's own hooks do where a forward ends
                 part.reshard()  # type: ignore[operator]
-            return self.output
+            return self.here.output
         finally:
-            self.running = False
-            self.output = None
+            self.here.running = False
+            self.here.output = None
         raise CaptureError(
             f"The teacher's forward ended without running layer {self.layer!r}: name a layer that runs in every "
             "forward."
@@ -474,10 +539,10 @@ class FeatureTap:
         self.tokens = tokens
         root = unwrap(model)
         self._model_name, self._signature = type(root).__name__, inspect.signature(root.forward)
-        self._modules = {name: weakref.ref(find_layer(model, name)) for name in layer_names(layer)}
-        self._recorder: Recorder | None = Recorder(
-            model, layer_names(layer), training_only=False, on_open=lambda record: torch.is_grad_enabled()
-        )
+        layers = {name: find_layer(model, name) for name in layer_names(layer)}
+        self._modules = {name: weakref.ref(module) for name, module in layers.items()}
+        self._layouts = {name: Layout.of(module) for name, module in layers.items()}
+        self._recorder: Recorder[None] | None = Recorder(model, list(layers), lambda record: None)
 
     def pop(self) -> Tensor | dict[str, Tensor]:
         """The tokens of the forward since the last pop; the tap is empty afterwards.
@@ -502,23 +567,28 @@ class FeatureTap:
             return by_name(self._signature, record.args, record.kwargs, self._model_name)
 
         found = {
-            name: as_tokens(record.capture(name).output, self.select, self.tokens, layer=name, arguments=arguments)
+            name: as_tokens(
+                record.capture(name).output,
+                self.select,
+                self.tokens,
+                layer=name,
+                layout=self._layouts[name],
+                arguments=arguments,
+            )
             for name in self._modules
         }
-        if record.note is True:  # the forward ran with gradients enabled
-            for name, tokens in found.items():
-                self._check_gradient(name, tokens)
+        for name, tokens in found.items():
+            module = self._modules[name]()
+            trains = record.with_gradients and module is not None and any(p.requires_grad for p in module.parameters())
+            if trains and not tokens.requires_grad:
+                raise record.no_gradient(
+                    name,
+                    "although it trains and gradients were enabled",
+                    "Reentrant activation checkpointing hides the gradient of what lies inside a checkpointed segment: "
+                    "use use_reentrant=False, or tap the very module that is checkpointed. For features alone call the "
+                    "model under torch.no_grad().",
+                )
         return found[self.layer] if isinstance(self.layer, str) else found
-
-    def _check_gradient(self, name: str, tokens: Tensor) -> None:
-        layer = self._modules[name]()
-        if not tokens.requires_grad and layer is not None and any(p.requires_grad for p in layer.parameters()):
-            raise CaptureError(
-                f"The tokens of layer {name!r} carry no gradient, although it trains and gradients were enabled.\n"
-                "Reentrant activation checkpointing hides the gradient of what lies inside a checkpointed segment: use "
-                "use_reentrant=False, or tap the very module that is checkpointed. For features alone call the model "
-                "under torch.no_grad()."
-            )
 
     def discard(self) -> None:
         """Forget what was captured."""

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, CallSpec, RowTensors, as_weights
+from .calls import Call, CallSpec, Rows, RowTensors, as_weights, join_rows, take_rows
 from .checkpoints import load_weights
 from .errors import SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Shareable
 from .modules import (
+    Layout,
     architecture,
     check_positive,
     find_layer,
@@ -103,6 +104,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self.eval()
         self._exit = EarlyExit(model, layer)
         self._prepared = False
+        self._layout = Layout.of(tapped, self.hidden_size)
         self._pruned = pruned_modules(model)
         self._compile = compile
         settings = {"layer": layer, "guidance_scale": self.guidance_scale, "select": select, "tokens": tokens}
@@ -225,12 +227,12 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 "run it different numbers of times, and wait for each other forever.\n"
                 "Leave teacher_chunk out, or keep the teacher whole on each rank."
             )
-        held = RowTensors(call)
+        held = RowTensors(call, self.spec.known, self._null)
         pairs = zip(held.tensors, null_tensors(self._null_now(), call, held), strict=True)
         if rows is not None:
-            pairs = ((c.index_select(0, rows), u.index_select(0, rows)) for c, u in pairs)  # type: ignore[assignment]
+            pairs = ((take_rows(c, rows), take_rows(u, rows)) for c, u in pairs)  # type: ignore[assignment]
         doubled = [
-            as_weights(self.model, torch.cat([c, u]), exact=path == self.spec.t)
+            as_weights(self.model, join_rows([c, u]), exact=path == self.spec.t)
             for path, (c, u) in zip(held.paths, pairs, strict=True)
         ]
         total = len(doubled[0])
@@ -272,13 +274,13 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self._pruned = pruned_modules(self.model)
         self._prepared = True
 
-    def _arguments(self, held: RowTensors, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self, held: RowTensors, tensors: list[Rows]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self.spec.arguments(held.rebuild(tensors))
 
-    def _run(self, held: RowTensors, tensors: list[Tensor]) -> Tensor:
+    def _run(self, held: RowTensors, tensors: list[Rows]) -> Tensor:
         wanted = len(tensors[0])
         if self._compile:
-            tensors = [pad_rows(tensor) for tensor in tensors]
+            tensors = [pad_rows(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
         rows = len(tensors[0])
         args, kwargs = self._arguments(held, tensors)
         try:
@@ -292,7 +294,14 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 "build_teacher(..., call=dict(shared=[...]))."
             )
             raise
-        tokens = as_tokens(output, self.select, self.tokens, layer=self.layer, arguments=lambda: held.rebuild(tensors))
+        tokens = as_tokens(
+            output,
+            self.select,
+            self.tokens,
+            layer=self.layer,
+            layout=self._layout,
+            arguments=lambda: held.rebuild(tensors),
+        )
         if len(tokens) != rows:
             raise ShapeError(
                 f"The teacher's layer {self.layer!r} gives {len(tokens)} rows for a batch of {rows}: "

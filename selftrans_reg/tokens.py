@@ -7,12 +7,13 @@ import dataclasses
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
 from .errors import CallError, SettingError, ShapeError
+from .modules import Layout
 
 Select: TypeAlias = int | str | Callable[[Any], Any] | None
 Tokens: TypeAlias = slice | Callable[..., Tensor] | None  # of the tensor, or of the tensor and the call's arguments
@@ -31,30 +32,36 @@ def check_tokens(tokens: object) -> None:
 
 
 def as_tokens(
-    output: Any, select: Select, tokens: Tokens, *, layer: str, arguments: Callable[[], Mapping[str, Any]]
+    output: Any,
+    select: Select,
+    tokens: Tokens,
+    *,
+    layer: str,
+    layout: Layout,
+    arguments: Callable[[], Mapping[str, Any]],
 ) -> Tensor:
     """The tokens in a layer's raw output.
 
     ``select`` picks a tensor out of a tuple, dict or dataclass; an output with a single tensor needs none. A tensor of
-    four or five axes is a convolution's, channels first, and is flattened row by row. ``tokens`` then picks the
-    image's tokens along the second axis; a callable gets the selected tensor as it is and returns (N, T, D). Where the
-    image's place depends on the call, as behind captions of different lengths, the callable takes the call's arguments
-    by name as its second parameter.
+    four or five axes is flattened row by row; its width is on axis 1, on axis 2 of a video's maps, or last, where the
+    layer's own width says. ``tokens`` then picks the image's tokens along the second axis; a callable gets the selected
+    tensor as it is and returns (N, T, D). Where the image's place depends on the call, as behind captions of different
+    lengths, the callable takes the call's arguments by name as its second parameter.
 
     Shape:
         returns: (N, T, D)
 
     Raises:
         CallError: If the output holds several tensors and no ``select`` was given, or ``select`` picks no tensor.
-        ShapeError: If what is left is not (N, T, D), or ``tokens`` leaves none.
+        ShapeError: If what is left is not (N, T, D), or ``tokens`` leaves none; or if it is open which axis is D.
     """
     tensor = select_tensor(output, select, layer)
     if callable(tokens):
         tensor = tokens(tensor, arguments()) if _takes_arguments(tokens) else tokens(tensor)
         if not isinstance(tensor, Tensor):
             raise CallError(f"tokens= returned {type(tensor).__name__} for layer {layer!r}; it must return a tensor.")
-    elif tensor.ndim in (4, 5):
-        tensor = tensor.flatten(2).transpose(1, 2)  # (N, C, H, W) or (N, C, F, H, W) -> (N, T, D)
+    elif tensor.ndim in (4, 5) or (tensor.ndim == 3 and layout.doubts(tensor.shape[2])):
+        tensor = tensor.movedim(_width_axis(tensor, layout, layer), -1).flatten(1, -2)
     if tensor.ndim != 3:
         raise ShapeError(
             f"Layer {layer!r} gives a tensor of shape {tuple(tensor.shape)}, not tokens (N, T, D).\n"
@@ -66,6 +73,27 @@ def as_tokens(
             raise ShapeError(f"tokens={tokens} leaves none of the {tensor.shape[1]} tokens of layer {layer!r}.")
         tensor = sliced
     return tensor
+
+
+def _width_axis(tensor: Tensor, layout: Layout, layer: str) -> int:
+    """Which axis of (N, D, L), (N, D, H, W), (N, H, W, D), (N, D, F, H, W), (N, F, D, H, W), (N, F, H, W, D) is D."""
+    if layout.axis is not None:
+        return layout.axis
+    shape, last = tensor.shape, tensor.ndim - 1
+    fitting = [axis for axis in ((1, 2, last) if last == 4 else (1, last)) if shape[axis] in layout.widths]
+    if len(fitting) == 1 and last > 2:
+        return fitting[0]
+    if last == 2 and not fitting:
+        return last  # of a width that is not the layer's: of another stream, or one that hidden_size= gets wrong
+    known = "its width is one of" if len(layout.widths) > 1 else "its width is"
+    fit = "no axis fits" if not fitting else f"axes {fitting} fit" if last > 2 else f"only axis {fitting[0]} fits"
+    raise ShapeError(
+        f"Layer {layer!r} gives a tensor of shape {tuple(shape)}, and which axis is D is open: {known} "
+        f"{', '.join(map(str, sorted(layout.widths))) or 'not known'}, and {fit}.\n"
+        "Say how it becomes (N, T, D) with tokens= a callable: lambda x: x.flatten(1, -2) if D comes last, "
+        "lambda x: x.flatten(2).transpose(1, 2) if it is axis 1. If this is not the image's tensor, pick that one with "
+        "select=."
+    )
 
 
 def _takes_arguments(tokens: Callable[..., Tensor]) -> bool:
@@ -112,19 +140,72 @@ def select_tensor(output: Any, select: Select, layer: str) -> Tensor:
     return picked
 
 
-def tensors_in(value: Any, path: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor in a nested output with the path to it, as one would type it."""
+def tensors_in(value: Any, path: str = "") -> list[tuple[str, Tensor]]:
+    """Every tensor in a nested value with the path to it, as one would type it."""
+    found: list[tuple[str, Tensor]] = []
+
+    def note(tensor: Tensor, where: str) -> Tensor:
+        found.append((where, tensor))
+        return tensor
+
+    walk(value, note, path)
+    return found
+
+
+def walk(
+    value: Any,
+    put: Callable[[Tensor, str], Any],
+    path: str = "",
+    *,
+    enter: Callable[[Any, str], Any] | None = None,
+    fresh: bool = False,
+) -> Any:
+    """A nested value with ``put(tensor, path)`` in the place of every tensor: the one walk over lists, dicts and so on.
+
+    Containers in which nothing changes are not copied, unless they shall be ``fresh``: then none in which others could
+    put something is shared with ``value``. A copy is of the container's own kind.
+
+    Args:
+        value: Tensors, lists, tuples, mappings and dataclasses, nested; anything else is left alone.
+        put: What takes a tensor's place.
+        path: To ``value``, as one would type it.
+        enter: Asked at every container; what it returns takes the container's place, and ``...`` goes on into it.
+        fresh: Whether to copy lists, dicts and what holds a tensor in any case.
+    """
     if isinstance(value, Tensor):
-        yield path, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors_in(item, f"{path}[{key!r}]")
+        return put(value, path)
+    items: Iterable[tuple[Any, Any]]
+    if isinstance(value, Mapping):
+        items, form = value.items(), "[{!r}]"
     elif isinstance(value, list | tuple):
-        for index, item in enumerate(value):
-            yield from tensors_in(item, f"{path}[{index}]")
+        items, form = enumerate(value), "[{!r}]"
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        for field in dataclasses.fields(value):
-            yield from tensors_in(getattr(value, field.name), f"{path}.{field.name}")
+        items, form = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)], ".{}"
+    else:
+        return value
+    if enter is not None and (instead := enter(value, path)) is not ...:
+        return instead
+    changed = {}
+    for key, item in items:
+        if item is None or isinstance(item, int | float | str):
+            continue
+        new = walk(item, put, path + form.format(key), enter=enter, fresh=fresh)
+        if new is not item or (fresh and isinstance(item, Tensor)):
+            changed[key] = new
+    if not changed:
+        return value.copy() if fresh and type(value) in (dict, list) else value
+    if isinstance(value, list | tuple):
+        listed = [changed.get(index, item) for index, item in enumerate(value)]
+        return type(value)(*listed) if hasattr(value, "_fields") else type(value)(listed)
+    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
+        return {**value, **changed}
+    copied = copy.copy(value)  # a model may ask it for attributes
+    for key, item in changed.items():
+        if isinstance(copied, MutableMapping):
+            copied[key] = item
+        else:
+            object.__setattr__(copied, str(key), item)
+    return copied
 
 
 def described(value: Any) -> str:
@@ -135,45 +216,6 @@ def described(value: Any) -> str:
     kind = f"{dtype} tensor" if dtype else type(value).__name__
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
     return f"{_with_article(kind)}{shape}"
-
-
-def rebuilt(value: Any, put: Callable[[Tensor], Tensor]) -> Any:
-    """A copy of a nested value, each container of its own kind, with ``put(tensor)`` in place of every tensor.
-
-    What holds no tensor is not copied.
-    """
-    if isinstance(value, Tensor):
-        return put(value)
-    if not _holds_tensor(value):
-        return value
-    if isinstance(value, list | tuple):
-        items = [rebuilt(item, put) for item in value]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    if isinstance(value, Mapping):
-        named = {key: rebuilt(item, put) for key, item in value.items()}
-        if not isinstance(value, MutableMapping):
-            return named
-        mapping = copy.copy(value)  # a model may ask it for attributes
-        for key, item in named.items():
-            mapping[key] = item
-        return mapping
-    record = copy.copy(value)
-    for field in dataclasses.fields(value):
-        object.__setattr__(record, field.name, rebuilt(getattr(value, field.name), put))
-    return record
-
-
-def _holds_tensor(value: Any) -> bool:
-    """Whether :func:`tensors_in` finds any: without its paths, as this is done at every forward."""
-    if isinstance(value, Tensor):
-        return True
-    if isinstance(value, list | tuple):
-        return any(map(_holds_tensor, value))
-    if isinstance(value, Mapping):
-        return any(map(_holds_tensor, value.values()))
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return any(_holds_tensor(getattr(value, field.name)) for field in dataclasses.fields(value))
-    return False
 
 
 def _listing(output: Any) -> str:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..calls import CallSpec, RowTensors
+from ..calls import CallSpec, RowTensors, join_rows
 from ..errors import SettingError, ShapeError
 from ..modules import device_of, find_layer, quoted
 from ..null import Null, checked_indices, flatten_null, null_tensors
@@ -198,13 +198,13 @@ class LayerReader:
         """
         t = times_at(self.time, fraction, len(batch.latents), self.device)
         x_t = add_noise(self.time, batch.latents, noise, t)
-        args, kwargs = self.spec.arguments({self.spec.x: x_t, self.spec.t: t, **batch.arguments})
+        args, kwargs = self.spec.arguments({str(self.spec.x): x_t, str(self.spec.t): t, **batch.arguments})
         call = self.spec.bind(args, kwargs)
-        held = RowTensors(call)
+        held = RowTensors(call, self.spec.known, self.null or {})
         tensors, rows = held.tensors, call.rows
         if self.null is not None:
             null = {path: v.to(self.device) if isinstance(v, Tensor) else v for path, v in self.null.items()}
-            tensors = [torch.cat(pair) for pair in zip(tensors, null_tensors(null, call, held), strict=True)]
+            tensors = [join_rows(pair) for pair in zip(tensors, null_tensors(null, call, held), strict=True)]
             rows *= 2
         args, kwargs = self.spec.arguments(held.rebuild(tensors))
         with (

@@ -15,7 +15,7 @@ from toys import ToyDiT, batch
 
 import selftrans_reg as st
 from selftrans_reg.errors import CallError, CaptureError, LayerNotFoundError, SettingError, ShapeError
-from selftrans_reg.taps import EarlyExit, Recorder, watched
+from selftrans_reg.taps import EarlyExit, Record, Recorder, watched
 
 
 def student() -> ToyDiT:
@@ -27,6 +27,10 @@ def student() -> ToyDiT:
 def run(model: nn.Module, n: int = 4) -> Tensor:
     b = batch(n)
     return model(b["x"], b["t"], b["y"])
+
+
+def noted(record: Record[str]) -> str:
+    return "noted"
 
 
 class CheckpointedDiT(ToyDiT):
@@ -247,7 +251,7 @@ class TestCaptures:
     def test_the_autocast_seen_is_that_of_the_device_where_the_model_runs(self) -> None:
         """Attached on another device, such as meta, and then moved."""
         model = student().to("meta")
-        recorder = Recorder(model, ["blocks.1"], training_only=True)
+        recorder = Recorder(model, ["blocks.1"], noted, training_only=True)
         model.to_empty(device="cpu").load_state_dict(student().state_dict())
         run(model)
         assert recorder.take().capture("blocks.1").autocast is None
@@ -264,7 +268,7 @@ class TestTrainingRecords:
     )
     def test_why_there_is_no_record(self, mode: str, reason: str) -> None:
         model = student().train(mode != "eval")
-        recorder = Recorder(model, ["blocks.1"], training_only=True)
+        recorder = Recorder(model, ["blocks.1"], noted, training_only=True)
         with torch.set_grad_enabled(mode == "eval"):
             run(model)
         with pytest.raises(CaptureError) as error:
@@ -275,7 +279,7 @@ class TestTrainingRecords:
     @pytest.mark.parametrize("reentrant", [True, False])
     def test_recomputing_the_whole_model_in_the_backward_pass_is_no_forward(self, reentrant: bool) -> None:
         model, b = student(), batch(4)
-        recorder = Recorder(model, ["blocks.1"], training_only=True)
+        recorder = Recorder(model, ["blocks.1"], noted, training_only=True)
         x = b["x"].requires_grad_()
         output = torch.utils.checkpoint.checkpoint(model, x, b["t"], b["y"], use_reentrant=reentrant)
         recorder.discard()
@@ -285,7 +289,7 @@ class TestTrainingRecords:
 
     def test_which_of_several_forwards_is_one_of_three(self) -> None:
         with pytest.raises(SettingError, match=r"forward must be None, 'first' or 'last'; got 'second'"):
-            Recorder(student(), ["blocks.1"], training_only=True, forward="second")
+            Recorder(student(), ["blocks.1"], noted, forward="second")
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -301,7 +305,7 @@ def test_hooks_are_inert_in_a_copy(how: str) -> None:
             other = copy.deepcopy(model)
         torch.testing.assert_close(run(other), run(model))
         assert len(tap.pop()) == 4  # one forward, the model's own
-        exit_early.running = True
+        exit_early.here.running = True
         assert run(other).shape == (4, 4, 8, 8)
 
 
@@ -324,7 +328,7 @@ class TestEarlyExit:
         assert later == []
         torch.testing.assert_close(found, plain.tapped(model, "blocks.1", b["x"], b["t"], b["y"])[1])
         assert later == [1]
-        assert exit_early.output is None
+        assert exit_early.here.output is None
 
     def test_a_models_own_try_does_not_swallow_it(self) -> None:
         class Careful(ToyDiT):

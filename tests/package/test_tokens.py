@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import math
+from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from selftrans_reg import SettingError, ShapeError
 from selftrans_reg.errors import CallError
-from selftrans_reg.tokens import as_tokens, check_grid, check_select, check_tokens, grid_of
+from selftrans_reg.modules import Layout
+from selftrans_reg.tokens import as_tokens, check_grid, check_select, check_tokens, grid_of, tensors_in, walk
 
 TEXT, IMAGE = torch.randn(2, 5, 8), torch.randn(2, 16, 8)
 
@@ -23,8 +24,10 @@ class Output:
     context: Tensor | None = None
 
 
-def tokens_of(output: Any, select: Any = None, tokens: Any = None) -> Tensor:
-    return as_tokens(output, select, tokens, layer="blocks.1", arguments=lambda: {"length": 5})
+def tokens_of(output: Any, select: Any = None, tokens: Any = None, of: nn.Module | int = 8) -> Tensor:
+    """The tokens of a layer, or of one that tells no more than its width."""
+    layout = Layout(None, frozenset([of])) if isinstance(of, int) else Layout.of(of)
+    return as_tokens(output, select, tokens, layer="blocks.1", layout=layout, arguments=lambda: {"length": 5})
 
 
 @pytest.mark.parametrize(
@@ -84,13 +87,69 @@ def test_a_select_that_does_not_fit_is_refused(select: Any, parts: list[str]) ->
         assert part in str(error.value)
 
 
-@pytest.mark.parametrize("shape", [(2, 8, 4, 4), (2, 8, 3, 4, 4)])
-def test_a_grid_of_channels_is_flattened_row_by_row(shape: tuple[int, ...]) -> None:
-    grid = torch.randn(shape)
-    found = tokens_of(grid)
-    assert found.shape == (2, math.prod(shape[2:]), 8)
-    torch.testing.assert_close(found[:, 1], grid.flatten(2)[:, :, 1])
-    torch.testing.assert_close(found[1, -1], grid[(1, slice(None), *(size - 1 for size in shape[2:]))])
+class Swin(nn.Module):
+    """A window attention's parts: the width of queries, keys and values, and a table by head, beside the layer's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.table = nn.Parameter(torch.zeros(169, 4))
+
+
+LAYOUTS = ["ndl", "ndhw", "nhwd", "ndfhw", "nfdhw", "nfhwd"]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "of", [8, Swin(8), nn.ModuleList([nn.Conv3d(4, 8, 1)])], ids=["width", "attention", "convolution"]
+)
+def test_the_layers_width_says_which_axis_of_a_map_it_is(layout: str, of: nn.Module | int) -> None:
+    sizes = {"n": 2, "d": 8, "f": 3, "h": 4, "w": 5, "l": 6}
+    value = torch.randn([sizes[axis] for axis in layout])
+    if layout == "ndl":
+        if of == 8:
+            with pytest.raises(
+                ShapeError, match=r"shape \(2, 8, 6\), and which axis is D is open: its width is 8, and only"
+            ):
+                tokens_of(value, of=of)
+        return
+    spatial = layout.replace("n", "").replace("d", "")
+    expected = torch.einsum(f"{layout}->n{spatial}d", value).reshape(2, -1, 8)
+    torch.testing.assert_close(tokens_of(value, of=of), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 8, 8), (2, 8, 4, 8), (2, 8, 8, 4, 4), (2, 3, 8, 4, 8), (2, 8, 3, 4, 8)])
+def test_where_two_axes_may_be_the_width_the_layers_class_decides_or_it_is_asked_for(shape: tuple[int, ...]) -> None:
+    value = torch.randn(shape)
+    for of in (8, nn.ModuleList([nn.Linear(4, 8)])):
+        with pytest.raises(ShapeError) as error:
+            tokens_of(value, of=of)
+        for part in (
+            f"shape {shape}",
+            "its width is 8, and axes [",
+            "tokens= a callable",
+            "lambda x: x.flatten(1, -2)",
+            "select=",
+        ):
+            assert part in str(error.value)
+    for last in (nn.Linear(4, 8), nn.LayerNorm(8), nn.Sequential(nn.Conv2d(4, 4, 1), nn.LayerNorm(8))):
+        torch.testing.assert_close(tokens_of(value, of=last), value.flatten(1, -2))
+    for first in (nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.Sequential(nn.Linear(4, 4), nn.Conv3d(4, 8, 1))):
+        torch.testing.assert_close(tokens_of(value, of=first), value.flatten(2).transpose(1, 2))
+
+
+def test_a_map_none_of_whose_axes_is_the_width_is_asked_about() -> None:
+    for of, width in ((nn.Identity(), "its width is not known"), (Swin(7), "its width is one of 7, 21, 169")):
+        with pytest.raises(ShapeError, match=f"shape \\(2, 8, 3, 5\\)(?s:.*){width}, and no axis fits"):
+            tokens_of(torch.zeros(2, 8, 3, 5), of=of)
+
+
+def test_three_axes_are_tokens_unless_the_layer_is_a_convolution() -> None:
+    value = torch.randn(2, 8, 8)
+    assert tokens_of(value) is value
+    assert tokens_of(value, of=nn.Identity()) is value
+    assert tokens_of(TEXT, of=99) is not None  # of another stream: the caller compares the widths
+    torch.testing.assert_close(tokens_of(value, of=nn.Conv1d(4, 8, 1)), value.transpose(1, 2))
 
 
 def test_tokens_slices_the_second_axis_or_is_called_with_the_tensor_as_it_is() -> None:
@@ -172,3 +231,45 @@ def test_too_few_tokens_name_what_it_may_be() -> None:
     for part in ("8 tokens do not fit the latent grid 4×4, which has 16", "select=", "patch_size"):
         assert part in str(error.value)
     assert "slice(" not in str(error.value)
+
+
+@dataclass
+class Settings:
+    """A container without a tensor."""
+
+    size: int
+
+
+class Attributes(dict):  # type: ignore[type-arg]
+    __getattr__ = dict.__getitem__
+
+
+class TestWalk:
+    def test_every_tensor_comes_with_the_path_that_one_would_type(self) -> None:
+        value = {"a": [IMAGE, None, (TEXT, "x")], 3: Output(IMAGE, TEXT), "n": 1}
+        assert [path for path, _ in tensors_in(value, "y")] == [
+            "y['a'][0]",
+            "y['a'][2][0]",
+            "y[3].hidden_states",
+            "y[3].context",
+        ]
+
+    def test_only_what_changes_is_copied_and_each_container_keeps_its_kind(self) -> None:
+        pair = namedtuple("pair", "left right")
+        value = {"a": [IMAGE, 1], "b": pair(TEXT, 2), "c": Attributes(x=IMAGE), "d": Output(IMAGE), "e": (1, [2])}
+        assert walk(value, lambda tensor, path: tensor) is value
+        found = walk(value, lambda tensor, path: tensor[:1])
+        assert [type(item) for item in found.values()] == [list, pair, Attributes, Output, tuple]
+        assert found["c"].x.shape == found["d"].hidden_states.shape == found["b"].left.shape[:1] + IMAGE.shape[1:]
+        assert found["e"] is value["e"]
+        assert value["a"][0] is IMAGE
+
+    def test_fresh_containers_are_shared_with_nobody(self) -> None:
+        value = {"empty": {}, "list": [[]], "pair": (IMAGE, {}), "own": Output(IMAGE), "settings": Settings(3)}
+        found = walk(value, lambda tensor, path: tensor, fresh=True)
+        assert found.keys() == value.keys()
+        assert all(found[key] is not value[key] for key in ("empty", "list", "pair", "own"))
+        assert found["list"][0] is not value["list"][0]
+        assert found["pair"][1] is not value["pair"][1]
+        assert found["pair"][0] is IMAGE
+        assert found["settings"] is value["settings"]

@@ -97,12 +97,6 @@ class TestTime:
         with refused(errors.TimeConventionError, "built for the time convention 'repa'", "'sit'", "must agree"):
             step2(SIT, teacher={"time": "repa"})
 
-    def test_t_that_is_not_the_second_argument(self) -> None:
-        """Of many models of diffusers that is the text."""
-        message = (r"'encoder_hidden_states' .* has shape \(16, 7, 24\)", r"call=dict\(t=\.\.\.\)")
-        with refused(st.SelfTransError, *message):
-            step1(SD3, call=None)
-
 
 class TestStreams:
     @pytest.mark.parametrize("backbone", [MMDIT, SD3], ids=["MMDiT", "SD3"])
@@ -180,10 +174,6 @@ class TestTokens:
         small = replace(SIT, build=lambda seed: ToyDiT(seed=seed, patch_size=4 if seed == 1 else 2).train())
         with refused(errors.ShapeError, r"teacher gives features \(\d, 4, 16\)", "patch size"):
             step2(small)
-
-    def test_maps_whose_channels_are_not_first(self) -> None:
-        with refused(errors.ShapeError, "tokens of width 4, but the head reads 16", r"\(N, D, H, W\)", "callable"):
-            step1(EDM2, select=lambda maps: maps.movedim(1, -1))
 
 
 class TestLatents:

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
-from common.long_runs import new_accelerator
 from common.paths import denoising_loss
 from common.sit import SiT
-from common.trainer import LongRun, Trainer
+from common.trainer import LongRun, Trainer, new_accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -52,9 +51,9 @@ def new_sit(seed: int = 0, **settings: Any) -> SiT:
 def new_criterion(stage: str, model: SiT, micro_batches: int = 1) -> st.SelfTransLoss | None:
     settings: dict[str, Any] = {"time": "repa", "hidden_features": 8, "window": (0.2, 0.8)}
     settings["health_interval"] = SETTINGS["log_every"] * micro_batches  # the last call of a logged step
-    if stage == "1":
+    if stage == "vae":
         return st.SelfTransLoss.stage1(model, layer="blocks.1", latent_channels=2, patch_size=1, **settings)
-    if stage == "2":
+    if stage == "self":
         teacher = st.build_teacher(new_sit(seed=7), None, layer="blocks.2", guidance_scale=3.0, null={"y": CLASSES})
         return st.SelfTransLoss.stage2(model, layer="blocks.1", teacher=teacher, stop_step=5, **settings)
     return None
@@ -71,7 +70,7 @@ def fixed_loss(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
 def new_trainer(
     out: Path,
     *,
-    stage: str = "1",
+    stage: str = "vae",
     steps: int = 7,
     micro_batches: int = 1,
     precision: str = "no",
@@ -84,7 +83,7 @@ def new_trainer(
     model = new_sit() if model is None else model
     out.mkdir(exist_ok=True)
     return Trainer(
-        new_accelerator(precision, micro_batches=micro_batches, cpu=True, out=out, trackers=["tensorboard"]),
+        new_accelerator(precision, micro_batches=micro_batches, cpu=True),
         model,
         criterion=new_criterion(stage, model, micro_batches),
         dataset=Items() if dataset is None else dataset,

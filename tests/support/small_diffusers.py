@@ -266,7 +266,6 @@ SMALL_DIFFUSERS = {
         "layers",
         null=_EMPTY_MASKED,
         reads={"tokens": image_behind_caption},
-        asks=24,
         pick=_plain_image_behind_caption,
     ),
     "HunyuanDiT": _attached(
