@@ -185,7 +185,7 @@ def of_quickstart(run: argparse.Namespace) -> Subject:
     """A run of `quickstart.py` on all digits; the curves are those of its three runs."""
     import quickstart
     from common.data import digits
-    from common.demo_latents import MemoryLatents
+    from common.demo import MemoryLatents
 
     folder = run.checkpoint.parent
     model = quickstart.new_sit(argparse.Namespace(**read_json(folder / "settings.json"), device=run.device))
@@ -221,7 +221,7 @@ def sit_data(run: argparse.Namespace, found: Checkpoint) -> Any:
     """The latents that a SiT was trained on."""
     name = run.data or found.args.get("data")
     if name == "demo":
-        from common.demo_latents import demo_latents
+        from common.demo import demo_latents
 
         vae = Path(found.args.get("demo_vae") or "")
         if not vae.is_dir():

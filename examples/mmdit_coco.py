@@ -3,46 +3,106 @@
 Run alone, by torchrun or by accelerate launch; the global batch stays what it is. The same command goes on where it was
 stopped. `--data demo` takes captioned shapes that the script draws and a small model instead: both stages in minutes.
 
-    python examples/mmdit_coco.py --stage vae --data demo --out runs/t2i/vae
-    python examples/mmdit_coco.py --stage self --data demo --out runs/t2i/self --teacher runs/t2i/vae/teacher
+    python examples/mmdit_coco.py --stage 1 --data demo --out runs/t2i/stage1
+    python examples/mmdit_coco.py --stage 2 --data demo --out runs/t2i/stage2 --teacher runs/t2i/stage1/teacher
 """
+# ruff: noqa: E402
 
 import argparse
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
+from common.options import Mistake, at_least, long_run_parser, parse_long_run, run_script, within
+
+PUBLISHED = {
+    "steps": 150_000, "batch_size": 256, "lr": 2e-4, "warmup_steps": 5_000, "ema_decay": 0.9999, "log_every": 100,
+    "checkpoint_every": 10_000, "keep_every": 50_000, "sample_every": 10_000, "head_features": 2048,
+}  # fmt: skip
+DEMO = {
+    "steps": 1600, "batch_size": 32, "lr": 2e-3, "warmup_steps": 100, "ema_decay": 0.99, "log_every": 50,
+    "checkpoint_every": 400, "keep_every": 400, "sample_every": 400, "head_features": 256, "stop_step": 800,
+}  # fmt: skip
+DEMO_SIZE = {"patch_size": 2, "hidden_size": 96, "depth": 6, "num_heads": 3}  # 16 tokens of image and of text
+PROMPTS = [
+    "a cat asleep on a red sofa", "two people on bicycles in a city street", "a bowl of oranges on a wooden table",
+    "a train beside a snowy mountain", "a giraffe under a tree", "a kite above a beach",
+    "a kitchen with white cupboards", "a man on a surfboard in a wave",
+]  # fmt: skip
+DEMO_PROMPTS = [
+    "a red circle on a blue ground", "a yellow square on a black ground", "a green triangle on a white ground",
+    "a white cross on a red ground", "a blue ring on a yellow ground", "a black circle on a green ground",
+    "white ground with a black triangle", "red ground with a yellow ring",
+]  # fmt: skip
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = long_run_parser(__doc__, "joint_blocks", PUBLISHED, DEMO)
+    add = parser.add_argument_group("the model, its data, and the text of its pictures").add_argument
+    add("--data", required=True, help="folder of features in U-ViT's layout (docs/text-to-image.md), or 'demo'")
+    add("--model", choices=["MMDiT", "demo"], help="the published size, or a small one (default: as the data)")
+    add("--moments", choices=["std", "logvar"], default="std", help="what is behind the mean in {i}.npy")
+    add("--context-dropout", type=within(0, 1), default=0.1, help="how often a caption gives way to the empty prompt")
+    add("--text-encoder", help="CLIP text model for --prompts: folder or hub name, as openai/clip-vit-large-patch14")
+    add("--prompts", nargs="+", help="of the pictures of samples (default: eight of the data's kind)")
+    add("--demo-data", type=Path, help="where the demo's images are kept (default: demo-captions beside --out)")
+    add("--demo-images", type=at_least(32), default=2048, help="how many are drawn")
+    add("--demo-vae-steps", type=at_least(2), default=600, help="the training of their VAE")
+    parser.set_defaults(betas=[0.9, 0.9], weight_decay=0.03, sample_cfg=2.0, path="linear")
+    run = parse_long_run(parser, argv)
+    demo = run.data == "demo"
+    run.model = run.model or ("demo" if demo else "MMDiT")
+    run.demo_data = (run.demo_data or run.out.parent / "demo-captions") if demo else None
+    run.prompts = run.prompts or (DEMO_PROMPTS if demo else PROMPTS)
+    if run.stage != "baseline" and run.context_dropout == 0:
+        parser.error("a teacher needs to know the empty prompt, which --context-dropout 0 never shows it")
+    if not demo and (run.vae is None) != (run.text_encoder is None):
+        parser.error("pictures of samples need --vae and --text-encoder: pass both, or none")
+    return run
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
+
+from dataclasses import replace
+from functools import partial
+
 from common.coco_features import CocoFeatures
-from common.demo_captions import TEXT_ENCODER, VAE, make_demo
-from common.mmdit import MMDiT
-from common.mmdit_settings import new_mmdit, options, settle
-from common.options import Mistake
-from common.paths import denoising_loss
-from common.run_folder import open_run_folder
-from common.run_options import CHANGEABLE
+from common.demo import TEXT_ENCODER, VAE, demo_captions
+from common.long_runs import Backbone, settle, train_long
+from common.mmdit import PUBLISHED_DEPTH, PUBLISHED_SIZE, MMDiT
 from common.samplers import Guidance
 from common.sampling import ImageSampler, matching_vae
-from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion, start_from
 from common.text import draw_prompts, encoded_prompts, load_text_encoder, numbers_of, same_features
-from common.trainer import LongRun, Trainer, new_accelerator
-from torch import nn
+from common.trainer import Draw, Trainer
 
-# What the pictures are of may change, too, when a run goes on.
-FREE = (*CHANGEABLE, "prompts", "text_encoder")
+import selftrans_reg as st
 
 
-def open_data(run: argparse.Namespace) -> CocoFeatures:
-    """The features; the demo's are made first, if they are not there."""
+def open_backbone(run: argparse.Namespace) -> Backbone:
+    """The features, which are made first for the demo, and the model of their size; settles the options."""
+    settle_mmdit(run)
     folder = Path(run.demo_data or run.data)
     if run.data == "demo":
-        make_demo(folder, images=run.demo_images, vae_steps=run.demo_vae_steps)
+        demo_captions(folder, images=run.demo_images, vae_steps=run.demo_vae_steps)
         run.vae, run.text_encoder = run.vae or str(folder / VAE), run.text_encoder or str(folder / TEXT_ENCODER)
-    return CocoFeatures(folder, dropout=run.context_dropout, second=run.moments)
+    data = CocoFeatures(folder, dropout=run.context_dropout, second=run.moments)
+    length, width = data.empty.shape
+    sizes = {
+        **(DEMO_SIZE if run.model == "demo" else PUBLISHED_SIZE),
+        "input_size": data.size,
+        "in_channels": data.channels,
+        "context_size": width,
+    }
+    shape = (data.channels, data.size, data.size)
+    run.context_length = length
+    return Backbone(
+        "MMDiT", "joint_blocks", partial(MMDiT, **sizes), sizes, {"context": data.empty}, data, shape, data.scaling,
+        data.vae, select=1, draw=new_picture(run, data, shape),  # a joint block returns (text, image)
+    )  # fmt: skip
 
 
-def new_picture(run: argparse.Namespace, data: CocoFeatures) -> Callable[[nn.Module, Path], None] | None:
+def new_picture(run: argparse.Namespace, data: CocoFeatures, shape: tuple[int, int, int]) -> Draw | None:
     """What draws the pictures of samples, if there is a text encoder for the prompts and a VAE for the images.
 
     Raises:
@@ -58,87 +118,35 @@ def new_picture(run: argparse.Namespace, data: CocoFeatures) -> Callable[[nn.Mod
             f"{encoder.name} is not the text encoder of {run.data}: the empty prompt has other features.\n"
             "Pass with --text-encoder the one that the captions were encoded with."
         )
+    guidance = Guidance(run.sample_cfg, prompts.null)
     sampler = ImageSampler(
-        vae,
-        data.scaling,
-        (data.channels, data.size, data.size),
-        numbers_of,
-        steps=run.sample_steps,
-        guidance=Guidance(run.sample_cfg, prompts.null),
-        seed=run.seed,
+        vae, data.scaling, shape, numbers_of, steps=run.sample_steps, guidance=guidance, seed=run.seed
     )
     return partial(draw_prompts, sampler, prompts)
 
 
-def description(run: argparse.Namespace, model: MMDiT, data: CocoFeatures) -> dict[str, Any]:
-    """What a checkpoint says of its run: the settings, and the sizes that its readers need to build the model."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
-    length, width = data.empty.shape
-    return settings | {
-        "input_size": data.size,
-        "in_channels": data.channels,
-        "patch_size": model.patch_size,
-        "hidden_size": model.pos_embed.shape[-1],
-        "depth": len(model.joint_blocks),
-        "num_heads": model.joint_blocks[0].num_heads,
-        "context_length": length,
-        "context_size": width,
-        "path": "linear",
-        "scale_factor": data.scaling.scale,
-        "shift_factor": data.scaling.shift,
-        "vae": run.vae or data.vae,
-    }
+def settle_mmdit(run: argparse.Namespace) -> None:
+    """Put the recipe's values, the published ones or the demo's, where none were given.
+
+    The recipe names layers of the published 24 blocks; the demo takes those at the same fractions of its depth.
+    """
+    plan = st.recipe("MMDiT", variant=run.recipe)
+    if run.model == "demo":
+        names = ("stage1_layer", "student_layer", "teacher_layer")
+        plan = replace(plan, **{name: layer_at(getattr(plan, name), DEMO_SIZE["depth"]) for name in names})
+    settle(run, plan, DEMO if run.model == "demo" else PUBLISHED, teacher_weights="ema")  # in the released code too
 
 
-def main(argv: list[str] | None = None) -> Trainer:
+def layer_at(layer: str, depth: int) -> str:
+    """The layer at the same fraction of another depth than the published one."""
+    blocks, _, index = layer.rpartition(".")
+    return f"{blocks}.{max(1, (int(index) + 1) * depth // PUBLISHED_DEPTH) - 1}"
+
+
+def main(argv: Sequence[str] | None = None) -> Trainer:
     """Train up to the last step, from the newest checkpoint if there is one."""
-    run = options(argv, __doc__)
-    settle(run)
-    accelerator = new_accelerator(run.precision, micro_batches=run.micro_batches, cpu=run.cpu)
-    if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
-    with accelerator.main_process_first():  # what it makes the others find
-        data = open_data(run)
-    new = partial(new_mmdit, run, channels=data.channels, size=data.size, context_size=data.empty.shape[-1])
-    torch.manual_seed(run.seed)
-    model = new()
-    if run.init is not None:
-        start_from(run.init, model, accelerator.print)
-    backbone = Backbone(
-        new,
-        null={"context": data.empty},
-        time="repa",
-        shape=(data.channels, data.size, data.size),
-        scaling=data.scaling,
-        patch_size=model.patch_size,
-        select=1,  # a joint block returns (text, image)
-    )
-    trainer = Trainer(
-        accelerator,
-        model,
-        criterion=new_criterion(run, model, backbone),
-        dataset=data,
-        latents_of=partial(latents_of, scaling=data.scaling),
-        denoise=denoising_loss,
-        settings=LongRun(**{name: getattr(run, name) for name in LongRun._fields}),
-        out=run.out,
-        args=description(run, model, data),
-        draw=new_picture(run, data),
-    )
-    if run.compile:
-        for block in model.joint_blocks:
-            block.compile()
-    with accelerator.main_process_first():
-        open_run_folder(run.out, {name: value for name, value in vars(run).items() if name not in FREE})
-    trainer.resume(run.resume)
-    check_teacher_stays(run, trainer)
-    trainer.run()
-    if run.stage == "vae" and accelerator.is_main_process:
-        source = f"examples/mmdit_coco.py --stage vae --model {run.model}, {run.teacher_weights} weights"
-        print(f"The teacher for --stage self: {leave_teacher(run, backbone, trainer, source)}")
-    accelerator.end_training()
-    return trainer
+    return train_long(options(argv), open_backbone, "mmdit_coco.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,15 +1,54 @@
 """Self-Transcendence end to end on real handwritten digits: one command, no download, two CPU cores, a few minutes.
 
 Trains a small VAE and a small classifier, then one SiT three ways from the same initial weights, on the same batches
-with the same noise for the same number of steps: as it is, with stage 1, and with Self-Transcendence, whose teacher is
-the stage-1 run. Writes a table, a picture and every checkpoint to ``--out``; what is finished there is not done again.
+with the same noise for the same number of steps: as it is (the baseline), with stage 1, and with stage 2, whose
+teacher is the stage-1 run. Writes a table, a picture and every checkpoint to ``--out``; what is finished there is not
+done again.
 
     python examples/quickstart.py
 """
+# ruff: noqa: E402
 
 import argparse
 import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from common.options import Parser, at_least, finite, positive, run_script, within
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line; everything but the folder and the device belongs to the run's settings."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
+    add("--device", default="cpu", help="as cuda")
+    add("--seed", type=at_least(0), default=0, help="of weights, data order and noise")
+    add("--steps", type=at_least(1), default=700, help="of each of the three runs")
+    add("--batch-size", type=at_least(1), default=16, help="of a step")
+    add("--lr", type=positive, default=3e-3, help="high, because the steps are few")
+    add("--hidden-size", type=at_least(4), default=96, help="width of the SiT")
+    add("--depth", type=at_least(3), default=6, help="its blocks")
+    add("--num-heads", type=at_least(1), default=3, help="its attention heads")
+    recipe = "(default: what selftrans_reg.recipe says of the model)"
+    add("--stage1-layer", help=f"aligned with the latents {recipe}")
+    add("--student-layer", help=f"aligned with the teacher {recipe}")
+    add("--teacher-layer", help=f"of the stage-1 model {recipe}")
+    add("--guidance-scale", type=finite, help=f"of the teacher's features {recipe}")
+    add("--weight", type=finite, help=f"of the alignment, in both stages {recipe}")
+    add("--stop-fraction", type=within(0, 1), default=0.5, help="of stage 2's steps, after which guidance ends")
+    add("--head-features", type=at_least(1), default=256, help="width inside the projection head")
+    add("--vae-steps", type=at_least(2), default=150, help="training of the VAE")
+    add("--classifier-steps", type=at_least(2), default=300, help="training of the classifier")
+    add("--samples", type=at_least(2), default=1000, help="for the Fréchet distance, of each way")
+    add("--sampler-steps", type=at_least(1), default=12, help="Euler steps, without guidance")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
+
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,12 +56,11 @@ import torch
 from common.data import NUM_DIGIT_CLASSES, LabelledImages, LatentData, digits
 from common.images import tile
 from common.metrics import accuracy, classifier_features, feature_statistics, frechet_distance, trained_classifier
-from common.options import at_least
 from common.paths import denoising_loss, interpolate, linear_path
-from common.run_folder import finished_or_made, open_run_folder, write_json
+from common.run_folder import finished_or_made, locked, open_run_folder, write_json
 from common.samplers import sample_ode
 from common.sit import SiT
-from common.training import TrainSettings, progress, train
+from common.training import Training, TrainSettings, progress, timed_in_turns, train
 from common.vae import DOWNSAMPLING, LATENT_CHANNELS, decode, encode_moments, trained_vae
 from diffusers import AutoencoderKL
 from numpy.typing import NDArray
@@ -37,8 +75,8 @@ WARMUP_STEPS = 50
 EMA_DECAY = 0.99  # short, because the steps are few
 PICTURE_TIME = 0.5  # the middle of the window
 SAMPLE_BATCH = 250
-STAGE1_FILE = "stage1.pt"
-WAYS = {"plain": "as is", "stage1": "stage 1", "self": "Self-Transcendence"}
+TIMED_ROUNDS = 15
+WAYS = {"baseline": "baseline", "stage1": "stage 1", "stage2": "stage 2"}
 
 
 def grey_to_rgb(images: Tensor) -> Tensor:
@@ -46,47 +84,26 @@ def grey_to_rgb(images: Tensor) -> Tensor:
     return (0.5 - images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3) / 2).clamp(0, 1).cpu()
 
 
-def options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line; everything but the folder and the device belongs to the run's settings."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder of the results")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=at_least(1), default=700, help="of each of the three runs")
-    parser.add_argument("--batch-size", type=at_least(1), default=16)
-    parser.add_argument("--lr", type=float, default=3e-3, help="high, because the steps are few")
-    parser.add_argument("--hidden-size", type=int, default=96)
-    parser.add_argument("--depth", type=int, default=6)
-    parser.add_argument("--num-heads", type=int, default=3)
-    parser.add_argument("--stage1-layer", default="blocks.1")
-    parser.add_argument("--student-layer", default="blocks.2")
-    parser.add_argument("--teacher-layer", default="blocks.3")
-    parser.add_argument("--guidance-scale", type=float, default=3.0, help="of the teacher's features")
-    parser.add_argument("--weight", type=float, default=0.5, help="of the alignment, in both stages")
-    parser.add_argument(
-        "--stop-fraction", type=float, default=0.5, help="of stage 2's steps, after which guidance ends"
-    )
-    parser.add_argument("--head-features", type=int, default=256, help="width inside the projection head")
-    parser.add_argument("--vae-steps", type=at_least(2), default=150)
-    parser.add_argument("--classifier-steps", type=at_least(2), default=300)
-    parser.add_argument("--samples", type=at_least(2), default=1000, help="for the Fréchet distance, of each way")
-    parser.add_argument("--sampler-steps", type=at_least(1), default=12, help="Euler steps, without guidance")
-    return parser.parse_args(argv)
-
-
 def new_sit(run: argparse.Namespace) -> SiT:
     """A SiT of 64 tokens; the seed decides its initial weights."""
     torch.manual_seed(run.seed)
-    return SiT(
-        input_size=IMAGE_SIZE // DOWNSAMPLING,
-        patch_size=1,
-        in_channels=LATENT_CHANNELS,
-        hidden_size=run.hidden_size,
-        depth=run.depth,
-        num_heads=run.num_heads,
-        num_classes=NUM_DIGIT_CLASSES,
-        learn_sigma=False,
-    ).to(run.device)
+    return SiT(**sizes(run)).to(run.device)
+
+
+def sizes(run: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of the SiT."""
+    return {
+        "input_size": IMAGE_SIZE // DOWNSAMPLING,
+        "patch_size": 1,
+        "in_channels": LATENT_CHANNELS,
+        "hidden_size": run.hidden_size,
+        "depth": run.depth,
+        "num_heads": run.num_heads,
+        "num_classes": NUM_DIGIT_CLASSES,
+        "class_dropout_prob": 0.1,
+        "learn_sigma": False,
+        "qk_norm": False,
+    }
 
 
 def stage1_criterion(run: argparse.Namespace, model: SiT) -> st.SelfTransLoss:
@@ -129,39 +146,70 @@ def stage2_criterion(run: argparse.Namespace, model: SiT, teacher: st.CFGFeature
 
 def criterion_of(run: argparse.Namespace, way: str, model: SiT) -> st.SelfTransLoss | None:
     """What a way of training adds to the loss."""
-    if way == "plain":
+    if way == "baseline":
         return None
     if way == "stage1":
         return stage1_criterion(run, model)
-    return stage2_criterion(run, model, new_teacher(run, run.out / STAGE1_FILE))
+    return stage2_criterion(run, model, new_teacher(run, run.out / "stage1.pt"))
 
 
-def check_settings(run: argparse.Namespace) -> None:
-    """Build everything once, so that a wrong layer or scale is named before minutes have gone."""
+def settle(run: argparse.Namespace) -> None:
+    """Take the recipe's values where none were given, and build everything once: a wrong one is named at once."""
     model = new_sit(run)
+    plan = st.recipe(model)
+    for name in ("stage1_layer", "student_layer", "teacher_layer", "guidance_scale", "weight"):
+        if getattr(run, name) is None:
+            setattr(run, name, getattr(plan, name))
     stage1_criterion(run, model).detach()
     stage2_criterion(run, model, new_teacher(run, checkpoint=None)).detach()
 
 
+def train_settings(run: argparse.Namespace) -> TrainSettings:
+    """Those of all three runs."""
+    return TrainSettings(steps=run.steps, lr=run.lr, warmup_steps=WARMUP_STEPS, ema_decay=EMA_DECAY)
+
+
 def trained(run: argparse.Namespace, way: str, data: LatentData) -> dict[str, Any]:
-    """One of the three runs, trained now if it is not there: weights, averaged weights, head, seconds and log."""
+    """One of the three runs, trained now if it is not there: weights, averaged weights, head, log and settings."""
 
     def make() -> dict[str, Any]:
         model = new_sit(run)
         criterion = criterion_of(run, way, model)
-        settings = TrainSettings(steps=run.steps, lr=run.lr, warmup_steps=WARMUP_STEPS, ema_decay=EMA_DECAY)
         batches = data.batches(batch_size=run.batch_size, seed=run.seed)
         torch.manual_seed(run.seed)  # from here on the three draw the same times, noise and dropped labels
-        result = train(model, batches, denoising_loss, settings, criterion=criterion, title=WAYS[way])
+        done = train(model, batches, denoising_loss, train_settings(run), criterion=criterion, title=WAYS[way])
+        says = {"family": "SiT", "time": TIME, "path": "linear", "prediction": "velocity", "scale_factor": data.scale}
         return {
             "model": model.state_dict(),
-            "ema": result.ema.state_dict(),
+            "ema": done.ema.module.state_dict(),
             "criterion": {} if criterion is None else criterion.state_dict(),
-            "seconds": result.seconds,
-            "log": result.log,
+            "steps": run.steps,
+            "log": done.log,
+            "args": {"model": "demo", "vae": "vae", **sizes(run), **says},
         }
 
     return finished_or_made(run.out / f"{way}.pt", make)
+
+
+def seconds_per_step(run: argparse.Namespace, data: LatentData) -> dict[str, float]:
+    """What a step of each way takes, the three in turns; stage 2's with and without its teacher, by their shares."""
+
+    def make() -> dict[str, Any]:
+        trainings = {}
+        for way in WAYS:
+            model = new_sit(run).train()
+            trainings[way] = Training(model, train_settings(run), criterion_of(run, way, model))
+        batch = next(data.batches(batch_size=run.batch_size, seed=run.seed))
+
+        def step(training: Training) -> None:
+            training.steps = 1  # early, so that stage 2 has its teacher
+            training.step(denoising_loss, *batch)
+
+        found = timed_in_turns({way: partial(step, t) for way, t in trainings.items()}, rounds=TIMED_ROUNDS)
+        taught = run.stop_fraction
+        return found | {"stage2": taught * found["stage2"] + (1 - taught) * found["baseline"]}
+
+    return finished_or_made(run.out / "seconds.pt", make)
 
 
 def sampled(run: argparse.Namespace, way: str, ema: dict[str, Tensor], vae: AutoencoderKL, labels: Tensor) -> Tensor:
@@ -188,7 +236,7 @@ def feature_panels(
     One basis for all four: the components of f_g over all the given images. The student's tokens pass through its
     projection head, which brings them into the teacher's space.
     """
-    teacher, student = new_teacher(run, run.out / STAGE1_FILE), new_sit(run).eval()
+    teacher, student = new_teacher(run, run.out / "stage1.pt"), new_sit(run).eval()
     student.load_state_dict(checkpoint["ema"])
     criterion = stage2_criterion(run, student, teacher)
     criterion.load_state_dict(checkpoint["criterion"])
@@ -218,12 +266,13 @@ def feature_panels(
     }
 
 
-def compared(name: str, row: dict[str, float], plain: dict[str, float]) -> str:
-    """One sentence on a way of training against the plain one, whichever is better."""
-    change = row["frechet_distance"] / plain["frechet_distance"] - 1
+def compared(name: str, row: dict[str, float], baseline: dict[str, float]) -> str:
+    """One sentence on a way of training against the baseline, whichever is better."""
+    change = row["frechet_distance"] / baseline["frechet_distance"] - 1
     verdict = "higher (worse)" if change > 0 else "lower (better)"
-    times = row["seconds"] / plain["seconds"]
-    return f"{name}: distance {abs(change):.0%} {verdict} than as is, at {times:.2f} times its seconds. One seed only."
+    times = row["seconds"] / baseline["seconds"]
+    than = f"{abs(change):.0%} {verdict} than the baseline's"
+    return f"{name}: distance {than}, at {times:.2f} times its seconds. One seed only."
 
 
 def report(results: dict[str, Any]) -> str:
@@ -239,18 +288,25 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"{results['steps']:,} steps and {results['samples']:,} samples each; distances are from the training digits, "
         "in a classifier's features.",
-        "Label seen: how often that classifier finds the class that was asked for. Seconds in all include stage 1.",
+        "Label seen: how often that classifier finds the class that was asked for. Seconds are of training steps, "
+        "which were timed in turns; in all, stage 2 includes stage 1.",
     ]
-    lines += [compared(WAYS[way], rows[WAYS[way]], rows[WAYS["plain"]]) for way in ("stage1", "self")]
+    lines += [compared(WAYS[way], rows[WAYS[way]], rows[WAYS["baseline"]]) for way in ("stage1", "stage2")]
     return "\n".join(lines)
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     """Run every phase that is not finished; return what `results.json` holds."""
-    begin = time.perf_counter(), time.process_time()
     run = options(argv)
-    check_settings(run)
+    settle(run)
     open_run_folder(run.out, {name: value for name, value in vars(run).items() if name not in ("out", "device")})
+    with locked(run.out):
+        return work(run)
+
+
+def work(run: argparse.Namespace) -> dict[str, Any]:
+    """As `main`, in a folder of its own."""
+    begin = time.perf_counter(), time.process_time()
     train_set, held_out = digits(IMAGE_SIZE)
     vae = trained_vae(run.out / "vae", train_set.images, steps=run.vae_steps, seed=run.seed, device=run.device)
     classifier = trained_classifier(
@@ -269,12 +325,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
     labels = torch.arange(run.samples) % NUM_DIGIT_CLASSES
     runs, samples, rows = {}, {}, {}
-    for way, name in WAYS.items():
+    for way in WAYS:
         runs[way] = trained(run, way, data)
         samples[way] = sampled(run, way, runs[way]["ema"], vae, labels)
-        seconds = runs[way]["seconds"] + (runs["stage1"]["seconds"] if way == "self" else 0)
-        per_step = runs[way]["seconds"] / run.steps
-        rows[name] = {**score(samples[way], labels), "seconds_per_step": per_step, "seconds": seconds}
+    per_step = seconds_per_step(run, data)
+    for way, name in WAYS.items():
+        seconds = run.steps * (per_step[way] + (per_step["stage1"] if way == "stage2" else 0))
+        rows[name] = {**score(samples[way], labels), "seconds_per_step": per_step[way], "seconds": seconds}
     through_vae = decode(vae, encode_moments(vae, held_out.images)[0] * vae.config.scaling_factor)
     rows["held-out digits through the VAE"] = score(through_vae, held_out.labels)
     rows["held-out digits: the floor"] = score(held_out.images, held_out.labels)
@@ -285,7 +342,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         f"Tokens as colours: three principal components of $f_g$ over {len(held_out.labels)} noisy digits, each map "
         "less its mean at each position. One basis and one range for all four"
     )
-    picture = {samples_heading: top, tokens_heading: feature_panels(run, runs["self"], vae, held_out)}
+    picture = {samples_heading: top, tokens_heading: feature_panels(run, runs["stage2"], vae, held_out)}
     save_panels(picture, run.out / "quickstart.png")
     results = {
         "rows": rows,
@@ -306,4 +363,4 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

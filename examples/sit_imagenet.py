@@ -3,142 +3,132 @@
 Run alone, by torchrun or by accelerate launch; the global batch stays what it is. The same command goes on where it was
 stopped. `--data demo` takes small digits and a small model instead, so that both stages run on a laptop in minutes.
 
-    torchrun --nproc_per_node=8 examples/sit_imagenet.py --stage vae --model SiT-B/2 --data vae-sd --out runs/b2/vae
-    torchrun --nproc_per_node=8 examples/sit_imagenet.py --stage self --model SiT-B/2 --data vae-sd --out runs/b2/self \
-        --teacher runs/b2/vae/teacher
+    torchrun --nproc_per_node=8 examples/sit_imagenet.py --stage 1 --model SiT-B/2 --data vae-sd --out runs/b2/stage1
+    torchrun --nproc_per_node=8 examples/sit_imagenet.py --stage 2 --model SiT-B/2 --data vae-sd --out runs/b2/stage2 \
+        --teacher runs/b2/stage1/teacher
 """
+# ruff: noqa: E402
 
 import argparse
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+
+from common.options import Mistake, at_least, long_run_parser, parse_long_run, run_script, within
+
+PUBLISHED = {
+    "steps": 400_000, "batch_size": 256, "lr": 1e-4, "warmup_steps": 0, "ema_decay": 0.9999, "log_every": 100,
+    "checkpoint_every": 10_000, "keep_every": 50_000, "sample_every": 10_000, "head_features": 2048,
+}  # fmt: skip
+DEMO = {
+    "steps": 700, "batch_size": 16, "lr": 3e-3, "warmup_steps": 50, "ema_decay": 0.99, "log_every": 50,
+    "checkpoint_every": 100, "keep_every": 350, "sample_every": 350, "head_features": 256, "stop_step": 350,
+}  # fmt: skip
+DEMO_SIZE = {"patch_size": 1, "hidden_size": 96, "depth": 6, "num_heads": 3}  # 64 tokens on the demo's latents
+VAE_DOWNSAMPLING = 8  # of Stable Diffusion's VAE, which the published runs use
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = long_run_parser(__doc__, "blocks", PUBLISHED, DEMO)
+    add = parser.add_argument_group("the model and its data").add_argument
+    add("--data", required=True, help="folder of latents (docs/data.md), 'demo', or 'random' to measure speed")
+    names = [f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
+    add("--model", choices=["demo", *names], metavar="SiT-{S,B,L,XL}/{2,4,8}|demo",
+        help="default: SiT-XL/2, or demo with that data")  # fmt: skip
+    add("--resolution", type=int, choices=[256, 512], help="of the images; the data has to be of it")
+    add("--qk-norm", action=argparse.BooleanOptionalAction, help="default: only with --recipe released")
+    add("--learn-sigma", action=argparse.BooleanOptionalAction, default=False, help="SiT's doubled output")
+    add("--class-dropout", type=within(0, 1), default=0.1, help="how often a label gives way to the null class")
+    add("--num-classes", type=at_least(1), help="default: the data's")
+    add("--path", choices=["linear", "cosine"], default="linear", help="between data and noise")
+    add("--skip-bad", action="store_true", help="leave out files that cannot be used; they are listed")
+    add("--demo-vae", type=Path, help="where the demo's is kept (default: demo-vae beside --out)")
+    add("--demo-vae-steps", type=at_least(2), default=150, help="its training")
+    run = parse_long_run(parser, argv)
+    demo = run.data == "demo"
+    run.model = run.model or ("demo" if demo else "SiT-XL/2")
+    run.demo_vae = (run.demo_vae or run.out.parent / "demo-vae") if demo else None
+    run.qk_norm = run.recipe == "released" if run.qk_norm is None else run.qk_norm
+    if run.stage != "baseline" and run.class_dropout == 0:
+        parser.error("a teacher needs the null class, which --class-dropout 0 takes away")
+    return run
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
 
 import torch
-from common.demo_latents import MemoryLatents, RandomLatents, demo_latents
-from common.latents import LatentFolder, open_latents
-from common.paths import denoising_loss, path_named
-from common.run_folder import open_run_folder
-from common.run_options import CHANGEABLE
+from common.demo import RandomLatents, demo_latents
+from common.latents import open_latents
+from common.long_runs import Backbone, settle, train_long
 from common.samplers import Guidance
 from common.sampling import ImageSampler, class_columns, draw_grid, matching_vae
-from common.sit import SiT
-from common.sit_settings import new_sit, options, settle
-from common.stages import Backbone, check_teacher_stays, latents_of, leave_teacher, new_criterion, start_from
-from common.trainer import LongRun, Trainer, new_accelerator
+from common.sit import SiT, published_sizes
+from common.trainer import Trainer
 
-from selftrans_reg.errors import SettingError
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKL
-
-Data = LatentFolder | MemoryLatents | RandomLatents
-
-VAE_DOWNSAMPLING = 8  # of Stable Diffusion's VAE, which the published runs use
-TIMES = {"linear": "repa", "cosine": "repa-cosine"}  # t = 1 is noise
+import selftrans_reg as st
 
 
-def open_data(run: argparse.Namespace) -> tuple[Data, "AutoencoderKL | None"]:
-    """The latents, and the VAE that decodes the pictures of samples, if there is one.
+def open_backbone(run: argparse.Namespace) -> Backbone:
+    """The latents, the model of their size, and what draws pictures, if there is a VAE; settles the options.
 
     Raises:
-        SettingError: If the data is of another resolution than asked for.
+        Mistake: If the data is of another resolution than asked for, or has more classes.
     """
     vae = None
     if run.data == "demo":
-        data, vae = demo_latents(Path(run.demo_vae), vae_steps=run.demo_vae_steps, device="cpu")
+        data, vae = demo_latents(run.demo_vae, vae_steps=run.demo_vae_steps, device="cpu")
     elif run.data == "random":
         data = RandomLatents((run.resolution or 256) // VAE_DOWNSAMPLING)
     else:
         bad_list = run.out.with_name(f"{run.out.name}-bad-files.json")
         data = open_latents(Path(run.data), num_classes=run.num_classes, skip_bad=run.skip_bad, bad_list=bad_list)
     if run.resolution is not None and data.size * VAE_DOWNSAMPLING != run.resolution:
-        raise SettingError(
+        raise Mistake(
             f"--resolution {run.resolution} has latents of {run.resolution // VAE_DOWNSAMPLING} pixels a side.\n"
             f"Found: {data.size} in {run.data}. Name other data, or leave --resolution out."
         )
-    if run.vae is not None:
-        vae, _ = matching_vae(run.vae, data.scaling, data.channels, run.data)
-    return data, vae
-
-
-def description(run: argparse.Namespace, model: SiT, data: Data) -> dict[str, Any]:
-    """What a checkpoint says of its run: the settings, and the sizes that its readers need to build the model."""
-    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
-    return settings | {
+    run.num_classes = run.num_classes or data.num_classes
+    if run.num_classes < data.num_classes:
+        raise Mistake(f"--num-classes {run.num_classes} is too few: {run.data} has {data.num_classes}.")
+    sizes = {
+        **(DEMO_SIZE if run.model == "demo" else published_sizes(run.model)),
         "input_size": data.size,
         "in_channels": data.channels,
-        "patch_size": model.patch_size,
-        "hidden_size": model.pos_embed.shape[-1],
-        "depth": len(model.blocks),
-        "num_heads": model.blocks[0].attn.num_heads,
+        "num_classes": run.num_classes,
         "class_dropout_prob": run.class_dropout,
-        "scale_factor": data.scaling.scale,
-        "shift_factor": data.scaling.shift,
-        "vae": run.vae or data.vae,
+        "learn_sigma": run.learn_sigma,
+        "qk_norm": run.qk_norm,
     }
-
-
-def main(argv: list[str] | None = None) -> Trainer:
-    """Train up to the last step, from the newest checkpoint if there is one."""
-    run = options(argv, __doc__)
-    accelerator = new_accelerator(run.precision, micro_batches=run.micro_batches, cpu=run.cpu)
-    if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
-    with accelerator.main_process_first():  # what it makes the others find
-        data, vae = open_data(run)
-    settle(run, num_classes=data.num_classes, channels=data.channels, size=data.size)
-    new = partial(new_sit, run, channels=data.channels, size=data.size)
-    torch.manual_seed(run.seed)
-    model = new()
-    if run.init is not None:
-        start_from(run.init, model, accelerator.print)
+    new = partial(SiT, **sizes)
+    settle_sit(run, new)
     shape = (data.channels, data.size, data.size)
-    backbone = Backbone(
-        new,
-        null={"y": run.num_classes},
-        time=TIMES[run.path],
-        shape=shape,
-        scaling=data.scaling,
-        patch_size=model.patch_size,
-    )
+    if run.vae is not None:
+        vae, _ = matching_vae(run.vae, data.scaling, data.channels, run.data)
     draw = None
     if vae is not None:
+        guidance, columns = Guidance(run.sample_cfg, run.num_classes), class_columns(run.num_classes)
         sampler = ImageSampler(
-            vae,
-            data.scaling,
-            shape,
-            class_columns(run.num_classes),
-            steps=run.sample_steps,
-            guidance=Guidance(run.sample_cfg, run.num_classes),
-            seed=run.seed,
+            vae, data.scaling, shape, columns, steps=run.sample_steps, guidance=guidance, seed=run.seed, path=run.path
         )
         draw = partial(draw_grid, sampler)
-    trainer = Trainer(
-        accelerator,
-        model,
-        criterion=new_criterion(run, model, backbone),
-        dataset=data,
-        latents_of=partial(latents_of, scaling=data.scaling),
-        denoise=partial(denoising_loss, path=path_named(run.path)),
-        settings=LongRun(**{name: getattr(run, name) for name in LongRun._fields}),
-        out=run.out,
-        args=description(run, model, data),
-        draw=draw,
-    )
-    if run.compile:
-        for block in model.blocks:
-            block.compile()
-    with accelerator.main_process_first():
-        open_run_folder(run.out, {name: value for name, value in vars(run).items() if name not in CHANGEABLE})
-    trainer.resume(run.resume)
-    check_teacher_stays(run, trainer)
-    trainer.run()
-    if run.stage == "vae" and accelerator.is_main_process:
-        source = f"examples/sit_imagenet.py --stage vae --model {run.model}, {run.teacher_weights} weights"
-        print(f"The teacher for --stage self: {leave_teacher(run, backbone, trainer, source)}")
-    accelerator.end_training()
-    return trainer
+    return Backbone("SiT", "blocks", new, sizes, {"y": run.num_classes}, data, shape, data.scaling, data.vae, draw=draw)
+
+
+def settle_sit(run: argparse.Namespace, new: partial[SiT]) -> None:
+    """Put the recipe's values, the published ones or the demo's, where none were given."""
+    demo = run.model == "demo"
+    with torch.device("meta"):  # the demo takes the published rule for its depth
+        plan = st.recipe(new() if demo else run.model, variant=run.recipe)
+    weights = "model" if run.recipe == "released" else "ema"
+    settle(run, plan, DEMO if demo else PUBLISHED, teacher_weights=weights)
+
+
+def main(argv: Sequence[str] | None = None) -> Trainer:
+    """Train up to the last step, from the newest checkpoint if there is one."""
+    return train_long(options(argv), open_backbone, "sit_imagenet.py")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

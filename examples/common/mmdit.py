@@ -19,6 +19,9 @@ from common.sit import FinalLayer, Mlp, PatchEmbed, TimestepEmbedder, modulate, 
 # The published text-to-image model: width 32 x depth, as many heads as blocks, CLIP ViT-L/14's text width.
 PUBLISHED_DEPTH = 24
 HEAD_SIZE = 32
+PUBLISHED_SIZE = {
+    "patch_size": 2, "hidden_size": HEAD_SIZE * PUBLISHED_DEPTH, "depth": PUBLISHED_DEPTH, "num_heads": PUBLISHED_DEPTH,
+}  # fmt: skip
 CLIP_WIDTH = 768
 
 

@@ -5,16 +5,21 @@ Nothing here needs torch but what saves tensors, so that scripts look at a folde
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout
 
 from common.options import Mistake
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _SETTINGS = "settings.json"
 _LOCK, _HOLDER = ".lock", ".lock-holder"
@@ -221,7 +226,7 @@ def clear_old(folder: Path, *, keep: int, keep_every: int | None) -> None:
     for steps in list(saved)[:-keep]:
         if not keep_every or steps % keep_every:
             saved[steps].unlink()
-    for partial in folder.glob(f"*.pt.*{_PARTIAL}"):
+    for partial in folder.glob(f"*.pt*{_PARTIAL}"):
         partial.unlink()
 
 
@@ -251,3 +256,58 @@ def read_log(path: Path) -> list[dict[str, Any]]:
                     "the run goes on without it."
                 ) from error
     return records
+
+
+class RunLog:
+    """A run's log: one JSON object a line in `log.jsonl`, and the same numbers to accelerate's trackers.
+
+    Lines after the step that the run goes on from were written by a process that was stopped without a checkpoint;
+    those steps run again, so their lines are dropped, as is a line that was cut off.
+
+    Args:
+        accelerator: Of the run, with its trackers named.
+        folder: The run's.
+        steps: Steps that are done: 0 at the start, the checkpoint's on resuming.
+        config: What the trackers show beside the curves.
+    """
+
+    def __init__(self, accelerator: "Accelerator", folder: Path, steps: int, config: dict[str, Any]) -> None:
+        self.accelerator = accelerator
+        if not accelerator.is_main_process:
+            return
+        path = folder / "log.jsonl"
+        kept = [json.dumps(line) + "\n" for line in read_log(path) if line["step"] <= steps]
+        write_whole(path, lambda file: file.write("".join(kept).encode()))
+        self._file = path.open("a")
+        name = folder.resolve().name
+        same = {"name": name, "resume": "allow"}  # a run that goes on continues its curves
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, str(folder.resolve())).hex
+        accelerator.init_trackers(
+            "selftrans-reg",
+            init_kwargs={
+                "tensorboard": {"purge_step": steps + 1},
+                "wandb": {**same, "id": identity, "dir": str(folder)},
+                "trackio": same,
+            },
+        )
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # whose table of settings is a run of its own at each call
+                tracker.store_init_configuration(config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add the values after a step; one that is not finite becomes null, as JSON has no other word for it."""
+        if not self.accelerator.is_main_process:
+            return
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **dict.fromkeys(values), **finite}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.accelerator.log(finite, step=step)
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        if self.accelerator.is_main_process:
+            self._file.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.accelerator.trackers = []

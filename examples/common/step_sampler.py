@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from selftrans_reg.errors import SettingError
+from common.options import Mistake
 
 
 def mixed_seed(*key: int) -> int:
@@ -56,27 +56,22 @@ class StepSampler(Sampler[MicroBatch]):
         first_step: The step to begin with, counted from 0.
 
     Raises:
-        SettingError: If the batch cannot be cut evenly, or there are fewer samples than one batch.
+        Mistake: If the batch cannot be cut evenly, or there are fewer samples than one batch.
     """
 
     def __init__(
         self, length: int, *, batch_size: int, micro_batches: int, rank: int, ranks: int, seed: int, first_step: int = 0
     ) -> None:
         if batch_size % (ranks * micro_batches):
-            raise SettingError(
+            raise Mistake(
                 f"A global batch of {batch_size} cannot be cut evenly.\n"
                 f"Found: {ranks} processes, each with {micro_batches} micro-batches.\n"
                 f"Choose a batch size that is a multiple of {ranks * micro_batches}."
             )
         if length < batch_size:
-            raise SettingError(f"The data has {length} samples, fewer than one batch of {batch_size}: lower the batch.")
-        self.length = length
-        self.batch_size = batch_size
-        self.micro_batches = micro_batches
-        self.rank = rank
-        self.ranks = ranks
-        self.seed = seed
-        self.first_step = first_step
+            raise Mistake(f"The data has {length} samples, fewer than one batch of {batch_size}: lower the batch.")
+        self.length, self.batch_size, self.micro_batches = length, batch_size, micro_batches
+        self.rank, self.ranks, self.seed, self.first_step = rank, ranks, seed, first_step
 
     def __iter__(self) -> Iterator[MicroBatch]:
         """One micro-batch after another."""

@@ -1,7 +1,8 @@
-"""The training loop that the examples share, and what it needs: endless batches and progress bars."""
+"""The training loop of the quickstart and of the study, and what examples share besides: batches, progress, timing."""
 
+import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -12,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
 import selftrans_reg as st
-from selftrans_reg.errors import SettingError
+from common.options import Mistake
 
 Item = TypeVar("Item")
 Denoise = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -25,7 +26,7 @@ def endless(batches: Iterable[Item]) -> Iterator[Item]:
     """The batches of one epoch after another.
 
     Raises:
-        SettingError: If an epoch has none.
+        Mistake: If an epoch has none.
     """
     while True:
         empty = True
@@ -33,7 +34,7 @@ def endless(batches: Iterable[Item]) -> Iterator[Item]:
             empty = False
             yield item
         if empty:
-            raise SettingError(
+            raise Mistake(
                 "An epoch has no batch.\nFewer samples than one batch make none: take more of them, or a smaller batch."
             )
 
@@ -41,6 +42,20 @@ def endless(batches: Iterable[Item]) -> Iterator[Item]:
 def progress(items: Iterable[Item], title: str) -> "tqdm[Item]":
     """A progress bar over the items."""
     return tqdm(items, desc=title, dynamic_ncols=True)
+
+
+def timed_in_turns(steps: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 2) -> dict[str, float]:
+    """Median seconds of each step. They take turns, so that what else a machine does falls on all alike."""
+    names, seconds = list(steps), {name: [] for name in steps}
+    for turn in progress(range(-warm_up, rounds), "timing"):
+        for name in [names[(turn + k) % len(names)] for k in range(len(names))]:  # nobody is always first
+            start = time.perf_counter()
+            steps[name]()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
 
 
 class TrainSettings(NamedTuple):
@@ -61,38 +76,20 @@ class TrainSettings(NamedTuple):
     ema_decay: float = 0.9999
 
 
-class TrainResult(NamedTuple):
-    """What a run leaves.
-
-    Attributes:
-        ema: The averaged model, frozen and in eval mode.
-        seconds: Wall-clock time of the loop.
-        log: Every 20th step and the last: ``step``, ``denoising``; with a criterion ``alignment`` and ``in_window``.
-    """
-
-    ema: nn.Module
-    seconds: float
-    log: list[dict[str, float]]
-
-
 class Criterion(Protocol):
     """What adds a term to the loss: `selftrans_reg.SelfTransLoss`, or a module that is called as it is."""
 
     def __call__(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> st.LossTerms:
         """The terms, for the batch that the model has just been run on."""
-        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """What is trained beside the model."""
-        ...
 
     def state_dict(self) -> dict[str, Any]:
         """What is saved beside the model."""
-        ...
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
         """Take up what was saved."""
-        ...
 
 
 def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
@@ -112,7 +109,7 @@ class Training:
     Attributes:
         steps: Steps done.
         ema: The average; its ``module`` is the averaged model.
-        log: Every 20th step and the last, as in `TrainResult`.
+        log: Every 20th step and the last: ``step``, ``denoising``; with a criterion ``alignment`` and ``in_window``.
     """
 
     def __init__(
@@ -157,11 +154,7 @@ class Training:
         """All of it, the global generators included: tensors and plain values."""
         return {
             "steps": self.steps,
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "criterion": {} if self.criterion is None else self.criterion.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": self.schedule.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
             "log": self.log,
             "generators": [torch.get_rng_state(), *torch.cuda.get_rng_state_all()],
         }
@@ -169,15 +162,15 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken: the next step is the one that it would have been."""
         self.steps, self.log = state["steps"], list(state["log"])
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        if self.criterion is not None:
-            self.criterion.load_state_dict(state["criterion"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         cpu, *cuda = state["generators"]
         torch.set_rng_state(cpu.cpu())
         torch.cuda.set_rng_state_all([generator.cpu() for generator in cuda])
+
+    def _parts(self) -> dict[str, Any]:
+        parts = {"model": self.model, "ema": self.ema, "optimizer": self.optimizer, "schedule": self.schedule}
+        return parts if self.criterion is None else {**parts, "criterion": self.criterion}
 
 
 def train(
@@ -191,7 +184,7 @@ def train(
     resume: dict[str, Any] | None = None,
     after_step: Callable[[Training], None] | None = None,
     title: str = "training",
-) -> TrainResult:
+) -> Training:
     """Train a model on latents, with the alignment of a criterion or, without one, on the denoising loss alone.
 
     All randomness (times, noise, dropped labels) comes from the global generator, which a criterion never advances:
@@ -215,7 +208,6 @@ def train(
         for _ in islice(unseen, resume["steps"]):  # seen before; may draw from the generators, which come next
             pass
         run.load_state_dict(resume)
-    start = time.perf_counter()
     model.train()
     bar = progress(range(run.steps, settings.steps), title)
     for _, (latents, labels) in zip(bar, unseen, strict=False):  # the steps end, the batches do not
@@ -224,4 +216,4 @@ def train(
             bar.set_postfix({name: f"{term:.3f}" for name, term in run.log[-1].items() if name != "step"})
         if after_step is not None:
             after_step(run)
-    return TrainResult(run.ema.module, time.perf_counter() - start, run.log)
+    return run

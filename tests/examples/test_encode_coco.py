@@ -8,9 +8,9 @@ import encode_coco
 import numpy as np
 import pytest
 import torch
-from common.captioned_shapes import save_text_encoder
 from common.coco_features import CocoFeatures, CocoWriter
 from common.data_files import DataError
+from common.demo import save_text_encoder
 from common.options import Mistake
 from common.scaling import Scaling
 from common.text import TextEncoder, load_text_encoder

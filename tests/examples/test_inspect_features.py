@@ -15,7 +15,7 @@ import torch
 from common import data
 from common.coco_features import write_coco_features
 from common.data import LabelledImages, digits
-from common.demo_latents import demo_latents
+from common.demo import demo_latents
 from common.feature_sets import imported
 from common.mmdit import MMDiT
 from common.options import Mistake
@@ -49,7 +49,7 @@ def quickstart_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         model = quickstart.new_sit(settings)
         state = {key: 0.3 * torch.randn_like(value) for key, value in model.state_dict().items()}
     log = [{"step": step, "denoising": 1.0 / (step + 1)} for step in range(3)]
-    for way in ("plain", "stage1"):
+    for way in ("baseline", "stage1"):
         torch.save({"model": state, "ema": state, "log": log}, folder / f"{way}.pt")
     return folder
 
@@ -102,10 +102,10 @@ def test_a_quickstart_run_becomes_a_page(
 
 
 def test_the_batches_are_the_latents_that_the_model_was_trained_on(quickstart_run: Path) -> None:
-    run = inspect_features.options([str(quickstart_run / "plain.pt"), *FAST])
+    run = inspect_features.options([str(quickstart_run / "baseline.pt"), *FAST])
     subject = inspect_features.open_subject(run)
     assert subject.measured == {"time": "repa", "null": {"y": 10}}
-    assert [*subject.log] == ["as is", "stage 1"]
+    assert [*subject.log] == ["baseline", "stage 1"]
     x, y = (torch.cat(parts) for parts in zip(*subject.batches(), strict=True))
     again = torch.cat([x for x, _ in subject.batches()])
     assert torch.equal(x, again)
@@ -134,7 +134,7 @@ def test_a_run_of_sit_imagenet_says_all_by_itself(tmp_path: Path, latents: Path)
 
 def test_the_demo_of_sit_imagenet_is_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = digits(32)[0]
-    monkeypatch.setattr("common.demo_latents.digits", lambda size: [LabelledImages(few.images[:30], few.labels[:30])])
+    monkeypatch.setattr("common.demo.digits", lambda size: [LabelledImages(few.images[:30], few.labels[:30])])
     with torch.random.fork_rng():
         write_vae(tmp_path / "vae")
     expected, _ = demo_latents(tmp_path / "vae", vae_steps=2, device="cpu")

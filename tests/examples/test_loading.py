@@ -5,11 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sit_imagenet
 import torch
-from common.demo_latents import MemoryLatents
 from common.loading import check_claims, mmdit_from_checkpoint, sit_from_checkpoint
 from common.options import Mistake
+from common.scaling import Scaling
 from common.sit import SIZES, SiT
 from torch import Tensor
 
@@ -66,25 +65,6 @@ def test_a_file_of_our_trainer_comes_back_whole(tmp_path: Path, weights: str, se
     assert found.settings == TINY | {"mlp_ratio": 4.0}
     assert (found.entry, found.steps, *found.conventions()) == (weights, 70, "repa", "cosine")
     assert found.args == OURS
-
-
-@pytest.mark.parametrize("settings", [[], ["--path=cosine", "--qk-norm", "--learn-sigma", "--class-dropout=0"]])
-def test_what_the_trainer_records_is_enough(tmp_path: Path, settings: list[str]) -> None:
-    """A size that was not published, with the settings that `sit_imagenet.py` writes beside its weights."""
-    moments = torch.zeros(4, 4, 8, 8)
-    labels = torch.arange(4)
-    data = MemoryLatents(moments, moments, labels, num_classes=10, scale=0.7, vae="runs/demo-vae")
-    run = sit_imagenet.options(["--stage=baseline", "--data=demo", f"--out={tmp_path / 'run'}", *settings], "")
-    sit_imagenet.settle(run, num_classes=10, channels=4, size=8)
-    with torch.random.fork_rng():
-        original = sit_imagenet.new_sit(run, channels=4, size=8)
-    args = sit_imagenet.description(run, original, data)
-    path = saved(tmp_path, {"model": original.state_dict(), "ema": original.state_dict(), "steps": 3, "args": args})
-    model, found = sit_from_checkpoint(path)
-    assert same(model, original.state_dict())
-    assert (*found.conventions(), found.steps) == ("repa", run.path, 3)
-    assert (found.args["vae"], found.args["scale_factor"]) == ("runs/demo-vae", 0.7)
-    assert found.settings["class_dropout_prob"] == run.class_dropout
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -144,12 +124,15 @@ REPA_FILE = {"model": "SiT-XL/2", "path_type": "linear", "prediction": "v", "cfg
 
 def test_what_a_file_says_and_what_the_user_adds() -> None:
     assert conventions(OURS) == ("repa", "cosine")
-    assert conventions(REPA_FILE, said_time="repa", time="repa", path="linear", scale=0.18215) == ("repa", "linear")
+    assert conventions(REPA_FILE, said_time="repa", time="repa", path="linear", scaling=Scaling(0.18215)) == (
+        "repa",
+        "linear",
+    )
     assert conventions(SIT_FILE, said_time="sit") == ("sit", "linear")
     assert conventions(SIT_FILE | {"path_type": "GVP"}, said_time="sit") == ("sit", "cosine")
     assert conventions({}, said_time="repa", said_path="cosine") == ("repa", "cosine")
     assert conventions({}, said_time="repa", path="cosine") == ("repa", "cosine")
-    assert conventions(OURS | {"scale_factor": 0.18215}, scale=0.182151) == ("repa", "cosine")
+    assert conventions(OURS | {"scale_factor": 0.18215}, scaling=Scaling(0.182151)) == ("repa", "cosine")
     # How often labels are dropped is no property of what the weights compute.
     assert conventions(OURS, settings=TINY | {"class_dropout_prob": 0.2}) == ("repa", "cosine")
 
@@ -168,10 +151,15 @@ def test_what_a_file_says_and_what_the_user_adds() -> None:
         (REPA_FILE, {"said_time": "repa", "path": "cosine"}, "linear path; this run is on the cosine path"),
         (
             OURS | {"scale_factor": 0.13025},
-            {"scale": 0.18215},
-            "times 0.13025; here they are scaled by 0.18215",
+            {"scaling": Scaling(0.18215)},
+            "scale 0.13025, shift 0.0; here they have scale",
         ),
-        (OURS | {"scale_factor": "large"}, {"scale": 0.18215}, "latents times 'large'"),
+        (
+            OURS | {"shift_factor": 3.0},
+            {"scaling": Scaling(0.5)},
+            "scale 0.5, shift 3.0; here they have scale 0.5",
+        ),
+        (OURS | {"scale_factor": "large"}, {"scaling": Scaling(0.18215)}, "that no latents can have: .*large"),
         (SIT_FILE, {"option": "--file-time"}, "does not say what its training called t(.|\\n)*--file-time repa"),
         ({}, {}, "does not say what its training called t"),
         (OURS, {"said_time": "sit"}, r"in the convention 'repa'.\nFound: --time sit. Leave it out"),

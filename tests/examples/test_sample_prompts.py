@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import sample_prompts
 import torch
-from common.captioned_shapes import TEXT_LENGTH, TEXT_WIDTH
 from common.data_files import DataError
+from common.demo import TEXT_LENGTH, TEXT_WIDTH
 from common.loading import mmdit_from_checkpoint
 from common.options import Mistake
 from common.sampling import image_generator

@@ -16,17 +16,20 @@ import numpy as np
 import pytest
 import sit_imagenet
 import torch
-from common import demo_latents
+from common import demo
 from common.data import LabelledImages, digits
-from common.load_sit import sit_from_checkpoint
-from common.sit_settings import options, settle
+from common.loading import sit_from_checkpoint
+from common.long_runs import latents_of
+from common.options import Mistake
+from common.scaling import Scaling
+from common.sit import SiT
 from common.trainer import Trainer
 from common.vae import new_vae
 from long_runs import differences, lines, own_state
 from PIL import Image
 
 import selftrans_reg as st
-from selftrans_reg.errors import CheckpointError, LayerNotFoundError, SelfTransError, SettingError
+from selftrans_reg import CheckpointError, LayerNotFoundError, SelfTransError
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 TINY = ["--data=demo", "--cpu", "--batch-size=4", "--log-every=1"]
@@ -47,12 +50,11 @@ def checkpoint(out: Path, steps: int = STEPS) -> Path:
 @pytest.fixture(autouse=True, scope="module")
 def few_digits() -> Iterator[None]:
     """The first digits alone, a VAE of a few steps, and a demo of a quarter of its width."""
-    few = [LabelledImages(data.images[:48], data.labels[:48]) for data in digits(demo_latents.IMAGE_SIZE)]
+    few = [LabelledImages(data.images[:48], data.labels[:48]) for data in digits(demo.IMAGE_SIZE)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(demo_latents, "digits", lambda size: few)
-        patch.setattr(
-            "common.sit_settings._DEMO_SIZE", {"patch_size": 2, "hidden_size": 24, "depth": 6, "num_heads": 3}
-        )
+        patch.setattr(demo, "digits", lambda size: few)
+        sizes = {"patch_size": 2, "hidden_size": 24, "depth": 6, "num_heads": 3}
+        patch.setattr(sit_imagenet, "DEMO_SIZE", sizes)
         yield
 
 
@@ -61,29 +63,35 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of each stage, side by side."""
     folder = tmp_path_factory.mktemp("runs")
     run(folder / "baseline", "--demo-vae-steps=3", "--sample-every=2", "--sample-steps=1", stage="baseline")
-    run(folder / "vae", "--demo-vae-steps=3", stage="vae")
-    run(folder / "self", "--demo-vae-steps=3", f"--teacher={folder / 'vae' / 'teacher'}", stage="self")
+    run(folder / "1", "--demo-vae-steps=3", stage="1")
+    run(folder / "2", "--demo-vae-steps=3", f"--teacher={folder / '1' / 'teacher'}", stage="2")
     return folder
 
 
 # --- What a run leaves -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "more"), [("baseline", {"samples"}), ("vae", {"teacher"}), ("self", set())])
+@pytest.mark.parametrize(("stage", "more"), [("baseline", {"samples"}), ("1", {"teacher"}), ("2", set())])
 def test_every_stage_leaves_its_files(runs: Path, stage: str, more: set[str]) -> None:
     found = {entry.name for entry in (runs / stage).iterdir()}
-    assert found == {"settings.json", "checkpoints", "log.jsonl", "tensorboard"} | more
+    assert found == {"settings.json", "checkpoints", "log.jsonl", "trackers", ".lock"} | more
     assert [path.name for path in (runs / stage / "checkpoints").iterdir()] == [f"{STEPS:07d}.pt"]
     assert [line["step"] for line in lines(runs / stage)] == [1, 2, 3]
     assert all(math.isfinite(line["loss"]) for line in lines(runs / stage))
-    assert {entry.name for entry in runs.iterdir()} == {"baseline", "vae", "self", "demo-vae"}  # made once, for all
+    assert {entry.name for entry in runs.iterdir()} == {
+        "baseline",
+        "1",
+        "2",
+        "demo-vae",
+        ".demo-vae.lock",
+    }
 
 
 def test_the_stages_begin_alike_and_see_the_same(runs: Path) -> None:
-    first = {stage: lines(runs / stage)[0]["denoising"] for stage in ("baseline", "vae", "self")}
-    assert first["baseline"] == first["vae"] == first["self"]
-    assert lines(runs / "baseline")[-1]["denoising"] != lines(runs / "vae")[-1]["denoising"]
-    assert lines(runs / "vae")[0]["loss"] > first["vae"]
+    first = {stage: lines(runs / stage)[0]["denoising"] for stage in ("baseline", "1", "2")}
+    assert first["baseline"] == first["1"] == first["2"]
+    assert lines(runs / "baseline")[-1]["denoising"] != lines(runs / "1")[-1]["denoising"]
+    assert lines(runs / "1")[0]["loss"] > first["1"]
 
 
 def test_the_picture_has_a_column_for_each_class(runs: Path) -> None:
@@ -94,26 +102,26 @@ def test_the_picture_has_a_column_for_each_class(runs: Path) -> None:
 
 
 def test_a_checkpoint_says_what_its_readers_need(runs: Path) -> None:
-    args = torch.load(checkpoint(runs / "self"), weights_only=True)["args"]
+    args = torch.load(checkpoint(runs / "2"), weights_only=True)["args"]
     expected = {
         "model": "demo", "input_size": 8, "in_channels": 4, "patch_size": 2, "hidden_size": 24, "depth": 6,
         "num_heads": 3, "num_classes": 10, "learn_sigma": False, "qk_norm": False, "class_dropout_prob": 0.1,
-        "path": "linear", "data": "demo", "vae": str(runs / "demo-vae"), "stage": "self", "recipe": "paper",
+        "path": "linear", "data": "demo", "vae": str(runs / "demo-vae"), "stage": "2", "recipe": "paper",
     }  # fmt: skip
     assert {name: args[name] for name in expected} == expected
     scale = json.loads((runs / "demo-vae" / "config.json").read_text())["scaling_factor"]
     assert args["scale_factor"] == scale
-    model, found = sit_from_checkpoint(checkpoint(runs / "self"))
-    assert (found.time, found.steps, model.num_classes) == ("repa", STEPS, 10)
+    model, found = sit_from_checkpoint(checkpoint(runs / "2"))
+    assert (found.conventions().time, found.steps, model.num_classes) == ("repa", STEPS, 10)
 
 
 def test_the_teacher_is_the_average_of_stage_1(runs: Path) -> None:
-    content = torch.load(checkpoint(runs / "vae"), weights_only=True)
-    model = sit_from_checkpoint(checkpoint(runs / "vae"))[0]
-    teacher = st.CFGFeatureTeacher.from_pretrained(runs / "vae" / "teacher", model=model)
+    content = torch.load(checkpoint(runs / "1"), weights_only=True)
+    model = sit_from_checkpoint(checkpoint(runs / "1"))[0]
+    teacher = st.CFGFeatureTeacher.from_pretrained(runs / "1" / "teacher", model=model)
     for name, weight in teacher.model.state_dict().items():
         assert torch.equal(weight, content["ema"][name])
-    assert (teacher.layer, teacher.guidance_scale, teacher.null) == ("blocks.3", 3.0, {"y": 10})
+    assert (teacher.layer, teacher.guidance_scale, teacher.null) == ("blocks.3", 8.0, {"y": 10})
     assert (teacher.provenance["step"], teacher.provenance["latent_shape"]) == (STEPS, [4, 8, 8])
     assert teacher.provenance["latent_scale"] == content["args"]["scale_factor"]
 
@@ -124,10 +132,10 @@ def test_latents_are_drawn_from_their_posteriors() -> None:
     batch = (mean.expand(2, 4, 50, 50), std.expand(2, 4, 50, 50), labels)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        latents, found = sit_imagenet.latents_of(batch, scale=2.0)
+        latents, found = latents_of(batch, scaling=Scaling(2.0, 1.0))
     assert found is labels
     # 10,000 values each: the mean is good to 1 % of the deviation, the deviation to 0.7 %.
-    torch.testing.assert_close(latents.mean((1, 2, 3)), torch.tensor([6.0, -2.0]), rtol=0, atol=0.04)
+    torch.testing.assert_close(latents.mean((1, 2, 3)), torch.tensor([4.0, -4.0]), rtol=0, atol=0.04)
     torch.testing.assert_close(latents.std((1, 2, 3)), torch.tensor([1.0, 0.2]), rtol=0.03, atol=0)
 
 
@@ -135,10 +143,10 @@ def test_latents_are_drawn_from_their_posteriors() -> None:
 
 
 def test_the_same_command_goes_on_to_more_steps_bit_equal(tmp_path: Path, runs: Path) -> None:
-    same = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", f"--teacher={runs / 'vae' / 'teacher'}"]
+    same = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", f"--teacher={runs / '1' / 'teacher'}"]
     for steps in (2, 5):
-        run(tmp_path / "twice", *same, stage="self", steps=steps)
-    run(tmp_path / "once", *same, stage="self", steps=5)
+        run(tmp_path / "twice", *same, stage="2", steps=steps)
+    run(tmp_path / "once", *same, stage="2", steps=5)
     changed = differences(checkpoint(tmp_path / "once", 5), checkpoint(tmp_path / "twice", 5))
     assert changed == ["/args/out"]
     assert lines(tmp_path / "once") == lines(tmp_path / "twice")
@@ -151,20 +159,20 @@ def test_a_folder_belongs_to_its_settings(runs: Path) -> None:
 
 
 def test_a_run_that_has_left_its_teacher_does_not_make_another(runs: Path) -> None:
-    before = (runs / "vae" / "teacher" / "model.safetensors").read_bytes()
-    run(runs / "vae", "--demo-vae-steps=3", stage="vae")
+    before = (runs / "1" / "teacher" / "model.safetensors").read_bytes()
+    run(runs / "1", "--demo-vae-steps=3", stage="1")
     for match in ["has left its teacher", "3 steps done, 5 asked for", "--resume .*0000003.pt"]:
-        with pytest.raises(SettingError, match=match):
-            run(runs / "vae", "--demo-vae-steps=3", stage="vae", steps=5)
-    assert (runs / "vae" / "teacher" / "model.safetensors").read_bytes() == before
+        with pytest.raises(ValueError, match=match):
+            run(runs / "1", "--demo-vae-steps=3", stage="1", steps=5)
+    assert (runs / "1" / "teacher" / "model.safetensors").read_bytes() == before
 
 
 def test_a_finished_run_whose_teacher_is_missing_leaves_it(tmp_path: Path, runs: Path) -> None:
     """As after a kill between the last checkpoint and the teacher."""
     arguments = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}"]
-    shutil.copytree(runs / "vae", tmp_path / "vae", ignore=lambda *_: ["teacher"])
-    run(tmp_path / "vae", *arguments, stage="vae")
-    theirs, ours = (folder / "teacher" / "model.safetensors" for folder in (runs / "vae", tmp_path / "vae"))
+    shutil.copytree(runs / "1", tmp_path / "1", ignore=lambda *_: ["teacher"])
+    run(tmp_path / "1", *arguments, stage="1")
+    theirs, ours = (folder / "teacher" / "model.safetensors" for folder in (runs / "1", tmp_path / "1"))
     assert ours.read_bytes() == theirs.read_bytes()
 
 
@@ -174,10 +182,15 @@ def test_a_run_starts_from_the_weights_of_another(
     tmp_path: Path, runs: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # the usual one takes its time
-    weights = torch.load(checkpoint(runs / "vae"), weights_only=True)["ema"]
+    weights = torch.load(checkpoint(runs / "1"), weights_only=True)["ema"]
     theirs = {"ema": weights | {f"projectors.0.{i}.weight": torch.ones(2, 2) for i in (0, 2, 4)}, "steps": 9}
     torch.save(theirs, tmp_path / "repa.pt")
-    arguments = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", f"--init={tmp_path / 'repa.pt'}"]
+    arguments = [
+        "--demo-vae-steps=3",
+        f"--demo-vae={runs / 'demo-vae'}",
+        f"--init={tmp_path / 'repa.pt'}",
+        "--file-time=repa",
+    ]
     run(tmp_path / "new", *arguments, "--lr=0", "--compile", stage="baseline", steps=1)
     torch.compiler.reset()
     printed = capsys.readouterr().out
@@ -187,40 +200,83 @@ def test_a_run_starts_from_the_weights_of_another(
     assert all(torch.equal(found[name], weight) for name, weight in weights.items())
 
 
+@pytest.mark.parametrize("settings", [[], ["--path=cosine", "--qk-norm", "--learn-sigma", "--class-dropout=0"]])
+def test_what_a_run_records_is_enough_to_read_its_checkpoint(runs: Path, tmp_path: Path, settings: list[str]) -> None:
+    same = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}"]
+    trainer = run(tmp_path / "run", *same, *settings, stage="baseline", steps=1)
+    model, found = sit_from_checkpoint(checkpoint(tmp_path / "run", 1))
+    own = trainer.ema.state_dict()
+    assert all(torch.equal(weight, own[name]) for name, weight in model.state_dict().items())
+    path = "cosine" if settings else "linear"
+    assert (*found.conventions(time="repa", path=path), found.steps) == ("repa", path, 1)
+    assert found.args["vae"] == str(runs / "demo-vae")
+    assert found.settings["class_dropout_prob"] == (0.0 if settings else 0.1)
+
+
+@pytest.mark.parametrize("entry", ["--init", "--teacher", "--resume"])
+@pytest.mark.parametrize(
+    ("said", "match"),
+    [
+        ({"path": "cosine"}, "trained on the cosine path; this run is on the linear path"),
+        ({"prediction": "noise"}, "trained to predict 'noise'"),
+        ({"scale_factor": 0.13025}, "latents of scale 0.13025, shift 0.0; here they have scale"),
+        ({"time": "sit"}, "the time of 'sit' .t = 1 is data."),
+        ({"model": "DiT-XL/2"}, "trained as a 'DiT-XL/2'"),
+        ({"num_heads": 6}, "num_heads: 6 there, 3 here"),
+        (None, "does not say what its training called t(.|\n)*--file-time repa"),
+    ],
+)
+def test_what_a_checkpoint_says_of_itself_is_compared(
+    runs: Path, tmp_path: Path, entry: str, said: dict[str, object] | None, match: str
+) -> None:
+    content = torch.load(checkpoint(runs / "1"), weights_only=True)
+    content["args"] = {} if said is None else content["args"] | said
+    torch.save(content, tmp_path / "theirs.pt")
+    stage = "2" if entry == "--teacher" else "1"
+    arguments = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", f"{entry}={tmp_path / 'theirs.pt'}"]
+    with pytest.raises(ValueError, match=match):
+        run(tmp_path / "run", *arguments, stage=stage, steps=5)
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    if said is None and entry != "--resume":  # the user's word
+        run(tmp_path / "run", *arguments, "--file-time=repa", stage=stage, steps=1)
+        with pytest.raises(ValueError, match="predict the opposite velocity"):
+            run(tmp_path / "other", *arguments, "--file-time=sit", stage=stage, steps=1)
+
+
 # --- The teacher -----------------------------------------------------------------------------------------------------
 
 
 def with_teacher(runs: Path, out: Path, teacher: Path, *arguments: str) -> st.SelfTransLoss:
     same = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", f"--teacher={teacher}"]
-    return run(out, *same, *arguments, stage="self", steps=1).criterion
+    return run(out, *same, *arguments, stage="2", steps=1).criterion
 
 
 def test_an_artefact_and_its_checkpoint_are_the_same_teacher(runs: Path, tmp_path: Path) -> None:
-    artefact = with_teacher(runs, tmp_path / "a", runs / "vae" / "teacher").teacher
-    raw = with_teacher(runs, tmp_path / "b", checkpoint(runs / "vae")).teacher
+    artefact = with_teacher(runs, tmp_path / "a", runs / "1" / "teacher").teacher
+    raw = with_teacher(runs, tmp_path / "b", checkpoint(runs / "1")).teacher
     assert torch.equal(artefact.fingerprint, raw.fingerprint)
     assert lines(tmp_path / "a") == lines(tmp_path / "b")
-    other = with_teacher(runs, tmp_path / "c", checkpoint(runs / "vae"), "--teacher-weights=model").teacher
+    other = with_teacher(runs, tmp_path / "c", checkpoint(runs / "1"), "--teacher-weights=model").teacher
     assert not torch.equal(other.fingerprint, raw.fingerprint)
 
 
 def test_a_saved_teacher_is_used_at_another_layer_and_scale(runs: Path, tmp_path: Path) -> None:
-    folder = runs / "vae" / "teacher"
+    folder = runs / "1" / "teacher"
     found = with_teacher(runs, tmp_path / "a", folder, "--guidance-scale=7").teacher
     assert (found.layer, found.guidance_scale) == ("blocks.3", 7.0)
     found = with_teacher(runs, tmp_path / "b", folder, "--teacher-layer=blocks.4").teacher
-    assert (found.layer, found.guidance_scale) == ("blocks.4", 3.0)
+    assert (found.layer, found.guidance_scale) == ("blocks.4", 8.0)
 
 
 def test_a_teacher_that_does_not_fit_is_named_before_anything_is_made(runs: Path, tmp_path: Path) -> None:
     cases: list[tuple[type[SelfTransError], Path, list[str], str]] = [
-        (CheckpointError, runs / "vae" / "teacher", ["--qk-norm"], "q_norm"),
-        (CheckpointError, checkpoint(runs / "vae"), ["--qk-norm"], "q_norm"),
+        (CheckpointError, runs / "1" / "teacher", ["--qk-norm"], "q_norm"),
+        (Mistake, checkpoint(runs / "1"), ["--qk-norm"], "qk_norm: False there, True here"),
         (CheckpointError, tmp_path / "none", [], "There is no folder"),
-        (LayerNotFoundError, checkpoint(runs / "vae"), ["--teacher-layer=blocks.9"], "blocks.9"),
-        (LayerNotFoundError, runs / "vae" / "teacher", ["--layer=blocks.7"], "blocks.7"),
-        (SettingError, runs / "vae" / "teacher", ["--teacher-weights=model"], "was saved with one kind"),
-        (SelfTransError, runs / "vae" / "teacher", ["--path=cosine"], "time convention"),
+        (LayerNotFoundError, checkpoint(runs / "1"), ["--teacher-layer=blocks.9"], "blocks.9"),
+        (LayerNotFoundError, runs / "1" / "teacher", ["--layer=blocks.7"], "blocks.7"),
+        (Mistake, runs / "1" / "teacher", ["--teacher-weights=model"], "was saved with one kind"),
+        (SelfTransError, runs / "1" / "teacher", ["--path=cosine"], "time convention"),
     ]
     for kind, teacher, arguments, text in cases:
         with pytest.raises(kind, match=text):
@@ -230,11 +286,11 @@ def test_a_teacher_that_does_not_fit_is_named_before_anything_is_made(runs: Path
 
 def test_a_teacher_of_other_latents_is_named(runs: Path, tmp_path: Path) -> None:
     teacher = st.build_teacher(
-        sit_from_checkpoint(checkpoint(runs / "vae"))[0], None, layer="blocks.3", guidance_scale=3.0, null={"y": 10}
+        sit_from_checkpoint(checkpoint(runs / "1"))[0], None, layer="blocks.3", guidance_scale=3.0, null={"y": 10}
     )
     teacher.save_pretrained(tmp_path / "teacher", latent_scale=0.5)
-    for match in ["trained on latents times 0.5", "Found: the scale factor", "same latents"]:
-        with pytest.raises(SettingError, match=match):
+    for match in ["trained on latents times 0.5", "Found: scale 0.8", "same latents"]:
+        with pytest.raises(ValueError, match=match):
             with_teacher(runs, tmp_path / "run", tmp_path / "teacher")
 
 
@@ -258,17 +314,17 @@ def repa_layout(folder: Path, *, size: int = 8, images: int = 12) -> Path:
 def test_repas_layout_trains_and_bad_files_are_left_out_on_request(tmp_path: Path) -> None:
     data = repa_layout(tmp_path)
     arguments = [f"--data={data}", "--model=demo", "--workers=0"]
-    run(tmp_path / "a", *arguments, stage="vae", steps=1)
+    run(tmp_path / "a", *arguments, stage="1", steps=1)
     args = torch.load(checkpoint(tmp_path / "a", 1), weights_only=True)["args"]
     assert (args["num_classes"], args["scale_factor"], args["input_size"]) == (3, 0.18215, 8)
     (data / "00000" / "img-mean-std-00000000.npy").write_bytes(b"broken")
-    with pytest.raises(SelfTransError, match=r"img-mean-std-00000000\.npy"):
-        run(tmp_path / "b", *arguments, stage="vae", steps=1)
-    run(tmp_path / "b", *arguments, "--skip-bad", stage="vae", steps=1)
-    with pytest.raises(SettingError, match="latents of 32 pixels a side"):
-        run(tmp_path / "c", *arguments, "--skip-bad", "--resolution=256", stage="vae")
-    with pytest.raises(SelfTransError, match=r"the label 2 is not in 0 \.\. 1"):
-        run(tmp_path / "d", *arguments, "--num-classes=2", stage="vae")
+    with pytest.raises(ValueError, match=r"img-mean-std-00000000\.npy"):
+        run(tmp_path / "b", *arguments, stage="1", steps=1)
+    run(tmp_path / "b", *arguments, "--skip-bad", stage="1", steps=1)
+    with pytest.raises(ValueError, match="latents of 32 pixels a side"):
+        run(tmp_path / "c", *arguments, "--skip-bad", "--resolution=256", stage="1")
+    with pytest.raises(ValueError, match=r"the label 2 is not in 0 \.\. 1"):
+        run(tmp_path / "d", *arguments, "--num-classes=2", stage="1")
 
 
 def test_encoded_images_train_and_their_vae_draws_the_samples(tmp_path: Path) -> None:
@@ -287,15 +343,15 @@ def test_encoded_images_train_and_their_vae_draws_the_samples(tmp_path: Path) ->
         "--shard-images=4", "--workers=0", "--device=cpu",
     ])  # fmt: skip
     arguments = [f"--data={latents}", f"--vae={tmp_path / 'vae'}", "--model=demo", "--workers=0", "--batch-size=12"]
-    run(tmp_path / "run", *arguments, "--sample-every=1", "--sample-steps=1", stage="vae", steps=1)  # mirrored, too
+    run(tmp_path / "run", *arguments, "--sample-every=1", "--sample-steps=1", stage="1", steps=1)  # mirrored, too
     args = torch.load(checkpoint(tmp_path / "run", 1), weights_only=True)["args"]
     assert (args["num_classes"], args["scale_factor"], args["input_size"]) == (2, 0.3, 4)
     assert args["vae"] == str(tmp_path / "vae")
     with Image.open(tmp_path / "run" / "samples" / "0000001.png") as picture:
         assert picture.mode == "RGB"
     latents.joinpath("latents-00001.safetensors").unlink()
-    with pytest.raises(SelfTransError, match="1 of 2 shards are missing"):
-        run(tmp_path / "other", *arguments, stage="vae", steps=1)
+    with pytest.raises(ValueError, match="1 of 2 shards are missing"):
+        run(tmp_path / "other", *arguments, stage="1", steps=1)
     assert not (tmp_path / "other").exists()
 
 
@@ -304,17 +360,17 @@ def test_random_latents_of_either_resolution(tmp_path: Path) -> None:
         arguments = ["--data=random", "--model=demo", "--workers=0", f"--resolution={resolution}", "--batch-size=1"]
         trainer = run(tmp_path / str(resolution), *arguments, stage="baseline", steps=1)
         assert (trainer.ema.num_classes, trainer.ema.pos_embed.shape) == (1000, (1, (side // 2) ** 2, 24))
-    with pytest.raises(SettingError, match="--num-classes 10 is too few"):
+    with pytest.raises(ValueError, match="--num-classes 10 is too few"):
         run(tmp_path / "few", "--data=random", "--model=demo", "--num-classes=10", stage="baseline")
 
 
 # --- Settings --------------------------------------------------------------------------------------------------------
 
 
-def settled(*arguments: str, stage: str = "self", data: str = "latents") -> argparse.Namespace:
-    teacher = [f"--teacher={__file__}"] if stage == "self" else []  # any file: it is not read here
-    found = options([f"--stage={stage}", "--out=o", f"--data={data}", *teacher, *arguments], None)
-    settle(found, num_classes=1000, channels=4, size=32)
+def settled(*arguments: str, stage: str = "2", data: str = "latents") -> argparse.Namespace:
+    teacher = [f"--teacher={__file__}"] if stage == "2" else []  # any file: it is not read here
+    found = sit_imagenet.options([f"--stage={stage}", "--out=o", f"--data={data}", *teacher, *arguments])
+    sit_imagenet.settle_sit(found, partial(SiT, **sit_imagenet.DEMO_SIZE))
     return found
 
 
@@ -336,7 +392,7 @@ def test_the_published_settings(model: str, student: str, teacher: str, stop: in
     assert (run.steps, run.batch_size, run.lr, run.ema_decay, run.warmup_steps) == (400_000, 256, 1e-4, 0.9999, 0)
     assert (run.betas, run.weight_decay, run.clip, run.class_dropout) == ([0.9, 0.999], 0.0, 1.0, 0.1)
     assert (run.head_features, run.path, run.learn_sigma) == (2048, "linear", False)
-    stage1 = settled(f"--model={model}", stage="vae")
+    stage1 = settled(f"--model={model}", stage="1")
     assert (stage1.layer, stage1.target, stage1.steps, stage1.stop_step) == ("blocks.1", "latents", 200_000, 0)
     baseline = settled(f"--model={model}", stage="baseline")
     assert (baseline.layer, baseline.teacher_layer, baseline.stop_step, baseline.steps) == (None, None, None, 400_000)
@@ -345,7 +401,7 @@ def test_the_published_settings(model: str, student: str, teacher: str, stop: in
 def test_the_released_recipe() -> None:
     run = settled("--recipe=released", "--model=SiT-B/2")
     assert (run.gating, run.teacher_weights, run.qk_norm, run.layer) == ("released", "model", True, "blocks.5")
-    stage1 = settled("--recipe=released", "--model=SiT-B/2", stage="vae")
+    stage1 = settled("--recipe=released", "--model=SiT-B/2", stage="1")
     assert (stage1.target, stage1.gating, stage1.qk_norm) == ("velocity", "released", True)
     assert not settled("--recipe=released", "--no-qk-norm", "--model=SiT-B/2").qk_norm
 
@@ -363,27 +419,35 @@ def test_what_is_given_goes_before_the_recipe() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "texts"),
+    ("arguments", "text"),
     [
-        (["--stage=baseline", "--layer=blocks.1"], ["Stage baseline has no use for --layer"]),
-        (["--stage=vae", "--teacher=x"], ["Stage vae has no use for --teacher"]),
-        (["--stage=self", "--teacher=x", "--target=latents"], ["Stage self has no use for --target"]),
-        (["--stage=self"], ["Stage self needs --teacher", "--stage vae left"]),
-        (["--stage=vae", "--class-dropout=0"], ["null class", "--class-dropout 0"]),
+        (["--stage=baseline", "--layer=blocks.1"], "--layer: not an option of baseline"),
+        (["--stage=1", "--teacher=x"], "--teacher: not an option of stage 1"),
+        (["--stage=2", "--teacher=x", "--target=latents"], "--target: not an option of stage 2"),
+        (["--stage=2"], "stage 2 needs --teacher: the folder that a run of --stage 1 left"),
+        (["--stage=1", "--class-dropout=0"], "null class, which --class-dropout 0"),
+        (["--stage=1", "--window=0.7,0.4"], "within 0 and 1, the lower first; got 0.7,0.4"),
+        (["--stage=1", "--window=0.4"], "two noise fractions, as 0.4,0.7, or all; got 0.4"),
+        (["--stage=1", "--weight=nan"], "must be finite; got nan"),
+        (["--stage=1", "--steps=0"], "must be 1 or more; got 0"),
+        (["--stage=vae"], "invalid choice: 'vae'"),
     ],
 )
-def test_options_that_a_stage_would_ignore_are_refused(arguments: list[str], texts: list[str], tmp_path: Path) -> None:
-    for text in texts:
-        with pytest.raises(SettingError, match=text):
-            sit_imagenet.main([*arguments, "--data=demo", f"--out={tmp_path / 'out'}"])
+def test_wrong_options_end_in_one_line(
+    arguments: list[str], text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        sit_imagenet.main([*arguments, "--data=demo", f"--out={tmp_path / 'out'}"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert text in line
     assert list(tmp_path.iterdir()) == []
 
 
 def test_pictures_need_the_vae_of_the_data(tmp_path: Path, runs: Path) -> None:
     arguments = [f"--data={repa_layout(tmp_path)}", "--model=demo", "--workers=0", f"--vae={runs / 'demo-vae'}"]
-    for match in ["not the one that the latents came from", "0.18215", "--vae"]:
-        with pytest.raises(SettingError, match=match):
-            run(tmp_path / "run", *arguments, stage="vae")
+    for match in ["is not the one that the latents of", "0.18215", "--vae"]:
+        with pytest.raises(ValueError, match=match):
+            run(tmp_path / "run", *arguments, stage="1")
 
 
 # --- Several processes -----------------------------------------------------------------------------------------------
@@ -393,7 +457,7 @@ def test_torchrun_runs_it_with_half_of_the_batch_each(tmp_path: Path) -> None:
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(EXAMPLES / "sit_imagenet.py", "--stage=vae", f"--data={repa_layout(tmp_path)}", "--model=demo"),
+            *(EXAMPLES / "sit_imagenet.py", "--stage=1", f"--data={repa_layout(tmp_path)}", "--model=demo"),
             *("--batch-size=4", "--steps=2", "--log-every=1", "--micro-batches=2", f"--out={tmp_path / 'run'}"),
             "--workers=0",
         ],
@@ -404,7 +468,7 @@ def test_torchrun_runs_it_with_half_of_the_batch_each(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]  # one process writes
-    assert done.stdout.count("The teacher for --stage self") == 1
+    assert done.stdout.count("The teacher for --stage 2") == 1
     content = torch.load(checkpoint(tmp_path / "run", 2), weights_only=True)
     assert content["criterion"]["calls"] == 4
     assert (tmp_path / "run" / "teacher" / "config.json").exists()

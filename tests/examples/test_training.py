@@ -5,13 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from common.options import Mistake
 from common.paths import denoising_loss
 from common.sit import SiT
 from common.training import Training, TrainSettings, averaged_copy, endless, train
 from torch import Tensor, nn
 
 import selftrans_reg as st
-from selftrans_reg.errors import SettingError
 
 SETTINGS = TrainSettings(steps=22, lr=1e-3, warmup_steps=4, ema_decay=0.9)
 
@@ -62,8 +62,8 @@ def test_one_plain_step_after_another() -> None:
         w -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))) ** 0.5 + 1e-8)
         average = w if average is None else 0.5 * average + 0.5 * w
     assert model.w.item() == pytest.approx(w, rel=1e-5)
-    assert result.ema.w.item() == pytest.approx(average, rel=1e-5)
-    assert not result.ema.w.requires_grad
+    assert result.ema.module.w.item() == pytest.approx(average, rel=1e-5)
+    assert not result.ema.module.w.requires_grad
     assert [entry["step"] for entry in result.log] == [0, 2]
     assert result.log[0]["denoising"] == pytest.approx(25)
 
@@ -79,7 +79,7 @@ def test_a_criterion_of_weight_zero_leaves_the_run_as_it_is() -> None:
             )
         torch.manual_seed(2)
         result = train(model, batches(), denoising_loss, SETTINGS, criterion=criterion)
-        runs.append((model.state_dict(), result.ema.state_dict()))
+        runs.append((model.state_dict(), result.ema.module.state_dict()))
     for plain, watched in zip(*runs, strict=True):
         assert plain.keys() == watched.keys()
         for name in plain:
@@ -98,7 +98,6 @@ def test_a_criterion_adds_its_terms_to_the_log_and_its_head_is_trained() -> None
     assert result.log[-1]["alignment"] < result.log[0]["alignment"]
     after = criterion.state_dict()
     assert all(not torch.equal(value, after[name]) for name, value in before.items())
-    assert result.seconds > 0
 
 
 def stage1(model: SiT) -> st.SelfTransLoss:
@@ -123,7 +122,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(with_criterion: bool, tmp_path: 
         state = torch.load(saved, weights_only=True) if resume else None
         result = train(model, batches(), denoising_loss, SETTINGS, criterion=criterion, resume=state, after_step=save)
         head = criterion.state_dict() if criterion is not None else {}
-        ends.append(({**model.state_dict(), **result.ema.state_dict(), **head}, result.log, torch.rand(1)))
+        ends.append(({**model.state_dict(), **result.ema.module.state_dict(), **head}, result.log, torch.rand(1)))
     (whole, log, drawn), (resumed, resumed_log, drawn_again) = ends
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert resumed_log == log
@@ -143,16 +142,16 @@ def test_after_every_step_the_caller_is_told() -> None:
         after_step=lambda run: told.append(run.steps),
     )
     assert told == [1, 2, 3]
-    assert result.ema is ema.module
-    assert not torch.equal(result.ema.x_embedder.proj.weight, model.x_embedder.proj.weight)
+    assert result.ema is ema
+    assert not torch.equal(result.ema.module.x_embedder.proj.weight, model.x_embedder.proj.weight)
 
 
 def test_epochs_follow_each_other_and_one_without_a_batch_is_an_error() -> None:
     found = endless("ab")
     assert [next(found) for _ in range(5)] == [*"ababa"]
-    with pytest.raises(SettingError, match="no batch"):
+    with pytest.raises(Mistake, match="no batch"):
         next(endless([]))
     used_up = endless(iter("a"))
     assert next(used_up) == "a"
-    with pytest.raises(SettingError, match="no batch"):
+    with pytest.raises(Mistake, match="no batch"):
         next(used_up)

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import torch
-from common.checkpointing import saved_checkpoints
+from common.options import Mistake
+from common.run_folder import saved_checkpoints
 from interrupted_saves import die_at, in_a_child
 from long_runs import differences, trained
-
-from selftrans_reg.errors import CheckpointError
 
 FIRST, LAST = 2, 4
 EVERY = {"checkpoint_every": FIRST, "keep": 1}
@@ -113,7 +112,7 @@ def full_disk(before: Path, place: Path, size: int) -> str:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, limits[1]))
     try:
         trained(place, steps=LAST, **EVERY)
-    except CheckpointError as error:
+    except Mistake as error:
         assert [path.name for path in (place / "checkpoints").iterdir()] == [f"{FIRST:07d}.pt"]
         return str(error)
     finally:

@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
+from common.long_runs import new_accelerator
 from common.paths import denoising_loss
 from common.sit import SiT
-from common.trainer import LongRun, Trainer, new_accelerator
+from common.trainer import LongRun, Trainer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -51,9 +52,9 @@ def new_sit(seed: int = 0, **settings: Any) -> SiT:
 def new_criterion(stage: str, model: SiT, micro_batches: int = 1) -> st.SelfTransLoss | None:
     settings: dict[str, Any] = {"time": "repa", "hidden_features": 8, "window": (0.2, 0.8)}
     settings["health_interval"] = SETTINGS["log_every"] * micro_batches  # the last call of a logged step
-    if stage == "vae":
+    if stage == "1":
         return st.SelfTransLoss.stage1(model, layer="blocks.1", latent_channels=2, patch_size=1, **settings)
-    if stage == "self":
+    if stage == "2":
         teacher = st.build_teacher(new_sit(seed=7), None, layer="blocks.2", guidance_scale=3.0, null={"y": CLASSES})
         return st.SelfTransLoss.stage2(model, layer="blocks.1", teacher=teacher, stop_step=5, **settings)
     return None
@@ -70,7 +71,7 @@ def fixed_loss(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
 def new_trainer(
     out: Path,
     *,
-    stage: str = "vae",
+    stage: str = "1",
     steps: int = 7,
     micro_batches: int = 1,
     precision: str = "no",
@@ -83,7 +84,7 @@ def new_trainer(
     model = new_sit() if model is None else model
     out.mkdir(exist_ok=True)
     return Trainer(
-        new_accelerator(precision, micro_batches=micro_batches, cpu=True),
+        new_accelerator(precision, micro_batches=micro_batches, cpu=True, out=out, trackers=["tensorboard"]),
         model,
         criterion=new_criterion(stage, model, micro_batches),
         dataset=Items() if dataset is None else dataset,

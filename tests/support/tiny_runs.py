@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.captioned_shapes import TEXT_LENGTH, TEXT_WIDTH, save_text_encoder
+from common.demo import TEXT_LENGTH, TEXT_WIDTH, save_text_encoder
 from common.mmdit import MMDiT
 from common.sit import SiT
 from common.vae import new_vae, save_vae

@@ -1,17 +1,36 @@
-"""Captioned images that need no download: one coloured shape on a coloured ground, and two sentences that say so.
+"""Data that need no download: digits and captioned shapes through small VAEs, and random latents to measure speed.
 
-With them goes a CLIP text model in transformers' format whose vocabulary is these sentences' words. Its weights are
-random and stay so: each sentence has features of its own, and finding the words in them is the diffusion model's work.
+The shapes' captions go through a CLIP text model in transformers' format whose vocabulary is their words. Its weights
+are random and stay so: each sentence has features of its own, and finding the words in them is the diffusion model's
+work.
 """
 
 import json
 import string
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from diffusers import AutoencoderKL
+from filelock import FileLock
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from common.coco_features import write_coco_features
+from common.data import NUM_DIGIT_CLASSES, digits
+from common.run_folder import open_run_folder
+from common.scaling import Scaling, scaling_of
+from common.step_sampler import mixed_seed
+from common.text import load_text_encoder
+from common.vae import encode_moments, trained_vae
+
+IMAGE_SIZE = 32
+
+VAE = "vae"
+TEXT_ENCODER = "text_encoder"
+_SPLIT = "train"
 
 COLOURS = {
     "red": (0.86, 0.16, 0.16),
@@ -26,6 +45,107 @@ CAPTIONS = ("a {colour} {shape} on a {ground} ground", "{ground} ground with a {
 
 TEXT_LENGTH = 16
 TEXT_WIDTH = 64
+
+
+def _alone_with(folder: Path) -> AbstractContextManager[object]:
+    """Runs that start at one time make what they share once: the others wait for the first."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder.with_name(f".{folder.name}.lock"))
+
+
+class MemoryLatents(Dataset[tuple[Tensor, Tensor, int]]):
+    """Posteriors held in memory, with the attributes of `common.latents.LatentFolder`.
+
+    Args:
+        mean: (N, C, h, h), unscaled.
+        std: (N, C, h, h), standard deviations.
+        labels: (N,), int64.
+        num_classes: Labels are in 0 .. num_classes - 1.
+        scaling: From latents to what a model sees.
+        vae: Path of the VAE.
+    """
+
+    def __init__(
+        self, mean: Tensor, std: Tensor, labels: Tensor, *, num_classes: int, scaling: Scaling, vae: str | None
+    ) -> None:
+        self.mean = mean
+        self.std = std
+        self.labels = labels
+        self.num_classes = num_classes
+        _, self.channels, self.size, _ = mean.shape
+        self.scaling = scaling
+        self.vae = vae
+
+    def __len__(self) -> int:
+        """Images."""
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        """Mean, std, label."""
+        return self.mean[index], self.std[index], int(self.labels[index])
+
+
+def demo_latents(vae_folder: Path, *, vae_steps: int, device: str) -> tuple[MemoryLatents, AutoencoderKL]:
+    """The training digits as (4, 8, 8) posteriors, and their VAE, which is trained now if the folder is not there."""
+    images, labels = digits(IMAGE_SIZE)[0]
+    with _alone_with(vae_folder):
+        vae = trained_vae(vae_folder, images, steps=vae_steps, seed=0, device=device)
+    mean, std = encode_moments(vae, images)
+    scaling = scaling_of(vae.config, f"The VAE in {vae_folder}")
+    data = MemoryLatents(mean, std, labels, num_classes=NUM_DIGIT_CLASSES, scaling=scaling, vae=str(vae_folder))
+    return data, vae
+
+
+class RandomLatents(Dataset[tuple[Tensor, Tensor, int]]):
+    """Standard normal "posteriors" of ImageNet's number and classes, made as they are read.
+
+    Args:
+        size: Side of the latents.
+        length: Number of items.
+    """
+
+    num_classes = 1000
+    channels = 4
+    scaling = Scaling()
+    vae = None
+
+    def __init__(self, size: int, length: int = 1_281_167) -> None:
+        self.size = size
+        self.length = length
+
+    def __len__(self) -> int:
+        """Items."""
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+        """Mean, std 0, label: the same each time."""
+        generator = torch.Generator().manual_seed(mixed_seed(index))
+        mean = torch.randn(self.channels, self.size, self.size, generator=generator)
+        return mean, torch.zeros_like(mean), index % self.num_classes
+
+
+def demo_captions(folder: Path, *, images: int, vae_steps: int, seed: int = 0) -> None:
+    """Make the folder's VAE, text encoder and features in U-ViT's layout; what is finished is not made again.
+
+    Raises:
+        SettingError: If the folder holds a demo of other settings, or something else.
+    """
+    with _alone_with(folder):
+        open_run_folder(folder, {"images": images, "vae_steps": vae_steps, "seed": seed})
+        if (folder / _SPLIT).exists():
+            return
+        data = captioned_shapes(images, seed=seed)
+        vae = trained_vae(folder / VAE, data.images, steps=vae_steps, seed=seed, device="cpu")
+        if not (folder / TEXT_ENCODER).exists():
+            save_text_encoder(folder / TEXT_ENCODER, seed=seed)
+        encoder = load_text_encoder(str(folder / TEXT_ENCODER))
+        mean, std = encode_moments(vae, data.images)
+        texts = ["", *(caption for captions in data.captions for caption in captions)]
+        empty, *features = encoder.encode(texts).features.split([1, *map(len, data.captions)])
+        items = zip(mean, std, features, strict=True)
+        write_coco_features(
+            folder, _SPLIT, items, empty[0], scaling=scaling_of(vae.config, "The VAE"), vae=str(folder / VAE)
+        )
 
 
 class CaptionedImages(NamedTuple):

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from common.captioned_shapes import CAPTIONS, COLOURS, SHAPES, captioned_shapes, save_text_encoder
+from common.demo import CAPTIONS, COLOURS, SHAPES, captioned_shapes, save_text_encoder
 from common.text import load_text_encoder
 
 

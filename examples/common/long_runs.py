@@ -1,0 +1,347 @@
+"""What the long runs do around any backbone: settings, criterion, teacher, training, and the teacher that is left."""
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import ProjectConfiguration
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import selftrans_reg as st
+from common.loading import Family, check_claims, saved_args
+from common.options import CHANGEABLE, Mistake
+from common.paths import denoising_loss, path_named
+from common.run_folder import checkpoint_path, checkpoints_of, locked, open_run_folder
+from common.scaling import Scaling
+from common.trainer import Condition, Draw, LongRun, Trainer
+
+TIMES = {"linear": "repa", "cosine": "repa-cosine"}  # t = 1 is noise
+
+
+class Backbone(NamedTuple):
+    """What a run needs to know of its model and data.
+
+    Attributes:
+        family: Of the model.
+        blocks: What the model calls its list of blocks.
+        new: Makes another model of this run, with any weights.
+        sizes: The model's arguments: what a checkpoint's readers need to build it.
+        null: The null condition by argument name.
+        data: Items (mean, std, condition) of unscaled latents.
+        shape: Of a latent, (C, h, w).
+        scaling: From the VAE's latents to the model's.
+        vae: Where the latents' VAE is, if that is known.
+        select: Which part of a block's output is the image's tokens.
+        draw: Writes pictures of samples, if there is a VAE for them.
+    """
+
+    family: Family
+    blocks: str
+    new: Callable[[], nn.Module]
+    sizes: dict[str, Any]
+    null: dict[str, Any]
+    data: Dataset[Any]
+    shape: tuple[int, int, int]
+    scaling: Scaling
+    vae: str | None
+    select: int | None = None
+    draw: Draw | None = None
+
+
+def new_accelerator(
+    precision: str, *, micro_batches: int, cpu: bool, out: Path, trackers: Sequence[str] = ()
+) -> Accelerator:
+    """The processes that were launched, as accelerate sees them, and the trackers that the run logs to.
+
+    Args:
+        precision: "no", "bf16" or "fp16".
+        micro_batches: Parts of a rank's batch whose gradients are accumulated.
+        cpu: Run on the CPU even where there is a GPU.
+        out: The run's folder, where trackers keep their files.
+        trackers: Names that accelerate knows, as "tensorboard" or "wandb".
+
+    Raises:
+        Mistake: If fp16 is asked for without CUDA, a tracker is not installed, or not all launched processes are there.
+    """
+    if precision == "fp16" and (cpu or not torch.cuda.is_available()):
+        raise Mistake("fp16 with gradient scaling needs CUDA.\nFound: the CPU. Choose bf16 or no mixed precision.")
+    missing = {*trackers} - {tracker.value for tracker in get_available_trackers()}
+    if missing:
+        names = " ".join(sorted(missing))
+        raise Mistake(f"The tracker {names} is not installed: pip install {names}, or leave it out of --log-with.")
+    cpu = cpu or not torch.accelerator.is_available()  # said aloud: or accelerate would take every process for itself
+    accelerator = Accelerator(
+        mixed_precision=precision,
+        gradient_accumulation_steps=micro_batches,
+        cpu=cpu,
+        log_with=list(trackers) or None,
+        project_config=ProjectConfiguration(str(out), logging_dir=str(out / "trackers")),
+    )
+    launched = int(os.environ.get("WORLD_SIZE", 1))
+    if accelerator.num_processes != launched:
+        raise Mistake(f"{launched} processes were launched; accelerate found {accelerator.num_processes}.")
+    return accelerator
+
+
+def settle(
+    run: argparse.Namespace,
+    plan: st.Recipe,
+    values: dict[str, Any],
+    *,
+    teacher_weights: str,
+) -> None:
+    """Put a value where none was given: what the recipe says, or the published runs, or for the demo what suits it.
+
+    Args:
+        run: The options.
+        plan: The model's recipe.
+        values: Of the published runs, or of the demo; before the recipe's.
+        teacher_weights: Of a stage-1 checkpoint that teaches.
+    """
+    aligned = {"weight": plan.weight, "window": plan.window or "all", "gating": plan.gating}
+    if run.stage == "1":  # which is short: its alignment goes on to its end
+        aligned |= {"layer": plan.stage1_layer, "target": plan.target}
+        values = {**values, "stop_step": 0, **({"steps": plan.stage1_steps} if run.model != "demo" else {})}
+    else:
+        aligned |= {"layer": plan.student_layer, "stop_step": plan.stop_step}
+    # What a saved teacher is, it says itself.
+    if run.stage == "1" or (run.stage == "2" and Path(run.teacher).is_file()):
+        aligned |= {"teacher_layer": plan.teacher_layer, "guidance_scale": plan.guidance_scale}
+        aligned |= {"teacher_weights": teacher_weights}
+    if run.stage == "baseline":
+        aligned, values = {}, {name: value for name, value in values.items() if name in LongRun._fields}
+    for name, value in (aligned | values).items():
+        if getattr(run, name) is None:
+            setattr(run, name, value)
+
+
+def latents_of(batch: tuple[Tensor, Tensor, Condition], scaling: Scaling) -> tuple[Tensor, Condition]:
+    """Latents drawn from their posteriors (mean, std), as the model sees them, and what they are conditioned on."""
+    mean, std, condition = batch
+    return scaling.drawn(mean, std, torch.randn_like(mean)), condition
+
+
+def train_long(
+    run: argparse.Namespace, open_backbone: Callable[[argparse.Namespace], Backbone], script: str
+) -> Trainer:
+    """Train up to the last step, from the newest checkpoint if there is one.
+
+    Args:
+        run: The options.
+        open_backbone: Opens the data and settles the options; it may make what the demo needs.
+        script: The name of the script, for whoever gets the teacher that a run of stage 1 leaves.
+    """
+    accelerator = new_accelerator(
+        run.precision or ("fp16" if torch.cuda.is_available() and not run.cpu else "no"),
+        micro_batches=run.micro_batches, cpu=run.cpu, out=run.out, trackers=run.log_with,
+    )  # fmt: skip
+    run.precision = accelerator.mixed_precision
+    if accelerator.device.type == "cuda":
+        torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
+    with accelerator.main_process_first():  # what it makes the others find
+        backbone = open_backbone(run)
+    check = partial(
+        check_claims, family=backbone.family, time="repa", path=run.path, scaling=backbone.scaling,
+        settings=backbone.sizes, option="--file-time",
+    )  # fmt: skip
+    torch.manual_seed(run.seed)
+    model = backbone.new()
+    if run.init is not None:
+        content = st.read_checkpoint(run.init)
+        check(run.init, saved_args(content, run.init), said_time=run.file_time)
+        found = st.load_weights(model, content)
+        left_out = f"; {len(found.left_out)} weights of projection heads are left out" if found.left_out else ""
+        accelerator.print(f"Starting from the {found.entry or 'only'} weights in {run.init}{left_out}.")
+    criterion = new_criterion(run, model, backbone, check)
+    settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
+    says = {"family": backbone.family, "time": "repa", "prediction": "velocity"}
+    says |= {"scale_factor": backbone.scaling.scale, "shift_factor": backbone.scaling.shift}
+    trainer = Trainer(
+        accelerator,
+        model,
+        criterion=criterion,
+        dataset=backbone.data,
+        latents_of=partial(latents_of, scaling=backbone.scaling),
+        denoise=partial(denoising_loss, path=path_named(run.path)),
+        settings=LongRun(**{name: getattr(run, name) for name in LongRun._fields}),
+        out=run.out,
+        args=settings | backbone.sizes | says | {"vae": run.vae or backbone.vae},
+        draw=backbone.draw,
+    )
+    if run.compile:
+        for block in model.get_submodule(backbone.blocks):
+            block.compile()
+    accelerator.print(described(run, model, backbone, criterion, accelerator))
+    with ExitStack() as held:
+        with accelerator.main_process_first():
+            own = {name: settings[name] for name in settings if name not in CHANGEABLE}
+            open_run_folder(run.out, own, saved=lambda: _newest_args(run.out))
+        if accelerator.is_main_process:
+            held.enter_context(locked(run.out))
+        trainer.resume(run.resume, check)
+        check_teacher_stays(run, trainer)
+        trainer.run()
+        if run.stage == "1" and accelerator.is_main_process:
+            source = f"examples/{script} --stage 1 --model {run.model}, {run.teacher_weights} weights"
+            print(f"The teacher for --stage 2: {leave_teacher(run, backbone, trainer, source)}")
+    accelerator.end_training()
+    return trainer
+
+
+def _newest_args(folder: Path) -> dict[str, Any] | None:
+    """What the newest checkpoint of a run says of its settings, if there is one."""
+    found = checkpoints_of(folder)[-1:] if (folder / "checkpoints").is_dir() else []
+    return saved_args(st.read_checkpoint(found[0]), found[0]) if found else None
+
+
+def described(
+    run: argparse.Namespace,
+    model: nn.Module,
+    backbone: Backbone,
+    criterion: st.SelfTransLoss | None,
+    accelerator: Accelerator,
+) -> str:
+    """What a run is, in a few lines."""
+    count = sum(parameter.numel() for parameter in model.parameters())
+    stage = "Baseline" if criterion is None else f"Stage {run.stage}"
+    name = run.model if run.model != "demo" else f"{backbone.family} of the demo's size"
+    lines = [
+        f"{stage}: {name}, {count:,} parameters, on {len(backbone.data):,} latents {backbone.shape} of {run.data}."
+    ]
+    if criterion is not None:
+        until = f"until step {run.stop_step:,}" if run.stop_step else "to the end"
+        to = f"the {run.target}"
+        if run.stage == "2":
+            teacher = criterion.teacher
+            to = f"{teacher.layer} of {run.teacher}, guidance scale {teacher.guidance_scale:g}"
+        window = "every t" if run.window == "all" else "noise fractions {:g} to {:g}".format(*run.window)
+        lines.append(f"{run.layer} is aligned with {to}: weight {run.weight:g}, {window}, {until}.")
+    device = accelerator.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    lines.append(
+        f"{run.steps:,} steps of {run.batch_size} at learning rate {run.lr:g} on {accelerator.num_processes} x {name}, "
+        f"mixed precision: {run.precision}."
+    )
+    return "\n".join(lines)
+
+
+def new_criterion(
+    run: argparse.Namespace, model: nn.Module, backbone: Backbone, check: Callable[..., object]
+) -> st.SelfTransLoss | None:
+    """What the stage of a run adds to the loss; ``check`` is `check_claims`, for a checkpoint that teaches."""
+    if run.stage == "baseline":
+        return None
+    settings = {
+        "layer": run.layer,
+        "select": backbone.select,
+        "time": TIMES[run.path],
+        "weight": run.weight,
+        "window": None if run.window == "all" else run.window,
+        "gating": run.gating,
+        "stop_step": run.stop_step or None,
+        "hidden_features": run.head_features,
+        "health_interval": run.log_every * run.micro_batches,
+    }
+    if run.stage == "1":
+        sizes = {"latent_channels": backbone.shape[0], "patch_size": backbone.sizes["patch_size"]}
+        return st.SelfTransLoss.stage1(model, target=run.target, **sizes, **settings)
+    teacher = read_teacher(run, backbone, check)
+    return st.SelfTransLoss.stage2(model, teacher=teacher, teacher_chunk=run.teacher_chunk, **settings)
+
+
+def read_teacher(run: argparse.Namespace, backbone: Backbone, check: Callable[..., object]) -> st.CFGFeatureTeacher:
+    """The teacher of stage 2: a saved one, as it is or at another layer or scale, or a stage-1 checkpoint.
+
+    Raises:
+        Mistake: If it was trained on other latents or another null condition, or with other conventions.
+    """
+    if Path(run.teacher).is_file():
+        content = st.read_checkpoint(run.teacher)
+        args = saved_args(content, run.teacher)
+        check(run.teacher, args, said_time=run.file_time)
+        if 0 in (args.get("context_dropout"), args.get("class_dropout_prob"), args.get("cfg_prob")):
+            raise Mistake(
+                f"{run.teacher} was trained without dropping its condition: it knows no null condition to guide from.\n"
+                "Pass a checkpoint that was trained with dropout of labels or captions."
+            )
+        return _built_teacher(run, backbone, content, weights=run.teacher_weights, compile=run.compile)
+    if run.teacher_weights is not None:
+        raise Mistake(f"--teacher-weights is for a checkpoint; the teacher {run.teacher} was saved with one kind.")
+    teacher = st.CFGFeatureTeacher.from_pretrained(run.teacher, model=backbone.new, compile=run.compile)
+    scale = teacher.provenance.get("latent_scale")
+    if scale is not None and not Scaling(scale).equals(backbone.scaling):
+        raise Mistake(
+            f"The teacher {run.teacher} was trained on latents times {scale}, which are not those of {run.data}.\n"
+            f"Found: {backbone.scaling}. Train both stages on the same latents."
+        )
+    if not _same_null(teacher.null, backbone.null):
+        raise Mistake(
+            f"The teacher {run.teacher} was trained with another null condition than {run.data} has.\n"
+            f"Found: another {', '.join(backbone.null)}. Train both stages on the same data."
+        )
+    asked = {"layer": run.teacher_layer, "guidance_scale": run.guidance_scale}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if not asked:
+        return teacher
+    saved = {"layer": teacher.layer, "guidance_scale": teacher.guidance_scale, "select": teacher.select}
+    return st.build_teacher(
+        teacher.model, None, **(saved | asked), null=teacher.null, time=teacher.time, compile=run.compile
+    )
+
+
+def leave_teacher(run: argparse.Namespace, backbone: Backbone, trainer: Trainer, source: str) -> Path:
+    """Save the teacher that a finished stage-1 run has trained, if that was not done before."""
+    folder = run.out / "teacher"
+    if not (folder / "config.json").exists():
+        model = trainer.ema if run.teacher_weights == "ema" else trainer.accelerator.unwrap_model(trainer.model)
+        _built_teacher(run, backbone, model.state_dict()).save_pretrained(
+            folder, source=source, step=trainer.steps, latent_scale=backbone.scaling.factor, latent_shape=backbone.shape
+        )
+    return folder
+
+
+def check_teacher_stays(run: argparse.Namespace, trainer: Trainer) -> None:
+    """Refuse to train a run on that has left its teacher, on which runs of stage 2 may rest.
+
+    Raises:
+        Mistake: If that is asked for.
+    """
+    if run.stage == "1" and trainer.steps < run.steps and (run.out / "teacher" / "config.json").exists():
+        raise Mistake(
+            f"{run.out} has left its teacher, on which runs of stage 2 may rest; more steps would make another.\n"
+            f"Found: {trainer.steps} steps done, {run.steps} asked for.\n"
+            f"Name another --out, with --resume {checkpoint_path(trainer.checkpoints, trainer.steps)}."
+        )
+
+
+def _built_teacher(
+    run: argparse.Namespace, backbone: Backbone, checkpoint: Any, **settings: Any
+) -> st.CFGFeatureTeacher:
+    return st.build_teacher(
+        backbone.new(),
+        checkpoint,
+        layer=run.teacher_layer,
+        guidance_scale=run.guidance_scale,
+        null=backbone.null,
+        select=backbone.select,
+        time=TIMES[run.path],
+        **settings,
+    )
+
+
+def _same_null(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether two null conditions are one; features encoded twice differ by what kernels round."""
+    return there.keys() == here.keys() and all(
+        value.shape == here[name].shape and torch.allclose(value.cpu().float(), here[name], rtol=0.05, atol=0.05)
+        if isinstance(value, Tensor)
+        else value == here[name]
+        for name, value in there.items()
+    )
