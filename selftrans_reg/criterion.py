@@ -491,10 +491,12 @@ class SelfTransLoss(Alignment):
         if not checking or call.times is None:
             return
         if latents is None:
-            check_times(self.time, call.t)
+            check_times(self.time, call.t, self.spec.t)
         else:
             check_same_shape(call, latents)
-            check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach())
+            left_out = check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach(), self.spec.t)
+            if left_out is not None:
+                self._health.warn("time_not_checked", left_out)
 
     def _new_look(self, denoising: Tensor, call: Call, weight: float) -> Look | None:
         """Where this call is measured, what is to see it."""

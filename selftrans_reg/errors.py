@@ -64,8 +64,8 @@ class HealthWarning(SelfTransError, UserWarning):  # noqa: N818  # called as Pyt
 
     Attributes:
         kind: ``"head_not_trained"``, ``"no_gradient"``, ``"loss_scale"``, ``"alignment_not_falling"``,
-            ``"exploding_features"``, ``"no_contrast"``, ``"same_weights"``, ``"empty_window"``, ``"eval_mode"`` or
-            ``"step_went_back"``.
+            ``"exploding_features"``, ``"no_contrast"``, ``"same_weights"``, ``"empty_window"``, ``"eval_mode"``,
+            ``"step_went_back"`` or ``"time_not_checked"``.
     """
 
     def __init__(self, message: str) -> None:

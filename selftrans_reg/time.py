@@ -13,6 +13,28 @@ from torch import Tensor
 from .errors import SettingError, ShapeError, TimeConventionError
 from .modules import nearest, quoted
 
+# A sum of n squared standard normals is above n + 2 √(q n) + 2 q, or below n − 2 √(q n), with a probability of at most
+# exp(−q) each (Laurent & Massart, 2000, lemma 1).
+_TAIL = 20.0
+# Statistics aside, slopes may be off by this much and the noise's power by this factor: harmless.
+_HARMLESS_RMS = 0.05
+_HARMLESS_POWER = 4.0
+# Standard deviation granted to every slope besides the noise: t and x_t may have been rounded to bfloat16.
+_ROUNDING = 0.01
+# Noise is compared on top of a noise of this standard deviation, so that samples with next to none do not count.
+_NOISE_FLOOR = 0.1
+# From this many samples on, "all at most 1" is no accident where steps up to 1000 are drawn (1e-6 for uniform ones).
+_ENOUGH = 2
+# Where t counts up to 1000, all t from 0 to 1 are one noise level within this; a noise level itself has many there.
+_ONE_LEVEL = 0.05
+# Fewer samples are fitted by some scale of the latents in any case.
+_ENOUGH_TO_SCALE = 4
+# Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
+_ROUNDED_TIME = 2**-8
+_READ_FROM = ", with t read from argument {!r}"
+# Times and noise fractions go through float32 arithmetic before they are compared with an edge.
+_SLACK = 1e-6
+
 
 class _Table:
     """One value a step. NaN where t is no step of the table: raising an index error would need a host sync."""
@@ -90,17 +112,16 @@ class TimeConvention:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise SettingError(f"A time convention's name must be a non-empty string; got {self.name!r}.")
-        for which in ("alpha", "sigma"):
-            if not callable(getattr(self, which)):
-                raise SettingError(
-                    f"{which} of time convention {self.name!r} must be a function of t; got {getattr(self, which)!r}."
-                )
-        if not is_number(self.data_std) or not 0 < self.data_std < math.inf:
-            raise SettingError(f"data_std of time convention {self.name!r} must be above 0; got {self.data_std!r}.")
-        if self.domain is not None and (not is_pair(self.domain) or not self.domain[0] < self.domain[1]):
-            raise SettingError(
-                f"domain of time convention {self.name!r} must be None or (smallest t, largest t); got {self.domain!r}."
-            )
+        domain = self.domain is None or (is_pair(self.domain) and self.domain[0] < self.domain[1])
+        for which, fits, wanted in (
+            ("alpha", callable(self.alpha), "a function of t"),
+            ("sigma", callable(self.sigma), "a function of t"),
+            ("data_std", is_number(self.data_std) and 0 < self.data_std < math.inf, "above 0"),
+            ("domain", domain, "None or (smallest t, largest t)"),
+        ):
+            if not fits:
+                found = getattr(self, which)
+                raise SettingError(f"{which} of time convention {self.name!r} must be {wanted}; got {found!r}.")
 
     @classmethod
     def named(cls, name: str) -> TimeConvention:
@@ -216,7 +237,7 @@ def _steps(name: str, which: str, values: Tensor | Sequence[float]) -> Tensor:
 
 # Stable Diffusion's schedule; others changed its end.
 def _scaled_linear_betas(end: float = 0.012) -> Tensor:
-    return torch.linspace(0.00085**0.5, end**0.5, 1000, dtype=torch.float64).square()
+    return torch.linspace(0.00085**0.5, end**0.5, 1000, dtype=torch.float64, device="cpu").square()
 
 
 def _cogvideox_alphas_cumprod(shift: float) -> Tensor:
@@ -255,7 +276,7 @@ _NAMED = {
         TimeConvention("sit", lambda t: t, lambda t: 1 - t, domain=_UNIT),
         TimeConvention("sit-gvp", _sin, _cos, domain=_UNIT),
         TimeConvention("sit-vp", lambda t: _vp_log_alpha(1 - t).exp(), lambda t: _vp_sigma(1 - t), domain=_UNIT),
-        TimeConvention.from_betas("ddpm", torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
+        TimeConvention.from_betas("ddpm", torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")),
         TimeConvention.from_betas("ddpm-scaled-linear", _scaled_linear_betas()),
         TimeConvention("flow", lambda t: 1 - t / 1000, lambda t: t / 1000, domain=(0.0, 1000.0)),
         TimeConvention("flow-unit", lambda t: 1 - t, lambda t: t, domain=_UNIT),
@@ -269,7 +290,7 @@ _NAMED = {
         TimeConvention.from_alphas_cumprod(
             "uvit-discrete",
             # it counts the noisy steps from 1
-            torch.cat([torch.ones(1, dtype=torch.float64), torch.cumprod(1 - _scaled_linear_betas(), 0)]),
+            torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), torch.cumprod(1 - _scaled_linear_betas(), 0)]),
         ),
         TimeConvention("edm", torch.ones_like, lambda t: t, data_std=0.5, domain=(0.0, math.inf)),
         TimeConvention("maskdit", torch.ones_like, lambda t: t, domain=(0.0, math.inf)),
@@ -280,29 +301,6 @@ _NAMED = {
         TimeConvention("stable-audio", _cos, _sin, domain=_UNIT),
     )
 }
-
-__all__ = ["TimeConvention", "check_against_latents", "check_times", "check_window", "resolve", "window_mask"]
-
-# A sum of n squared standard normals is above n + 2 √(q n) + 2 q, or below n − 2 √(q n), with a probability of at most
-# exp(−q) each (Laurent & Massart, 2000, lemma 1).
-_TAIL = 20.0
-# Statistics aside, slopes may be off by this much and the noise's power by this factor: harmless.
-_HARMLESS_RMS = 0.05
-_HARMLESS_POWER = 4.0
-# Standard deviation granted to every slope besides the noise: t and x_t may have been rounded to bfloat16.
-_ROUNDING = 0.01
-# Noise is compared on top of a noise of this standard deviation, so that samples with next to none do not count.
-_NOISE_FLOOR = 0.1
-# From this many samples on, "all at most 1" is no accident where steps up to 1000 are drawn (1e-6 for uniform ones).
-_ENOUGH = 2
-# Where t counts up to 1000, all t from 0 to 1 are one noise level within this; a noise level itself has many there.
-_ONE_LEVEL = 0.05
-# Fewer samples are fitted by some scale of the latents in any case.
-_ENOUGH_TO_SCALE = 4
-# Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
-_ROUNDED_TIME = 2**-8
-# Times and noise fractions go through float32 arithmetic before they are compared with an edge.
-_SLACK = 1e-6
 
 
 def resolve(time: object) -> TimeConvention:
@@ -315,22 +313,20 @@ def resolve(time: object) -> TimeConvention:
         return time
     if isinstance(time, str):
         return TimeConvention.named(time)
-    names = quoted(TimeConvention.names())
+    problem = f"time must be a name or a TimeConvention; got {time!r}."
     if time is None:
-        raise SettingError(
+        problem = (
             "time has no default, as t means opposite things: t = 1 is data in SiT (time='sit') and noise in REPA "
-            f"(time='repa').\nSay which your loop uses: {names}, or a TimeConvention of your own."
+            "(time='repa')."
         )
-    raise SettingError(f"time must be a name or a TimeConvention; got {time!r}.\nNames: {names}.")
+    raise SettingError(f"{problem}\nSay which your loop uses: {quoted(_NAMED)}, or a TimeConvention of your own.")
 
 
 def check_window(window: object) -> tuple[float, float] | None:
     """The window as two floats, or None.
 
-    Equal edges are refused: a window without width holds no sample, and weight 0 says that more plainly.
-
     Raises:
-        SettingError: Unless it is None or two numbers with 0 <= low < high <= 1.
+        SettingError: Unless it is None or two numbers with 0 <= low < high <= 1. Equal edges would hold no sample.
     """
     if window is None:
         return None
@@ -356,21 +352,24 @@ def window_mask(fraction: Tensor, window: tuple[float, float] | None) -> Tensor:
 
 
 @torch.no_grad()
-def check_times(time: TimeConvention, t: Tensor) -> None:
+def check_times(time: TimeConvention, t: Tensor, name: str | None = None) -> None:
     """Raise unless the values of t are ones that the convention knows: finite, in its domain, whole where it has steps.
 
     Fractions given to a convention that counts up to 1000 lie inside its domain; they are refused as well, as soon as
-    there are two samples, for all t up to 1 are next to the same noise level there. One host sync.
+    there are two of them, for all t up to 1 are next to the same noise level there. One host sync.
 
     Raises:
-        TimeConventionError: With the range found and the named conventions that such times would fit.
+        TimeConventionError: With the range found, the named conventions that such times would fit, and the ``name`` of
+            the argument that t, of any shape, was read from.
     """
     if t.numel():
-        _raise_unless_known(time, _Times(*_times(t).tolist()), t.device)
+        _raise_unless_known(time, _Times(*_times(t).tolist()), t.device, name)
 
 
 @torch.no_grad()
-def check_against_latents(time: TimeConvention, x_t: Tensor, t: Tensor, latents: Tensor) -> None:
+def check_against_latents(
+    time: TimeConvention, x_t: Tensor, t: Tensor, latents: Tensor, name: str | None = None
+) -> str | None:
     """Raise if x_t cannot be ``α(t) latents + σ(t) ε`` under the convention, or t fails ``check_times``.
 
     Two tests, since the noise does not depend on the latents:
@@ -383,47 +382,54 @@ def check_against_latents(time: TimeConvention, x_t: Tensor, t: Tensor, latents:
 
     A right convention fails with a probability below 1e-8. Computed in float32, with one host sync if all is well.
     Samples whose latents are all zero say nothing, and values that are not finite are another's to report: both are
-    left out.
+    left out. Where t is given by token or frame, all values of x_t that share a t count as a sample.
+
+    Returns:
+        None; or why x_t was not compared: it is not certain which of its values a t of several axes belongs to.
 
     Shape:
         x_t, latents: (N, ...), of the same shape
-        t: (N,)
+        t: (N,), or (N, T) by token or frame
 
     Raises:
         ShapeError: If the shapes do not fit.
-        TimeConventionError: With what was found, the named conventions that would fit, and whether latents of another
-            scale would; also if the latents of every sample are zero.
+        TimeConventionError: With what was found, the named conventions that would fit, whether latents of another
+            scale would, and the ``name`` of the argument that t was read from; also if all latents are zero.
     """
-    if x_t.shape != latents.shape or t.shape != x_t.shape[:1]:
+    if x_t.shape != latents.shape or t.ndim == 0 or t.shape[:1] != x_t.shape[:1]:
         raise ShapeError(
-            f"Checking time {time.name!r} needs x_t and latents of one shape (N, ...) and t (N,); "
+            f"Checking time {time.name!r} needs x_t and latents of one shape (N, ...) and t (N,) or (N, T); "
             f"got x_t {tuple(x_t.shape)}, latents {tuple(latents.shape)}, t {tuple(t.shape)}.\n"
             "Pass the latents in the shape in which the model is given x_t."
         )
-    if not t.numel():
-        return
-    x, t = latents.to(x_t.device).float().flatten(1), t.to(x_t.device)
-    given = x_t.float().flatten(1)
-    sums = _Sums(given.square().sum(1), (given * x).sum(1), x.square().sum(1), x.shape[1])
+    if not x_t.numel():
+        return None
+    by_value = _by_value(t.to(x_t.device), x_t.shape)
+    if by_value is None:
+        check_times(time, t, name)
+        return (
+            f"t {tuple(t.shape)} was not compared with x_t {tuple(x_t.shape)}: it is not certain which values of x_t "
+            "share a t. That t is in the range of its convention was checked."
+        )
+    sums, t = _sums(x_t.float(), latents.to(x_t.device).float(), by_value), by_value.flatten()
     all_zero = (sums.latents == 0).all().float()
-    numbers = torch.cat([_times(t), _fit(time, t, sums), all_zero[None]]).tolist()
-    times, fit = _Times(*numbers[: len(_Times._fields)]), _Fit(*numbers[len(_Times._fields) : -1])
-    _raise_unless_known(time, times, t.device)
-    if numbers[-1]:
+    fits = [_fit(time, t, sums, scaled=scaled) for scaled in (False, True)]
+    numbers = torch.cat([all_zero[None], _times(t), *fits]).tolist()
+    times, fit, scaled = _Times(*numbers[1:6]), _Fit(*numbers[6:13]), _Fit(*numbers[13:])
+    _raise_unless_known(time, times, t.device, name)
+    if numbers[0]:
         raise TimeConventionError(
-            f"Time {time.name!r} cannot be checked: the latents of all {len(t)} samples are zero.\n"
+            f"Time {time.name!r} cannot be checked: the latents of all {len(x_t)} samples are zero.\n"
             "Pass the clean latents that the loop adds noise to."
         )
     if fit.good():
-        return
-    others = [
-        other
-        for other in map(TimeConvention.named, TimeConvention.names())
-        if other is not time and _problem(other, times, t.device) is None
-    ]
+        return None
+    others = [other for other in _NAMED.values() if other is not time and _problem(other, times, t.device) is None]
     fitting = [other.name for other in others if _Fit(*_fit(other, t, sums).tolist()).good()]
+    fits_scaled = scaled.samples >= _ENOUGH_TO_SCALE and scaled.good()
     raise TimeConventionError(
-        f"time={time.name!r} contradicts what the model was given: x_t = alpha(t) * latents + sigma(t) * noise fails.\n"
+        f"time={time.name!r} contradicts what the model was given: x_t = alpha(t) * latents + sigma(t) * noise fails"
+        f"{_READ_FROM.format(name) if name else ''}.\n"
         f"Found: over {fit.samples:.0f} samples the slope of x_t on the latents is off from alpha(t) by "
         f"{fit.mean_square**0.5:.2f} RMS (chi-squared {fit.chi2:.0f}, at most {_upper(fit.samples):.0f} expected), and "
         f"the rest has {fit.noise_ratio():.2g} times the power of the noise.\n"
@@ -433,9 +439,36 @@ def check_against_latents(time: TimeConvention, x_t: Tensor, t: Tensor, latents:
             else "No other named convention fits either.\n"
         )
         + f"Or these are not the latents that the loop adds noise to: x_t holds {fit.scale:.3g} times as much of them "
-        + ("as expected, and at that scale they fit. " if fit.good_when_scaled() else "as expected. ")
-        + "Pass them scaled (and shifted) as the model sees them."
+        + ("as expected, and at that scale they fit. " if fits_scaled else "as expected. ")
+        + "Pass them scaled (and shifted) as the model sees them.\n"
+        "Or the loop's noise is not white noise of unit size, as with a strong noise offset or pyramid noise: then "
+        "switch this check off with check_interval=None."
     )
+
+
+def _by_value(t: Tensor, shape: torch.Size) -> Tensor | None:
+    """Lay t out along the axes of an x_t of that shape, 1 where it does not vary; None if that is not certain.
+
+    Followed are t by sample, by the values themselves, by one axis (frames, packed tokens) and, over (N, C, H, W) and
+    (N, C, F, H, W), by square patches in row-major order.
+    """
+    n, *rest = shape
+    if t.numel() == n:
+        return t.reshape(n, *[1] * len(rest))
+    if t.ndim == len(shape):
+        return t if all(own in (1, size) for own, size in zip(t.shape, shape, strict=True)) else None
+    if t.ndim != 2:
+        return None
+    count = t.shape[1]
+    axes = [i for i, size in enumerate(rest) if size == count]
+    found = [t.reshape(n, *(count if i == axis else 1 for i in range(len(rest)))) for axis in axes]
+    if len(rest) in (3, 4):
+        *frames, height, width = rest[1:]
+        side = max(1, math.isqrt(math.prod(rest[1:]) // count))
+        grid = [n, 1, *frames, height // side, width // side]
+        if height % side == width % side == 0 and math.prod(grid) == t.numel() > n * math.prod(frames):
+            found.append(t.reshape(grid).repeat_interleave(side, -1).repeat_interleave(side, -2))
+    return found[0] if len(found) == 1 else None
 
 
 class _Sums(NamedTuple):
@@ -447,8 +480,16 @@ class _Sums(NamedTuple):
     size: int
 
 
+def _sums(x_t: Tensor, latents: Tensor, t: Tensor) -> _Sums:
+    """Over what shares a t, which has 1 for these axes."""
+    shared = [axis for axis, size in enumerate(t.shape) if axis and size == 1]
+    products = (x_t * x_t, x_t * latents, latents * latents)
+    given, product, own = ((p.sum(shared) if shared else p).flatten() for p in products)
+    return _Sums(given, product, own, math.prod(x_t.shape[axis] for axis in shared))
+
+
 class _Fit(NamedTuple):
-    """How well a convention agrees with a batch, with the latents as given and as scaled to fit best."""
+    """How well a convention agrees with a batch."""
 
     samples: float
     values: float
@@ -456,31 +497,18 @@ class _Fit(NamedTuple):
     chi2: float
     mean_square: float
     noise: float
-    scale: float
-    scaled_chi2: float
-    scaled_mean_square: float
-    scaled_noise: float
+    scale: float  # at which the latents would fit best
 
     def noise_ratio(self) -> float:
         return self.noise / self.expected_noise if self.expected_noise else math.inf
 
     def good(self) -> bool:
-        return self._agrees(self.chi2, self.mean_square, self.noise)
-
-    def good_when_scaled(self) -> bool:
-        enough = self.samples >= _ENOUGH_TO_SCALE
-        return enough and self._agrees(self.scaled_chi2, self.scaled_mean_square, self.scaled_noise)
-
-    def _agrees(self, chi2: float, mean_square: float, noise: float) -> bool:
-        slope_is_off = chi2 > _upper(self.samples) and mean_square > _HARMLESS_RMS**2
-        excess = noise - self.expected_noise
+        slope_is_off = self.chi2 > _upper(self.samples) and self.mean_square > _HARMLESS_RMS**2
+        noise, expected, values = self.noise, self.expected_noise, self.values
         # Of x_t without noise, rounding leaves less than a tenth of the floor.
-        too_noisy = (
-            noise > _HARMLESS_POWER * self.expected_noise + 0.1 * self.values
-            and excess > _upper(self.values) - self.values
-        )
-        too_clean = _HARMLESS_POWER * noise < self.expected_noise and -excess > 2 * math.sqrt(_TAIL * self.values)
-        return not (slope_is_off or too_noisy or too_clean)
+        loud = noise > _HARMLESS_POWER * expected + 0.1 * values and noise - expected > _upper(values) - values
+        quiet = _HARMLESS_POWER * noise < expected and expected - noise > 2 * math.sqrt(_TAIL * values)
+        return not (slope_is_off or loud or quiet)
 
 
 def _upper(count: float) -> float:
@@ -488,8 +516,8 @@ def _upper(count: float) -> float:
     return count + 2 * math.sqrt(_TAIL * count) + 2 * _TAIL
 
 
-def _fit(time: TimeConvention, t: Tensor, sums: _Sums) -> Tensor:
-    """The fields of ``_Fit``, still on the device."""
+def _fit(time: TimeConvention, t: Tensor, sums: _Sums, *, scaled: bool = False) -> Tensor:
+    """The fields of ``_Fit``, still on the device, with the latents as they are or as scaled to fit best."""
     alpha, sigma, slope = time.signal(t), time.noise(t), sums.product / sums.latents  # (N,), NaN for zero latents
     used = slope.isfinite() & sums.given.isfinite() & sums.latents.isfinite() & alpha.isfinite() & sigma.isfinite()
     variance = sigma.square()
@@ -499,16 +527,14 @@ def _fit(time: TimeConvention, t: Tensor, sums: _Sums) -> Tensor:
     def total(values: Tensor) -> Tensor:
         return torch.where(used, values, 0.0).sum()
 
-    def misfit(factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        off = (slope - factor).square()
-        rest = sums.given - 2 * factor * sums.product + factor.square() * sums.latents  # |x_t − factor x|²
-        return total(slope_weight * off), total(off) / used.sum(), total(noise_weight * rest)
-
-    scale = total(slope_weight * slope * alpha) / total(slope_weight * alpha.square())  # least squares
     count = used.sum()
-    expected_noise = sums.size * total(noise_weight * variance)
-    numbers = [count, count * sums.size, expected_noise, *misfit(alpha), scale, *misfit(scale * alpha)]
-    return torch.stack([number.float() for number in numbers])
+    scale = total(slope_weight * slope * alpha) / total(slope_weight * alpha.square())  # least squares
+    factor = scale * alpha if scaled else alpha
+    off = (slope - factor).square()
+    rest = sums.given - 2 * factor * sums.product + factor.square() * sums.latents  # |x_t − factor x|²
+    expected = sums.size * total(noise_weight * variance)
+    numbers = [count, count * sums.size, expected, total(slope_weight * off), total(off) / count]
+    return torch.stack([number.float() for number in (*numbers, total(noise_weight * rest), scale)])
 
 
 class _Times(NamedTuple):
@@ -540,44 +566,32 @@ def _problem(time: TimeConvention, times: _Times, device: torch.device) -> str |
     slack = 0.0 if time.discrete else _ROUNDED_TIME
     if times.smallest < low - slack * abs(low) - _SLACK or times.largest > high + slack * abs(high) + _SLACK:
         return f"values from {low:g} to {high:g} are expected"
-    fractions = times.smallest >= 0 and times.largest <= 1 and not times.whole and times.samples >= _ENOUGH
-    if fractions and high > 1 and _span_up_to_1(time, device) < _ONE_LEVEL:
-        return f"values from {low:g} to {high:g} are expected, and none of these is above 1"
+    if times.smallest >= 0 and times.largest <= 1 < high and not times.whole and times.samples >= _ENOUGH:
+        first, last = time.noise_fraction(torch.tensor([low, 1.0], device=device)).tolist()
+        if abs(last - first) < _ONE_LEVEL:
+            return f"values from {low:g} to {high:g} are expected, and none of these is above 1"
     return None
 
 
-def _span_up_to_1(time: TimeConvention, device: torch.device) -> float:
-    """How far apart in noise fraction the smallest legal t and t = 1 are."""
-    assert time.domain is not None
-    first, last = time.noise_fraction(torch.tensor([time.domain[0], 1.0], device=device)).tolist()
-    return float(abs(last - first))
-
-
-def _raise_unless_known(time: TimeConvention, times: _Times, device: torch.device) -> None:
+def _raise_unless_known(time: TimeConvention, times: _Times, device: torch.device, name: str | None) -> None:
     problem = _problem(time, times, device)
     if problem is None:
         return
+    read = _READ_FROM.format(name) if name else ""
     found = f"t of {times.samples:.0f} samples from {times.smallest:g} to {times.largest:g}"
     if not times.finite:
         raise TimeConventionError(
-            f"Not every t is finite: {problem}; found {found}. Look at what the loop draws t from."
+            f"Not every t is finite{read}: {problem}; found {found}. Look at what the loop draws t from."
         )
-    if times.smallest >= 0 and times.largest <= 1:
-        kind = "fractions"
-    elif times.smallest >= 0 and times.whole:
-        kind = "steps"
-    else:
-        kind = "neither fractions nor steps"
-    fitting = [
-        other.name
-        for other in map(TimeConvention.named, TimeConvention.names())
-        if _problem(other, times, device) is None
-    ]
+    fractions = times.smallest >= 0 and times.largest <= 1
+    steps = times.smallest >= 0 and times.whole
+    kind = "fractions" if fractions else "steps" if steps else "neither fractions nor steps"
+    fitting = [other.name for other in _NAMED.values() if _problem(other, times, device) is None]
     if fitting:
         advice = f"Such t fit: {quoted(fitting)}. Pass the one that your loop uses."
     else:
         own = "Pass a TimeConvention of your own" if time.is_named else "Give yours the domain= that t really has"
         advice = f"No named convention has such t. {own}, or look at what the loop draws."
     raise TimeConventionError(
-        f"t does not fit time={time.name!r}: {problem}.\nFound: {found}, which look like {kind}.\n{advice}"
+        f"t does not fit time={time.name!r}{read}: {problem}.\nFound: {found}, which look like {kind}.\n{advice}"
     )

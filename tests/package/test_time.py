@@ -590,6 +590,58 @@ def test_shapes_that_cannot_be_compared(generator: torch.Generator) -> None:
         check_against_latents(TimeConvention.named("repa"), latents, torch.tensor(0.5), latents)
 
 
+def by_token(t: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(N, T) as the values of x_t have it: packed tokens, frames, or patches of 2 by 2."""
+    if len(shape) == 3:
+        return t[:, :, None]
+    if len(shape) == 5:
+        return t[:, None, :, None, None]
+    side = shape[-1] // 2
+    return t.reshape(-1, 1, side, 1, side, 1).expand(-1, 1, side, 2, side, 2).reshape(-1, 1, *shape[2:])
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [((6, 16, 12), 16), ((6, 4, 5, 8, 8), 5), ((6, 4, 8, 8), 16)],
+    ids=["packed", "frames", "patches"],
+)
+@pytest.mark.parametrize("name", ["sit", "flow", "ddpm"])
+def test_times_by_token_or_frame_are_checked_where_they_belong(
+    name: str, shape: tuple[int, ...], count: int, generator: torch.Generator
+) -> None:
+    convention = TimeConvention.named(name)
+    latents = torch.randn(shape, generator=generator)
+    t = torch.stack([draw_times(convention, count, generator) for _ in range(shape[0])])
+    alpha, sigma = (by_token(part(t), shape) for part in (convention.signal, convention.noise))
+    x_t = alpha * latents + sigma * torch.randn(shape, generator=generator)
+    assert check_against_latents(convention, x_t, t, latents) is None
+    swapped = TimeConvention("swapped", convention.noise, convention.signal, domain=convention.domain)
+    with pytest.raises(TimeConventionError, match=f"These conventions fit: .*'{name}'"):
+        check_against_latents(swapped, x_t, t, latents)
+
+
+def test_times_by_axes_that_are_not_certain_are_left_to_their_range(generator: torch.Generator) -> None:
+    sit, latents = TimeConvention.named("sit"), torch.randn(4, 8, 8, 8, generator=generator)
+    why = check_against_latents(sit, latents, torch.rand(4, 8, generator=generator), latents)
+    assert why is not None
+    assert "t (4, 8) was not compared with x_t (4, 8, 8, 8)" in why
+    with pytest.raises(TimeConventionError, match="with t read from argument 'sigma'"):
+        check_against_latents(sit, latents, torch.full((4, 8), 7.5), latents, "sigma")
+
+
+def test_other_noise_is_named_with_the_switch(generator: torch.Generator) -> None:
+    repa, latents, t = TimeConvention.named("repa"), smooth_latents(32, generator), torch.rand(32, generator=generator)
+    noise = torch.randn(latents.shape, generator=generator) + 3 * torch.randn(32, 4, 1, 1, generator=generator)
+    x_t = (1 - t)[:, None, None, None] * latents + t[:, None, None, None] * noise
+    with pytest.raises(TimeConventionError, match=r"noise offset or pyramid noise: .*check_interval=None") as raised:
+        check_against_latents(repa, x_t, t, latents, "timestep")
+    assert raised.match("noise fails, with t read from argument 'timestep'")
+
+
+def test_an_empty_batch_has_nothing_to_check() -> None:
+    check_against_latents(TimeConvention.named("sit"), torch.zeros(0, 4, 8, 8), torch.zeros(0), torch.zeros(0, 4, 8, 8))
+
+
 def test_range_of_t_is_checked_first(generator: torch.Generator) -> None:
     latents = smooth_latents(4, generator)
     with pytest.raises(TimeConventionError, match="which look like steps"):
