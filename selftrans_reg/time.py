@@ -31,7 +31,7 @@ _ONE_LEVEL = 0.05
 _ENOUGH_TO_SCALE = 4
 # Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
 _ROUNDED_TIME = 2**-8
-_READ_FROM = ", with t read from argument {!r}"
+_READ_FROM = "\nt was read from argument {!r}; if it is another one, pass call=dict(t=...)."
 # Times and noise fractions go through float32 arithmetic before they are compared with an edge.
 _SLACK = 1e-6
 
@@ -428,8 +428,7 @@ def check_against_latents(
     fitting = [other.name for other in others if _Fit(*_fit(other, t, sums).tolist()).good()]
     fits_scaled = scaled.samples >= _ENOUGH_TO_SCALE and scaled.good()
     raise TimeConventionError(
-        f"time={time.name!r} contradicts what the model was given: x_t = alpha(t) * latents + sigma(t) * noise fails"
-        f"{_READ_FROM.format(name) if name else ''}.\n"
+        f"time={time.name!r} contradicts what the model was given: x_t = alpha(t) * latents + sigma(t) * noise fails.\n"
         f"Found: over {fit.samples:.0f} samples the slope of x_t on the latents is off from alpha(t) by "
         f"{fit.mean_square**0.5:.2f} RMS (chi-squared {fit.chi2:.0f}, at most {_upper(fit.samples):.0f} expected), and "
         f"the rest has {fit.noise_ratio():.2g} times the power of the noise.\n"
@@ -442,7 +441,7 @@ def check_against_latents(
         + ("as expected, and at that scale they fit. " if fits_scaled else "as expected. ")
         + "Pass them scaled (and shifted) as the model sees them.\n"
         "Or the loop's noise is not white noise of unit size, as with a strong noise offset or pyramid noise: then "
-        "switch this check off with check_interval=None."
+        "switch this check off with check_interval=None." + (_READ_FROM.format(name) if name else "")
     )
 
 
@@ -577,11 +576,10 @@ def _raise_unless_known(time: TimeConvention, times: _Times, device: torch.devic
     problem = _problem(time, times, device)
     if problem is None:
         return
-    read = _READ_FROM.format(name) if name else ""
     found = f"t of {times.samples:.0f} samples from {times.smallest:g} to {times.largest:g}"
     if not times.finite:
         raise TimeConventionError(
-            f"Not every t is finite{read}: {problem}; found {found}. Look at what the loop draws t from."
+            f"Not every t is finite: {problem}; found {found}. Look at what the loop draws t from."
         )
     fractions = times.smallest >= 0 and times.largest <= 1
     steps = times.smallest >= 0 and times.whole
@@ -592,6 +590,7 @@ def _raise_unless_known(time: TimeConvention, times: _Times, device: torch.devic
     else:
         own = "Pass a TimeConvention of your own" if time.is_named else "Give yours the domain= that t really has"
         advice = f"No named convention has such t. {own}, or look at what the loop draws."
+    advice += _READ_FROM.format(name) if name else ""
     raise TimeConventionError(
-        f"t does not fit time={time.name!r}{read}: {problem}.\nFound: {found}, which look like {kind}.\n{advice}"
+        f"t does not fit time={time.name!r}: {problem}.\nFound: {found}, which look like {kind}.\n{advice}"
     )

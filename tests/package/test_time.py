@@ -625,7 +625,9 @@ def test_times_by_axes_that_are_not_certain_are_left_to_their_range(generator: t
     why = check_against_latents(sit, latents, torch.rand(4, 8, generator=generator), latents)
     assert why is not None
     assert "t (4, 8) was not compared with x_t (4, 8, 8, 8)" in why
-    with pytest.raises(TimeConventionError, match="with t read from argument 'sigma'"):
+    with pytest.raises(
+        TimeConventionError, match=r"t was read from argument 'sigma'; if it is another one, pass call=dict\(t=...\)"
+    ):
         check_against_latents(sit, latents, torch.full((4, 8), 7.5), latents, "sigma")
 
 
@@ -635,7 +637,7 @@ def test_other_noise_is_named_with_the_switch(generator: torch.Generator) -> Non
     x_t = (1 - t)[:, None, None, None] * latents + t[:, None, None, None] * noise
     with pytest.raises(TimeConventionError, match=r"noise offset or pyramid noise: .*check_interval=None") as raised:
         check_against_latents(repa, x_t, t, latents, "timestep")
-    assert raised.match("noise fails, with t read from argument 'timestep'")
+    assert raised.match("t was read from argument 'timestep'")
 
 
 def test_an_empty_batch_has_nothing_to_check() -> None:
