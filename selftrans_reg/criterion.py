@@ -491,10 +491,10 @@ class SelfTransLoss(Alignment):
         if not checking or call.times is None:
             return
         if latents is None:
-            check_times(self.time, call.t, self.spec.t)
+            check_times(self.time, call.t, call.time_from)
         else:
             check_same_shape(call, latents)
-            left_out = check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach(), self.spec.t)
+            left_out = check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach(), call.time_from)
             if left_out is not None:
                 self._health.warn("time_not_checked", left_out)
 

@@ -48,7 +48,7 @@ class Look:
         denoising: The loop's own loss.
         probe: Sees the gradients in the backward pass; None where the weight is 0, and the alignment has none.
         call: The student's call.
-        fractions: (N,), its noise fractions.
+        fractions: (N,), its noise fractions, or (N, T); NaN where the call has no t, and none is needed.
         window: In noise fractions; None for all.
         model: The student.
         layers: Its tapped layers by name.
@@ -502,7 +502,7 @@ def _where(bad: Tensor, fractions: Tensor) -> str:
     found = fractions[bad].float()
     low, high = (f"{value:.2f}" for value in (found.min().item(), found.max().item()))
     at = f"noise fraction {low}" if low == high else f"noise fractions from {low} to {high}"
-    return f"in {int(bad.sum())} of {len(bad)} samples, at {at}"
+    return f"in {int(bad.sum())} of {len(bad)} samples" + (f", at {at}" if low != "nan" else "")
 
 
 def _in_arguments(call: Call) -> list[str]:

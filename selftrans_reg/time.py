@@ -31,7 +31,7 @@ _ONE_LEVEL = 0.05
 _ENOUGH_TO_SCALE = 4
 # Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
 _ROUNDED_TIME = 2**-8
-_READ_FROM = "\nt was read from argument {!r}; if it is another one, pass call=dict(t=...)."
+_READ_FROM = "\nt was read from {}; if it is another one, pass call=dict(t=...)."
 # Times and noise fractions go through float32 arithmetic before they are compared with an edge.
 _SLACK = 1e-6
 

@@ -145,6 +145,11 @@ class LayerReader:
         self.model, self.layers, self.time = model, tuple(layers), time
         self.select, self.tokens = select, tokens
         self.spec = CallSpec(model, call)
+        if self.spec.x is None or self.spec.t is None:
+            raise SettingError(
+                "Here x_t and t are put into the call, so call= must name their arguments, as call=dict(x='x', t='t'); "
+                "callables only read them."
+            )
         self.null = None if null is None else dict(flatten_null(null, self.spec))
         self.modules = {name: find_layer(model, name) for name in self.layers}
         self.device = device_of(model)

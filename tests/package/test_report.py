@@ -513,6 +513,7 @@ class TestBatches:
             ({"layers": []}, errors.SettingError, "at least one layer"),
             ({"null": {"z": 1}}, errors.SettingError, "does not take"),
             ({"null": {"y": CLASSES + 1}}, errors.SettingError, "would reach embedding 'table'"),
+            ({"call": {"t": lambda call: call["t"]}}, errors.SettingError, "so call= must name their arguments"),
             ({"select": 1.5}, errors.SettingError, "select must be"),
         ],
     )

@@ -626,9 +626,10 @@ def test_times_by_axes_that_are_not_certain_are_left_to_their_range(generator: t
     assert why is not None
     assert "t (4, 8) was not compared with x_t (4, 8, 8, 8)" in why
     with pytest.raises(
-        TimeConventionError, match=r"t was read from argument 'sigma'; if it is another one, pass call=dict\(t=...\)"
+        TimeConventionError,
+        match=r"t was read from argument 'sigma' of EDM; if it is another one, pass call=dict\(t=...\)",
     ):
-        check_against_latents(sit, latents, torch.full((4, 8), 7.5), latents, "sigma")
+        check_against_latents(sit, latents, torch.full((4, 8), 7.5), latents, "argument 'sigma' of EDM")
 
 
 def test_other_noise_is_named_with_the_switch(generator: torch.Generator) -> None:
@@ -636,7 +637,7 @@ def test_other_noise_is_named_with_the_switch(generator: torch.Generator) -> Non
     noise = torch.randn(latents.shape, generator=generator) + 3 * torch.randn(32, 4, 1, 1, generator=generator)
     x_t = (1 - t)[:, None, None, None] * latents + t[:, None, None, None] * noise
     with pytest.raises(TimeConventionError, match=r"noise offset or pyramid noise: .*check_interval=None") as raised:
-        check_against_latents(repa, x_t, t, latents, "timestep")
+        check_against_latents(repa, x_t, t, latents, "argument 'timestep'")
     assert raised.match("t was read from argument 'timestep'")
 
 
