@@ -23,7 +23,6 @@ from common.latent_shards import (
     INDEX,
     Index,
     OpenShard,
-    Shard,
     moment_names,
     read_index,
     shard_name,
@@ -232,9 +231,9 @@ def encode(
                     part.append(moment)
         bad += left_out
         if run.skip_bad or not left_out:
-            moments = dict(zip(moment_names(mirrored=run.flip), map(torch.cat, parts), strict=True))
             labels = torch.tensor([found.labels[row] for row in kept], dtype=torch.int64)
-            write_shard(run.out, shard, Shard(moments, labels, [found.images[row] for row in kept], left_out))
+            images = [found.images[row] for row in kept]
+            write_shard(run.out, shard, [torch.cat(part) for part in parts], labels, images, left_out)
     return bad
 
 

@@ -21,7 +21,6 @@ INDEX = "index.json"
 _FORMAT = 1
 _KIND = "mean and std of VAE posteriors"
 _MAX_HEADER = 64 << 20  # holds the names of the images
-_MAKE_AGAIN = "Delete it and run encode_latents.py again: it makes what is missing."
 
 
 class Index(NamedTuple):
@@ -54,11 +53,7 @@ def write_index(index: Index, folder: Path) -> None:
 
 
 def read_index(folder: Path) -> Index:
-    """The index of a folder of shards.
-
-    Raises:
-        DataError: If it cannot be read, or is of another format.
-    """
+    """The index of a folder of shards; a `DataError` if it cannot be read, or is of another format."""
     path = folder / INDEX
     content = read_json(path)
     if not isinstance(content, dict) or content.get("kind") != _KIND:
@@ -71,18 +66,18 @@ def read_index(folder: Path) -> Index:
     with readable(path, "an index of latents", "Make it again."):
         channels, height, width = shape = content["shape"]
         scaling = checked_scaling(content["scale"], content.get("shift", 0.0), channels)
-        entries = {name: content[name] for name in Index._fields if name != "scaling"}
+        index = Index(scaling=scaling, **{name: content[name] for name in Index._fields if name != "scaling"})
         right = {
-            "settings": isinstance(content["settings"], dict) and isinstance(content["settings"].get("vae"), str),
+            "settings": isinstance(index.settings, dict) and isinstance(index.settings.get("vae"), str),
             "shape": all(type(n) is int and 0 < n < 1 << 16 for n in shape) and height == width,
-            "mirrored": type(content["mirrored"]) is bool,
-            "shards": type(content["shards"]) is int and 0 < content["shards"] < 1 << 20,
-            "classes": isinstance(content["classes"], list) and bool(content["classes"]),
+            "mirrored": type(index.mirrored) is bool,
+            "shards": type(index.shards) is int and 0 < index.shards < 1 << 20,
+            "classes": isinstance(index.classes, list) and bool(index.classes),
         }
         wrong = [f"{name}: {str(content[name])[:100]}" for name, fine in right.items() if not fine]
         if wrong:
             raise ValueError(f"it holds what encode_latents.py never writes, {'; '.join(wrong)}")
-    return Index(scaling=scaling, **entries)
+        return index
 
 
 def shard_name(number: int) -> str:
@@ -95,28 +90,29 @@ def moment_names(*, mirrored: bool) -> tuple[str, ...]:
     return ("mean", "std", "mean_mirrored", "std_mirrored") if mirrored else ("mean", "std")
 
 
-class Shard(NamedTuple):
-    """The content of one shard.
+def write_shard(
+    folder: Path,
+    number: int,
+    moments: list[Tensor],
+    labels: Tensor,
+    images: list[str],
+    left_out: list[tuple[str, str]],
+) -> None:
+    """Write a shard under another name and then rename it.
 
-    Attributes:
-        moments: ``mean`` and ``std`` (n, C, h, w), perhaps ``mean_mirrored`` and ``std_mirrored`` too.
+    Args:
+        folder: Of the shards.
+        number: Of this one.
+        moments: (n, C, h, w) each: mean and std, and those of the mirrored images if these are encoded, too.
         labels: (n,), int64.
         images: The n images' names.
         left_out: (name, reason) of the images that could not be read.
     """
-
-    moments: dict[str, Tensor]
-    labels: Tensor
-    images: list[str]
-    left_out: list[tuple[str, str]]
-
-
-def write_shard(folder: Path, number: int, shard: Shard) -> None:
-    """Write a shard under another name and then rename it."""
     path = folder / shard_name(number)
     partial = path.with_name(path.name + ".partial")
-    metadata = {"images": json.dumps(shard.images), "left_out": json.dumps(shard.left_out)}
-    save_file({**shard.moments, "labels": shard.labels}, partial, metadata=metadata)
+    tensors = dict(zip(moment_names(mirrored=len(moments) > 2), moments, strict=True))
+    metadata = {"images": json.dumps(images), "left_out": json.dumps(left_out)}
+    save_file({**tensors, "labels": labels}, partial, metadata=metadata)
     partial.replace(path)
 
 
@@ -134,7 +130,7 @@ class OpenShard:
 
     def __init__(self, folder: Path, number: int, index: Index) -> None:
         self._path = path = folder / shard_name(number)
-        with readable(path, "a shard", _MAKE_AGAIN):
+        with readable(path, "a shard", "Delete it and run encode_latents.py again: it makes what is missing."):
             with path.open("rb") as stream:
                 header = int.from_bytes(stream.read(8), "little")
             if header > _MAX_HEADER:
@@ -155,11 +151,7 @@ class OpenShard:
                 raise ValueError(f"it has labels beyond the {len(index.classes)} classes of its index")
 
     def read(self, row: int, *, mirrored: bool) -> tuple[Tensor, Tensor]:
-        """Mean and std of an image, twice (C, h, w), float32.
-
-        Raises:
-            DataError: If they are none.
-        """
+        """Mean and std of an image, twice (C, h, w), float32; a `DataError` if they are none."""
         names = moment_names(mirrored=mirrored)[-2:]
         # Cloned: a part of a mapped file would be passed between processes as the whole file.
         mean, std = (self._file.get_slice(name)[row].float().clone() for name in names)

@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from itertools import accumulate, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -53,61 +53,54 @@ class LatentFolder(Dataset[tuple[Tensor, Tensor, int]]):
         problems: What cannot be used of the folder, as (file, reason): it is not among the items.
     """
 
-    labels: Tensor
     num_classes: int
     channels: int
     size: int
     scaling: Scaling
-    vae: str | None
-    _kept: Tensor | None = None  # (N,), the numbers of the items that are used; all without it
+    vae: str | None = None
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.problems: list[tuple[str, str]] = []
+    def __init__(self, folder: Path, names: list[str], labels: Tensor, problems: list[tuple[str, str]]) -> None:
+        self.folder, self.labels, self.problems = folder, labels, problems
+        # One array: a list of strings would be copied into every worker of a loader, page by page, as it is counted.
+        self._names = np.array([os.fsencode(name) for name in names])
+        self._kept = torch.arange(len(labels))
 
     def __len__(self) -> int:
         """Items, mirrored ones included."""
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        """Mean, std, label.
-
-        Raises:
-            DataError: If the file is missing or damaged, or holds anything but a mean and a std; it names the file.
-        """
+        """Mean, std, label; a `DataError` names the file that cannot be used."""
         place = range(len(self))[index]
         try:
-            mean, std = self.read(place if self._kept is None else int(self._kept[place]))
+            return *self.read(int(self._kept[place])), int(self.labels[place])
         except DataError as error:
             raise DataError(f"{error}\n{_SKIP}") from error
-        return mean, std, int(self.labels[place])
 
-    def keep(self, numbers: Tensor) -> None:
-        """Use the items of these numbers alone."""
-        self._kept, self.labels = numbers, self.labels[numbers]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what is listed: names and labels."""
+    def read(self, number: int) -> tuple[Tensor, Tensor]:
+        """Mean and std of what the folder lists under a number, whether it is among the items or not."""
         raise NotImplementedError
 
     def name(self, number: int) -> str:
-        """What messages call an item of the folder."""
-        raise NotImplementedError
+        """Its file, relative to the folder."""
+        return os.fsdecode(self._names[number])
 
-    def read(self, number: int) -> tuple[Tensor, Tensor]:
-        """Mean and std of an item of the folder, whether it is used or not.
+    def digest(self) -> str:
+        """SHA-256 of names and labels."""
+        return hashlib.sha256(self._names.tobytes() + self.labels.numpy().tobytes()).hexdigest()
 
-        Raises:
-            DataError: If the file cannot be used.
-        """
-        raise NotImplementedError
+    def leave_out(self, bad: list[tuple[int, str]]) -> None:
+        """Drop what cannot be read, as (number, reason), from the items."""
+        self.problems += [(self.name(number), reason) for number, reason in bad]
+        good = torch.ones(len(self), dtype=torch.bool)
+        good[[number for number, _ in bad]] = False
+        self._kept, self.labels = self._kept[good], self.labels[good]
 
 
 def open_latents(
     folder: Path, *, num_classes: int | None = None, skip_bad: bool = False, bad_list: Path | None = None
 ) -> LatentFolder:
-    """Open a folder of posteriors.
+    """Open a folder of posteriors; a `DataError` says what is wrong with it.
 
     Args:
         folder: One with REPA's ``dataset.json``, its parent, or one that ``encode_latents.py`` wrote.
@@ -115,9 +108,6 @@ def open_latents(
         skip_bad: Leave out what cannot be used, and print what it is. Every file is read once to know.
         bad_list: With ``skip_bad``, a JSON file that keeps what was found, and from which it is read the next time. Of
             several processes one should open the folder first, so that the others agree with it.
-
-    Raises:
-        DataError: If the folder is of neither layout, or anything in it cannot be used and ``skip_bad`` is off.
     """
     data = _opened(folder, num_classes)
     if not skip_bad:
@@ -128,13 +118,9 @@ def open_latents(
         for index in range(0, len(data), max(1, len(data) // _SAMPLED)):  # a wrong data set shows now, not in an hour
             data[index]
         return data
-    bad = _bad_items(data, bad_list)
-    data.problems += [(data.name(number), reason) for number, reason in bad]
-    good = torch.ones(len(data), dtype=torch.bool)
-    good[[number for number, _ in bad]] = False
-    if not good.any():
+    data.leave_out(_bad_items(data, bad_list))
+    if not len(data):
         raise DataError(f"Nothing in {folder} can be used:\n{first_ones(data.problems)}")
-    data.keep(good.nonzero().flatten())
     if data.problems:
         print(f"{folder}: {len(data.problems)} entries left out, {len(data)} items used\n{first_ones(data.problems)}")
     return data
@@ -159,11 +145,11 @@ def _opened(folder: Path, num_classes: int | None) -> LatentFolder:
 
 
 def _bad_items(data: LatentFolder, bad_list: Path | None) -> list[tuple[int, str]]:
-    """Which items cannot be read, and why: from the list, or by reading all of them."""
+    """What cannot be read, and why: from the list, or by reading everything."""
     if bad_list is not None and bad_list.exists():
         content = read_json(bad_list)
         with readable(bad_list, "a list of bad items", "Delete it and have every file read again."):
-            if content["digest"] != data.digest:
+            if content["digest"] != data.digest():
                 raise DataError(
                     f"{bad_list} lists what is bad in {content['folder']} as it was; {data.folder} holds other files "
                     "now.\nName another file, or delete this one and have every file read again."
@@ -173,15 +159,15 @@ def _bad_items(data: LatentFolder, bad_list: Path | None) -> list[tuple[int, str
                 if not fine or data.name(number) != name:
                     raise ValueError(f"item {str(number)[:50]} of the folder is not {str(name)[:100]!r}")
             return [(number, reason) for number, _, reason in content["bad"]]
-    bad = list(_read_all(data))
+    bad = list(_unreadable(data))
     if bad_list is not None:
         named = [(number, data.name(number), reason) for number, reason in bad]
         bad_list.parent.mkdir(parents=True, exist_ok=True)
-        write_json({"folder": str(data.folder), "digest": data.digest, "bad": named}, bad_list)
+        write_json({"folder": str(data.folder), "digest": data.digest(), "bad": named}, bad_list)
     return bad
 
 
-def _read_all(data: LatentFolder) -> Iterator[tuple[int, str]]:
+def _unreadable(data: LatentFolder) -> Iterator[tuple[int, str]]:
     def reason(number: int) -> str:
         try:
             data.read(number)
@@ -199,43 +185,24 @@ class RepaFolder(LatentFolder):
     """The images that REPA's ``dataset.json`` lists, in its order, each a ``.npy`` of mean and std.
 
     The layout does not record its VAE (REPA encoded with sd-vae-ft-mse).
-
-    Args:
-        folder: The one that holds ``dataset.json``.
-        num_classes: Labels from there on are wrong; None takes every label for right.
-
-    Raises:
-        DataError: If the list itself cannot be read, or nothing in it can be used.
     """
 
     def __init__(self, folder: Path, num_classes: int | None = None) -> None:
-        super().__init__(folder)
-        labels = self._checked_labels(num_classes)
+        labels, problems = _listed_labels(folder / REPA_INDEX, num_classes)
         fine = {name: label for name, label in labels.items() if label is not None}
         there = _npy_files(folder, {name.rpartition("/")[0] for name in fine})
-        self.problems += [(name, "listed, but not there") for name in sorted(fine.keys() - there)]
-        self.problems += [
-            (name, f"there, but without a label in {REPA_INDEX}") for name in sorted(there - labels.keys())
-        ]
+        problems += [(name, "listed, but not there") for name in sorted(fine.keys() - there)]
+        problems += [(n, f"there, but without a label in {REPA_INDEX}") for n in sorted(there - labels.keys())]
         usable = {name: label for name, label in fine.items() if name in there}
         if not usable:
             raise DataError(
-                f"None of the files that {folder / REPA_INDEX} lists can be used.\n{first_ones(self.problems)}\n"
+                f"None of the files that {folder / REPA_INDEX} lists can be used.\n{first_ones(problems)}\n"
                 "The .npy files belong beside it, under the names that it lists."
             )
-        # One array: a list of strings would be copied into every worker of a loader, page by page, as it is counted.
-        self._names = np.array([os.fsencode(name) for name in usable])
-        self.labels = torch.tensor(list(usable.values()))
+        super().__init__(folder, list(usable), torch.tensor(list(usable.values())), problems)
         self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
-        self.scaling, self.vae = Scaling(REPA_SCALE), None
+        self.scaling = Scaling(REPA_SCALE)
         self.channels, self.size, _ = self._shape = self._usual_shape()
-
-    @property
-    def digest(self) -> str:  # noqa: D102
-        return hashlib.sha256(self._names.tobytes() + self.labels.numpy().tobytes()).hexdigest()
-
-    def name(self, number: int) -> str:  # noqa: D102
-        return os.fsdecode(self._names[number])
 
     def read(self, number: int) -> tuple[Tensor, Tensor]:  # noqa: D102
         path = self.folder / self.name(number)
@@ -250,8 +217,8 @@ class RepaFolder(LatentFolder):
     def _usual_shape(self) -> torch.Size:
         """The most frequent among 16 files spread over the list."""
         shapes, last = Counter[torch.Size](), None
-        count = min(_SAMPLED, len(self.labels))
-        for number in np.linspace(0, len(self.labels) - 1, count).astype(int):
+        count = min(_SAMPLED, len(self))
+        for number in np.linspace(0, len(self) - 1, count).astype(int):
             try:
                 shapes[read_moments(self.folder / self.name(number))[0].shape] += 1
             except DataError as error:
@@ -260,38 +227,34 @@ class RepaFolder(LatentFolder):
             raise DataError(f"Not one of {count} files of {self.folder} can be used.\nThe last: {last}")
         return shapes.most_common(1)[0][0]
 
-    def _checked_labels(self, num_classes: int | None) -> dict[str, int | None]:
-        """Labels by file; None where the entry is wrong, which is also one of the problems."""
-        path = self.folder / REPA_INDEX
-        content = read_json(path)
-        entries = content.get("labels") if isinstance(content, dict) else None
-        if not isinstance(entries, list) or not entries:
-            raise DataError(
-                f'{path} has no list of labels. It should be {{"labels": [["00000/img-mean-std-00000000.npy", 3], …]}}.'
-            )
-        labels: dict[str, int | None] = {}
-        for entry in entries:
-            match entry:
-                case [str(name), label]:
-                    reason = "listed twice" if name in labels else _wrong_name(name) or _wrong_label(label, num_classes)
-                    labels[name] = None if reason else label
-                case _:
-                    name, reason = str(entry)[:100], "no pair of file and label"
-            if reason:
-                self.problems.append((name, reason))
-        return labels
 
-
-def _wrong_name(name: str) -> str:
-    fine = name.endswith(".npy") and not {"", ".", ".."} & {*name.split("/")} and "\0" not in name
-    return "" if fine else "no name of a .npy file in this folder"
-
-
-def _wrong_label(label: Any, num_classes: int | None) -> str:
-    if type(label) is not int:  # True is an int, too
-        return f"the label {str(label)[:50]!r} is no whole number"
+def _listed_labels(path: Path, num_classes: int | None) -> tuple[dict[str, int | None], list[tuple[str, str]]]:
+    """Labels by file, None where the entry is wrong; and what is wrong."""
+    content = read_json(path)
+    entries = content.get("labels") if isinstance(content, dict) else None
+    if not isinstance(entries, list) or not entries:
+        raise DataError(
+            f'{path} has no list of labels. It should be {{"labels": [["00000/img-mean-std-00000000.npy", 3], …]}}.'
+        )
+    labels: dict[str, int | None] = {}
+    problems: list[tuple[str, str]] = []
     end = _MAX_CLASSES if num_classes is None else num_classes
-    return "" if 0 <= label < end else f"the label {str(label)[:50]} is not in 0 .. {end - 1}"
+    for entry in entries:
+        match entry:
+            case [str(name), _] if name in labels:
+                reason = "listed twice"
+            case [str(name), _] if not name.endswith(".npy") or {"", ".", ".."} & {*name.split("/")} or "\0" in name:
+                reason = "no name of a .npy file in this folder"
+            case [str(name), label] if type(label) is not int:  # True is an int, too
+                reason = f"the label {str(label)[:50]!r} is no whole number"
+            case [str(name), label]:
+                reason = "" if 0 <= label < end else f"the label {str(label)[:50]} is not in 0 .. {end - 1}"
+            case _:
+                problems.append((str(entry)[:100], "no pair of file and label"))
+                continue
+        labels[name] = None if reason else entry[1]
+        problems += [(name, reason)] if reason else []
+    return labels, problems
 
 
 def _npy_files(folder: Path, parents: set[str]) -> set[str]:
@@ -307,17 +270,10 @@ def _npy_files(folder: Path, parents: set[str]) -> set[str]:
 
 
 class ShardFolder(LatentFolder):
-    """The images in a folder of `encode_latents.py`, in the order of the shards; then all once more, mirrored.
-
-    Raises:
-        DataError: If the index cannot be read, shards are missing, or there is no image in any.
-    """
+    """The images in a folder of `encode_latents.py`, in the order of the shards; then all once more, mirrored."""
 
     def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
         self._index = index = read_index(folder)
-        self.num_classes, self.scaling, self.vae = len(index.classes), index.scaling, index.settings["vae"]
-        self.channels, self.size, _ = index.shape
         missing = [name for name in map(shard_name, range(index.shards)) if not (folder / name).exists()]
         if missing:
             raise DataError(
@@ -325,41 +281,29 @@ class ShardFolder(LatentFolder):
                 f"{missing[0]} for one.\nRun encode_latents.py again as before: it makes what is missing."
             )
         self._shards: dict[int, OpenShard] = {}
-        labels = []
+        self._ends, names, labels, problems = [0], [], [torch.empty(0, dtype=torch.int64)], []
         for number in range(index.shards):
             try:
-                labels.append(self._shard(number).labels)
+                shard = self._shards[number] = OpenShard(folder, number, index)
+                names += shard.images
+                labels.append(shard.labels)
             except DataError as error:
-                self.problems.append((shard_name(number), str(error)))
-                labels.append(torch.empty(0, dtype=torch.int64))
-        self._ends = list(accumulate(map(len, labels)))
-        self.labels = torch.cat(labels * (1 + index.mirrored))
-        if not len(self.labels):
-            raise DataError(f"There is no image in the shards of {folder}.\n{first_ones(self.problems)}")
+                problems.append((shard_name(number), str(error)))
+            self._ends.append(len(names))
+        if not names:
+            raise DataError(f"There is no image in the shards of {folder}.\n{first_ones(problems)}")
+        mirrored = [f"{name} (mirrored)" for name in names if index.mirrored]
+        super().__init__(folder, names + mirrored, torch.cat(labels * (1 + index.mirrored)), problems)
+        self.num_classes, self.scaling, self.vae = len(index.classes), index.scaling, index.settings["vae"]
+        self.channels, self.size, _ = index.shape
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the open files: each process of a loader opens its own."""
         return {**self.__dict__, "_shards": {}}
 
-    @property
-    def digest(self) -> str:  # noqa: D102
-        return hashlib.sha256(repr(self._index).encode() + self.labels.numpy().tobytes()).hexdigest()
-
-    def name(self, number: int) -> str:  # noqa: D102
-        shard, row, mirrored = self._place(number)
-        return self._shard(shard).images[row] + " (mirrored)" * mirrored
-
     def read(self, number: int) -> tuple[Tensor, Tensor]:  # noqa: D102
-        shard, row, mirrored = self._place(number)
-        return self._shard(shard).read(row, mirrored=mirrored)
-
-    def _place(self, number: int) -> tuple[int, int, bool]:
-        """Shard, row in it, and whether the mirrored image is meant."""
         mirrored, place = divmod(number, self._ends[-1])
-        shard = bisect_right(self._ends, place)
-        return shard, place - (self._ends[shard - 1] if shard else 0), bool(mirrored)
-
-    def _shard(self, number: int) -> OpenShard:
-        if number not in self._shards:
-            self._shards[number] = OpenShard(self.folder, number, self._index)
-        return self._shards[number]
+        shard = bisect_right(self._ends, place) - 1
+        if shard not in self._shards:
+            self._shards[shard] = OpenShard(self.folder, shard, self._index)
+        return self._shards[shard].read(place - self._ends[shard], mirrored=bool(mirrored))

@@ -216,13 +216,13 @@ def test_killed_work_goes_on_where_it_was(
     out = tmp_path / "latents"
     write_shard, written = encode_latents.write_shard, []
 
-    def killed(folder: Path, number: int, shard: Any) -> None:
+    def killed(folder: Path, number: int, *shard: Any) -> None:
         if len(written) == 1:
             written.append(-1)
             (folder / f"{shard_name(number)}.partial").write_bytes(b"half a shard")
             raise KeyboardInterrupt
         written.append(number)
-        write_shard(folder, number, shard)
+        write_shard(folder, number, *shard)
 
     monkeypatch.setattr(encode_latents, "write_shard", killed)
     with pytest.raises(KeyboardInterrupt):

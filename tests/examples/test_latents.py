@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from common.data_files import DataError
-from common.latent_shards import Index, Shard, read_index, shard_name, write_index, write_shard
+from common.latent_shards import Index, read_index, shard_name, write_index, write_shard
 from common.latents import LatentFolder, open_latents
 from common.scaling import Scaling
 from torch import Tensor
@@ -56,10 +56,10 @@ def shards(tmp_path: Path, moments: tuple[Tensor, Tensor]) -> Path:
     folder.mkdir()
     write_index(the_index(), folder)
     for number, rows in enumerate([slice(0, 4), slice(4, 6)]):
-        stored = {"mean": moments[0][rows], "std": moments[1][rows]}
+        stored = [part[rows] for part in moments]
         images = [f"class/{i}.png" for i in range(len(LABELS))][rows]
         left_out = [("class/9.png", "truncated")] * number
-        write_shard(folder, number, Shard(stored, torch.tensor(LABELS[rows]), images, left_out))
+        write_shard(folder, number, stored, torch.tensor(LABELS[rows]), images, left_out)
     return folder
 
 
@@ -124,8 +124,8 @@ def test_mirrored_images_follow_the_others(tmp_path: Path, moments: tuple[Tensor
     mean, std = moments
     write_index(the_index(mirrored=True), tmp_path)
     for number, rows in enumerate([slice(0, 4), slice(4, 6)]):
-        stored = {"mean": mean[rows], "std": std[rows], "mean_mirrored": mean[rows] + 9, "std_mirrored": std[rows] + 9}
-        write_shard(tmp_path, number, Shard(stored, torch.tensor(LABELS[rows]), ["x.png"] * len(mean[rows]), []))
+        stored = [mean[rows], std[rows], mean[rows] + 9, std[rows] + 9]
+        write_shard(tmp_path, number, stored, torch.tensor(LABELS[rows]), ["x.png"] * len(mean[rows]), [])
     data = open_latents(tmp_path)
     assert data.labels.tolist() == LABELS * 2
     for i in range(6):
@@ -137,7 +137,7 @@ def test_mirrored_images_follow_the_others(tmp_path: Path, moments: tuple[Tensor
 def test_half_precision_is_read_as_single(tmp_path: Path, moments: tuple[Tensor, Tensor]) -> None:
     write_index(the_index(shards=1), tmp_path)
     half = [part.half() for part in moments]
-    write_shard(tmp_path, 0, Shard({"mean": half[0], "std": half[1]}, torch.tensor(LABELS), ["x.png"] * 6, []))
+    write_shard(tmp_path, 0, half, torch.tensor(LABELS), ["x.png"] * 6, [])
     mean, std, _ = open_latents(tmp_path)[2]
     assert mean.dtype == torch.float32
     assert torch.equal(mean, half[0][2].float())
@@ -332,8 +332,8 @@ def test_labels_beyond_the_classes_are_named(shards: Path) -> None:
 
 
 def test_bad_moments_in_a_shard_are_named_by_image(shards: Path, moments: tuple[Tensor, Tensor]) -> None:
-    stored = {"mean": moments[0][4:], "std": moments[1][4:].log()}
-    write_shard(shards, 1, Shard(stored, torch.tensor(LABELS[4:]), ["class/4.png", "class/5.png"], []))
+    stored = [moments[0][4:], moments[1][4:].log()]
+    write_shard(shards, 1, stored, torch.tensor(LABELS[4:]), ["class/4.png", "class/5.png"], [])
     with pytest.raises(DataError, match=r"class/4.png in .*latents-00001(.|\n)*no standard deviation"):
         open_latents(shards)
     same(open_latents(shards, skip_bad=True), moments, [0, 1, 2, 3])
