@@ -53,12 +53,7 @@ class Captioned(NamedTuple):
 
 
 def read_captions(path: Path, folder: Path) -> Captioned:
-    """The captions of each image.
-
-    Raises:
-        DataError: If the file is not as COCO's are, an id or a file occurs twice, an image is missing or has no
-            caption, or an annotation is of no image.
-    """
+    """The captions of each image."""
     content = read_json(path)
     with readable(path, "COCO's captions"):
         images, annotations = content["images"], content["annotations"]
@@ -93,12 +88,7 @@ def read_captions(path: Path, folder: Path) -> Captioned:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Encode what is not encoded yet.
-
-    Raises:
-        DataError: If captions are missing or an image cannot be read.
-        Mistake: If the folder holds features of another kind, or a caption is too long.
-    """
+    """Encode what is not encoded yet."""
     run = options(argv)
     found = read_captions(run.captions, run.images)
     vae, _ = load_encoder(run.vae, run.precision, run.size)

@@ -85,11 +85,7 @@ class ImageFolder(NamedTuple):
 
 
 def list_classes(folder: Path) -> ImageFolder:
-    """Find the images of each class; nothing is opened.
-
-    Raises:
-        DataError: If there are none, a class folder holds none, or some lie in no class folder.
-    """
+    """Find the images of each class; nothing is opened."""
     images, skipped = find_images(folder)
     classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     by_class: dict[str, list[str]] = {name: [] for name in classes}
@@ -132,11 +128,7 @@ def planned_index(run: argparse.Namespace, vae: "AutoencoderKL", side: int, foun
 
 
 def open_folder(folder: Path, index: Index, rank: int) -> None:
-    """Write the index, or make sure that the one that is there says the same. The first process does the writing.
-
-    Raises:
-        Mistake: If the folder holds something else: other latents, or files of another kind.
-    """
+    """Write the index, or make sure that the one that is there says the same. The first process does the writing."""
     path = folder / INDEX
     if not path.exists() and rank == 0:
         if folder.exists() and any(folder.iterdir()):
@@ -169,11 +161,7 @@ def _compared(index: Index) -> dict[str, Any]:
 
 
 def unfinished(folder: Path, index: Index, shards: range) -> list[int]:
-    """Those of the shards that are not there.
-
-    Raises:
-        DataError: If one is there, but damaged.
-    """
+    """Those of the shards that are not there."""
     there = [shard for shard in shards if (folder / shard_name(shard)).exists()]
     for shard in there:
         OpenShard(folder, shard, index)
@@ -191,11 +179,7 @@ def batches_of(shards: list[int], shard_images: int, images: int, batch_size: in
 
 
 def encoded(run: argparse.Namespace, vae: "AutoencoderKL", pixels: Tensor) -> list[Tensor]:
-    """What a shard stores of a batch, in the order of `moment_names`.
-
-    Raises:
-        Mistake: If a precision is too narrow for it.
-    """
+    """What a shard stores of a batch, in the order of `moment_names`."""
     images = pixels / 127.5 - 1
     moments = [*encode_moments(vae, images), *(encode_moments(vae, images.flip(-1)) if run.flip else ())]
     stored = [part.to(STORED[run.store]) for part in moments]
@@ -255,11 +239,7 @@ def report(folder: Path, index: Index) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Encode what is not encoded yet.
-
-    Raises:
-        DataError: If images cannot be read and may not be left out; everything else is encoded then.
-    """
+    """Encode what is not encoded yet."""
     run = options(argv)
     here = Processes()
     found = list_classes(run.images)

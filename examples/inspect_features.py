@@ -137,11 +137,7 @@ class Subject(NamedTuple):
 
 
 def open_subject(run: argparse.Namespace) -> Subject:
-    """The model of a checkpoint with its data, by what the options and the file say.
-
-    Raises:
-        Mistake: If the data or the time convention is not known, or the file holds no model of the examples.
-    """
+    """The model of a checkpoint with its data, by what the options and the file say."""
     if run.model is not None:
         return of_user(run)
     beside = run.checkpoint.parent
@@ -246,11 +242,7 @@ def of_mmdit(run: argparse.Namespace) -> Subject:
 
 
 def on_data(run: argparse.Namespace, found: Checkpoint, data: Any, measured: dict[str, Any]) -> tuple[Any, ...]:
-    """The rest of a `Subject` whose latents were encoded.
-
-    Raises:
-        Mistake: If the model was trained on latents of another shape or scaling, or the VAE is another.
-    """
+    """The rest of a `Subject` whose latents were encoded."""
     sizes, trained = found.settings, recorded_scaling(found.args, run.checkpoint)
     if (sizes["in_channels"], sizes["input_size"]) != (data.channels, data.size) or not (
         trained is None or trained.equals(data.scaling)

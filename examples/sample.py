@@ -79,11 +79,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def labels_named(text: str, num_classes: int) -> Labels:
-    """The labels that images take: in turn, or drawn.
-
-    Raises:
-        Mistake: If a class is none of the model's.
-    """
+    """The labels that images take: in turn, or drawn."""
     names = [str(label) for label in range(num_classes)] if text == "balanced" else text.split(",")
     if text != "random" and not all(name.strip().isdecimal() and int(name) < num_classes for name in names):
         raise Mistake(
@@ -117,11 +113,7 @@ class Job(NamedTuple):
 
 
 def new_job(run: argparse.Namespace) -> Job:
-    """Put together what the images of a command line need; what does not fit together is named now.
-
-    Raises:
-        Mistake: If it does not.
-    """
+    """Put together what the images of a command line need; what does not fit together is named now."""
     run.checkpoint = newest_checkpoint(run.checkpoint)
     sit, found = sit_from_checkpoint(
         run.checkpoint, weights=run.weights, model=run.model, num_heads=run.num_heads, num_classes=run.num_classes
@@ -242,9 +234,6 @@ def write_npz(pngs: Sequence[Path], labels: NDArray[np.int64], path: Path) -> No
     """Put PNGs of one size and their labels into one ``.npz`` as ADM's evaluator reads it.
 
     ``arr_0`` is uint8 (N, H, W, 3), ``arr_1`` the labels. The images are streamed: all of them need not fit in memory.
-
-    Raises:
-        DataError: If a file is no image, or of another size.
     """
     width, height = read_image(pngs[0]).size
 

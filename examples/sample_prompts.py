@@ -78,11 +78,7 @@ class Job(NamedTuple):
 
 
 def new_job(run: argparse.Namespace, model: MMDiT, found: Checkpoint, texts: Sequence[str]) -> Job:
-    """Put together what a checkpoint needs; what does not fit together is named now.
-
-    Raises:
-        Mistake: If it does not.
-    """
+    """Put together what a checkpoint needs; what does not fit together is named now."""
     path, sizes = Path(found.source), found.settings
     vae, scaling = matching_vae(
         run.vae or vae_place(found.args.get("vae"), path),

@@ -54,9 +54,6 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         dropout: How often a caption gives way to the empty prompt, from 0 to 1.
         second: What the second half of ``{i}.npy`` holds. REPA's code and `CocoWriter` store the standard deviation;
             U-ViT's own script stores the log-variance.
-
-    Raises:
-        DataError: If images or captions are missing, or the first of them cannot be used.
     """
 
     def __init__(
@@ -81,11 +78,7 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return self.item(index, None)
 
     def item(self, index: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, std, context, with the caption and the dropout drawn from ``generator``: two numbers an item.
-
-        Raises:
-            DataError: If a file is missing or damaged, or of another shape than the others; it is named.
-        """
+        """Mean, std, context, with the caption and the dropout drawn from ``generator``: two numbers an item."""
         index = range(len(self))[index]
         caption = int(torch.randint(int(self.captions[index]), (), generator=generator))
         dropped = bool(torch.rand((), generator=generator) < self._dropout)
@@ -120,10 +113,6 @@ class CocoWriter:
         scaling: The VAE's; the same in every split.
         vae: Path or name of the VAE; the same in every split.
         settings: What decides the features. A split that was begun with them goes on; without them it begins anew.
-
-    Raises:
-        Mistake: If the split is there, or the folder holds features of other settings, another text encoder or
-            another VAE.
     """
 
     def __init__(
@@ -158,11 +147,7 @@ class CocoWriter:
         return (self._partial / f"{index}.npy").exists()
 
     def write(self, index: int, mean: Tensor, std: Tensor, contexts: Tensor) -> None:
-        """Write an image: mean and std, twice (C, h, w), and its captions' features (K, L, D).
-
-        Raises:
-            DataError: If they are of another shape, or no mean and std.
-        """
+        """Write an image: mean and std, twice (C, h, w), and its captions' features (K, L, D)."""
         check_moments(mean, std, f"image {index}")
         if mean.shape != std.shape or contexts.shape[1:] != self._empty.shape or not len(contexts):
             wanted = ", ".join(map(str, self._empty.shape))
@@ -177,11 +162,7 @@ class CocoWriter:
         (self._partial / _UNFINISHED).replace(self._partial / f"{index}.npy")
 
     def finish(self, images: int) -> None:
-        """Give the split its name, if all of its images are written.
-
-        Raises:
-            DataError: If one is missing, or there is none.
-        """
+        """Give the split its name, if all of its images are written."""
         missing = [index for index in range(images) if not self.has(index)]
         if missing or not images:
             raise DataError(

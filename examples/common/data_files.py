@@ -56,11 +56,7 @@ def readable(path: Path, kind: str, advice: str = "Copy or make it again.") -> I
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file.
-
-    Raises:
-        DataError: If the file is missing, longer than 1 GiB, or no JSON.
-    """
+    """The content of a JSON file."""
     with readable(path, "JSON"):
         if path.stat().st_size > _MAX_JSON:
             raise DataError(f"{path} is longer than {_MAX_JSON} bytes, the most that is read of a JSON file.")
@@ -68,11 +64,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_npy(path: Path) -> NDArray[Any]:
-    """The array of floating-point numbers in a ``.npy`` file.
-
-    Raises:
-        DataError: If the file is missing, broken, truncated, larger than 64 MiB, or holds anything but floats.
-    """
+    """The array of floating-point numbers in a ``.npy`` file."""
     with readable(path, ".npy"):
         size = path.stat().st_size
         if size > _MAX_NPY:
@@ -96,9 +88,6 @@ def read_moments(path: Path, *, second: Literal["std", "logvar"] = "std") -> tup
 
     Returns:
         Twice (C, h, w), float32.
-
-    Raises:
-        DataError: As `read_npy` and `check_moments`, or for another shape.
     """
     array = read_npy(path)
     found = array.shape
@@ -124,9 +113,6 @@ def check_moments(mean: Tensor, std: Tensor, name: str) -> None:
 
     A log-variance, which is what diffusers' ``latent_dist.parameters`` holds, is negative wherever the posterior is
     narrower than 1, which a trained VAE's is nearly everywhere. A standard deviation never is.
-
-    Raises:
-        DataError: If a value is not finite, or the std negative.
     """
     if not (mean.isfinite().all() and std.isfinite().all()):
         raise DataError(f"{name} holds values that are not finite. Encode the image again, in float32 if it was not.")

@@ -20,11 +20,7 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float1
 
 
 def load_encoder(name: str, precision: str, size: int) -> tuple["AutoencoderKL", int]:
-    """The VAE in one of `PRECISIONS`, and the side of its latents of images of a size.
-
-    Raises:
-        DataError: If there is none, it takes other images than RGB, or it cannot halve the size as often as it does.
-    """
+    """The VAE in one of `PRECISIONS`, and the side of its latents of images of a size."""
     vae = load_vae(name, dtype=PRECISIONS[precision])
     if vae.config.in_channels != 3:
         raise DataError(f"The VAE {name!r} takes images of {vae.config.in_channels} channels; RGB images have 3.")

@@ -63,9 +63,6 @@ class ImageSet:
 
     Args:
         path: The file, or the folder; one with a folder ``images`` in it, such as that of ``sample.py``, means that.
-
-    Raises:
-        DataError: If there is nothing of the kind, or the file is broken.
     """
 
     def __init__(self, path: Path) -> None:
@@ -89,11 +86,7 @@ class ImageSet:
         return self._length
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one.
-
-        Raises:
-            DataError: If a file is broken or no image, or the images have different sizes.
-        """
+        """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one."""
         rows = self._rows_of_files(size) if self._files else self._rows_of_array(size)
         for images in rows:
             yield torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
@@ -164,11 +157,7 @@ class Extractor(NamedTuple):
     function: Callable[[Tensor], object]
 
     def __call__(self, images: Tensor) -> NDArray[np.float32]:
-        """Features (N, D) of images (N, 3, H, W).
-
-        Raises:
-            Mistake: If the function returned anything else, or numbers that are not finite.
-        """
+        """Features (N, D) of images (N, 3, H, W)."""
         with torch.no_grad():
             found = self.function(images)
         features = np.asarray(found.detach().cpu().float() if isinstance(found, Tensor) else found)
@@ -196,9 +185,6 @@ def extractor_named(name: str, *, classifier: Path, device: str) -> Extractor:
         name: Of the extractor.
         classifier: Where the digits' classifier is; trained now, in seconds, if it is not there.
         device: Of a network that is made here; a callable of one's own chooses its device itself.
-
-    Raises:
-        Mistake: If there is none of this name.
     """
     if name == DIGITS:
         return _digits(classifier, device)
@@ -240,11 +226,7 @@ def _inception(device: str) -> Extractor:
 
 
 def imported(name: str, option: str) -> Callable[..., Any]:
-    """What ``module:callable`` names; modules of the working directory are found too.
-
-    Raises:
-        Mistake: If there is no such callable.
-    """
+    """What ``module:callable`` names; modules of the working directory are found too."""
     module, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
         sys.path.append(str(Path.cwd()))
@@ -312,9 +294,6 @@ def load_reference(path: Path, extractor: Extractor, source: str | None) -> Refe
         path: The file.
         extractor: With which the samples are compared.
         source: The name of the images that are the reference, if they are named.
-
-    Raises:
-        DataError: If the file is broken, or its statistics are of other features or of other images.
     """
     advice = "Pass a file that --statistics wrote, or an ADM reference batch with 'mu' and 'sigma'."
     with readable(path, "statistics of features", advice), np.load(path, allow_pickle=False) as archive:

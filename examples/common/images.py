@@ -32,11 +32,7 @@ class ImageFiles(NamedTuple):
 
 
 def find_images(folder: Path) -> ImageFiles:
-    """Find the images in a folder, at any depth; links are followed, nothing is opened.
-
-    Raises:
-        DataError: If there is no such folder.
-    """
+    """Find the images in a folder, at any depth; links are followed, nothing is opened."""
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}.")
     found, seen = ImageFiles([], []), {os.path.realpath(folder)}
@@ -68,10 +64,6 @@ def read_image(path: Path) -> Image.Image:
     """An image as a viewer shows it: RGB, upright as its EXIF data say, on white where it is transparent.
 
     Grey, palette and CMYK images become RGB as Pillow converts them; 16 bits a channel become 8.
-
-    Raises:
-        DataError: If the file is damaged, truncated, animated, or larger than Pillow's limit against decompression
-            bombs allows.
     """
     try:
         with readable(path, "an image"), warnings.catch_warnings():
@@ -109,11 +101,7 @@ def _on_white(image: Image.Image, bits: int) -> Image.Image:
 
 
 def read_square(path: Path, size: int) -> Tensor:
-    """An image as uint8 (3, size, size): as `read_image` reads it, cropped as `centre_crop` does.
-
-    Raises:
-        DataError: If it cannot be read, or would become too large before it is cropped.
-    """
+    """An image as uint8 (3, size, size): as `read_image` reads it, cropped as `centre_crop` does."""
     image = read_image(path)
     scale = size / min(image.size)
     scaled = round(image.width * scale) * round(image.height * scale)

@@ -123,9 +123,6 @@ class OpenShard:
         labels: (n,), int64.
         images: The n images' names.
         left_out: (name, reason) of the images that could not be read when it was made.
-
-    Raises:
-        DataError: If it is no whole safetensors file, or not of the index's shape.
     """
 
     def __init__(self, folder: Path, number: int, index: Index) -> None:

@@ -50,9 +50,6 @@ class ImageSampler:
         seed: Of the generators.
         method: "euler" or "heun", the ODE's; or "sde".
         path: The path that the model was trained on.
-
-    Raises:
-        Mistake: If a setting makes no sense.
     """
 
     vae: "AutoencoderKL"
@@ -69,11 +66,7 @@ class ImageSampler:
         self._latents(lambda x, t, y: x, [0], "cpu")  # a setting without sense is named now, not after a run
 
     def images(self, model: Model, numbers: Sequence[int], device: str | torch.device) -> NDArray[np.uint8]:
-        """The images (N, H, W, 3) of these numbers, by a model in eval mode on the device.
-
-        Raises:
-            Mistake: If the model's latents are not finite.
-        """
+        """The images (N, H, W, 3) of these numbers, by a model in eval mode on the device."""
         latents = self._latents(model, numbers, device)
         broken = [number for number, latent in zip(numbers, latents, strict=True) if not latent.isfinite().all()]
         if broken:
@@ -130,9 +123,6 @@ def matching_vae(
         channels: Of these latents.
         of: What messages call their source.
         scale_factor: To decode with another factor than the one that is known.
-
-    Raises:
-        Mistake: If no VAE is named, or it is not the one that the latents came from: other channels, another scaling.
     """
     if name is None:
         raise Mistake(

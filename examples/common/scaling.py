@@ -64,9 +64,6 @@ def scaling_of(config: Mapping[str, Any], where: str) -> Scaling:
     Args:
         config: ``vae.config``.
         where: What the error calls the VAE.
-
-    Raises:
-        DataError: If the numbers are none that latents can be scaled with, or two shifts are stated.
     """
     mean, std, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
     if mean is not None and shift:
@@ -102,11 +99,7 @@ def checked_scaling(scale: Any, shift: Any, channels: int | None = None) -> Scal
 
 
 def recorded_scaling(args: Mapping[str, Any], source: object) -> Scaling | None:
-    """The scaling of the latents that a run was trained on, or None where its checkpoint does not say.
-
-    Raises:
-        DataError: If it is none.
-    """
+    """The scaling of the latents that a run was trained on, or None where its checkpoint does not say."""
     if args.get("scale_factor") is None:
         return None
     try:

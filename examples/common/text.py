@@ -72,9 +72,6 @@ class TextEncoder:
         Args:
             texts: The texts; the empty one is the null condition.
             cut_long: Encode the beginning of a text that is too long, as CLIP's users do, and list it under ``cut``.
-
-        Raises:
-            Mistake: If a text is too long and ``cut_long`` is not set, or the tokenizer cannot spell it.
         """
         # Start to end, unpadded; what is too long is dealt with below, and needs no warning.
         tokens = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
@@ -106,9 +103,6 @@ def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
     Args:
         name: A folder with both, or a hub name such as ``"openai/clip-vit-large-patch14"``.
         device: Where the model runs.
-
-    Raises:
-        DataError: If there is no such text model, or it cannot be read.
     """
     from transformers import CLIPTextModel, CLIPTokenizer
 
@@ -176,9 +170,6 @@ def encoded_prompts(encoder: TextEncoder, texts: Sequence[str], shape: Sequence[
         texts: The prompts.
         shape: (L, D) that the model was trained on.
         of: What messages call the model or its data.
-
-    Raises:
-        Mistake: If a prompt is too long, or the encoder has features of another shape.
     """
     if (encoder.length, encoder.width) != tuple(shape):
         raise Mistake(

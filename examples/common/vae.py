@@ -91,11 +91,7 @@ def save_vae(vae: "AutoencoderKL", folder: Path) -> None:
 
 
 def load_vae(name: str | Path, *, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
-    """The VAE in a folder or on the hub, in eval mode and frozen.
-
-    Raises:
-        DataError: If there is none, or not as safetensors; or if it states no scaling that latents can have.
-    """
+    """The VAE in a folder or on the hub, in eval mode and frozen."""
     from diffusers import AutoencoderKL
 
     try:
