@@ -20,12 +20,10 @@ from common.feature_sets import (
     DIGITS,
     INCEPTION,
     Extractor,
-    Images,
     ImageSet,
     Reference,
     evenly,
     extractor_named,
-    images_named,
     load_reference,
     reference_of,
     save_reference,
@@ -93,7 +91,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def reference_for(run: argparse.Namespace, extractor: Extractor) -> Reference:
     """The data's features: from the file of statistics if it is there, else computed, and written if one is named."""
-    images = None if run.reference is None else images_named(run.reference)
+    images = None if run.reference is None else ImageSet(run.reference)
     if run.statistics is not None and (images is None or run.statistics.exists()):
         return load_reference(run.statistics, extractor, None if images is None else images.name)
     reference = reference_of(images, extractor, batch_size=run.batch_size)
@@ -102,7 +100,7 @@ def reference_for(run: argparse.Namespace, extractor: Extractor) -> Reference:
     return reference
 
 
-def measured(run: argparse.Namespace, images: Images, extractor: Extractor, reference: Reference) -> Row:
+def measured(run: argparse.Namespace, images: ImageSet, extractor: Extractor, reference: Reference) -> Row:
     """Distance, spread, precision and recall of a set of images."""
     features = np.concatenate(list(extractor.of(images, run.batch_size)))
     row: Row = {

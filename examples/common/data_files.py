@@ -31,7 +31,7 @@ _PARSING = threading.Lock()  # numpy reads a header by ast.literal_eval, which i
 
 
 class DataError(Mistake):
-    """Files of a data set that are unreadable, mislabelled, missing, or not what they are taken for."""
+    """Files that are unreadable, mislabelled, missing, or not what they are taken for: what all readers here raise."""
 
 
 def first_ones(problems: Sequence[tuple[str, str]]) -> str:

@@ -9,7 +9,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,45 +31,24 @@ _PAIRED = 10_000
 _ARRAY = "arr_0.npy"  # what numpy calls the first array of an .npz, where ADM's evaluator looks for the images
 
 
-class Images(Protocol):
-    """Images in order, as often as asked, under a name."""
-
-    name: str
-
-    def __len__(self) -> int:
-        """How many."""
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one."""
-
-
-class HeldImages(NamedTuple):
-    """Images in memory: (N, 3, H, W), uint8."""
-
-    name: str
-    images: Tensor
-
-    def __len__(self) -> int:
-        """How many."""
-        return len(self.images)
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Batches of ``size`` images and a smaller last one."""
-        yield from self.images.split(size)
-
-
 class ImageSet:
-    """The images of a folder, at any depth, or of the ``arr_0`` of an ``.npz``; in order, as often as asked.
+    """Images in order, as often as asked: of a folder, at any depth, of the ``arr_0`` of an ``.npz``, or the digits.
 
     Args:
-        path: The file, or the folder; one with a folder ``images`` in it, such as that of ``sample.py``, means that.
+        source: The file, the folder, or "digits"; a folder with a folder ``images`` in it, such as that of
+            ``sample.py``, means that.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, source: str | Path) -> None:
+        path = Path(source)
         self.path = (path / "images" if (path / "images").is_dir() else path).resolve()
-        self.name = str(self.path)
-        self._files: list[str] = []
-        if self.path.is_dir():
+        self.name, self._files, self._held = str(self.path), [], None
+        if str(source) == DIGITS:
+            from common.data import digits
+
+            self.name, self._held = DIGITS, to_uint8(digits(32)[0].images)
+            self._length = len(self._held)
+        elif self.path.is_dir():
             self._files, skipped = find_images(self.path)
             self._length = len(self._files)
             if skipped:
@@ -87,33 +66,35 @@ class ImageSet:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one."""
-        rows = self._rows_of_files(size) if self._files else self._rows_of_array(size)
-        for images in rows:
+        for images in self._rows(size):
             yield torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
-    def _rows_of_files(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        width, height = read_image(self.path / self._files[0]).size
-        for start in range(0, self._length, size):
-            images = []
-            for name in self._files[start : start + size]:
-                image = read_image(self.path / name)
-                if image.size != (width, height):
-                    raise DataError(
-                        f"The images of a set have one size.\nFound: {width}x{height}, and {self.path / name} with "
-                        f"{image.width}x{image.height}.\nCrop and resize them alike, or name the folder of one size."
-                    )
-                images.append(np.asarray(image))
-            yield np.stack(images)
+    def _rows(self, size: int) -> Iterator[NDArray[np.uint8]]:
+        starts = range(0, self._length, size)
+        if self._held is not None:
+            yield from (self._held[start : start + size] for start in starts)
+        elif self._files:
+            width, height = read_image(self.path / self._files[0]).size
+            for start in starts:
+                yield np.stack([self._image(name, width, height) for name in self._files[start : start + size]])
+        else:
+            with _array_stream(self.path) as (stream, shape):
+                row = int(np.prod(shape[1:]))
+                for start in starts:
+                    count = min(size, self._length - start)
+                    raw = stream.read(count * row)
+                    if len(raw) != count * row:
+                        raise DataError(f"{self.path} ends in the middle of its images. Copy or make it again.")
+                    yield np.frombuffer(raw, np.uint8).reshape(count, *shape[1:]).copy()
 
-    def _rows_of_array(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        with _array_stream(self.path) as (stream, shape):
-            row = int(np.prod(shape[1:]))
-            for start in range(0, self._length, size):
-                count = min(size, self._length - start)
-                raw = stream.read(count * row)
-                if len(raw) != count * row:
-                    raise DataError(f"{self.path} ends in the middle of its images. Copy or make it again.")
-                yield np.frombuffer(raw, np.uint8).reshape(count, *shape[1:]).copy()
+    def _image(self, name: str, width: int, height: int) -> NDArray[np.uint8]:
+        image = read_image(self.path / name)
+        if image.size != (width, height):
+            raise DataError(
+                f"The images of a set have one size.\nFound: {width}x{height}, and {self.path / name} with "
+                f"{image.width}x{image.height}.\nCrop and resize them alike, or name the folder of one size."
+            )
+        return np.asarray(image)
 
 
 @contextmanager
@@ -134,15 +115,6 @@ def _array_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
                     "Pass images as sample.py or ADM's scripts write them."
                 )
             yield stream, shape
-
-
-def images_named(name: str) -> Images:
-    """The training digits, or the images at a path."""
-    if name == DIGITS:
-        from common.data import digits
-
-        return HeldImages(DIGITS, torch.from_numpy(to_uint8(digits(32)[0].images)).permute(0, 3, 1, 2).contiguous())
-    return ImageSet(Path(name))
 
 
 class Extractor(NamedTuple):
@@ -170,7 +142,7 @@ class Extractor(NamedTuple):
             raise Mistake(f"The extractor {self.name!r} made features that are not finite: look at its input range.")
         return features.astype(np.float32)
 
-    def of(self, images: Images, batch_size: int) -> Iterator[NDArray[np.float32]]:
+    def of(self, images: ImageSet, batch_size: int) -> Iterator[NDArray[np.float32]]:
         """Features of a whole set, batch by batch."""
         with progress(range(len(images)), f"features of {Path(images.name).name}") as bar:
             for batch in images.batches(batch_size):
@@ -188,10 +160,7 @@ def extractor_named(name: str, *, classifier: Path, device: str) -> Extractor:
     """
     if name == DIGITS:
         return _digits(classifier, device)
-    if name == INCEPTION:
-        return _inception(device)
-    function = imported(name, "--features")
-    return Extractor(name, function)
+    return _inception(device) if name == INCEPTION else Extractor(name, imported(name, "--features"))
 
 
 def _digits(path: Path, device: str) -> Extractor:
@@ -261,7 +230,7 @@ def evenly(count: int) -> NDArray[np.int64]:
     return np.linspace(0, count - 1, min(_PAIRED, count)).round().astype(np.int64)
 
 
-def reference_of(images: Images, extractor: Extractor, *, batch_size: int) -> Reference:
+def reference_of(images: ImageSet, extractor: Extractor, *, batch_size: int) -> Reference:
     """Features of the data, of which no more is held than statistics and `evenly` need."""
     wanted = evenly(len(images))
     held: list[NDArray[np.float32]] = []

@@ -12,7 +12,7 @@ import pytest
 import torch
 from common import feature_sets
 from common.data_files import DataError
-from common.feature_sets import Extractor, HeldImages, ImageSet, evenly, extractor_named, imported, reference_of
+from common.feature_sets import Extractor, ImageSet, evenly, extractor_named, imported, reference_of
 from common.images import write_png
 from common.metrics import FeatureStatistics
 from common.options import Mistake
@@ -42,12 +42,11 @@ def test_folders_and_npz_give_the_images_in_order(tmp_path: Path, images: NDArra
     written(images, tmp_path / "set/images")
     np.savez(tmp_path / "set.npz", images)
     np.savez_compressed(tmp_path / "compressed.npz", images)
-    held = HeldImages("held", torch.from_numpy(images).permute(0, 3, 1, 2))
-    for source in [*(ImageSet(tmp_path / n) for n in ("set", "set/images", "set.npz", "compressed.npz")), held]:
+    for source in [ImageSet(tmp_path / name) for name in ("set", "set/images", "set.npz", "compressed.npz")]:
         batches = list(source.batches(size))
         assert len(source) == 5
         assert max(len(batch) for batch in batches) == min(size, 5)
-        assert torch.equal(torch.cat(batches), held.images)
+        assert torch.equal(torch.cat(batches), torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
 def test_a_folder_is_read_as_the_encoder_reads_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,11 +120,13 @@ def test_a_header_that_announces_too_much_costs_no_memory(tmp_path: Path, images
 # --- extractors
 
 
-def test_few_of_many_features_are_held_evenly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_of_many_features_are_held_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(feature_sets, "_PAIRED", 5)
     assert evenly(4).tolist() == [0, 1, 2, 3]
     assert evenly(13).tolist() == [0, 3, 6, 9, 12]
-    images = HeldImages("grey", torch.arange(13, dtype=torch.uint8).reshape(13, 1, 1, 1).expand(13, 3, 2, 2))
+    grey = np.arange(13, dtype=np.uint8).reshape(13, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)
+    np.savez(tmp_path / "grey.npz", grey)
+    images = ImageSet(tmp_path / "grey.npz")
     extractor = Extractor("first", lambda batch: batch[:, 0, 0, :1].float())
     found = reference_of(images, extractor, batch_size=4)
     assert found.features[:, 0].tolist() == [0, 3, 6, 9, 12]
