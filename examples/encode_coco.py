@@ -6,6 +6,7 @@ The captions come as COCO's own JSON: ``images`` with ``id`` and ``file_name``, 
     python examples/encode_coco.py train2014 annotations/captions_train2014.json --out coco-256
     python examples/encode_coco.py val2014 annotations/captions_val2014.json --out coco-256 --split val
 """
+# ruff: noqa: E402
 
 import argparse
 import hashlib
@@ -14,16 +15,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-from common.coco_features import CocoWriter
-from common.data_files import DataError, first_ones, read_json, readable
-from common.encoding import PRECISIONS, image_batches, load_encoder
 from common.options import Parser, at_least, run_script
-from common.scaling import scaling_of
-from common.text import CLIP_VIT_L14, load_text_encoder
-from common.tf32 import tf32
-from common.training import progress
-from common.vae import encode_moments, weights_digest
 
 
 def options(argv: list[str] | None = None) -> argparse.Namespace:
@@ -35,14 +27,28 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--out", type=Path, required=True, help="folder of the features, of all splits")
     add("--split", default="train", help="folder in it")
     add("--vae", default="stabilityai/sd-vae-ft-mse", help="an AutoencoderKL: folder or name on the hub")
-    add("--text-encoder", default=CLIP_VIT_L14, help="CLIP text model: folder or name on the hub")
+    add("--text-encoder", default="openai/clip-vit-large-patch14", help="CLIP text model: folder or name on the hub")
     add("--size", type=at_least(1), default=256, help="pixels a side")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the VAE")
+    add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], default="fp32", help="of the VAE")
     add("--cut-long", action="store_true", help="use the beginning of captions that are too long for the text model")
     add("--batch-size", type=at_least(1), default=32, help="images at a time")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that read images")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of both models")
+    add("--device", help="of both models (default: cuda where there is one)")
     return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
+
+from common.coco_features import CocoWriter
+from common.data_files import DataError, first_ones, read_json, readable
+from common.encoding import image_batches, load_encoder
+from common.processes import default_device
+from common.scaling import scaling_of
+from common.text import load_text_encoder
+from common.tf32 import tf32
+from common.training import progress
+from common.vae import encode_moments, weights_digest
 
 
 class Captioned(NamedTuple):
@@ -90,6 +96,7 @@ def read_captions(path: Path, folder: Path) -> Captioned:
 def main(argv: list[str] | None = None) -> None:
     """Encode what is not encoded yet."""
     run = options(argv)
+    run.device = default_device(run.device)
     found = read_captions(run.captions, run.images)
     vae, _ = load_encoder(run.vae, run.precision, run.size)
     texts = load_text_encoder(run.text_encoder, device=run.device)

@@ -6,6 +6,7 @@ files. Stopped at any time, the same command goes on where it was. Several proce
     python examples/encode_latents.py imagenet/train --out latents --vae stabilityai/sd-vae-ft-mse
     torchrun --nproc_per_node 8 examples/encode_latents.py imagenet/train --out latents
 """
+# ruff: noqa: E402
 
 import argparse
 import hashlib
@@ -15,9 +16,37 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from common.options import Mistake, Parser, at_least, run_script
+
+
+def options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("images", type=Path, help="folder that holds a folder of PNG, JPEG or WebP images for each class")
+    add("--out", type=Path, required=True, help="folder of the shards")
+    add("--vae", default="stabilityai/sd-vae-ft-mse", help="an AutoencoderKL: folder or name on the hub")
+    add("--size", type=at_least(1), default=256, help="pixels a side")
+    add("--flip", action="store_true", help="encode every image mirrored, too")
+    add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], default="fp32", help="of the VAE")
+    add("--store", choices=["float32", "float16"], default="float32", help="dtype in the shards")
+    add("--shard-images", type=at_least(1), default=1024, help="images a shard")
+    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
+    add("--batch-size", type=at_least(1), default=32, help="images at a time")
+    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that read images")
+    add("--device", help="of the VAE (default: cuda where there is one)")
+    run = parser.parse_args(argv)
+    if run.out.resolve().is_relative_to(run.images.resolve()):
+        parser.error(f"--out {run.out} lies in {run.images}, and would be taken for images")
+    return run
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
+
 import torch
 from common.data_files import DataError, first_ones
-from common.encoding import PRECISIONS, image_batches, load_encoder
+from common.encoding import image_batches, load_encoder
 from common.images import find_images, skipped_line
 from common.latent_shards import (
     INDEX,
@@ -29,7 +58,6 @@ from common.latent_shards import (
     write_index,
     write_shard,
 )
-from common.options import Mistake, Parser, at_least, run_script
 from common.processes import Processes
 from common.scaling import scaling_of
 from common.tf32 import tf32
@@ -42,30 +70,9 @@ import selftrans_reg as st
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL
 
+
 STORED = {"float32": torch.float32, "float16": torch.float16}
 WAIT_SECONDS = 600.0  # for the process that writes the index
-
-
-def options(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("images", type=Path, help="folder that holds a folder of PNG, JPEG or WebP images for each class")
-    add("--out", type=Path, required=True, help="folder of the shards")
-    add("--vae", default="stabilityai/sd-vae-ft-mse", help="an AutoencoderKL: folder or name on the hub")
-    add("--size", type=at_least(1), default=256, help="pixels a side")
-    add("--flip", action="store_true", help="encode every image mirrored, too")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the VAE")
-    add("--store", choices=STORED, default="float32", help="dtype in the shards")
-    add("--shard-images", type=at_least(1), default=1024, help="images a shard")
-    add("--skip-bad", action="store_true", help="leave out images that cannot be read")
-    add("--batch-size", type=at_least(1), default=32, help="images at a time")
-    add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that read images")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the VAE")
-    run = parser.parse_args(argv)
-    if run.out.resolve().is_relative_to(run.images.resolve()):
-        parser.error(f"--out {run.out} lies in {run.images}, and would be taken for images")
-    return run
 
 
 class ImageFolder(NamedTuple):

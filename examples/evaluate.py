@@ -6,19 +6,62 @@ What is finished in ``--out`` is not done again: as the runs go on, the same com
     python examples/evaluate.py --samples samples/sit --reference data/images --features inception
     python examples/evaluate.py --run runs/plain runs/self --out runs/curve --reference digits --features digits
 """
+# ruff: noqa: E402
 
 import argparse
+import os
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from common.options import Parser, add_sampling_options, at_least, run_script
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--samples", type=Path, help="a folder of images, such as that of sample.py, or an .npz")
+    what.add_argument("--run", type=Path, nargs="+", help="runs' folders: each checkpoint is sampled and measured")
+    add = parser.add_argument
+    add("--out", type=Path, help="folder of the samples, results and curve of --run")
+    add("--published", action="store_true", help="with --run on ImageNet, the published FID-10K beside it")
+    add("--reference", help="the data: a folder of images, an .npz, or 'digits'")
+    add("--statistics", type=Path, help="file of the reference's statistics: written, or read if there")
+    add(
+        "--features",
+        required=True,
+        help="'inception', by torch-fidelity; module:callable; or 'digits', a small classifier of them",
+    )
+    add("--classifier", type=Path, default=Path("runs/digits_classifier.pt"), help="where that of 'digits' is kept")
+    add("--neighbours", type=at_least(1), default=3, help="k of precision and recall")
+    add("--bootstrap", type=at_least(2), default=20, help="draws for the distance's spread")
+    add_sampling_options(parser)
+    run = parser.parse_args(argv)
+    if (run.run is None) != (run.out is None):
+        parser.error("--run and --out belong together")
+    if run.run is not None and len({path.name for path in run.run}) < len(run.run):
+        parser.error("the folders of --run need different names")
+    if run.reference is None and run.statistics is None:
+        parser.error("name the data with --reference, or its --statistics")
+    if run.published and (run.run is None or run.features == "digits"):
+        parser.error("--published belongs to --run, with features of Inception: its curves are FIDs on ImageNet")
+    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
+        parser.error(
+            f"evaluate.py is the work of one process, and {count} were started; sample.py makes the images in several, "
+            "where evaluate.py then finds them"
+        )
+    return run
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
+
 import numpy as np
 import sample
 from common.data_files import read_json
 from common.feature_sets import (
-    DIGITS,
-    INCEPTION,
     Extractor,
     ImageSet,
     Reference,
@@ -30,12 +73,12 @@ from common.feature_sets import (
 )
 from common.images import tile
 from common.metrics import feature_statistics, frechet_distance, frechet_spread, precision_recall
-from common.options import Parser, at_least, run_script
-from common.processes import Processes
+from common.processes import Processes, default_device
 from common.run_folder import checkpoints_of, open_run_folder, write_json, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
 
 # FID-10K without guidance on ImageNet 256x256, batch 256, read off the authors' plot (+-0.5): steps -> distance.
 # Sun et al., 2026, https://arxiv.org/abs/2601.07773
@@ -50,43 +93,6 @@ MARKERS = "os^Dv"  # hollow, so that of two curves in one place both are seen
 LOGARITHMIC_FROM = 4  # largest over smallest distance: nearer ones are read better on a plain axis
 
 Row = dict[str, Any]
-
-
-def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--samples", type=Path, help="a folder of images, such as that of sample.py, or an .npz")
-    what.add_argument("--run", type=Path, nargs="+", help="runs' folders: each checkpoint is sampled and measured")
-    add = parser.add_argument
-    add("--out", type=Path, help="folder of the samples, results and curve of --run")
-    add("--published", action="store_true", help="with --run on ImageNet, the published FID-10K beside it")
-    add("--reference", help=f"the data: a folder of images, an .npz, or {DIGITS!r}")
-    add("--statistics", type=Path, help="file of the reference's statistics: written, or read if there")
-    add(
-        "--features",
-        required=True,
-        help=f"{INCEPTION!r}, by torch-fidelity; module:callable; or {DIGITS!r}, a small classifier of them",
-    )
-    add("--classifier", type=Path, default=Path("runs/digits_classifier.pt"), help=f"where that of {DIGITS!r} is kept")
-    add("--neighbours", type=at_least(1), default=3, help="k of precision and recall")
-    add("--bootstrap", type=at_least(2), default=20, help="draws for the distance's spread")
-    sample.add_sampling_options(parser)
-    run = parser.parse_args(argv)
-    if (run.run is None) != (run.out is None):
-        parser.error("--run and --out belong together")
-    if run.run is not None and len({path.name for path in run.run}) < len(run.run):
-        parser.error("the folders of --run need different names")
-    if run.reference is None and run.statistics is None:
-        parser.error("name the data with --reference, or its --statistics")
-    if run.published and (run.run is None or run.features == DIGITS):
-        parser.error("--published belongs to --run, with features of Inception: its curves are FIDs on ImageNet")
-    if (count := Processes().count) > 1:
-        parser.error(
-            f"evaluate.py is the work of one process, and {count} were started; sample.py makes the images in several, "
-            "where evaluate.py then finds them"
-        )
-    return run
 
 
 def reference_for(run: argparse.Namespace, extractor: Extractor) -> Reference:
@@ -204,6 +210,7 @@ def first_images(folder: Path) -> np.ndarray:
 def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
     """Measure the samples, or the runs' checkpoints; return the table's rows."""
     run = options(argv)
+    run.device = default_device(run.device)
     extractor = extractor_named(run.features, classifier=run.classifier, device=run.device)
     if run.samples is not None:
         images = ImageSet(run.samples)

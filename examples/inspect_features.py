@@ -1,4 +1,4 @@
-"""Look into a model: which layer sees what, whether guidance has an effect, and which settings that speaks for.
+r"""Look into a model: which layer sees what, whether guidance has an effect, and which settings that speaks for.
 
 Writes a folder with one page to look at (`index.html`), the table, the numbers as JSON and the pictures. What was
 measured there is not measured again. Any checkpoint of the examples is read as it is; a model of your own is made by a
@@ -9,6 +9,7 @@ function of yours, and its batches too, as `layer_report` takes them:
     python examples/inspect_features.py mine.pt --model my_model:build --data my_data:batches --time sit --null y=1000 \
         --out runs/inspect/mine
 """
+# ruff: noqa: E402
 
 import argparse
 import base64
@@ -18,12 +19,74 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from common.options import Mistake, Parser, at_least, run_script
+
+
+def numbers(text: str) -> list[float]:
+    """An argparse type: numbers with commas between."""
+    return [float(part) for part in text.split(",")]
+
+
+def token_range(text: str) -> slice:
+    """An argparse type: a slice such as ``1:`` or ``0:256``."""
+    first, last = text.split(":")
+    return slice(int(first) if first else None, int(last) if last else None)
+
+
+def index_or_key(text: str) -> int | str:
+    """An argparse type: an index, or a name."""
+    return int(text) if text.lstrip("-").isdecimal() else text
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    kinds = "quickstart, sit_imagenet, mmdit_coco, SiT or REPA"
+    add("checkpoint", type=Path, help=f"a file of {kinds}, or of your own with --model; or a run's folder: its newest")
+    add("--out", type=Path, default=Path("runs/inspect"), help="folder of the report")
+    add("--weights", choices=["ema", "model"], default="ema", help="which of the checkpoint's")
+    add("--device", help="of the model (default: cuda where there is one)")
+
+    group = parser.add_argument_group("what is measured").add_argument
+    group("--layers", help="names with commas between (default: all blocks)")
+    group("--scales", type=numbers, default=[1, 2, 4, 8, 16, 30], help="guidance scales (default: 1,2,4,8,16,30)")
+    group("--noise-fractions", type=numbers, default=[0.4, 0.55, 0.7], help="0 is data (default: 0.4,0.55,0.7)")
+    group("--samples", type=at_least(8), default=2000, help="how many")
+    group("--batch-size", type=at_least(1), default=32, help="doubled by the null condition")
+    group("--k", type=at_least(1), default=10, help="nearest neighbours")
+    group("--seed", type=int, default=0, help="of the samples and their noise")
+
+    group = parser.add_argument_group("what the checkpoint does not say").add_argument
+    group("--data", help="folder of latents; with --model module:function, which returns batches")
+    group("--time", help="what the model calls t, as sit or repa")
+    group("--path", choices=["linear", "cosine"], help="of a SiT's file that does not say it")
+    group("--vae", help="AutoencoderKL that decodes the pictures: folder or hub name")
+    group("--log", type=Path, help="log.jsonl of its training, for the curves")
+
+    group = parser.add_argument_group("a model of your own").add_argument
+    group("--model", metavar="MODULE:FUNCTION", help="function of no arguments that builds it")
+    group("--null", action="append", metavar="NAME=NUMBER", help="null condition; or module:function that returns it")
+    group("--select", type=index_or_key, help="which tensor of a layer's output: an index or a key")
+    group("--tokens", type=token_range, metavar="FIRST:LAST", help="which tokens are the image's, as 1:")
+
+    run = parser.parse_args(argv)
+    if run.model is not None and None in (run.data, run.time):
+        parser.error("with --model, --data and --time must be given too")
+    foreign = [f"--{name}" for name in ("null", "select", "tokens") if getattr(run, name) is not None]
+    if run.model is None and foreign:
+        parser.error(f"{foreign[0]} goes with --model; the examples' checkpoints say it themselves")
+    return run
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
+
 import torch
 from common.data_files import read_json
 from common.feature_sets import imported
 from common.loading import Checkpoint, mmdit_from_checkpoint, saved_args, sit_from_checkpoint
-from common.options import Mistake, Parser, at_least, run_script
-from common.paths import PATHS
+from common.processes import default_device
 from common.run_folder import newest_checkpoint, open_run_folder, write_whole
 from common.sampling import matching_vae, vae_place
 from common.scaling import Scaling, recorded_scaling, scaling_of
@@ -54,63 +117,6 @@ th { text-align: center } td:first-child, th:first-child, .plan td { text-align:
 .layer-report { overflow-x: auto } img { max-width: 100%; background: white; border-radius: 4px }
 pre { white-space: pre-wrap } figcaption, .small { font-size: 0.85rem; opacity: 0.8 } figure { margin: 1rem 0 }
 """
-
-
-def numbers(text: str) -> list[float]:
-    """An argparse type: numbers with commas between."""
-    return [float(part) for part in text.split(",")]
-
-
-def token_range(text: str) -> slice:
-    """An argparse type: a slice such as ``1:`` or ``0:256``."""
-    first, last = text.split(":")
-    return slice(int(first) if first else None, int(last) if last else None)
-
-
-def index_or_key(text: str) -> int | str:
-    """An argparse type: an index, or a name."""
-    return int(text) if text.lstrip("-").isdecimal() else text
-
-
-def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    kinds = "quickstart, sit_imagenet, mmdit_coco, SiT or REPA"
-    add("checkpoint", type=Path, help=f"a file of {kinds}, or of your own with --model; or a run's folder: its newest")
-    add("--out", type=Path, default=Path("runs/inspect"), help="folder of the report")
-    add("--weights", choices=["ema", "model"], default="ema", help="which of the checkpoint's")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model")
-
-    group = parser.add_argument_group("what is measured").add_argument
-    group("--layers", help="names with commas between (default: all blocks)")
-    group("--scales", type=numbers, default=[1, 2, 4, 8, 16, 30], help="guidance scales (default: 1,2,4,8,16,30)")
-    group("--noise-fractions", type=numbers, default=[0.4, 0.55, 0.7], help="0 is data (default: 0.4,0.55,0.7)")
-    group("--samples", type=at_least(8), default=2000, help="how many")
-    group("--batch-size", type=at_least(1), default=32, help="doubled by the null condition")
-    group("--k", type=at_least(1), default=10, help="nearest neighbours")
-    group("--seed", type=int, default=0, help="of the samples and their noise")
-
-    group = parser.add_argument_group("what the checkpoint does not say").add_argument
-    group("--data", help="folder of latents; with --model module:function, which returns batches")
-    group("--time", choices=st.TimeConvention.names(), metavar="NAME", help="what the model calls t, as sit or repa")
-    group("--path", choices=list(PATHS), help="of a SiT's file that does not say it")
-    group("--vae", help="AutoencoderKL that decodes the pictures: folder or hub name")
-    group("--log", type=Path, help="log.jsonl of its training, for the curves")
-
-    group = parser.add_argument_group("a model of your own").add_argument
-    group("--model", metavar="MODULE:FUNCTION", help="function of no arguments that builds it")
-    group("--null", action="append", metavar="NAME=NUMBER", help="null condition; or module:function that returns it")
-    group("--select", type=index_or_key, help="which tensor of a layer's output: an index or a key")
-    group("--tokens", type=token_range, metavar="FIRST:LAST", help="which tokens are the image's, as 1:")
-
-    run = parser.parse_args(argv)
-    if run.model is not None and None in (run.data, run.time):
-        parser.error("with --model, --data and --time must be given too")
-    foreign = [f"--{name}" for name in ("null", "select", "tokens") if getattr(run, name) is not None]
-    if run.model is None and foreign:
-        parser.error(f"{foreign[0]} goes with --model; the examples' checkpoints say it themselves")
-    return run
 
 
 # --- What is looked into ---------------------------------------------------------------------------------------------
@@ -206,6 +212,8 @@ def of_sit(run: argparse.Namespace) -> Subject:
     """A SiT: of `sit_imagenet.py`, of REPA or of the SiT repository."""
     model, found = sit_from_checkpoint(run.checkpoint, weights=run.weights)
     convention = found.conventions(said_time=run.time, said_path=run.path)
+    if convention not in SIT_TIMES:
+        raise Mistake(f"--time of a SiT is repa or sit; got {run.time}.")
     data = sit_data(run, found)
     null = {"y": found.settings["num_classes"]} if found.settings["class_dropout_prob"] else None
     measured = {"time": SIT_TIMES[convention], "null": null}
@@ -389,6 +397,7 @@ def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
 def main(argv: Sequence[str] | None = None) -> st.LayerReport:
     """Measure, draw, and write the page."""
     run = options(argv)
+    run.device = default_device(run.device)
     if not run.checkpoint.exists():
         raise Mistake(f"There is no file {run.checkpoint}. Name a checkpoint, or a run's folder.")
     run.checkpoint = newest_checkpoint(run.checkpoint)

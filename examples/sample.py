@@ -1,4 +1,4 @@
-"""Images from a SiT's checkpoint: PNGs, a grid to look at, and the ``.npz`` that ADM's evaluator reads.
+r"""Images from a SiT's checkpoint: PNGs, a grid to look at, and the ``.npz`` that ADM's evaluator reads.
 
 Noise and label of image i depend on the seed and on i alone: how many processes share the work, how it is cut into
 batches and where it was interrupted does not matter. What is finished in ``--out`` is not done again, and asking for
@@ -8,6 +8,7 @@ more images later adds them.
     torchrun --nproc_per_node=8 examples/sample.py --checkpoint runs/sit --out samples/paper --cfg-scale 1.9 \
         --guidance-high 0.65
 """
+# ruff: noqa: E402
 
 import argparse
 import os
@@ -17,13 +18,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, NamedTuple
 
+from common.options import Mistake, Parser, add_sampling_options, run_script
+
+
+def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = Parser(__doc__)
+    parser.add_argument("--checkpoint", type=Path, required=True, help="a file, or a run's folder: its newest")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the images")
+    add_sampling_options(parser)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
+
 import numpy as np
 import torch
 from common.data_files import DataError
 from common.images import read_image, tile, write_png
 from common.loading import sit_from_checkpoint
-from common.options import Mistake, Parser, at_least, finite, positive, run_script, within
-from common.paths import PATHS
 from common.processes import Processes
 from common.run_folder import newest_checkpoint, open_run_folder, write_whole
 from common.samplers import Guidance, Model, reversed_time
@@ -37,45 +51,6 @@ from torch import Tensor
 
 GRID_COLUMNS, GRID_ROWS = 10, 4
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-def add_sampling_options(parser: argparse.ArgumentParser) -> None:
-    """What decides the images, and with what speed they come; `evaluate.py` takes the same."""
-    add = parser.add_argument_group("the model").add_argument
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw")
-    add("--model", help="the published name that the weights must have, as SiT-B/2")
-    add("--num-heads", type=at_least(1), help="for files that do not say it")
-    add("--num-classes", type=at_least(1), help="for files that do not say it")
-    add(
-        "--time",
-        choices=["repa", "sit"],
-        help="what training called t: repa, t = 1 is noise; sit, t = 1 is data, as for the published SiT. Needed for "
-        "all files but those of this repository's trainer",
-    )
-    add("--path", choices=list(PATHS), help="for files that do not say it (default: linear)")
-    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default: the run's own)")
-    add("--scale-factor", type=positive, help="of the latents (default: the run's, or the VAE's)")
-    add = parser.add_argument_group("the sampler").add_argument
-    add("--sampler", choices=["euler", "heun", "sde"], default="sde", help="two ODEs, or the SDE")
-    add("--steps", type=at_least(1), default=250, help="of the sampler")
-    add("--cfg-scale", type=finite, default=1.0, help="1 is the conditional model, unguided")
-    add("--guidance-low", type=within(0, 1), default=0.0, help="smallest t, 1 being noise, with guidance")
-    add("--guidance-high", type=within(0, 1), default=1.0, help="largest t with guidance")
-    add("--num-samples", type=at_least(1), default=50_000, help="how many images")
-    add("--labels", default="random", help="random, balanced (0, 1, 2, ...), or classes to go through, as 207,360")
-    add("--seed", type=at_least(0), default=0, help="of noise and random labels")
-    add("--batch-size", type=at_least(1), default=64, help="of each process")
-    add("--precision", choices=["fp32", "tf32", *HALF], default="fp32", help="of the model")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of the model and the VAE")
-
-
-def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = Parser(__doc__)
-    parser.add_argument("--checkpoint", type=Path, required=True, help="a file, or a run's folder: its newest")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the images")
-    add_sampling_options(parser)
-    return parser.parse_args(argv)
 
 
 def labels_named(text: str, num_classes: int) -> Labels:

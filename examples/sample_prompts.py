@@ -1,4 +1,4 @@
-"""Images for prompts from checkpoints of `mmdit_coco.py`: PNGs, and a picture with a row for each checkpoint.
+r"""Images for prompts from checkpoints of `mmdit_coco.py`: PNGs, and a picture with a row for each checkpoint.
 
 The noise of an image depends on the seed and on its prompt's place in the list alone. What is finished in ``--out`` is
 not done again.
@@ -7,28 +7,14 @@ not done again.
         --prompts "a cat asleep on a red sofa" "a kite above a beach"
     python examples/sample_prompts.py --checkpoint runs/t2i/self/checkpoints/*.pt --out samples/along-training
 """
+# ruff: noqa: E402
 
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-import torch
-from common.images import read_image
-from common.loading import Checkpoint, mmdit_from_checkpoint
-from common.mmdit import MMDiT
 from common.options import Mistake, Parser, at_least, finite, positive, run_script, within
-from common.run_folder import newest_checkpoint, open_run_folder
-from common.samplers import Guidance
-from common.sampling import ImageSampler, matching_vae, vae_place
-from common.scaling import recorded_scaling
-from common.text import Prompts, encoded_prompts, load_text_encoder, numbers_of, save_captioned
-from common.training import progress
-from common.vae import weights_digest
-from sample import batches_left, png_name, write_missing
-
-SHOWN = 16  # prompts in the picture
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -51,7 +37,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--guidance-high", type=within(0, 1), default=1.0, help="largest t with guidance")
     add("--seed", type=at_least(0), default=0, help="of the noise")
     add("--batch-size", type=at_least(1), default=32, help="images at a time")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="of all models")
+    add("--device", help="of all models (default: cuda where there is one)")
     run = parser.parse_args(argv)
     if run.prompts_file is not None:
         if not run.prompts_file.is_file():
@@ -60,6 +46,26 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if run.prompts is not None and not (run.prompts and all(text.strip() for text in run.prompts)):
         parser.error("there are no prompts, or empty ones")
     return run
+
+
+if __name__ == "__main__":
+    options()  # --help and wrong options end here, before the imports below take their seconds
+
+import numpy as np
+from common.images import read_image
+from common.loading import Checkpoint, mmdit_from_checkpoint
+from common.mmdit import MMDiT
+from common.processes import default_device
+from common.run_folder import newest_checkpoint, open_run_folder
+from common.samplers import Guidance
+from common.sampling import ImageSampler, matching_vae, vae_place
+from common.scaling import recorded_scaling
+from common.text import Prompts, encoded_prompts, load_text_encoder, numbers_of, save_captioned
+from common.training import progress
+from common.vae import weights_digest
+from sample import batches_left, png_name, write_missing
+
+SHOWN = 16  # prompts in the picture
 
 
 def run_of(checkpoint: Path) -> str:
@@ -112,6 +118,7 @@ def new_job(run: argparse.Namespace, model: MMDiT, found: Checkpoint, texts: Seq
 def main(argv: Sequence[str] | None = None) -> Path:
     """Make the images that are missing; return the picture."""
     run = options(argv)
+    run.device = default_device(run.device)
     loaded = [mmdit_from_checkpoint(newest_checkpoint(path), weights=run.weights) for path in run.checkpoint]
     names = [f"{run_of(Path(found.source))}-{found.steps}" for _, found in loaded]
     if len(set(names)) < len(names):

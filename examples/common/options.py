@@ -107,6 +107,36 @@ def window(text: str) -> tuple[float, float] | str:
     return low, high
 
 
+def add_sampling_options(parser: argparse.ArgumentParser) -> None:
+    """What decides the images of a SiT, and with what speed they come: for `sample.py` and `evaluate.py`."""
+    add = parser.add_argument_group("the model").add_argument
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw")
+    add("--model", help="the published name that the weights must have, as SiT-B/2")
+    add("--num-heads", type=at_least(1), help="for files that do not say it")
+    add("--num-classes", type=at_least(1), help="for files that do not say it")
+    add(
+        "--time",
+        choices=["repa", "sit"],
+        help="what training called t: repa, t = 1 is noise; sit, t = 1 is data, as for the published SiT. Needed for "
+        "all files but those of this repository's trainer",
+    )
+    add("--path", choices=["linear", "cosine"], help="for files that do not say it (default: linear)")
+    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default: the run's own)")
+    add("--scale-factor", type=positive, help="of the latents (default: the run's, or the VAE's)")
+    add = parser.add_argument_group("the sampler").add_argument
+    add("--sampler", choices=["euler", "heun", "sde"], default="sde", help="two ODEs, or the SDE")
+    add("--steps", type=at_least(1), default=250, help="of the sampler")
+    add("--cfg-scale", type=finite, default=1.0, help="1 is the conditional model, unguided")
+    add("--guidance-low", type=within(0, 1), default=0.0, help="smallest t, 1 being noise, with guidance")
+    add("--guidance-high", type=within(0, 1), default=1.0, help="largest t with guidance")
+    add("--num-samples", type=at_least(1), default=50_000, help="how many images")
+    add("--labels", default="random", help="random, balanced (0, 1, 2, ...), or classes to go through, as 207,360")
+    add("--seed", type=at_least(0), default=0, help="of noise and random labels")
+    add("--batch-size", type=at_least(1), default=64, help="of each process")
+    add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], default="fp32", help="of the model")
+    add("--device", help="of the model and the VAE (default: cuda where there is one)")
+
+
 # --- The long runs ---------------------------------------------------------------------------------------------------
 
 # What only some stages have; None unless given.

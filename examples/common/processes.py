@@ -3,7 +3,13 @@
 import os
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
+
+
+def default_device(name: str | None) -> str:
+    """The device that was named; else a GPU, where there is one."""
+    return name or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Processes:
@@ -27,6 +33,7 @@ class Processes:
         if self.count > 1:
             dist.barrier()
 
-    def device(self, name: str) -> str:
+    def device(self, name: str | None) -> str:
         """The device of this process: with "cuda", the one that it was given."""
+        name = default_device(name)
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
