@@ -197,7 +197,7 @@ def checkpoints_of(folder: Path) -> list[Path]:
     Raises:
         Mistake: If there is none.
     """
-    inside = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+    inside = folder / "checkpoints" if (folder / "checkpoints").exists() else folder
     found = list(saved_checkpoints(inside).values())
     if not found:
         there = sorted(path.name for path in inside.iterdir())[:5] if inside.is_dir() else []

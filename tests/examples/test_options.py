@@ -1,36 +1,70 @@
-"""Command-line options of the examples: a number out of range is named by argparse."""
+"""Command lines of the examples: numbers out of range, mistakes in one line, and help without heavy imports."""
 
-import argparse
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from common.options import at_least, positive, within
+from common.options import Mistake, Parser, at_least, finite, positive, run_script, window, within
 
+import selftrans_reg as st
 
-def test_a_number_below_the_least_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--steps", type=at_least(2))
-    assert parser.parse_args(["--steps=2"]).steps == 2
-    for text, message in [("1", "must be 2 or more; got 1"), ("many", "invalid number value: 'many'")]:
-        with pytest.raises(SystemExit):
-            parser.parse_args([f"--steps={text}"])
-        assert message in capsys.readouterr().err
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.parametrize(
     ("kind", "fine", "wrong"),
     [
-        (within(0, 1), ["0", "0.5", "1"], {"-0.1": "from 0 to 1; got -0.1", "1.1": "got 1.1", "nan": "got nan"}),
-        (positive, ["1e-9", "inf"], {"0": "must be above 0; got 0", "-1": "got -1", "nan": "got nan"}),
+        (at_least(2), {"2": 2}, {"1": "must be 2 or more; got 1"}),
+        (within(0, 1), {"0": 0, "0.5": 0.5, "1": 1}, {"-0.1": "0 to 1; got -0.1", "1.1": "got 1.1", "nan": "got nan"}),
+        (positive, {"1e-9": 1e-9, "inf": float("inf")}, {"0": "must be above 0; got 0", "nan": "got nan"}),
+        (finite, {"-3": -3}, {"inf": "must be finite; got inf", "nan": "got nan"}),
+        (window, {"0.4,0.7": (0.4, 0.7), "all": "all"}, {"0.4": "as 0.4,0.7, or all; got 0.4", "0.7,0.4": "lower first",
+                                                         "0,2": "within 0 and 1", "nan,1": "within 0 and 1"}),
     ],
-)
-def test_a_number_outside_is_refused(
-    kind: Callable[[str], float], fine: list[str], wrong: dict[str, str], capsys: pytest.CaptureFixture[str]
+)  # fmt: skip
+def test_a_number_outside_is_refused_in_one_line(
+    kind: Callable[[str], object], fine: dict[str, object], wrong: dict[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parser = argparse.ArgumentParser()
+    parser = Parser("What it does.")
     parser.add_argument("--x", type=kind)
-    assert [parser.parse_args([f"--x={text}"]).x for text in fine] == [float(text) for text in fine]
-    for text, message in {**wrong, "many": "value: 'many'"}.items():
-        with pytest.raises(SystemExit):
+    assert {text: parser.parse_args([f"--x={text}"]).x for text in fine} == fine
+    for text, message in {**wrong, "many": "many"}.items():
+        with pytest.raises(SystemExit, match="2"):
             parser.parse_args([f"--x={text}"])
-        assert message in capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert message in line
+
+
+@pytest.mark.parametrize(
+    "error", [Mistake("No such file.\nFound: none."), st.SettingError("No such file.\nFound: none.")]
+)
+def test_a_mistake_ends_in_one_line(error: Exception) -> None:
+    def main() -> None:
+        raise error
+
+    with pytest.raises(SystemExit, match=r"error: No such file\. Found: none\.$"):
+        run_script(main)
+    with pytest.raises(ZeroDivisionError):  # a defect keeps its traceback
+        run_script(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize("script", ["quickstart.py", "sit_imagenet.py", "mmdit_coco.py"])
+def test_help_shows_every_default_and_needs_nothing_heavy(script: str, tmp_path: Path) -> None:
+    for name in ("torch", "diffusers", "sklearn", "selftrans_reg"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('heavy')")
+    done = subprocess.run(
+        [sys.executable, EXAMPLES / script, "--help"],
+        env=os.environ | {"PYTHONPATH": str(tmp_path), "COLUMNS": "1000"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    options = [line for line in done.stdout.splitlines() if line.startswith("  --")]
+    assert len(options) > 15
+    undescribed = [line.split()[0] for line in options if len(line.split("  ")[-1].split()) < 2]
+    assert undescribed == []
+    for default in ["(default: 0)", "default: ", "recipe"]:
+        assert default in done.stdout

@@ -1,11 +1,28 @@
-"""The examples' run folders: finished work is kept, and no run writes into another's."""
+"""The examples' run folders: finished work is kept, no run writes into another's, and what is damaged is named."""
 
 import json
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from common.run_folder import finished_or_made, open_run_folder, write_json
+from common.options import Mistake
+from common.run_folder import (
+    checkpoints_of,
+    finished_or_made,
+    locked,
+    newest_checkpoint,
+    open_run_folder,
+    read_log,
+    write_json,
+    write_whole,
+)
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 def test_the_same_settings_open_the_folder_again(tmp_path: Path) -> None:
@@ -16,52 +33,117 @@ def test_the_same_settings_open_the_folder_again(tmp_path: Path) -> None:
 
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     open_run_folder(tmp_path, {"steps": 3, "seed": 0, "old": 1})
-    for match in ["other settings", "steps: 3 there, 4 now", "old: 1 there, None now", "--out"]:
-        with pytest.raises(ValueError, match=match):
-            open_run_folder(tmp_path, {"steps": 4, "seed": 0})
-    with pytest.raises(ValueError, match="there") as error:
-        open_run_folder(tmp_path, {"steps": 4, "seed": 0, "old": 1})
-    assert "seed" not in str(error.value)
+    with pytest.raises(
+        Mistake, match=r"other settings.\nFound: old: 1 there, None now; steps: 3 there, 4 now.\n.*--out"
+    ):
+        open_run_folder(tmp_path, {"steps": 4, "seed": 0})
     assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 3
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").touch()
-    for match in ["not empty, and no run made it", "holiday.jpg", "Name another folder"]:
-        with pytest.raises(ValueError, match=match):
-            open_run_folder(tmp_path, {})
+    with pytest.raises(Mistake, match=r"not empty, and no run made it.\nFound: holiday.jpg(.|\n)*another folder"):
+        open_run_folder(tmp_path, {})
     assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.jpg"]
-    with pytest.raises(ValueError, match="is a file, and a run needs a folder"):
+    with pytest.raises(Mistake, match="is a file, and a run needs a folder"):
         open_run_folder(tmp_path / "holiday.jpg", {})
 
 
-def test_work_is_done_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("damaged", [b"", b'{"steps": 3', b"[]", b"\x00\x00\x00", b"\xff\xfe"])
+def test_damaged_settings_are_recovered_or_named(tmp_path: Path, damaged: bytes) -> None:
+    path = tmp_path / "settings.json"
+    path.write_bytes(damaged)
+    with pytest.raises(Mistake, match=r"settings.json is damaged(.|\n)*--out"):
+        open_run_folder(tmp_path, {"steps": 3})
+    assert path.read_bytes() == damaged
+
+    def saved() -> dict[str, Any]:
+        return {"steps": 3, "more": 1}
+
+    with pytest.raises(Mistake, match="steps: 3 there, 4 now"):
+        open_run_folder(tmp_path, {"steps": 4}, saved=saved)
+    open_run_folder(tmp_path, {"steps": 3}, saved=saved)
+    assert json.loads(path.read_text()) == {"steps": 3}
+
+
+def test_work_is_done_once_and_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     calls = []
 
     def make() -> dict[str, object]:
         calls.append(1)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
         return {"weights": torch.ones(2), "seconds": 1.5, "log": [{"step": 0}]}
 
+    with pytest.raises(KeyboardInterrupt):
+        finished_or_made(tmp_path / "a.pt", make)
     first, second = (finished_or_made(tmp_path / "a.pt", make) for _ in range(2))
-    assert len(calls) == 1
+    assert len(calls) == 2
     assert "finished before" in capsys.readouterr().out
     assert torch.equal(first["weights"], second["weights"])
     assert second["log"] == [{"step": 0}]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_work_that_breaks_off_leaves_no_result(tmp_path: Path) -> None:
-    def broken() -> dict[str, object]:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        finished_or_made(tmp_path / "a.pt", broken)
-    assert not (tmp_path / "a.pt").exists()
-
-
-def test_json_is_written_whole(tmp_path: Path) -> None:
-    path = tmp_path / "results.json"
-    write_json({"a": 1.5}, path)
+    write_json({"a": 1.5}, tmp_path / "b.json")
     with pytest.raises(TypeError):
-        write_json({"a": object()}, path)
-    assert json.loads(path.read_text()) == {"a": 1.5}
+        write_json({"a": object()}, tmp_path / "b.json")
+    assert json.loads((tmp_path / "b.json").read_text()) == {"a": 1.5}
+    assert {entry.name for entry in tmp_path.iterdir()} == {"a.pt", "b.json"}
+
+
+def test_what_is_written_is_flushed_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done, fsync, rename = [], os.fsync, os.rename
+    monkeypatch.setattr(os, "fsync", lambda *args: (done.append("fsync"), fsync(*args)))
+    monkeypatch.setattr(os, "rename", lambda *args: (done.append("rename"), rename(*args)))
+    write_whole(tmp_path / "a", lambda file: file.write(b"x"))
+    assert done == ["fsync", "rename", "fsync"]  # the file, its name, the folder
+
+
+HOLD = "import sys, time; from pathlib import Path; from common.run_folder import locked\n"
+HOLD += "with locked(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
+
+
+def test_a_second_process_is_kept_out_until_the_first_ends_or_dies(tmp_path: Path) -> None:
+    command, where = [sys.executable, "-c", HOLD, tmp_path], os.environ | {"PYTHONPATH": str(EXAMPLES)}
+    with subprocess.Popen(command, env=where, stdout=subprocess.PIPE) as first:
+        assert first.stdout.readline() == b"in\n"
+        start = time.monotonic()
+        with pytest.raises(Mistake, match=rf"at work in {tmp_path}: process {first.pid} on "), locked(tmp_path):
+            pass
+        assert time.monotonic() - start < 5
+        first.kill()
+    mine = f"process {os.getpid()} on "  # what the dead one has left is no obstacle
+    with locked(tmp_path), pytest.raises(Mistake, match=mine), locked(tmp_path):
+        pass
+    with locked(tmp_path):
+        pass
+
+
+def test_checkpoints_are_found_by_their_steps(tmp_path: Path) -> None:
+    for place in (tmp_path / "run/checkpoints", tmp_path / "bare"):
+        place.mkdir(parents=True)
+        for name in ("0000002.pt", "12345678.pt", "0000010.pt", "0000011.pt.partial", "last.pt"):
+            (place / name).touch()
+    for run, place in [(tmp_path / "run", tmp_path / "run/checkpoints"), (tmp_path / "bare", tmp_path / "bare")]:
+        assert checkpoints_of(run) == [place / name for name in ("0000002.pt", "0000010.pt", "12345678.pt")]
+        assert newest_checkpoint(run) == place / "12345678.pt"
+    assert newest_checkpoint(tmp_path / "bare/last.pt") == tmp_path / "bare/last.pt"
+    with pytest.raises(Mistake, match=r"no checkpoint of a run in .*\nFound: bare, run"):
+        newest_checkpoint(tmp_path)
+    (tmp_path / "checkpoints").touch()
+    with pytest.raises(Mistake, match="checkpoints is a file"):
+        newest_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "tail", [b"", b'{"step": 4, "lo', b'{"step": 4, "lo\n', b"\x00\x00\x00\x00", b"4\n", b"{}\n", b"\xff\n"]
+)
+def test_a_logs_last_line_is_droppable_and_no_other(tmp_path: Path, tail: bytes) -> None:
+    path, whole = tmp_path / "log.jsonl", b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n'
+    assert read_log(path) == []
+    path.write_bytes(whole + tail)
+    assert read_log(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
+    if tail:
+        path.write_bytes(whole + tail.rstrip(b"\n") + b"\n" + whole)
+        with pytest.raises(Mistake, match=r"Line 3 of .*log.jsonl is damaged(.|\n)*Remove that line"):
+            read_log(path)
+    with pytest.raises(Mistake, match="is no file"):
+        read_log(tmp_path)

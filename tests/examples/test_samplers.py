@@ -196,10 +196,12 @@ def labelled(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
     return torch.where(y == 7, 10.0, 1.0)[:, None, None, None].expand_as(x)
 
 
-def test_guidance_acts_inside_its_closed_interval_only() -> None:
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_guidance_acts_in_the_steps_that_begin_inside_its_closed_interval(method: str) -> None:
+    """Heun's second evaluation too is decided by where the step begins, as in REPA's sampler."""
     # Steps start at t = 1, 0.75, 0.5, 0.25; guided velocity 10 + 3 (1 - 10) = -17.
     guidance = Guidance(scale=3.0, null=7, low=0.5, high=0.75)
-    end = sample_ode(labelled, points(0.0), Y, steps=4, guidance=guidance)
+    end = sample_ode(labelled, points(0.0), Y, steps=4, method=method, guidance=guidance)
     assert end.item() == pytest.approx(-0.25 * (1 - 17 - 17 + 1))
 
 
