@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import selftrans_reg as st
-from selftrans_reg.alignment import Gated
-from selftrans_reg.truncate import compile_blocks
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common.paths import interpolate, linear_path
@@ -127,7 +125,7 @@ class RowsKnown(Ours):
 
     def loss(self, denoising: Tensor, batch: Batch) -> Tensor:
         """As the library's, without the wait."""
-        with patch.object(Gated, "rows", lambda gated: batch.inside):
+        with patch("selftrans_reg.alignment.Gated.rows", lambda gated: batch.inside):
             return super().loss(denoising, batch)
 
 
@@ -244,7 +242,8 @@ def variants(shape: Shape, base: nn.Module, chosen: set[str], compile_teacher: b
     def run_by_hand() -> nn.Module:
         teacher = whole_teacher()
         if compile_teacher:  # as the library's; swapping runs the live model, which is compiled as a whole
-            compile_blocks(teacher)
+            for block in teacher.blocks:
+                block.compile()
         return teacher
 
     makers: dict[str, Callable[[str], Variant]] = {
