@@ -5,8 +5,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -33,6 +31,9 @@ def digits(size: int = 32) -> tuple[LabelledImages, LabelledImages]:
     Returns:
         The training images and the held-out ones.
     """
+    from sklearn.datasets import load_digits  # which takes a second
+    from sklearn.model_selection import train_test_split
+
     raw = load_digits()
     images = torch.from_numpy(raw.images).float().unsqueeze(1) / 16  # grey levels are 0 .. 16
     images = F.interpolate(images, size=(size, size), mode="bicubic").clamp(0, 1) * 2 - 1

@@ -5,7 +5,6 @@ Source: Xiao et al., 2017, https://arxiv.org/abs/1708.07747
 """
 
 import gzip
-import math
 import zlib
 from pathlib import Path
 
@@ -15,39 +14,12 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from common.data import LabelledImages
-from selftrans_reg.errors import SettingError, ShapeError
+from common.options import Mistake
 
 NUM_FASHION_CLASSES = 10
 PACKAGED = Path("/usr/share/datasets/fashion-mnist")
 
 _SIZE = 28
-# The third byte of an idx file's magic number: unsigned bytes, the only type among the four files.
-_UNSIGNED_BYTE = 0x08
-
-
-def read_idx(path: Path) -> NDArray[np.uint8]:
-    """An idx file of unsigned bytes, gzipped or not: a magic number, each axis as a big-endian uint32, the bytes.
-
-    Raises:
-        ShapeError: If the file is no such file, or is not as long as its header says.
-    """
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise ShapeError(f"{path} is no whole gzip file: {error}.\nCopy it again.") from error
-    if len(raw) < 4 or raw[:3] != bytes([0, 0, _UNSIGNED_BYTE]):
-        raise ShapeError(
-            f"{path} is no idx file of unsigned bytes.\nFound: it begins with {raw[:4].hex(' ') or 'nothing'}, not "
-            "with 00 00 08.\nPass one of the four original files."
-        )
-    axes, start = raw[3], 4 + 4 * raw[3]
-    shape = tuple(np.frombuffer(raw[4:start], dtype=">u4").tolist())
-    if len(shape) != axes or len(raw) - start != math.prod(shape):
-        raise ShapeError(
-            f"{path} is not as long as its header says.\n"
-            f"Found: {max(0, len(raw) - start):,} bytes for the shape {shape}.\nCopy it again."
-        )
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
 def fashion(folder: Path = PACKAGED, size: int = 32) -> tuple[LabelledImages, LabelledImages]:
@@ -58,33 +30,38 @@ def fashion(folder: Path = PACKAGED, size: int = 32) -> tuple[LabelledImages, La
         size: Side of the padded images, 28 or more, even.
 
     Raises:
-        SettingError: If a file is missing, or the size is none.
-        ShapeError: If a file is broken, or images and labels do not fit.
+        Mistake: If a file is missing or broken, or the size is none.
     """
     if size < _SIZE or size % 2:
-        raise SettingError(f"The images are padded evenly from {_SIZE}: size must be even and no less; got {size}.")
-    train, held_out = (_read_part(folder, part, size) for part in ("train", "t10k"))
+        raise Mistake(f"The images are padded evenly from {_SIZE}: size must be even and no less; got {size}.")
+    margin, parts = (size - _SIZE) // 2, []
+    for part in ("train", "t10k"):
+        labels = _read(folder, f"{part}-labels-idx1-ubyte", ())
+        images = _read(folder, f"{part}-images-idx3-ubyte", (_SIZE, _SIZE))
+        if len(images) != len(labels):
+            raise Mistake(f"The '{part}' files in {folder} have {len(images)} images and {len(labels)} labels.")
+        pixels = torch.from_numpy(images.copy()).float().unsqueeze(1) / 127.5 - 1
+        padded = F.pad(pixels, [margin] * 4, value=-1.0)
+        parts.append(LabelledImages(padded, torch.from_numpy(labels.copy()).long()))
+    train, held_out = parts
     return train, held_out
 
 
-def _read_part(folder: Path, part: str, size: int) -> LabelledImages:
-    images = read_idx(_find(folder, f"{part}-images-idx3-ubyte"))
-    labels = read_idx(_find(folder, f"{part}-labels-idx1-ubyte"))
-    if images.shape[1:] != (_SIZE, _SIZE) or images.shape[:1] != labels.shape:
-        raise ShapeError(
-            f"The '{part}' files in {folder} are not images of {_SIZE}x{_SIZE} with one label each.\n"
-            f"Found: images {images.shape}, labels {labels.shape}."
+def _read(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """An idx file of unsigned bytes: 0, 0, 8 and the number of axes, each axis as a big-endian uint32, the bytes."""
+    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
+    if path is None:
+        raise Mistake(
+            f"There is no {name} or {name}.gz in {folder}.\n"
+            "Name the folder of the four original files with --data, or install the package dataset-fashion-mnist."
         )
-    pixels = torch.from_numpy(images.copy()).float().unsqueeze(1) / 127.5 - 1
-    margin = (size - _SIZE) // 2
-    return LabelledImages(F.pad(pixels, [margin] * 4, value=-1.0), torch.from_numpy(labels.copy()).long())
-
-
-def _find(folder: Path, name: str) -> Path:
-    for path in (folder / name, folder / f"{name}.gz"):
-        if path.exists():
-            return path
-    raise SettingError(
-        f"There is no {name} or {name}.gz in {folder}.\n"
-        "Name the folder of the four original files with --data, or install the package dataset-fashion-mnist."
-    )
+    try:
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise Mistake(f"{path} cannot be read: {error}.\nCopy it again.") from error
+    start = 4 * (2 + len(shape))
+    count, *found = np.frombuffer(raw[4:start].ljust(start - 4, b"\0"), ">u4").tolist()
+    whole = len(raw) == start + count * int(np.prod(shape))
+    if raw[:4] != bytes([0, 0, 8, 1 + len(shape)]) or tuple(found) != shape or not whole:
+        raise Mistake(f"{path} is not the original file {name}, or not whole: copy it again.")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(count, *shape)

@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ _RECORDED: dict[Family, tuple[str, ...]] = {
             "learn_sigma", "qk_norm", "class_dropout_prob"),
     "MMDiT": ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "context_size"),
 }  # fmt: skip
-_FROM = {"SiT": "the SiT or REPA repository, or of examples/sit_imagenet.py", "MMDiT": "examples/mmdit_coco.py"}
+_FROM = {"SiT": "the SiT or REPA repository, or of sit_imagenet.py", "MMDiT": "mmdit_coco.py"}
 _ALIASES = {"cfg_prob": "class_dropout_prob"}  # what REPA calls it
 _PATHS = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP": "cosine"}  # ours and REPA's, then SiT's
 _PREDICTIONS = ("v", "velocity")  # REPA's word and SiT's
@@ -39,12 +39,7 @@ _NEEDED = ("x_embedder.proj.weight", "pos_embed", "y_embedder.embedding_table.we
 
 
 class Conventions(NamedTuple):
-    """How a model was trained.
-
-    Attributes:
-        time: "repa", t = 1 is noise; or "sit", t = 1 is data.
-        path: "linear" or "cosine".
-    """
+    """How a model was trained: its time, "repa" (t = 1 is noise) or "sit" (t = 1 is data), and its path."""
 
     time: str
     path: str
@@ -97,10 +92,10 @@ def check_claims(
         source: The file, for messages.
         args: The settings that it holds, as from `saved_args`.
         family: The model that it is taken for.
-        said_time: The user's word on its time, "repa" or "sit".
-        said_path: The user's word on its path.
+        said_time: The user's word on its time, "repa" or "sit"; likewise ``said_path``.
+        said_path: On its path.
         option: With what option to say ``said_time``.
-        time: What it is to be used with, where there is a choice no more; likewise ``path`` and ``scaling``.
+        time: What it is to be used with, where that is fixed; likewise ``path``, ``scaling`` and ``settings``.
         path: Of the run.
         scaling: Of the latents.
         settings: The arguments of the model that the weights go into: those that no shape shows have to agree.
@@ -111,59 +106,40 @@ def check_claims(
     Raises:
         Mistake: If the file is of another family, path, time, prediction or scale, or nothing says its time.
     """
+
+    def refuse(said: str, here: str, advice: str) -> NoReturn:
+        raise Mistake(f"{source} was trained {said}{here}.\n{advice}")
+
     for name in (args.get("family"), args.get("model")):
         if name is not None and str(name) != "demo" and not str(name).startswith(family):
-            raise Mistake(
-                f"{source} was trained as a {str(name)[:60]!r}, and is taken for a {family}.\n"
-                f"Pass a checkpoint of {_FROM[family]}."
-            )
+            refuse(f"as a {str(name)[:60]!r}", f", and is taken for a {family}", f"Pass one of {_FROM[family]}.")
+    if (prediction := args.get("prediction", "velocity")) not in _PREDICTIONS:
+        refuse(f"to predict {prediction!r:.60}", "; a model of the velocity is needed here", "Pass another checkpoint.")
+    if (named := args.get("path", args.get("path_type", "linear"))) not in _PATHS:
+        refuse(f"on the path {named!r:.60}", "", "Known: linear and cosine ('Linear' and 'GVP' in SiT's files).")
+    found_path = _PATHS[named] if {"path", "path_type"} & args.keys() else None
     ours = all(key in args for key in _RECORDED[family])
-    prediction = args.get("prediction", "velocity")
-    if prediction not in _PREDICTIONS:
-        raise Mistake(
-            f"{source} was trained to predict {prediction!r:.60}; {family} is used as a model of the velocity here.\n"
-            "Pass a checkpoint that was trained with --prediction v (REPA) or velocity (SiT)."
-        )
-    found_path = args.get("path", args.get("path_type"))
-    if found_path is not None and found_path not in _PATHS:
-        raise Mistake(
-            f"{source} was trained on the path {found_path!r:.60}.\n"
-            "Known: linear and cosine ('Linear' and 'GVP' in SiT's files)."
-        )
-    found_path = None if found_path is None else _PATHS[found_path]
     found_time = args.get("time", "repa" if ours else None)
     if found_time is None and said_time is None:
         raise Mistake(
             f"{source} does not say what its training called t, and its weights do not show it.\n"
-            "Found: no settings of this repository's trainer.\n"
             f"Pass {option} repa if t = 1 was noise (REPA and its forks), or {option} sit if it was data (SiT's own "
             "files)."
         )
     if None not in (found_time, said_time) and found_time != said_time:
-        raise Mistake(
-            f"{source} was written by this repository's trainer, in the convention {found_time!r}.\n"
-            f"Found: {option} {said_time}. Leave it out."
-        )
+        refuse(f"in the convention {found_time!r}", "", f"Found: {option} {said_time}. Leave it out.")
     if None not in (found_path, said_path) and found_path != said_path:
-        raise Mistake(f"{source} was trained on the {found_path} path.\nFound: --path {said_path}. Leave it out.")
+        refuse(f"on the {found_path} path", "", f"Found: --path {said_path}. Leave it out.")
     found = Conventions(found_time or said_time, found_path or said_path or path or "linear")
-    if time is not None and found.time != time:
-        raise Mistake(
-            f"{source} was trained with the time of {found.time!r} (t = 1 is {_at_one(found.time)}); this run's is "
-            f"{time!r} (t = 1 is {_at_one(time)}).\nIts weights predict the opposite velocity at every t: pass a "
-            "checkpoint of the same convention."
-        )
-    if path is not None and found.path != path:
-        raise Mistake(
-            f"{source} was trained on the {found.path} path; this run is on the {path} path.\n"
-            "Pass a checkpoint of the same path, or the same --path."
-        )
+    if time not in (None, found.time):
+        advice = "Its weights predict the opposite velocity at every t: pass a checkpoint of the same convention."
+        refuse(_at_one(found.time), f"; this run is {_at_one(time)}", advice)
+    if path not in (None, found.path):
+        refuse(f"on the {found.path} path", f"; this run is on the {path} path", "Pass one of the same path.")
     found_scaling = recorded_scaling(args, source)
     if None not in (scaling, found_scaling) and not found_scaling.equals(scaling):
-        raise Mistake(
-            f"{source} was trained on latents of {found_scaling}; here they have {scaling}.\n"
-            "Pass a checkpoint that was trained on the same latents."
-        )
+        advice = "Pass a checkpoint that was trained on the same latents."
+        refuse(f"on latents of {found_scaling}", f"; here they have {scaling}", advice)
     own = {**(settings or {}), "class_dropout_prob": None}  # how often labels are dropped is each run's own business
     differences = [
         f"{key}: {value} there, {own[key]} here"
@@ -179,7 +155,7 @@ def check_claims(
 
 
 def _at_one(time: str) -> str:
-    return "data" if time == "sit" else "noise"
+    return f"with the time of {time!r} (t = 1 is {'data' if time == 'sit' else 'noise'})"
 
 
 def saved_args(content: Mapping[str, Any], source: object) -> dict[str, Any]:
@@ -189,12 +165,10 @@ def saved_args(content: Mapping[str, Any], source: object) -> dict[str, Any]:
         Mistake: If something else is there.
     """
     args = content.get("args", {})
-    if isinstance(args, argparse.Namespace):
-        return vars(args)
+    args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
         raise Mistake(
-            f"{source} has under 'args' a {type(args).__name__}; a run's settings are a dictionary or a Namespace.\n"
-            "Save the checkpoint anew without that entry."
+            f"{source} has under 'args' a {type(args).__name__}, no settings: save it anew without that entry."
         )
     return args
 
@@ -281,12 +255,8 @@ def _loaded(
         model: nn.Module = kind(**settings)
     described, there = (sum(t.numel() for t in tensors.values()) for tensors in (model.state_dict(), saved))
     if described > 2 * there:
-        raise Mistake(
-            f"{path} is damaged: it describes a {family} of {described:,} weights, and holds {there:,}.\n"
-            "Copy it again, or take another checkpoint of the run."
-        )
-    model = model.to_empty(device="cpu")
-    report = st.load_weights(model, content, weights=weights)
+        raise Mistake(f"{path} is damaged: it describes a {family} of {described:,} weights, and holds {there:,}.")
+    report = st.load_weights(model.to_empty(device="cpu"), content, weights=weights)
     found = Checkpoint(os.fspath(path), family, settings, report.entry, report.left_out, report.step, args)
     return model.eval().requires_grad_(False), found
 
@@ -298,10 +268,7 @@ def _claims(args: Mapping[str, Any], family: Family, source: object) -> dict[str
     odd = [f"{name}: {value!r}"[:100] for name, value in claims.items() if not isinstance(value, int | float)]
     odd += [f"num_heads: {claims['num_heads']}"] if not odd and claims.get("num_heads", 1) < 1 else []
     if odd:
-        raise Mistake(
-            f"{source} has settings that no {family} can have.\nFound: {'; '.join(odd)}.\n"
-            "Correct the entry 'args' of the file, or leave it out."
-        )
+        raise Mistake(f"{source} has settings that no {family} can have.\nFound: {'; '.join(odd)}.")
     try:
         return (published_sizes(str(args.get("model"))) if family == "SiT" else {}) | claims
     except Mistake:  # a size of one's own
@@ -331,10 +298,7 @@ def _sizes(saved: Mapping[str, Tensor], source: object) -> dict[str, Any]:
         sensible = False
     if not sensible:
         shapes = "; ".join(f"{key} {tuple(saved[key].shape)}" for key in _NEEDED)
-        raise Mistake(
-            f"{source} holds no SiT on square latents: the shapes do not go together.\nFound: {shapes}.\n"
-            f"Pass a checkpoint of {_FROM['SiT']}."
-        )
+        raise Mistake(f"{source} holds no SiT on square latents: the shapes do not go together.\nFound: {shapes}.")
     sizes = {
         "input_size": math.isqrt(tokens) * patch_size,
         "patch_size": patch_size,
@@ -359,10 +323,7 @@ def _settled(sizes: dict[str, Any], said: Mapping[str, Mapping[str, Any]], sourc
             if known.setdefault(name, value) != value
         ]
         if differences:
-            raise Mistake(
-                f"{source} holds another model than {who} says.\nFound: {'; '.join(differences)}.\n"
-                "Name the model that the file holds, or pass the file of the model that is meant."
-            )
+            raise Mistake(f"{source} holds another model than {who} says.\nFound: {'; '.join(differences)}.")
     rows = known.pop("rows")
     published = {(depth, width): heads for depth, width, heads in SIZES.values()}
     known.setdefault("num_heads", published.get((known["depth"], known["hidden_size"])))

@@ -14,7 +14,16 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from common.options import Mistake
-from common.sit import FinalLayer, Mlp, PatchEmbed, TimestepEmbedder, modulate, sincos_position_embedding
+from common.sit import (
+    FinalLayer,
+    Mlp,
+    PatchEmbed,
+    TimestepEmbedder,
+    check_sizes,
+    initialize,
+    modulate,
+    sincos_position_embedding,
+)
 
 # The published text-to-image model: width 32 x depth, as many heads as blocks, CLIP ViT-L/14's text width.
 PUBLISHED_DEPTH = 24
@@ -153,12 +162,7 @@ class MMDiT(nn.Module):
         super().__init__()
         hidden_size = HEAD_SIZE * depth if hidden_size is None else hidden_size
         num_heads = depth if num_heads is None else num_heads
-        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise Mistake(
-                f"MMDiT needs input_size divisible by patch_size, and hidden_size divisible by num_heads and by 4.\n"
-                f"Found: input_size={input_size}, patch_size={patch_size}, hidden_size={hidden_size}, "
-                f"num_heads={num_heads}."
-            )
+        check_sizes("MMDiT", input_size, patch_size, hidden_size, num_heads)
         self.patch_size = patch_size
         self.context_size = context_size
         self.grid_size = input_size // patch_size
@@ -170,22 +174,7 @@ class MMDiT(nn.Module):
             [JointBlock(hidden_size, num_heads, mlp_ratio, context_pre_only=i == depth - 1) for i in range(depth)]
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels)
-        self.initialize_weights()
-
-    def initialize_weights(self) -> None:
-        """Draw the initial weights from the global generator, by SiT's rules in both streams."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: as a Linear on flat patches
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        streams = [stream for block in self.joint_blocks for stream in (block.context_block, block.x_block)]
-        for layer in [stream.adaLN_modulation[1] for stream in [*streams, self.final_layer]]:
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        initialize(self, [half for block in self.joint_blocks for half in (block.context_block, block.x_block)])
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         """Predict the velocity of the noisy latents x at times t for texts with these features."""

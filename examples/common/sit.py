@@ -5,6 +5,7 @@ Source followed: Ma et al., 2024, "SiT", https://arxiv.org/abs/2401.08740 and th
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -20,11 +21,7 @@ PATCH_SIZES = (2, 4, 8)
 
 
 class PatchEmbed(nn.Module):
-    """Non-overlapping patches to tokens, by a convolution whose stride is the patch.
-
-    Shape:
-        latents: (N, C, H, W); returns: (N, T, D) with T = H * W / patch_size**2, row by row
-    """
+    """Non-overlapping patches to tokens by a strided convolution: (N, C, H, W) to (N, T, D), row by row."""
 
     def __init__(self, patch_size: int, in_channels: int, hidden_size: int) -> None:
         super().__init__()
@@ -36,11 +33,7 @@ class PatchEmbed(nn.Module):
 
 
 class TimestepEmbedder(nn.Module):
-    """256 cosines and sines of t itself (in [0, 1], not times 1000), then a two-layer MLP.
-
-    Shape:
-        t: (N,); returns: (N, D)
-    """
+    """256 cosines and sines of t itself (in [0, 1], not times 1000), then a two-layer MLP: (N,) to (N, D)."""
 
     frequency_channels = 256
 
@@ -62,10 +55,7 @@ class TimestepEmbedder(nn.Module):
 class LabelEmbedder(nn.Module):
     """Class table whose last row is the null class; in training mode labels become it with ``dropout_prob``.
 
-    Built with dropout 0 there is no null row, and the table has ``num_classes`` rows.
-
-    Shape:
-        labels: (N,) integers; returns: (N, D)
+    Built with dropout 0 there is no null row, and the table has ``num_classes`` rows. (N,) integers to (N, D).
     """
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
@@ -83,11 +73,7 @@ class LabelEmbedder(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention; ``qk_norm`` adds a LayerNorm over each head's channels of q and of k.
-
-    Shape:
-        x: (N, T, D); returns: (N, T, D)
-    """
+    """Multi-head self-attention; ``qk_norm`` adds a LayerNorm over each head's channels of q and of k."""
 
     def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
@@ -124,11 +110,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class SiTBlock(nn.Module):
-    """A transformer block whose norms are modulated, and whose branches are gated, by the condition (adaLN-Zero).
-
-    Shape:
-        x: (N, T, D); c: (N, D); returns: (N, T, D)
-    """
+    """Transformer block, norms modulated and branches gated by the condition (adaLN-Zero): (N, T, D), (N, D)."""
 
     def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, *, qk_norm: bool) -> None:
         super().__init__()
@@ -179,6 +161,32 @@ def sincos_position_embedding(hidden_size: int, grid_size: int) -> Tensor:
     return torch.cat(halves, dim=1).float().unsqueeze(0)
 
 
+def check_sizes(name: str, input_size: int, patch_size: int, hidden_size: int, num_heads: int) -> None:
+    """Raise a `Mistake` if the sizes do not divide."""
+    if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
+        raise Mistake(
+            f"{name} needs input_size divisible by patch_size, and hidden_size divisible by num_heads and by 4.\n"
+            f"Found: {input_size=}, {patch_size=}, {hidden_size=}, {num_heads=}."
+        )
+
+
+def initialize(model: nn.Module, gated: Sequence[nn.Module]) -> None:
+    """Draw the field's initial weights from the global generator; what modulates and the last layer begin at zero."""
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+    nn.init.xavier_uniform_(model.x_embedder.proj.weight.flatten(1))  # a view: as a Linear on flat patches
+    nn.init.zeros_(model.x_embedder.proj.bias)
+    if hasattr(model, "y_embedder"):
+        nn.init.normal_(model.y_embedder.embedding_table.weight, std=0.02)
+    nn.init.normal_(model.t_embedder.mlp[0].weight, std=0.02)
+    nn.init.normal_(model.t_embedder.mlp[2].weight, std=0.02)
+    for module in [*gated, model.final_layer]:
+        nn.init.zeros_(module.adaLN_modulation[1].weight)
+    nn.init.zeros_(model.final_layer.linear.weight)
+
+
 class SiT(nn.Module):
     """Scalable interpolant transformer on latents.
 
@@ -217,12 +225,7 @@ class SiT(nn.Module):
         qk_norm: bool = False,
     ) -> None:
         super().__init__()
-        if input_size % patch_size or hidden_size % num_heads or hidden_size % 4:
-            raise Mistake(
-                f"SiT needs input_size divisible by patch_size, and hidden_size divisible by num_heads and by 4.\n"
-                f"Found: input_size={input_size}, patch_size={patch_size}, hidden_size={hidden_size}, "
-                f"num_heads={num_heads}."
-            )
+        check_sizes("SiT", input_size, patch_size, hidden_size, num_heads)
         self.patch_size = patch_size
         self.in_channels = in_channels
         self.num_classes = num_classes
@@ -236,23 +239,8 @@ class SiT(nn.Module):
             [SiTBlock(hidden_size, num_heads, mlp_ratio, qk_norm=qk_norm) for _ in range(depth)]
         )
         self.final_layer = FinalLayer(hidden_size, patch_size, in_channels * (2 if learn_sigma else 1))
-        self.initialize_weights()
-
-    def initialize_weights(self) -> None:
-        """Draw the field's initial weights from the global generator."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                nn.init.zeros_(module.bias)
-        self.pos_embed.data.copy_(sincos_position_embedding(self.pos_embed.shape[-1], self.grid_size))
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # a view: as a Linear on flat patches
-        nn.init.zeros_(self.x_embedder.proj.bias)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in [*(block.adaLN_modulation[1] for block in self.blocks), self.final_layer.adaLN_modulation[1]]:
-            nn.init.zeros_(layer.weight)
-        nn.init.zeros_(self.final_layer.linear.weight)
+        initialize(self, list(self.blocks))
+        self.pos_embed.data.copy_(sincos_position_embedding(hidden_size, self.grid_size))
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """Predict the velocity of the noisy latents x at times t for labels y."""

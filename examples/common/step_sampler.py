@@ -50,8 +50,8 @@ class StepSampler(Sampler[MicroBatch]):
         length: Number of samples.
         batch_size: Samples of an optimiser step, over all ranks and micro-batches; a multiple of their product.
         micro_batches: Parts of a batch that a rank runs one after the other.
-        rank: This process.
-        ranks: Number of processes.
+        rank: This process, of so many ``ranks``.
+        ranks: Processes.
         seed: Of the order.
         first_step: The step to begin with, counted from 0.
 

@@ -53,26 +53,7 @@ _ENTRIES = {"model", "ema", "opt", "criterion", "scaler", "steps", "args"}
 
 
 class LongRun(NamedTuple):
-    """How to train.
-
-    Args:
-        steps: Optimiser steps in all.
-        batch_size: Samples of a step, over all processes and micro-batches.
-        lr: Learning rate of AdamW, after the warm-up.
-        betas: Of AdamW.
-        weight_decay: Of AdamW.
-        warmup_steps: Steps over which the learning rate rises linearly.
-        clip: Largest norm of the gradient of model and head together.
-        ema_decay: Decay of the moving average of the weights, which starts as a copy.
-        seed: Of the data's order and of what each step draws.
-        workers: Processes that read data, for each rank.
-        log_every: Steps between two lines of the log. A criterion whose ``health_interval`` is this times the
-            micro-batches measures what is logged.
-        checkpoint_every: Steps between two checkpoints.
-        sample_every: Steps between two pictures of samples; None for none.
-        keep: How many of the newest checkpoints stay.
-        keep_every: Checkpoints at multiples of so many steps stay too; None for none.
-    """
+    """How to train: the options of the long runs, by the same names."""
 
     steps: int
     batch_size: int = 256

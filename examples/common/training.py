@@ -59,15 +59,7 @@ def timed_in_turns(steps: Mapping[str, Callable[[], object]], *, rounds: int, wa
 
 
 class TrainSettings(NamedTuple):
-    """How to train.
-
-    Args:
-        steps: Optimiser steps.
-        lr: Learning rate of AdamW, after the warm-up.
-        warmup_steps: Steps over which the learning rate rises linearly.
-        clip: Largest norm of the gradient of model and head together.
-        ema_decay: Decay of the moving average of the weights.
-    """
+    """How to train: steps of AdamW with a linear warm-up, the gradient clipped, the weights averaged."""
 
     steps: int
     lr: float

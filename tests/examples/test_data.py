@@ -3,9 +3,8 @@
 import pytest
 import torch
 from common.data import LatentData, digits, shuffled_batches
+from common.options import Mistake
 from sklearn.datasets import load_digits
-
-from selftrans_reg.errors import SettingError
 
 
 def test_the_digits_are_sklearns_split_without_overlap() -> None:
@@ -60,5 +59,5 @@ def test_latents_are_drawn_from_their_posterior_and_scaled() -> None:
 
 def test_fewer_latents_than_a_batch_are_an_error() -> None:
     data = LatentData(torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 2, 2), torch.arange(4), scale=1.0)
-    with pytest.raises(SettingError, match="no batch"):
+    with pytest.raises(Mistake, match="no batch"):
         next(data.batches(batch_size=5, seed=0))

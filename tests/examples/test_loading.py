@@ -163,7 +163,11 @@ def test_what_a_file_says_and_what_the_user_adds() -> None:
         (SIT_FILE, {"option": "--file-time"}, "does not say what its training called t(.|\\n)*--file-time repa"),
         ({}, {}, "does not say what its training called t"),
         (OURS, {"said_time": "sit"}, r"in the convention 'repa'.\nFound: --time sit. Leave it out"),
-        (SIT_FILE, {"said_time": "sit", "time": "repa"}, "t = 1 is data.; this run's is 'repa' .t = 1 is noise"),
+        (
+            SIT_FILE,
+            {"said_time": "sit", "time": "repa"},
+            "1 is data.; this run is with the time of 'repa' ",
+        ),
         (OURS | {"time": "sit"}, {"time": "repa"}, "the time of 'sit'"),
         (OURS, {"settings": TINY | {"num_heads": 4}}, "num_heads: 2 there, 4 here"),
         (REPA_FILE, {"said_time": "repa", "settings": {"num_heads": 12}}, "num_heads: 16 there, 12 here"),
