@@ -296,7 +296,7 @@ class Alignment(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
-            self.teacher._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self.teacher._apply(fn, recurse)
         return self
 
     def _alignment(

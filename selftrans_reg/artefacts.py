@@ -236,15 +236,17 @@ def ask(asked: Sequence[str], where: str) -> None:
 
 
 @contextmanager
-def fitting(where: str, model: nn.Module, origin: str = "") -> Iterator[None]:
+def fitting(where: str, model: nn.Module, origin: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Say that an artefact does not fit, and ``origin``, where a model refuses its settings or weights."""
     try:
         yield
     except (TeacherError, TimeConventionError):
         raise
     except CheckpointError as error:  # which says so already
+        undo()
         raise CheckpointError(f"{error}\n{origin}") from error
     except SelfTransError as error:
+        undo()
         name = type(unwrap(model)).__name__
         raise CheckpointError(
             f"{where} does not fit {name}; nothing was loaded.\n{error}\n{origin}".rstrip()

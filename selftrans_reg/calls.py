@@ -453,14 +453,26 @@ def _reaches(path: str, arguments: Mapping[str, Any]) -> bool:
     return True
 
 
-def as_weights(model: nn.Module, rows: Rows, *, exact: bool) -> Rows:
-    """The rows of a call in the dtype of the model's weights, unless autocast sees to it.
+def in_precision_of(model: nn.Module, x_t: Tensor, rows: Sequence[Rows]) -> list[Rows]:
+    """The rows of a call for a model that may hold its weights in another precision than the one that was called.
 
-    If they must stay ``exact`` they are never rounded: models embed t in float32 whatever their weights.
+    Where some of its weights have the dtype of ``x_t``, its own user would give it that call, and autocast sees to
+    the rest: nothing is cast. Otherwise all that came in that dtype goes to the dtype of most weights, but for one
+    number a sample, such as t: models embed those in float32 whatever their weights.
     """
-    if isinstance(rows, list):
-        return [as_weights(model, row, exact=exact) if isinstance(row, Tensor) else row for row in rows]
-    if not rows.is_floating_point() or torch.is_autocast_enabled(rows.device.type):
-        return rows
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), rows.dtype)
-    return rows.to(torch.promote_types(rows.dtype, dtype) if exact else dtype)
+    sizes: dict[torch.dtype, int] = {}
+    for parameter in model.parameters():
+        if parameter.dtype == x_t.dtype:
+            return list(rows)
+        if parameter.is_floating_point() and parameter.element_size() > 1:  # 8-bit weights compute in another dtype
+            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
+    if not sizes or torch.is_autocast_enabled(x_t.device.type):
+        return list(rows)
+    dtype = max(sizes, key=lambda d: sizes[d])
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, list):
+            return [cast(item) for item in value]
+        return value.to(dtype) if isinstance(value, Tensor) and value.dtype == x_t.dtype and value.ndim > 1 else value
+
+    return [cast(value) for value in rows]

@@ -1,126 +1,241 @@
-"""The null condition: what takes a condition's place in a call, and whether its indices have an embedding."""
+"""The null condition: what takes a condition's place in the teacher's second pass, and whether it fits one batch."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import copy
+import dataclasses
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, CallSpec, Rows, RowTensors, nested_path
+from .calls import Call, CallSpec, Rows, RowTensors, Way, join_rows, nested_path, take_rows
 from .errors import SettingError
 from .modules import nearest, quoted
 from .taps import watched
 
-Null: TypeAlias = Mapping[str, Any]
+Null: TypeAlias = Mapping[Any, Any]
+Path: TypeAlias = tuple[Any, ...]
 
 _NESTED = "A condition inside an argument takes a nested mapping: null={'cond': {'y': 1000}} for cond['y']."
+_ABSENT = object()
 
 
-def flatten_null(null: object, spec: CallSpec) -> Iterator[tuple[str, Any]]:
-    """The null condition with the path of each value, as :class:`RowTensors` names paths.
-
-    Raises:
-        SettingError: If it is empty, names x_t, t or what the model does not take, or holds something else than
-            numbers, tensors and callables.
-    """
-    if not isinstance(null, Mapping) or not null:
-        raise SettingError(
-            f"null= maps argument names to the null condition, such as null={{'y': 1000}}; got {null!r}."
-        )
-    for name in null:
-        spec.check_name(name, "null=", SettingError, _NESTED)
-    if overlap := [name for name in null if name in (spec.x, spec.t)]:
-        raise SettingError(f"null= names {quoted(overlap)}, which is x_t or t, not a condition.")
-
-    def walk(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping) and value:
-            for key, item in value.items():
-                yield from walk(item, nested_path(path, key))
-        elif isinstance(value, bool | int | float | Tensor) or callable(value):
-            yield path, value
-        else:
-            raise SettingError(
-                f"The null condition for {path!r} must be a number, a tensor without batch axis, or a callable; "
-                f"got {value!r}."
-            )
-
-    for name, value in null.items():
-        yield from walk(value, name)
-
-
-def null_tensors(null: Mapping[str, Any], call: Call, held: RowTensors) -> Iterator[Rows]:
-    """For each row tensor of the call its null counterpart: itself where the null condition does not name it.
+class NullCondition(nn.Module):
+    """The null condition of a model's calls. Its tensors are buffers, so that they move with whoever holds it.
 
     Args:
-        null: By path, as from :func:`flatten_null`.
-        call: The whole batch's call.
-        held: Its row tensors.
+        null: As :func:`build_teacher` describes it; a key may also be the tuple of keys that leads to a nested place.
+        spec: How the model is called.
 
     Raises:
-        SettingError: If the null condition does not fit the call.
+        SettingError: If it is empty, names x_t, t or what the model does not take, or holds what can be no condition.
     """
-    if missing := [path for path in null if path not in held.paths]:
-        raise SettingError(
-            f"The null condition names {quoted(missing)}, but the call holds no tensor with {call.rows} rows "
-            f"there; it holds {quoted(held.paths)}.\n"
-            f"Nearest: {quoted(nearest(missing[0], held.paths)) or 'none'}. The model must be called with the "
-            "condition that null= replaces."
-            + (f"\n{_NESTED}" if any(path.startswith(f"{missing[0]}[") for path in held.paths) else "")
+
+    def __init__(self, null: object, spec: CallSpec) -> None:
+        super().__init__()
+        if not isinstance(null, Mapping) or not null:
+            raise SettingError(
+                f"null= maps argument names to the null condition, such as null={{'y': 1000}}; got {null!r}."
+            )
+        self.values = {_typed(path): (path, value) for path, value in _leaves(null).items()}
+        self._known = frozenset(spec.names)
+        self.known: dict[str, Way] = {}  # how the null condition's own calls held the samples
+        for index, (name, (path, value)) in enumerate(self.values.items()):
+            spec.check_name(path[0], "null=", SettingError, _NESTED)
+            if path[0] in (spec.x, spec.t):
+                raise SettingError(f"null= names {path[0]!r}, which is x_t or t, not a condition.")
+            if isinstance(value, Tensor):
+                self.register_buffer(f"value_{index}", value.detach(), persistent=False)
+            elif not (isinstance(value, bool | int | float | str | None) or callable(value)):
+                raise SettingError(
+                    f"The null condition for {name!r} must be a number, None, a tensor without batch axis, or a "
+                    f"callable; got {value!r}."
+                )
+
+    def now(self) -> list[tuple[str, Path, Any]]:
+        """Name, path and value of each part, tensors where they have been moved to."""
+        return [
+            (name, path, self.get_buffer(f"value_{index}") if isinstance(value, Tensor) else value)
+            for index, (name, (path, value)) in enumerate(self.values.items())
+        ]
+
+    def __str__(self) -> str:
+        """Numbers as they are, the rest by kind."""
+        return ", ".join(
+            f"{name} = {value if isinstance(value, int | float | None) else type(value).__name__}"
+            for name, (_, value) in self.values.items()
         )
-    for path, tensor in zip(held.paths, held.tensors, strict=True):
-        if path not in null:
-            yield tensor
-        elif isinstance(tensor, Tensor):
-            yield _null_like(path, null[path], tensor, call)
+
+    def passes(self, call: Call, held: RowTensors, rows: Tensor | None = None) -> list[tuple[RowTensors, list[Rows]]]:
+        """What to run: one doubled batch, the condition first; or, where shapes differ, condition and null condition.
+
+        Args:
+            call: The whole batch's call.
+            held: Its rows.
+            rows: (n,), indices of the rows to run; None for all.
+
+        Raises:
+            SettingError: If the null condition does not fit the call.
+        """
+        found, others, ways = list(held.tensors), [], dict(call.ways)
+        fits = True
+        for name, path, value in self.now():
+            argument = _at(call.arguments, path)
+            if name in held.paths:
+                place = held.paths.index(name)
+                new = self._rows(name, value, held.tensors[place], call)
+                if new is not None:
+                    fits = fits and (isinstance(new, list) or new.shape == held.tensors[place].shape)  # type: ignore[union-attr]
+                    found[place] = new
+                    continue
+            else:
+                new = self._whole(name, path, value, argument, call, held)
+                if new is None and argument in (None, _ABSENT):
+                    continue
+                if isinstance(new, Tensor):  # what held no rows holds none now, however long it is
+                    ways.setdefault(name, "shared" if isinstance(argument, Tensor) else 0)
+            fits = False
+            others.append((path, new))
+        if fits:
+            sides = [held.tensors, found]
+            if rows is not None:
+                sides = [[take_rows(values, rows) for values in side] for side in sides]
+            return [(held, [join_rows(pair) for pair in zip(*sides, strict=True)])]
+        arguments: Any = held.rebuild(found)
+        for path, new in others:
+            arguments = _put(arguments, path, new)
+        other = RowTensors(dataclasses.replace(call, arguments=arguments, ways=ways), self.known, self.values)
+        return [
+            (side, side.tensors if rows is None else [take_rows(values, rows) for values in side.tensors])
+            for side in (held, other)
+        ]
+
+    def _rows(self, name: str, value: Any, argument: Rows, call: Call) -> Rows | None:
+        """The null condition of an argument that holds rows."""
+        if callable(value):
+            value = value(call.arguments)
+            if value is None:
+                return None
+            if isinstance(value, list | tuple) and not isinstance(argument, Tensor) and len(value) == call.rows:
+                return list(value)
+            if not isinstance(value, Tensor) or value.shape[:1] != (call.rows,):
+                found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                wanted = tuple(argument.shape) if isinstance(argument, Tensor) else f"a list of {len(argument)}"
+                raise SettingError(
+                    f"The callable null condition for {name!r} returned {found}; it gets the call's arguments by name "
+                    f"and must return {call.rows} rows, as the argument has them: {wanted}."
+                )
+            return _cast(name, value, argument)
+        if value is None:
+            return None
+        if isinstance(argument, list):
+            return [_filled(name, value, entry) for entry in argument]
+        if not isinstance(value, Tensor):
+            filled: Tensor = _filled(name, value, argument)
+            return filled
+        if value.ndim != argument.ndim - 1:
+            raise SettingError(
+                f"The null condition for {name!r} has shape {tuple(value.shape)}; the argument is "
+                f"{tuple(argument.shape)}, so without its batch axis it should be {tuple(argument.shape[1:])}."
+            )
+        return _cast(name, value, argument).expand(call.rows, *value.shape)
+
+    def _whole(self, name: str, path: Path, value: Any, argument: Any, call: Call, held: RowTensors) -> Any:
+        """The null condition of an argument that holds no rows, or that the call does not have."""
+        if callable(value):
+            return value(call.arguments)
+        if value is None:
+            return None
+        if isinstance(argument, Tensor):
+            return _cast(name, value, argument) if isinstance(value, Tensor) else _filled(name, value, argument)
+        if isinstance(value, Tensor):
+            if argument is None or (argument is _ABSENT and name in self._known):
+                value = value.to(call.x_t.device)
+                return value if call.ways.get(name) == "shared" else value.expand(call.rows, *value.shape)
+        elif isinstance(argument, bool | int | float | str):
+            return value
+        raise SettingError(
+            f"The null condition names {name!r}, but the call holds no tensor with {call.rows} rows there; it holds "
+            f"{quoted(held.paths)}.\n"
+            f"Nearest: {quoted(nearest(name, held.paths)) or 'none'}. The model must be called with the condition that "
+            "null= replaces." + (f"\n{_NESTED}" if any(other.startswith(f"{name}[") for other in held.paths) else "")
+        )
+
+
+def _leaves(null: Mapping[Any, Any], above: Path = ()) -> dict[Path, Any]:
+    found: dict[Path, Any] = {}
+    for key, value in null.items():
+        path = (*above, *key) if isinstance(key, tuple) else (*above, key)
+        found |= _leaves(value, path) if isinstance(value, Mapping) and value else {path: value}
+    return found
+
+
+def _typed(path: Path) -> str:
+    """A path as one would type it."""
+    name = str(path[0])
+    for key in path[1:]:
+        name = nested_path(name, key)
+    return name
+
+
+def _at(value: Any, path: Path) -> Any:
+    """What stands at a path of nested arguments, if anything does."""
+    for key in path:
+        if isinstance(value, Mapping):
+            value = value.get(key, _ABSENT)
+        elif isinstance(value, list | tuple) and isinstance(key, int) and key < len(value):
+            value = value[key]
         else:
-            yield list(null[path](call.arguments)) if callable(null[path]) else [null[path]] * len(tensor)
+            value = getattr(value, str(key), _ABSENT) if dataclasses.is_dataclass(value) else _ABSENT
+    return value
 
 
-def _null_like(path: str, value: Any, tensor: Tensor, call: Call) -> Tensor:
-    if callable(value):
-        rows = value(call.arguments)
-        if not isinstance(rows, Tensor) or rows.shape != tensor.shape:
-            found = tuple(rows.shape) if isinstance(rows, Tensor) else type(rows).__name__
-            raise SettingError(
-                f"The callable null condition for {path!r} returned {found}; it gets the call's arguments by name "
-                f"and must return a tensor of the argument's shape, {tuple(tensor.shape)}."
-            )
-        return _cast(path, rows, tensor)
-    if not isinstance(value, Tensor):
-        if not tensor.is_floating_point() and not float(value).is_integer():
-            raise SettingError(
-                f"The null condition {value!r} for {path!r} is no whole number, but the argument holds {tensor.dtype}."
-            )
-        return torch.full_like(tensor, value)
-    if value.shape != tensor.shape[1:]:
+def _put(value: Any, path: Path, new: Any) -> Any:
+    """Nested arguments with ``new`` at a path; what lies on the way is copied."""
+    if not path:
+        return new
+    key, *rest = path
+    inner = _put(_at(value, (key,)), tuple(rest), new)
+    if isinstance(value, list | tuple):
+        items = [inner if index == key else item for index, item in enumerate(value)]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    value = copy.copy(value) if not isinstance(value, Mapping) or hasattr(value, "__setitem__") else dict(value)
+    if isinstance(value, Mapping):
+        value[key] = inner  # type: ignore[index]
+    else:
+        object.__setattr__(value, key, inner)
+    return value
+
+
+def _filled(name: str, value: Any, argument: Any) -> Any:
+    """A value in the place of a tensor, or of a list's entry."""
+    if isinstance(value, Tensor):
+        return _cast(name, value, argument)
+    if not isinstance(argument, Tensor) or isinstance(value, str):
+        return value
+    if not argument.is_floating_point() and not float(value).is_integer():
         raise SettingError(
-            f"The null condition for {path!r} has shape {tuple(value.shape)}; the argument is "
-            f"{tuple(tensor.shape)}, so without its batch axis it should be {tuple(tensor.shape[1:])}."
+            f"The null condition {value!r} for {name!r} is no whole number, but the argument holds {argument.dtype}."
         )
-    return _cast(path, value, tensor).expand_as(tensor)
+    return torch.full_like(argument, value)
 
 
-def _cast(path: str, null: Tensor, argument: Tensor) -> Tensor:
+def _cast(name: str, null: Tensor, argument: Any) -> Tensor:
     """The null condition in the argument's dtype and place."""
+    if not isinstance(argument, Tensor):
+        return null
     if null.is_floating_point() and not argument.is_floating_point():
         raise SettingError(
-            f"The null condition for {path!r} holds {null.dtype}, but the argument {argument.dtype}: it would be cut "
+            f"The null condition for {name!r} holds {null.dtype}, but the argument {argument.dtype}: it would be cut "
             "off."
         )
     return null.to(argument)
 
 
-def shown(null: Mapping[str, Any]) -> str:
-    """The null condition in short: numbers as they are, the rest by kind."""
-    return ", ".join(
-        f"{path} = {value if isinstance(value, int | float) else type(value).__name__}" for path, value in null.items()
-    )
-
-
-def checked_indices(model: nn.Module, null: Mapping[str, Any]) -> AbstractContextManager[None]:
+def checked_indices(model: nn.Module, null: NullCondition | None) -> AbstractContextManager[None]:
     """While inside, every index is compared with the embedding that it reaches. It waits for the device.
 
     Raises:
@@ -136,7 +251,7 @@ def checked_indices(model: nn.Module, null: Mapping[str, Any]) -> AbstractContex
             name = next(n for n, m in model.named_modules() if m is module)
             raise SettingError(
                 f"Index {low if low < 0 else high} would reach embedding {name!r}, which has {module.num_embeddings} "
-                f"rows (0 to {module.num_embeddings - 1}). The null condition: {shown(null)}.\n"
+                f"rows (0 to {module.num_embeddings - 1}). The null condition: {null or 'none'}.\n"
                 "A model built without label dropout has no null row: train the teacher with dropout; or name the "
                 "index of its null class. If the index is not the null condition's, it is one of the loop's own."
             )

@@ -56,7 +56,7 @@ def save_teacher(teacher: CFGFeatureTeacher, folder: Path, details: Details, nam
     for index, (path, value) in enumerate(_leaves(teacher.null)):
         key = f"{_NULL_PREFIX}{index}"
         if isinstance(value, Tensor):
-            tensors[key] = teacher.get_buffer(f"null_{index}")
+            tensors[key] = teacher.null_condition.get_buffer(f"value_{index}")
             null.append({"path": list(path), "tensor": key})
         else:
             plain = isinstance(value, bool | int | float)
@@ -105,14 +105,14 @@ def load_teacher(
         raise SettingError(f"model= takes a model, or a function that makes one; it made {type(made).__name__}.")
     same = architecture(made) == config["backbone"]["fingerprint"]
     origin = f"It was saved from {config['backbone']['class']}, of {'the same' if same else 'other'} keys and shapes."
-    with fitting(where, made, origin):
-        own = {k: v for k, v in own_tensors(made).items() if not any(_is_in(k, gone) for gone in dropped)}
+    put_back = drop(made, dropped)
+    with fitting(where, made, origin, put_back):
+        own = own_tensors(made)
         check_fit(made, own, saved, where)
         check_values(own, saved, where)
         check_settings(
             made, layer=config["layer"], guidance_scale=config["guidance_scale"], null=condition, call=config["call"]
         )
-    drop(made, dropped)
     _assign(made, saved)
     with fitting(where, made, origin):
         teacher = cls(

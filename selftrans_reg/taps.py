@@ -411,21 +411,29 @@ class _Stop(BaseException):
 
 
 class _StopHook(_Hook["EarlyExit"]):
-    """Keeps the layer's output with its owner and leaves the forward, or counts, where the thread is running one."""
+    """Keeps the layer's output for the forward of its thread that the owner is running, and leaves it there."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         early_exit = self.owner()
-        if early_exit is None or module is not self.module():
+        run = None if early_exit is None else early_exit.runs.get(threading.get_ident())
+        if run is None or module is not self.module():
             return
-        here = early_exit.here
-        here.count = getattr(here, "count", 0) + 1
-        if getattr(here, "running", False):
-            here.output = output
+        run.outputs.append(output if run.stop else walk(output, lambda tensor, path: tensor.clone()))
+        if run.stop:
             raise _Stop
 
 
+class _Run(NamedTuple):
+    """A forward in progress: the tapped layer's outputs so far, and whether to leave at the first."""
+
+    outputs: list[Any]
+    stop: bool
+
+
 class EarlyExit:
-    """Runs a model up to one layer and returns that layer's raw output. Several threads may, each for itself.
+    """Runs a model up to one layer and returns that layer's raw output.
+
+    What belongs to a forward is kept by its thread: others may run the same model meanwhile, through this or not.
 
     Args:
         model: The model, wrapped or not.
@@ -436,40 +444,40 @@ class EarlyExit:
         _keep_out_of_graphs()
         module = find_layer(model, layer)
         self.layer = layer
-        self.here = threading.local()  # whether the thread is `running` one, the layer's `output`, and its `count`
+        self.runs: dict[int, _Run] = {}
         module.register_forward_hook(_StopHook(self, module))
 
-    def check_runs_once(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Let ``model(*args, **kwargs)`` go on to its end, and see that the layer does not run again.
+    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, stop: bool = True) -> Any:
+        """The layer's raw output in ``model(*args, **kwargs)``.
+
+        Args:
+            model: The model.
+            args: Of the call.
+            kwargs: Of the call.
+            stop: Leave the forward there. Otherwise it goes on, and what fails behind the layer is of no interest.
 
         Raises:
-            CaptureError: If it does.
+            CaptureError: If the forward ended without running the layer, or ran it several times.
         """
-        self.here.count = 0
-        with contextlib.suppress(Exception):  # behind the layer nothing need work; what fails before it fails in `run`
-            model(*args, **kwargs)
-        if self.here.count > 1:
-            raise CaptureError(
-                f"Layer {self.layer!r} runs {self.here.count} times in one forward of the teacher, and nothing is "
-                "guessed.\nTap a layer that runs once."
-            )
-
-    def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The layer's raw output in ``model(*args, **kwargs)``, which goes no further.
-
-        Raises:
-            CaptureError: If the forward ended without running the layer.
-        """
-        self.here.running = True
+        thread = threading.get_ident()
+        run = self.runs[thread] = _Run([], stop)
         try:
             model(*args, **kwargs)
         except _Stop:
             for part in sharded_parts(model):  # as FSDP2's own hooks do where a forward ends
                 part.reshard()  # type: ignore[operator]
-            return self.here.output
+        except Exception:
+            if not run.outputs:
+                raise
         finally:
-            self.here.running = False
-            self.here.output = None
+            del self.runs[thread]
+        if len(run.outputs) == 1:
+            return run.outputs[0]
+        if run.outputs:
+            raise CaptureError(
+                f"Layer {self.layer!r} runs {len(run.outputs)} times in one forward of the teacher, and nothing is "
+                "guessed.\nTap a layer that runs once."
+            )
         raise CaptureError(
             f"The teacher's forward ended without running layer {self.layer!r}: name a layer that runs in every "
             "forward."

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Unpack
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from .calls import Call, CallSpec, Rows, RowTensors, as_weights, join_rows, take_rows
+from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
 from .checkpoints import load_weights
-from .errors import SelfTransError, SettingError, ShapeError, TeacherError
+from .errors import CallError, SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Shareable
 from .modules import (
     Layout,
@@ -27,11 +30,11 @@ from .modules import (
     sharded_parts,
     unwrap,
 )
-from .null import Null, checked_indices, flatten_null, null_tensors, shown
+from .null import Null, NullCondition, checked_indices
 from .taps import EarlyExit
 from .time import TimeConvention, resolve
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens
-from .truncate import blocks_of, compile_blocks, pad_rows, pruned_error, pruned_modules, truncate
+from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, tensors_in
+from .truncate import Usage, blocks_of, compile_blocks, pad_rows, pruned_error, touched_in, truncate
 
 if TYPE_CHECKING:
     from .hub import Source
@@ -41,16 +44,21 @@ if TYPE_CHECKING:
 _LOGGER = logging.getLogger(__name__)
 
 
+M = TypeVar("M", bound=nn.Module)
+
+
 class CFGFeatureTeacher(Shareable, nn.Module):
     """A frozen model that gives the guided features of one layer.
 
-    The model runs on the condition and on the null condition, as one doubled batch, and stops at its layer:
+    The model runs on the condition and on the null condition, as one doubled batch where their shapes agree and in two
+    passes where they do not, and stops at its layer:
 
         f_g = f_u + guidance_scale · (f_c − f_u)
 
     so 1 is the conditional feature. The combination is computed in float32. The model runs without gradients, in eval
-    mode whatever ``.train()`` says, under the autocast that is active. At the first call the modules that never run
-    are dropped and their memory is free; before, one forward goes on to its end, to see that the layer runs once.
+    mode whatever ``.train()`` says, under the autocast that is active. The first call takes a few forwards more: one
+    goes on to its end, to see that the layer runs once, and one runs a single row, to see that rows can be taken from
+    the call. What took no part is then dropped, and its memory is free.
 
     Made by :func:`build_teacher`, which describes the arguments.
 
@@ -58,6 +66,11 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         call: the model's own arguments; x_t (N, ...), t (N,)
         returns: (N, T, D), float32, no gradient
     """
+
+    if TYPE_CHECKING:
+
+        def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # nn.Module's returns Any
+            """The guided features (N, T, D)."""
 
     def __init__(
         self,
@@ -72,6 +85,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         hidden_size: int | None = None,
         time: str | TimeConvention | None = None,
         compile: bool = False,  # noqa: A002
+        truncate: bool = True,
     ) -> None:
         super().__init__()
         check_guidance_scale(guidance_scale)
@@ -88,38 +102,41 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self.time = None if time is None else resolve(time)
         self.spec = CallSpec(model, call)
         self.null = null
-        self._null = dict(flatten_null(null, self.spec))
-        for index, value in enumerate(self._null.values()):
-            if isinstance(value, Tensor):
-                self.register_buffer(
-                    f"null_{index}", value.detach(), persistent=False
-                )  # so that it moves with the teacher
+        self.null_condition = NullCondition(null, self.spec)
         if compile and not blocks_of(model):
             raise SettingError(
                 "compile=True compiles the blocks of an nn.ModuleList, an nn.ModuleDict, or an nn.Sequential of one "
                 f"class; {type(unwrap(model)).__name__} has none.\n"
                 "Leave compile=True out, and compile the model's parts yourself: part.compile()."
             )
-        self.model = model.requires_grad_(False)
-        self.eval()
-        self._exit = EarlyExit(model, layer)
-        self._prepared = False
-        self._layout = Layout.of(tapped, self.hidden_size)
-        self._pruned = pruned_modules(model)
-        self._compile = compile
         settings = {"layer": layer, "guidance_scale": self.guidance_scale, "select": select, "tokens": tokens}
         settings |= {f"fixed {name}": value for name, value in self.spec.fixed.items()}
-        settings |= {f"null {path}": value for path, value in self._null.items()}
+        settings |= {f"null {name}": value for name, _, value in self.null_condition.now()}
         self.fingerprint = fingerprint(model, settings)
         self.architecture = architecture(model)
         self.provenance: dict[str, Any] = {}  # where it comes from, for those with whom it is shared
+        self.model = model
+        self._taken = _freeze(model)
+        self.eval()
+        self._compile, self._truncate = compile, truncate
+        self._foreign = False  # whether weights took part that are not the model's
+        self._prepared = False
+        self._layout = Layout.of(tapped, self.hidden_size)
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make what neither a copy nor a pickle takes along."""
+        self._exit = EarlyExit(self.model, self.layer)
+        self._preparing = threading.Lock()
+        self._touched = touched_in(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key != "_exit"}
+        return {k: v for k, v in self.__dict__.items() if k not in ("_exit", "_preparing", "_touched", "_taken")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._exit = EarlyExit(self.model, self.layer)  # a copy's hooks are inert
+        self._taken = []
+        self._begin()
 
     @classmethod
     def from_pretrained(
@@ -214,12 +231,12 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 for the device.
 
         Raises:
-            SettingError: If the null condition does not fit the call.
-            CallError: If the rows of an argument cannot be taken.
+            SettingError: If the null condition does not fit the call; or if ``chunk`` is given and the model is
+                sharded.
+            CallError: If the rows of an argument cannot be taken, or are not what they look like.
             CaptureError: If the layer runs not at all, or several times in one forward.
             PrunedModuleError: If a module was used that the first call dropped.
             ShapeError: If the batch has no rows, or the layer does not keep one row for each sample.
-            SettingError: If ``chunk`` is given and the model is sharded.
         """
         if chunk is not None and sharded_parts(self.model):
             raise SettingError(
@@ -227,80 +244,102 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 "run it different numbers of times, and wait for each other forever.\n"
                 "Leave teacher_chunk out, or keep the teacher whole on each rank."
             )
-        held = RowTensors(call, self.spec.known, self._null)
-        pairs = zip(held.tensors, null_tensors(self._null_now(), call, held), strict=True)
-        if rows is not None:
-            pairs = ((take_rows(c, rows), take_rows(u, rows)) for c, u in pairs)  # type: ignore[assignment]
-        doubled = [
-            as_weights(self.model, join_rows([c, u]), exact=path == self.spec.t)
-            for path, (c, u) in zip(held.paths, pairs, strict=True)
-        ]
-        total = len(doubled[0])
-        if total == 0:
+        held = RowTensors(call, self.spec.known, self.null_condition.values)
+        passes = self.null_condition.passes(call, held, rows)
+        passes = [(side, in_precision_of(self.model, call.x_t, found)) for side, found in passes]
+        if not len(passes[0][1][0]):
             raise ShapeError("The teacher was called with a batch of no rows: there are no features to give.")
-        size = chunk or total
 
         def run() -> Tensor:
-            parts = [self._run(held, [d[i : i + size] for d in doubled]) for i in range(0, total, size)]
+            parts = []
+            for side, found in passes:
+                size = chunk or len(found[0])
+                for start in range(0, len(found[0]), size):
+                    parts.append(self._run(side, [values[start : start + size] for values in found]))
             return torch.cat(parts).float()
 
-        self._forget_touched()
-        if check_indices or not self._prepared:
-            with torch.compiler.set_stance("force_eager"):  # no code is compiled for the hooks of these calls alone
-                with checked_indices(self.model, self._null):
-                    if not self._prepared:
-                        self._exit.check_runs_once(self.model, *self._arguments(held, [d[:size] for d in doubled]))
-                        self._forget_touched()
-                    features = run()
-                if not self._prepared:
-                    self._prepare(features, run)
-        else:
+        self._touched.clear()
+        if self._prepared and not check_indices:
             features = run()
-        if touched := [pruned.name for pruned in self._pruned if pruned.touched]:
-            raise pruned_error(touched)
+        else:
+            # No code is compiled for the hooks of these calls alone.
+            eager, checked = torch.compiler.set_stance("force_eager"), checked_indices(self.model, self.null_condition)
+            with self._preparing, eager, checked:
+                features = run() if self._prepared else self._prepare(call, held, rows, run)
+        if self._touched:  # and the model went on without it
+            raise pruned_error(self._touched[0])
         conditional, unconditional = features.chunk(2)
         return conditional, unconditional
 
-    def _forget_touched(self) -> None:
-        for pruned in self._pruned:
-            pruned.forget()
-
-    def _prepare(self, features: Tensor, run: Callable[[], Tensor]) -> None:
-        """What the first call does once: drop what never runs, and compile the rest if asked."""
-        self._check_repeatable(features, run())
-        truncate(self.model, find_layer(self.model, self.layer), run)
+    def _prepare(self, call: Call, held: RowTensors, rows: Tensor | None, run: Callable[[], Tensor]) -> Tensor:
+        """The first call: see that the layer gives what it should, drop what takes no part, compile if asked."""
+        usage = Usage(self.model)
+        features = usage.of(run)
+        whole = in_precision_of(self.model, call.x_t, held.tensors)
+        expected = self._run(held, whole, to_end=True).float()
+        self._touched.clear()  # a saved teacher has lost what lies behind its layer
+        exact = call.x_t.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(call.x_t.device.type)
+        close = partial(_close, tolerance=0.01 if exact else 0.05)
+        chosen = expected if rows is None else expected[rows]
+        same = close(features[: len(chosen)], chosen)
+        if not same and not close(run(), features):
+            raise TeacherError(
+                f"The teacher gives other features at layer {self.layer!r} each time that it sees the same call: "
+                "something in it is random even in eval mode, such as a mask on the encoder's tokens.\n"
+                "Switch that off for the teacher: call=dict(fixed=dict(mask_ratio=0.0)), or what the argument is "
+                "called."
+            )
+        cause: Exception | None = None
+        try:
+            same = close(self._run(held, [values[-1:] for values in whole]).float(), expected[-1:]) and same
+        except Exception as error:
+            cause, same = error, False
+        if not same:
+            raise self._rows_error(call, held) from cause
+        self._foreign = usage.foreign()
+        if self._truncate:
+            truncate(usage, run, features)
+            self._touched = touched_in(self.model)
         if self._compile:
             compile_blocks(self.model)
-        self._pruned = pruned_modules(self.model)
+        self._taken = []
         self._prepared = True
+        return features
 
-    def _arguments(self, held: RowTensors, tensors: list[Rows]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return self.spec.arguments(held.rebuild(tensors))
+    def _rows_error(self, call: Call, held: RowTensors) -> CallError:
+        rows = [path for path in held.paths if path not in (self.spec.x, self.spec.t)]
+        found = [item for name, value in call.arguments.items() for item in tensors_in(value, name)]
+        whole = {path: tuple(tensor.shape) for path, tensor in found if path not in held.paths}
+        doubtful = [path for path, shape in whole.items() if call.rows in shape] or rows or held.paths
+        return CallError(
+            f"A row that is taken from the batch of {call.rows} gives other features at the teacher's layer "
+            f"{self.layer!r} than it gives there: look at {quoted(doubtful)}.\n"
+            f"Taken for one row a sample: {quoted(held.paths)}. Left whole: "
+            f"{', '.join(f'{path!r} {shape}' for path, shape in whole.items()) or 'none'}.\n"
+            "If all samples share one of the former, name it in call=dict(shared=[...]); one of the latter that holds "
+            "something by sample needs the samples on its first axis, and no place in shared. A model whose samples "
+            "see each other cannot teach some of them."
+        )
 
-    def _run(self, held: RowTensors, tensors: list[Rows]) -> Tensor:
+    def _run(self, held: RowTensors, tensors: list[Rows], *, to_end: bool = False) -> Tensor:
         wanted = len(tensors[0])
-        if self._compile:
-            tensors = [pad_rows(tensor) if isinstance(tensor, Tensor) else tensor for tensor in tensors]
+        if self._compile and all(isinstance(rows, Tensor) for rows in tensors):
+            tensors = [pad_rows(rows) for rows in tensors]  # type: ignore[arg-type]
         rows = len(tensors[0])
-        args, kwargs = self._arguments(held, tensors)
+        arguments = held.rebuild(tensors)
+        args, kwargs = self.spec.arguments(arguments)
         try:
-            output = self._exit.run(self.model, args, kwargs)
+            output = self._exit.run(self.model, args, kwargs, stop=self._truncate and not to_end)
         except SelfTransError:
             raise
         except Exception as error:
             error.add_note(
-                f"This was the teacher on {rows} rows, condition and null condition one behind the other. Taken for "
-                f"one row a sample: {quoted(held.paths)}. If all samples share one of these, say so: "
-                "build_teacher(..., call=dict(shared=[...]))."
+                f"This was the teacher on {rows} rows. Taken for one row a sample: {quoted(held.paths)}. If all "
+                "samples share one of these, say so: build_teacher(..., call=dict(shared=[...]))."
             )
             raise
         tokens = as_tokens(
-            output,
-            self.select,
-            self.tokens,
-            layer=self.layer,
-            layout=self._layout,
-            arguments=lambda: held.rebuild(tensors),
+            output, self.select, self.tokens, layer=self.layer, layout=self._layout, arguments=lambda: arguments
         )
         if len(tokens) != rows:
             raise ShapeError(
@@ -319,24 +358,74 @@ class CFGFeatureTeacher(Shareable, nn.Module):
 
     def shown_null(self) -> str:
         """The null condition in short: numbers as they are, the rest by kind."""
-        return shown(self._null)
+        return str(self.null_condition)
 
-    def _null_now(self) -> dict[str, Any]:
-        """The null condition by path, its tensors where the teacher has moved to."""
-        return {
-            path: self.get_buffer(f"null_{index}") if isinstance(value, Tensor) else value
-            for index, (path, value) in enumerate(self._null.items())
-        }
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        if not self.is_placed:
+            return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        self.null_condition._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
-    def _check_repeatable(self, first: Tensor, second: Tensor) -> None:
-        # Far above what the order of a sum changes, far below what a mask does.
-        if (first - second).norm() > 0.01 * first.norm():
-            raise TeacherError(
-                f"The teacher gives other features at layer {self.layer!r} each time that it sees the same call: "
-                "something in it is random even in eval mode, such as a mask on the encoder's tokens.\n"
-                "Switch that off for the teacher: call=dict(fixed=dict(mask_ratio=0.0)), or what the argument is "
-                "called."
-            )
+    @property
+    def is_placed(self) -> bool:
+        """Whether hooks put the model's weights where they are needed, as offloading does: ``.to()`` leaves them."""
+        for module in self.model.modules():
+            registry = getattr(module, "_diffusers_hook", None)
+            if hasattr(module, "_hf_hook") or "group_offloading" in getattr(registry, "hooks", {}):
+                return True
+        return False
+
+    def give_back(self) -> None:
+        """Leave the model as it was before it was taken over: what trained trains, in the mode in which it was."""
+        for module, training, parameters in self._taken:
+            module.training = training
+            module._parameters.update(parameters)
+        self._taken = []
+
+
+def _freeze(model: nn.Module) -> list[tuple[nn.Module, bool, dict[str, nn.Parameter]]]:
+    """Freeze every parameter, and return each module with its mode and the parameters that trained.
+
+    A plain one is replaced by one of the same memory that does not train: another model may hold it too.
+    """
+    frozen: dict[int, nn.Parameter] = {}
+    taken = []
+    for module in model.modules():
+        trained = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+        for name, p in trained.items():
+            if type(p) is nn.Parameter and type(p.data) is Tensor:
+                module._parameters[name] = frozen.setdefault(id(p), nn.Parameter(p.detach(), requires_grad=False))
+            else:
+                p.requires_grad_(False)
+        taken.append((module, module.training, trained))
+    return taken
+
+
+def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:
+    """Whether no row differs by more than the order of sums changes; a mask, or another's row, changes far more."""
+    if first.shape != second.shape:
+        return False
+    return not ((first - second).flatten(1).norm(dim=1) > tolerance * second.flatten(1).norm(dim=1)).any()
+
+
+def share_frozen(model: M) -> M:
+    """A copy of ``model`` that shares its frozen parameters and buffers, and owns what trains.
+
+    With an adapter (LoRA) the copy takes the adapter's memory alone, so the base model can teach itself:
+
+    >>> import torch, selftrans_reg as st
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2))
+    >>> other = st.share_frozen(model)
+    >>> other[0].weight is model[0].weight, other[1].weight is model[1].weight
+    (True, False)
+
+    It holds the weights that train as they are now: a snapshot. Statistics that a batch norm gathers are its own.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    for module in model.modules():
+        if not getattr(module, "track_running_stats", False):
+            memo |= {id(buffer): buffer for buffer in module._buffers.values() if buffer is not None}
+    return copy.deepcopy(model, memo)
 
 
 def build_teacher(
@@ -354,6 +443,7 @@ def build_teacher(
     weights: Literal["ema", "model"] = "ema",
     example: Sequence[Any] | Mapping[str, Any] | None = None,
     compile: bool = False,  # noqa: A002
+    truncate: bool = True,
 ) -> CFGFeatureTeacher:
     """Load a checkpoint into ``model`` and turn it into a frozen teacher.
 
@@ -380,6 +470,8 @@ def build_teacher(
         example: A call's arguments, ``(x_t, t, y)`` or by name: what never runs is then dropped at once, not at the
             first call.
         compile: Compile the teacher's blocks, with a cache of their own, after the first call.
+        truncate: Stop at the layer and drop what takes no part. False runs every forward to its end and keeps all, as
+            what moves blocks between devices needs if it counts them.
 
     Raises:
         CheckpointError: If the checkpoint is unreadable, unsafe, or does not fit the model.
@@ -410,6 +502,7 @@ def build_teacher(
         hidden_size=hidden_size,
         time=time,
         compile=compile,
+        truncate=truncate,
     )
     if report.source is not None:
         teacher.provenance["source"] = Path(report.source).name  # no paths: they would tell of the machine
@@ -429,7 +522,7 @@ def check_settings(
     """Raise what building a teacher with these settings would raise, and leave the model as it is."""
     check_guidance_scale(guidance_scale)
     find_layer(model, layer)
-    dict(flatten_null(null, CallSpec(model, call)))
+    NullCondition(null, CallSpec(model, call))
 
 
 def check_guidance_scale(scale: object) -> None:

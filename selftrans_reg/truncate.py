@@ -1,195 +1,189 @@
-"""Dropping what a teacher never runs before its layer, and compiling what is left."""
+"""Dropping the weights that a teacher never uses before its layer, and compiling its blocks."""
 
 from __future__ import annotations
 
 import functools
-import gc
 import inspect
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType, ModuleType
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 
 from .errors import PrunedModuleError
-from .modules import named_layers, quoted, unwrap
+from .modules import named_layers, unwrap
 from .taps import watched
 
 
-class Pruned(nn.Module):
-    """Stands where a module was that never ran; says its name when it is touched.
+class Dropped:
+    """Stands where a parameter or buffer was that took no part; says so when it is used.
 
-    Attributes:
-        name: Where it stands.
-        touched: Whether it was. Kept besides raising, as the model may swallow the error.
-        probed: Whether a private attribute was asked for: libraries ask every module for theirs.
+    Args:
+        name: The module that was dropped.
+        touched: Where to write the name down as well, since the model may swallow the error.
     """
 
-    def __init__(self, name: str) -> None:
-        super().__init__()
+    def __init__(self, name: str, touched: list[str]) -> None:
         self.name = name
-        self.forget()
+        self.touched = touched
 
-    def forget(self) -> None:
-        """Nothing has touched it."""
-        self.touched = self.probed = False
+    def __getattr__(self, attribute: str) -> NoReturn:
+        if attribute.startswith("__"):  # what copy and pickle ask every object for
+            raise AttributeError(attribute)
+        self.refuse()
 
-    def _raise(self) -> NoReturn:
-        self.touched = True
-        raise pruned_error([self.name])
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls)).refuse()
 
-    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse the call."""
-        self._raise()
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__"):  # what copy and pickle ask every object for
-            raise AttributeError(name)
-        if name.startswith("_"):
-            self.probed = True
-            raise pruned_error([self.name])
-        self._raise()
-
-    def __getitem__(self, index: Any) -> NoReturn:
-        self._raise()
-
-    def __iter__(self) -> NoReturn:
-        self._raise()
-
-    def __len__(self) -> NoReturn:
-        self._raise()
+    def refuse(self) -> NoReturn:
+        """Raise ``PrunedModuleError``, and note it."""
+        self.touched.append(self.name)
+        raise pruned_error(self.name)
 
 
-def pruned_error(names: Iterable[str]) -> PrunedModuleError:
-    """What to raise when modules that were dropped are used."""
+def pruned_error(name: str) -> PrunedModuleError:
+    """What to raise when a module that was dropped is used."""
     return PrunedModuleError(
-        f"Module {quoted(names)} of the teacher was used, but it was dropped: the teacher's first call did not run "
-        "it before the tapped layer.\n"
-        "Give build_teacher an example= that takes every path which later calls take."
+        f"Module {name!r} of the teacher was used, but it was dropped: the teacher's first call did not run it before "
+        "the tapped layer.\nGive build_teacher an example= that takes every path which later calls take."
     )
 
 
-def truncate(model: nn.Module, layer: nn.Module, run: Callable[[], Tensor]) -> Tensor:
-    """Replace every module of ``model`` that ``run`` does not start by a :class:`Pruned`, and return ``run()``.
+class Usage(TorchFunctionMode):
+    """While inside: notes every tensor that an operation is given, and which modules of a model start and finish.
 
-    A module that has finished is kept whole, since parts of it may be used without being called (as the output
-    projection of ``nn.MultiheadAttention``); and so is one that the model holds beside its tree of modules, as in a
-    tuple or a bound method. ``run`` is repeated afterwards; whatever it touches is put back, until it gives what it
-    gave at first.
-
-    Args:
-        model: The model, which ``run`` calls and leaves at ``layer``.
-        layer: The tapped layer.
-        run: Calls the model on real rows.
+    It does not matter how a model reaches a tensor: as a child's, in a tuple, in a closure, without a call.
     """
-    started: set[nn.Module] = set()
-    finished: set[nn.Module] = {layer}
-    with watched(model.modules(), lambda module, args: started.add(module), finished.add):
-        reference = run()
 
-    dropped: dict[str, tuple[nn.Module, Pruned]] = {}
-    for name, module in list(_never_started(model, "", started, finished, set())):
-        dropped[name] = module, Pruned(name)
-        _put(model, name, dropped[name][1])
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.seen: set[object] = set()
+        self.parameters: dict[object, nn.Parameter] = {}
+        self.started: set[nn.Module] = set()
+        self.finished: set[nn.Module] = set()
 
-    def put_back(names: Iterable[str]) -> None:
-        for name in names:
-            _put(model, name, dropped.pop(name)[0])
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self.seen.add(identity(leaf))
+            if isinstance(leaf, nn.Parameter):
+                self.parameters[identity(leaf)] = leaf
+        return func(*args, **(kwargs or {}))
 
-    put_back(_held_elsewhere(model, {name: module for name, (module, _) in dropped.items()}))
-    while True:
-        for _, pruned in dropped.values():
-            pruned.forget()
-        failed: Exception | None = None
-        try:
-            result = run()
-        except Exception as error:
-            failed = error
-        missed = [name for name, (_, pruned) in dropped.items() if pruned.touched or (failed and pruned.probed)]
-        if not missed:
-            break
-        put_back(missed)
-    if failed is not None:
-        put_back(list(dropped))
-        raise failed
-    if not torch.allclose(result, reference, rtol=1e-4, atol=1e-5, equal_nan=True):
-        put_back(list(dropped))
+    def of(self, run: Callable[[], Tensor]) -> Tensor:
+        """``run()``, watched."""
+        with self, watched(self.model.modules(), lambda module, args: self.started.add(module), self.finished.add):
+            return run()
+
+    def unused(self) -> list[str]:
+        """The largest modules that hold tensors, of which nothing took part.
+
+        A module that finished is kept whole: compiled code may have used parts of it. So is what FSDP2 gathers
+        together with something that ran, and puts back each time.
+        """
+        found: list[nn.Module] = []
+
+        def walk(module: nn.Module, gathered: bool) -> None:
+            gathered = module in self.started if _is_sharded(module) else gathered
+            for child in module.children():
+                if child in self.finished:
+                    continue
+                tensors = _tensors(child)
+                ran = any(m in self.started for m in child.modules()) or any(identity(t) in self.seen for t in tensors)
+                if ran or (gathered and not _is_sharded(child)):
+                    walk(child, gathered)
+                elif tensors:
+                    found.append(child)
+
+        walk(unwrap(self.model), gathered=False)
+        names = {module: name for name, module in named_layers(self.model).items()}
+        return [names[module] for module in found if module in names]
+
+    def foreign(self) -> bool:
+        """Whether parameters took part that are none of the model's own, as of adapters patched onto its layers."""
+        return not self.parameters.keys() <= {identity(tensor) for tensor in _tensors(self.model)}
+
+
+def identity(tensor: Tensor) -> object:
+    """The same for all tensors that share memory."""
+    try:
+        return tensor.untyped_storage().data_ptr() or id(tensor)
+    except (RuntimeError, NotImplementedError):  # of tensors that hold several, such as quantised ones
+        return id(tensor)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return hasattr(type(module), "reshard")  # by FSDP2, with all below that is not sharded itself
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
+
+
+def truncate(usage: Usage, run: Callable[[], Tensor], reference: Tensor) -> None:
+    """Drop what took no part in ``run``, unless ``run()`` gives something else without it."""
+    put_back = drop(usage.model, usage.unused())
+    try:
+        same = torch.allclose(run(), reference, rtol=1e-4, atol=1e-5, equal_nan=True)
+    except Exception:  # whatever a model does that misses a part of itself
+        same = False
+    if not same:
+        put_back()
         warnings.warn(
-            "The teacher's features changed when the modules that never run were dropped, so the teacher was kept "
-            "whole. Its forward looks at its own modules: please report the model.",
+            "The teacher's features changed when the weights that take no part in them were dropped, so the teacher "
+            "was kept whole. Its forward looks at its own modules: please report the model.",
             stacklevel=2,
         )
-    return reference
 
 
-def pruned_modules(model: nn.Module) -> list[Pruned]:
-    """What stands in a truncated model for what it has lost."""
-    return [module for module in model.modules() if isinstance(module, Pruned)]
+def drop(model: nn.Module, names: Iterable[str]) -> Callable[[], None]:
+    """Put a :class:`Dropped` in the place of every tensor in modules of these names that no other module shares.
+
+    Returns:
+        What puts them back.
+    """
+    layers, touched = named_layers(model), touched_in(model)
+    gone: dict[nn.Module, str] = {}
+    for name in names:
+        for module in layers[name].modules() if name in layers else ():
+            gone.setdefault(module, name)
+    kept = {identity(t) for m in model.modules() if m not in gone for t in _own(m).values()}
+    places = [(m, n, t) for m in gone for n, t in _own(m).items() if identity(t) not in kept]
+    homes = [module._parameters if name in module._parameters else module._buffers for module, name, _ in places]
+    for home, (module, name, _) in zip(homes, places, strict=True):
+        del home[name]
+        module.__dict__[name] = Dropped(gone[module], touched)
+
+    def put_back() -> None:
+        for home, (module, name, tensor) in zip(homes, places, strict=True):
+            del module.__dict__[name]
+            home[name] = tensor  # type: ignore[assignment]
+
+    return put_back
+
+
+def _own(module: nn.Module) -> dict[str, Tensor]:
+    """A module's own parameters and buffers, without its children's."""
+    return {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
+
+
+def _dropped(model: nn.Module) -> Iterator[Dropped]:
+    return (value for module in model.modules() for value in vars(module).values() if isinstance(value, Dropped))
+
+
+def touched_in(model: nn.Module) -> list[str]:
+    """The list in which what was dropped from ``model`` notes that it was used."""
+    return next((dropped.touched for dropped in _dropped(model)), [])
 
 
 def dropped_names(model: nn.Module) -> list[str]:
-    """The names of the modules that a truncated model has lost."""
-    return [name for name, module in named_layers(model).items() if isinstance(module, Pruned)]
-
-
-def drop(model: nn.Module, names: Iterable[str]) -> None:
-    """Replace the modules of these names, where the model has them, by a :class:`Pruned`."""
-    layers = named_layers(model)
-    for name in names:
-        if name in layers:
-            parent, _, child = name.rpartition(".")
-            unwrap(layers[parent] if parent else model)._modules[child] = Pruned(name)
-
-
-def _never_started(
-    module: nn.Module, prefix: str, started: set[nn.Module], finished: set[nn.Module], seen: set[nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
-    """The largest modules of which nothing ran, outside of those that finished, by each of their names."""
-    seen.add(module)
-    for name, child in module._modules.items():  # named_children leaves out a shared module's other names
-        path = f"{prefix}.{name}" if prefix else name
-        if child is None or child in finished:
-            continue
-        # Lists are not called but counted and indexed: they stay, and their members go.
-        if isinstance(child, nn.ModuleList | nn.ModuleDict) or any(m in started for m in child.modules()):
-            if child not in seen:
-                yield from _never_started(child, path, started, finished, seen)
-        else:
-            yield path, child
-
-
-def _held_elsewhere(model: nn.Module, dropped: dict[str, nn.Module]) -> list[str]:
-    """The names of dropped modules that ``model`` still reaches: it may use their weights without calling them.
-
-    Such weights would be in no state dict, and moved by no ``.to()``.
-    """
-    kept = {id(part) for part in (*model.modules(), *model.parameters(), *model.buffers())}  # shared with those dropped
-    parts: dict[int, set[str]] = {}  # modules, parameters and buffers, by the dropped modules that hold them
-    for name, module in dropped.items():
-        for part in (*module.modules(), *module.parameters(), *module.buffers()):
-            if id(part) not in kept:
-                parts.setdefault(id(part), set()).add(name)
-    found: set[str] = set()
-    seen = {id(model)}
-    todo: list[Any] = [model]
-    while todo:
-        thing = todo.pop()
-        found |= parts.get(id(thing), set())
-        # All that a function's globals hold is not the model's.
-        own = ("__closure__", "__defaults__", "__kwdefaults__", "__dict__")
-        held = [getattr(thing, name) for name in own] if isinstance(thing, FunctionType) else gc.get_referents(thing)
-        for other in held:
-            if id(other) not in seen and not issubclass(type(other), type | ModuleType):
-                seen.add(id(other))
-                todo.append(other)
-    return [name for name in dropped if name in found]
-
-
-def _put(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, child = name.rpartition(".")
-    model.get_submodule(parent)._modules[child] = module
+    """The names of the modules whose tensors a truncated model has lost."""
+    return list(dict.fromkeys(dropped.name for dropped in _dropped(model)))
 
 
 # Sizes to which rows are padded, from a power of two to the next. How many are inside the window differs from step to
@@ -232,14 +226,13 @@ def _members(container: nn.Module) -> Iterator[nn.Module]:
     for member in container.children():
         if _is_container(member):
             yield from _members(member)
-        elif not isinstance(member, Pruned):
+        else:
             yield member
 
 
 def _is_container(module: nn.Module) -> bool:
     if isinstance(module, nn.Sequential):
-        kinds = {type(member) for member in module.children()} - {Pruned}
-        return len(module) > 1 and len(kinds) == 1
+        return len(module) > 1 and len({type(member) for member in module}) == 1
     return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 

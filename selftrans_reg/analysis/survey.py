@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..calls import CallSpec, RowTensors, join_rows
+from ..calls import CallSpec, RowTensors
 from ..errors import SettingError, ShapeError
 from ..modules import device_of, find_layer, quoted
-from ..null import Null, checked_indices, flatten_null, null_tensors
+from ..null import Null, NullCondition, checked_indices
 from ..taps import FeatureTap, watched
 from ..time import TimeConvention, is_number
 from ..tokens import Select, Tokens, described
@@ -150,7 +150,7 @@ class LayerReader:
                 "Here x_t and t are put into the call, so call= must name their arguments, as call=dict(x='x', t='t'); "
                 "callables only read them."
             )
-        self.null = None if null is None else dict(flatten_null(null, self.spec))
+        self.null = None if null is None else NullCondition(null, self.spec).to(device_of(model))
         self.modules = {name: find_layer(model, name) for name in self.layers}
         self.device = device_of(model)
 
@@ -205,15 +205,19 @@ class LayerReader:
         x_t = add_noise(self.time, batch.latents, noise, t)
         args, kwargs = self.spec.arguments({str(self.spec.x): x_t, str(self.spec.t): t, **batch.arguments})
         call = self.spec.bind(args, kwargs)
-        held = RowTensors(call, self.spec.known, self.null or {})
-        tensors, rows = held.tensors, call.rows
-        if self.null is not None:
-            null = {path: v.to(self.device) if isinstance(v, Tensor) else v for path, v in self.null.items()}
-            tensors = [join_rows(pair) for pair in zip(tensors, null_tensors(null, call, held), strict=True)]
-            rows *= 2
-        args, kwargs = self.spec.arguments(held.rebuild(tensors))
+        held = RowTensors(call, self.spec.known, () if self.null is None else self.null.values)
+        passes = [(held, held.tensors)] if self.null is None else self.null.passes(call, held)
+        found = [self._tokens(side.rebuild(tensors), x_t, len(tensors[0])) for side, tensors in passes]
+        halves = {
+            name: torch.cat([tokens[name] for tokens in found]).chunk(1 if self.null is None else 2)
+            for name in self.layers
+        }
+        return {name: (half[0], half[1] if len(half) > 1 else None) for name, half in halves.items()}
+
+    def _tokens(self, arguments: dict[str, Any], x_t: Tensor, rows: int) -> dict[str, Tensor]:
+        args, kwargs = self.spec.arguments(arguments)
         with (
-            checked_indices(self.model, self.null or {}),
+            checked_indices(self.model, self.null),
             torch.compiler.set_stance("force_eager"),  # what was compiled before has no hook in it
             FeatureTap(self.model, self.layers, select=self.select, tokens=self.tokens) as tap,
         ):
@@ -227,8 +231,7 @@ class LayerReader:
                     f"Layer {name!r} gives {len(tokens)} rows for a batch of {rows}: name layers that keep one row "
                     "for each sample."
                 )
-        halves = {name: tokens.float().chunk(rows // call.rows) for name, tokens in found.items()}
-        return {name: (half[0], half[1] if len(half) > 1 else None) for name, half in halves.items()}
+        return {name: tokens.float() for name, tokens in found.items()}
 
     @contextlib.contextmanager
     def _dtypes_explained(self, x_t: Tensor) -> Iterator[None]:

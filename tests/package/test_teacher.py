@@ -91,14 +91,6 @@ class TestGuidance:
         assert not torch.equal(found, expected)
         assert (found - expected).norm() < 0.03 * expected.norm()
 
-    def test_the_time_is_not_rounded_to_the_weights_precision(self) -> None:
-        seen: list[Tensor] = []
-        teacher = teacher_of(ToyDiT().to(torch.bfloat16))
-        teacher.model.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-        with pytest.raises(RuntimeError):  # the toy's own embedding of a float32 time
-            teacher(*CALL)
-        torch.testing.assert_close(seen[0], B["t"].repeat(2), rtol=0, atol=0)
-
 
 class Loops(ToyDiT):
     """Goes through its blocks twice."""
@@ -280,8 +272,7 @@ class TestNull:
             ({"labels": 10}, ["null= names 'labels', which ToyDiT.forward does not take", "It takes 'x', 't', 'y'"]),
             ({"yy": 10}, ["names 'yy'", "Nearest: 'y'", "takes a nested mapping: null={'cond': {'y': 1000}}"]),
             ({"t": 0}, ["null= names 't', which is x_t or t, not a condition"]),
-            ({"y": None}, ["null condition for 'y' must be a number, a tensor without batch axis", "got None"]),
-            ({"y": [10]}, ["null condition for 'y' must be a number", "got [10]"]),
+            ({"y": [10]}, ["null condition for 'y' must be a number, None, a tensor without batch axis", "got [10]"]),
             ({"y": {}}, ["null condition for 'y' must be a number", "got {}"]),
         ],
     )
@@ -316,7 +307,11 @@ class TestNull:
             ({"y": torch.full((6,), 10)}, None, ["for 'y' has shape (6,); the argument is (6,), so without its batch"]),
             ({"text": torch.zeros(1, 3, 5)}, None, ["for 'text' has shape (1, 3, 5)", "it should be (3, 5)"]),
             ({"text": torch.zeros(5)}, None, ["for 'text' has shape (5,)", "it should be (3, 5)"]),
-            ({"text": lambda call: call["text"][:1]}, None, ["for 'text' returned (1, 3, 5)", "(6, 3, 5)"]),
+            (
+                {"text": lambda call: call["text"][:1]},
+                None,
+                ["for 'text' returned (1, 3, 5)", "(6, 3, 5)"],
+            ),
             ({"text": lambda call: 0}, None, ["for 'text' returned int; it gets the call's arguments by name"]),
         ],
     )
