@@ -40,6 +40,7 @@ class Call:
             where the call has no t that is needed.
         time_from: What t was read from, for messages: ``"argument 't' of SiT"``.
         ways: By path, what the user says of how arguments hold the samples.
+        rows: N, the number of samples.
     """
 
     arguments: Mapping[str, Any]
@@ -47,11 +48,10 @@ class Call:
     times: Tensor | None
     time_from: str = "argument 't'"
     ways: Mapping[str, Way] = dataclasses.field(default_factory=dict)
+    rows: int = dataclasses.field(init=False)
 
-    @property
-    def rows(self) -> int:
-        """N, the number of samples."""
-        return len(self.x_t)
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", len(self.x_t))
 
     @property
     def t(self) -> Tensor:
@@ -118,6 +118,10 @@ class CallSpec:
             if way not in ("shared", "list") and (type(way) is not int or way < 0):
                 raise SettingError(f"call=dict(rows=...) takes an axis or 'list'; got {way!r} for {path!r}.")
         self.ways = {bracketed(path): way for path, way in ways.items()}
+        self._sources = {
+            key: f"value of call=dict({key}=...)" if name is None else f"argument {name!r} of {self.model_name}"
+            for key, name in (("x", self.x), ("t", self.t))
+        }
         self.fixed = dict(call.get("fixed", {}))
         for name in self.fixed:
             self._check_condition(name, "fixed", "which differ by call")
@@ -178,12 +182,15 @@ class CallSpec:
         Raises:
             CallError: If an argument of the other model is unknown here.
         """
-        renamed = {old: new for old, new in ((source.x, self.x), (source.t, self.t)) if old and new}
-        arguments = {renamed.get(name, name): value for name, value in call.arguments.items()}
-        if self._spill is None and (unknown := [name for name in arguments if name not in self.names]):
+        arguments = dict(call.arguments)
+        if (source.x, source.t) != (self.x, self.t):
+            names = {source.x or self.x: self.x, source.t or self.t: self.t}
+            arguments = {names.get(name) or name: value for name, value in arguments.items()}
+        unknown = () if self._spill is not None else arguments.keys() - self.names
+        if unknown:
             raise CallError(
-                f"The student was called with {quoted(unknown)}, which {self.model_name}.forward does not take; it "
-                f"takes {quoted(name for name in self.names if name not in (self.x, self.t))}.\n"
+                f"The student was called with {quoted(sorted(unknown))}, which {self.model_name}.forward does not "
+                f"take; it takes {quoted(name for name in self.names if name not in (self.x, self.t))}.\n"
                 "The teacher sees the student's own call: it must take the same conditions under the same names."
             )
         return self._call(arguments, {**call.ways, **self.ways})
@@ -191,7 +198,7 @@ class CallSpec:
     def _call(self, arguments: dict[str, Any], ways: Mapping[str, Way]) -> Call:
         arguments.update(self.fixed)
         x_t = self._found("x", self.x, arguments)
-        source = self._source("x", self.x)
+        source = self._sources["x"]
         if not isinstance(x_t, Tensor) or not x_t.is_floating_point() or x_t.ndim < 2:
             raise CallError(
                 f"{_capital(source)} should be x_t, a floating tensor (N, ...); got {described(x_t)}.\n"
@@ -200,7 +207,7 @@ class CallSpec:
         if x_t.is_meta or not len(x_t):
             nothing = "lies on the meta device, without values" if x_t.is_meta else "has no rows"
             raise ShapeError(f"x_t {tuple(x_t.shape)} {nothing}: run the model on a batch of real samples.")
-        source = self._source("t", self.t)
+        source = self._sources["t"]
         if self.t is None and self._read["t"] is None:
             return Call(arguments, x_t, None, f"{self.model_name}.forward{self.signature} names none", ways)
         t = self._found("t", self.t, arguments)
@@ -227,9 +234,6 @@ class CallSpec:
             return Call(arguments, x_t, None, f"the {source} has shape {tuple(times.shape)}", ways)
         return Call(arguments, x_t, times, source, ways)
 
-    def _source(self, key: str, name: str | None) -> str:
-        return f"value of call=dict({key}=...)" if name is None else f"argument {name!r} of {self.model_name}"
-
     def _found(self, key: str, name: str | None, arguments: Mapping[str, Any]) -> Any:
         read = self._read[key]
         if read is not None:
@@ -248,9 +252,12 @@ class CallSpec:
 
     def arguments(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments by name as ``(args, kwargs)`` of a call."""
-        known = self.signature.parameters
-        bound = inspect.BoundArguments(self.signature, OrderedDict((n, v) for n, v in arguments.items() if n in known))
-        return bound.args, {**bound.kwargs, **{n: v for n, v in arguments.items() if n not in known}}
+        known: OrderedDict[str, Any] = OrderedDict()
+        more: dict[str, Any] = {}
+        for name, value in arguments.items():
+            (known if name in self.signature.parameters else more)[name] = value
+        bound = inspect.BoundArguments(self.signature, known)
+        return bound.args, {**bound.kwargs, **more}
 
 
 def by_name(
@@ -312,7 +319,10 @@ class RowTensors:
         self._conditions = conditions
         self._axes: dict[str, int] = {}  # of the tensors whose samples are not on the first
         for name, value in call.arguments.items():
-            walk(value, self._find, name, enter=self._enter)
+            if isinstance(value, Tensor):
+                self._find(value, name)
+            else:
+                walk(value, self._find, name, enter=self._enter)
         for path in call.ways:
             if not _reaches(path, call.arguments):
                 raise CallError(
@@ -324,20 +334,23 @@ class RowTensors:
         new = dict(zip(self.paths, tensors, strict=True))
 
         def put(tensor: Tensor, path: str) -> Any:
-            path = bracketed(path)
             rows = new.get(path, tensor)
             return rows.movedim(0, self._axes[path]) if path in self._axes and isinstance(rows, Tensor) else rows
 
         def enter(container: Any, path: str) -> Any:
-            rows = new.get(bracketed(path))
+            rows = new.get(path)
             if rows is None:
                 return ...
             return dict(enumerate(rows)) if isinstance(container, Mapping) else type(container)(rows)
 
-        return {name: walk(value, put, name, enter=enter, fresh=True) for name, value in self._arguments.items()}
+        arguments = dict(self._arguments)
+        for name, value in arguments.items():
+            plain = isinstance(value, Tensor) and name not in self._axes
+            arguments[name] = new.get(name, value) if plain else walk(value, put, name, enter=enter, fresh=True)
+        return arguments
 
     def _find(self, tensor: Tensor, path: str) -> Tensor:
-        path, n, shape = bracketed(path), self._n, tensor.shape
+        n, shape = self._n, tensor.shape
         way = self._ways.get(path)
         if way is None and self._said:  # of all that lies in a container
             way = next((way for said, way in self._said.items() if path.startswith(f"{said}[")), None)
@@ -360,12 +373,12 @@ class RowTensors:
                 )
             elif shape[0] > 1 and n in shape[1 : None if n > 1 else 2]:
                 self._ask(path, f"has shape {tuple(shape)}: axis {shape.index(n, 1)} looks like the batch of {n}")
-            else:
-                self._learn(path, "shared")
+            elif n > 1:
+                self._known[path] = "shared"
         return tensor
 
     def _enter(self, container: Any, path: str) -> Any:
-        path, n = bracketed(path), self._n
+        n = self._n
         way = self._ways.get(path)
         if way == "shared":
             return container
@@ -392,16 +405,13 @@ class RowTensors:
             kind = "mapping by numbers" if numbered else type(container).__name__
             look = "one for each sample by the look of it, and rows can only be taken from tensors, unless you say so"
             self._ask(path, f"is a {kind} of {len(entries)} entries, {look}", "'list'")
-        if by_tensor:
-            self._learn(path, 0)  # its tensors hold the samples, whatever their number
+        if by_tensor and n > 1:
+            self._known[path] = 0  # its tensors hold the samples, whatever their number
         return ...
 
     def _take(self, path: str, way: Way, rows: Rows) -> None:
         self.paths.append(path)
         self.tensors.append(rows)
-        self._learn(path, way)
-
-    def _learn(self, path: str, way: Way) -> None:
         if self._n > 1:  # with a single sample, whatever has a first axis of 1 looks like rows
             self._known[path] = way
 

@@ -227,10 +227,6 @@ class Layout:
             frozenset([width]) if width else frozenset(_possible_widths(layer)),
         )
 
-    def doubts(self, size: int) -> bool:
-        """Whether the last of three axes, of this size, may be another than D."""
-        return self.axis == 1 or (len(self.widths) == 1 and size not in self.widths)
-
 
 def infer_width(layer: nn.Module) -> int | None:
     """The width of a layer's output tokens where its parts leave no doubt, else None.
@@ -309,5 +305,6 @@ def check_device(module: nn.Module, device: torch.device, what: str) -> None:
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's parameters lie; the CPU for one without, or one on the meta device."""
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
-    return torch.device("cpu") if device.type == "meta" else device
+    for parameter in module.parameters():
+        return torch.device("cpu") if parameter.is_meta else parameter.device
+    return torch.device("cpu")

@@ -13,7 +13,6 @@ import contextlib
 import copy
 import functools
 import inspect
-import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -62,14 +61,16 @@ class Record(Generic[Note]):
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str]) -> None:
         self._versions: Versions = []
         self.args, self.kwargs = walk((args, kwargs), self._see, fresh=True)
-        self.captures: dict[str, list[Capture]] = {layer: [] for layer in layers}
+        self.captures: dict[str, list[Capture]] = {}
+        for layer in layers:
+            self.captures[layer] = []
         self.with_gradients = torch.is_grad_enabled()
         self.transformed = torch._C._functorch.peek_interpreter_stack() is not None
         self.note: Note
         self.error: SelfTransError | None = None
 
     def _see(self, tensor: Tensor, path: str) -> Tensor:
-        self._versions.append((tensor, _version(tensor)))
+        self._versions.append((tensor, 0 if tensor.is_inference() else tensor._version))
         return tensor
 
     def check_arguments(self) -> None:
@@ -125,21 +126,21 @@ class Record(Generic[Note]):
         return CaptureError(f"The tokens of layer {layer!r} carry no gradient, {consequence}.\n{reason}")
 
 
-def _version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; those of inference mode do not count."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 def _versions_of(value: Any) -> Versions:
-    if isinstance(value, Tensor):
-        return [(value, _version(value))]
-    return [(tensor, _version(tensor)) for _, tensor in tensors_in(value)]
+    """The tensors of a nested value, and how often each was changed in place; those of inference mode do not count."""
+    found: Versions = []
+    for _, tensor in [("", value)] if isinstance(value, Tensor) else tensors_in(value):
+        found.append((tensor, 0 if tensor.is_inference() else tensor._version))
+    return found
 
 
 def _changed(value: Any, before: Versions) -> bool:
     """Whether a tensor of a nested value was changed in place, or another put there, since ``before``."""
     now = _versions_of(value)
-    return len(now) != len(before) or any(a is not b or m != n for (a, m), (b, n) in zip(now, before, strict=True))
+    for (tensor, version), (old_tensor, old_version) in zip(now, before, strict=False):
+        if tensor is not old_tensor or version != old_version:
+            return True
+    return len(now) != len(before)
 
 
 class _UnscriptableError(CaptureError, AttributeError):
@@ -220,7 +221,7 @@ class _RootHook(_Hook["Recorder[Any]"]):
         if recorder is not None and module is self.module():
             getattr(recorder, self.method)(module, *args)
         elif recorder is not None and getattr(module, "_is_replica", False):
-            recorder.passed_over = ": it ran as replicas of nn.DataParallel, which are copies; use DDP"
+            recorder.elsewhere = ": it ran as replicas of nn.DataParallel, which are copies of it; use DDP"
 
 
 class Recorder(Generic[Note]):
@@ -239,7 +240,8 @@ class Recorder(Generic[Note]):
         forward: Which of several forwards between two takes counts; None makes several an error.
 
     Attributes:
-        here: The record that is ``opened`` and the one that is ``kept``, and the ``count`` of forwards: the thread's.
+        here: What is the thread's: the record that is ``opened`` and the one that is ``kept``, the ``count`` of
+            forwards, and why the last one was ``passed_over``.
     """
 
     def __init__(
@@ -260,7 +262,7 @@ class Recorder(Generic[Note]):
         self.eval_mode = eval_mode
         self.forward = forward
         self.here = threading.local()
-        self.passed_over = ""  # why the last forward left no record, for the error message
+        self.elsewhere = ""  # why a forward left no record in this thread, for the error message
         root = unwrap(model)
         self.device_type = "cpu"
         modules = [find_layer(model, layer) for layer in self.layers]
@@ -303,10 +305,10 @@ class Recorder(Generic[Note]):
         if record is None:
             mode = ", in train mode with gradients enabled" if self.training_only else ""
             mode = mode.replace("in train mode ", "") if self.eval_mode else mode
+            why = getattr(self.here, "passed_over", "") or self.elsewhere
             raise CaptureError(
-                f"There is no forward of the model to work on{self.passed_over}.\n"
-                f"Call the model itself (not model.forward) once before each call of this one, in the same "
-                f"thread{mode}."
+                f"There is no forward of the model to work on{why}.\n"
+                f"Call the model itself (not model.forward) once before each call of this one{mode}."
             )
         if count > 1 and self.forward is None:
             choice = "say which counts with forward='first' or 'last'; or " if self.training_only else ""
@@ -330,17 +332,21 @@ class Recorder(Generic[Note]):
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.here.opened = None  # what an interrupted forward may have left
-        device_type = next((p.device.type for p in module.parameters()), "cpu")  # now: the model may have been moved
-        self.device_type = device_type if torch.amp.is_autocast_available(device_type) else "cpu"
+        self.device_type = "cpu"
+        for parameter in module.parameters():  # now: the model may have been moved
+            if torch.amp.is_autocast_available(parameter.device.type):
+                self.device_type = parameter.device.type
+            break
         # A checkpoint of the whole model recomputes it in backward; and torch.jit.trace takes it down.
         if torch._C._current_graph_task_id() != -1 or torch._C._is_tracing():
             return
         if self.training_only:
             if not (module.training or self.eval_mode):
-                self.passed_over = ": the last one was in eval mode"
+                self.here.passed_over = ": the last one was in eval mode"
                 return
             if not torch.is_grad_enabled():
-                self.passed_over = ": the last one ran without gradients, as in a checkpoint with use_reentrant=True"
+                without = "without gradients, as in a checkpoint with use_reentrant=True"
+                self.here.passed_over = f": the last one ran {without}"
                 return
         record: Record[Note] = Record(args, kwargs, self.layers)
         cast = None if self._came_first(module) or not self.training_only else _reduced_precision(args, kwargs)
@@ -354,12 +360,13 @@ class Recorder(Generic[Note]):
 
     def _came_first(self, module: nn.Module) -> bool:
         """Whether no hook of another's ran before this recorder's, which from now on comes first."""
-        hooks = module._forward_pre_hooks
         first = self._handles[0].id
-        before = itertools.takewhile(lambda key: key != first, hooks)
-        if all(isinstance(hooks[key], _RootHook) for key in before):
-            return True
-        hooks.move_to_end(first, last=False)  # type: ignore[attr-defined]  # it is an OrderedDict
+        for key, hook in module._forward_pre_hooks.items():
+            if key == first:
+                return True
+            if not isinstance(hook, _RootHook):
+                break
+        module._forward_pre_hooks.move_to_end(first, last=False)  # type: ignore[attr-defined]  # it is an OrderedDict
         return False
 
     def _close(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -368,7 +375,8 @@ class Recorder(Generic[Note]):
         if record is None or output is None:  # always_call: a forward that raised has no output
             return
         here.count = getattr(here, "count", 0) + 1
-        self.passed_over = ""
+        here.passed_over = ""
+        self.elsewhere = ": the last one ran in another thread, which has to take it"
         if getattr(here, "kept", None) is None or self.forward == "last":
             here.kept = record
 

@@ -60,7 +60,9 @@ def as_tokens(
         tensor = tokens(tensor, arguments()) if _takes_arguments(tokens) else tokens(tensor)
         if not isinstance(tensor, Tensor):
             raise CallError(f"tokens= returned {type(tensor).__name__} for layer {layer!r}; it must return a tensor.")
-    elif tensor.ndim in (4, 5) or (tensor.ndim == 3 and layout.doubts(tensor.shape[2])):
+    elif tensor.ndim in (4, 5) or (
+        tensor.ndim == 3 and (layout.axis == 1 or (len(layout.widths) == 1 and tensor.shape[2] not in layout.widths))
+    ):
         tensor = tensor.movedim(_width_axis(tensor, layout, layer), -1).flatten(1, -2)
     if tensor.ndim != 3:
         raise ShapeError(
@@ -113,6 +115,8 @@ def select_tensor(output: Any, select: Select, layer: str) -> Tensor:
         CallError: If the output holds several and no ``select`` was given, or ``select`` picks no tensor.
     """
     if select is None:
+        if isinstance(output, Tensor):
+            return output
         found = [tensor for _, tensor in tensors_in(output)]
         if len(found) == 1:
             return found[0]
@@ -176,11 +180,11 @@ def walk(
         return put(value, path)
     items: Iterable[tuple[Any, Any]]
     if isinstance(value, Mapping):
-        items, form = value.items(), "[{!r}]"
+        items = value.items()
     elif isinstance(value, list | tuple):
-        items, form = enumerate(value), "[{!r}]"
+        items = enumerate(value)
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items, form = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)], ".{}"
+        items = [(field.name, getattr(value, field.name)) for field in dataclasses.fields(value)]
     else:
         return value
     if enter is not None and (instead := enter(value, path)) is not ...:
@@ -189,13 +193,16 @@ def walk(
     for key, item in items:
         if item is None or isinstance(item, int | float | str):
             continue
-        new = walk(item, put, path + form.format(key), enter=enter, fresh=fresh)
+        where = f"{path}[{key!r}]"
+        new = put(item, where) if isinstance(item, Tensor) else walk(item, put, where, enter=enter, fresh=fresh)
         if new is not item or (fresh and isinstance(item, Tensor)):
             changed[key] = new
     if not changed:
         return value.copy() if fresh and type(value) in (dict, list) else value
     if isinstance(value, list | tuple):
-        listed = [changed.get(index, item) for index, item in enumerate(value)]
+        listed = list(value)
+        for index, item in changed.items():
+            listed[index] = item
         return type(value)(*listed) if hasattr(value, "_fields") else type(value)(listed)
     if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
         return {**value, **changed}

@@ -59,7 +59,7 @@ def test_an_ambiguous_output_is_listed_as_one_would_index_it() -> None:
         "Layer 'blocks.1' returns a tuple with 3 tensors, and nothing is guessed:\n",
         "  [0]['text']: (2, 5, 8)\n",
         "  [1][0]: (2, 16, 8)\n",
-        "  [2].hidden_states: (2, 16, 8)\n",
+        "  [2]['hidden_states']: (2, 16, 8)\n",
         "Say which with select= (an index, a key, or a callable).",
     ):
         assert part in str(error.value)
@@ -250,8 +250,8 @@ class TestWalk:
         assert [path for path, _ in tensors_in(value, "y")] == [
             "y['a'][0]",
             "y['a'][2][0]",
-            "y[3].hidden_states",
-            "y[3].context",
+            "y[3]['hidden_states']",
+            "y[3]['context']",
         ]
 
     def test_only_what_changes_is_copied_and_each_container_keeps_its_kind(self) -> None:
