@@ -36,4 +36,4 @@ napoleon_custom_sections = [("Shape", "params_style")]
 # Names of other projects cannot be resolved without their inventories, which need a network: only ours are checked.
 nitpick_ignore_regex = [(r"py:.*", r"(?!selftrans_reg\b).*")]
 # Types that appear in signatures and are not public themselves.
-nitpick_ignore = [("py:class", "selftrans_reg.calls.Call"), ("py:class", "selftrans_reg.settings.Settings")]
+nitpick_ignore = [("py:class", "selftrans_reg.calls.Call"), ("py:class", "selftrans_reg.settings.Common")]

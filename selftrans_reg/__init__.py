@@ -24,8 +24,7 @@ from .errors import SettingError as SettingError
 from .errors import ShapeError as ShapeError
 from .errors import TeacherError as TeacherError
 from .errors import TimeConventionError as TimeConventionError
-from .heads import ProjectionHead
-from .losses import VAEAlignmentLoss, feature_alignment
+from .heads import ProjectionHead, VAEAlignmentLoss, feature_alignment
 from .plateau import Plateau
 from .recipes import Recipe, recipe
 from .taps import FeatureTap

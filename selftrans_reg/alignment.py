@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Self, get_args
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .calls import Call, CallSpec
-from .errors import (
-    SettingError,
-    ShapeError,
-    TeacherError,
-    TimeConventionError,
-)
-from .heads import ProjectionHead
+from .errors import SettingError, ShapeError, TeacherError, TimeConventionError
+from .heads import Head
 from .health import Look
-from .losses import Distance, VAEAlignmentLoss, check_distance, distance_of, velocity_target, zero_of
-from .modules import Layout, check_device, find_layer, sharded_parts, unwrap
-from .settings import Gating, Target, check_choice, check_interval_of
-from .taps import Record, layer_names
+from .modules import Layout, find_layer, sharded_parts, unwrap
+from .settings import Settings
+from .taps import Record
 from .teacher import CFGFeatureTeacher
-from .time import TimeConvention, check_window, resolve, window_mask
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, described, select_tensor
+from .time import TimeConvention, window_mask
+from .tokens import as_tokens, described, select_tensor
 
 # Devices of which a copy to or from pinned memory is left to itself; on others it is waited for.
 ASYNCHRONOUS = ("cuda",)
@@ -37,66 +32,192 @@ class Gated:
 
     Attributes:
         call: The model's call by names.
-        inside: (N,), bool, on the batch's device.
-        on_host: (N,), the same on the host, once ``ready`` has happened.
-        ready: The end of the copy; None where there was nothing to wait for.
+        inside: (N,), bool, on the batch's device; (N, T) where each token has a time of its own.
+        on_host: (N,), whether anything of a row is inside, once ``ready`` has happened; None for all rows.
+        ready: The end of the copy to the host; None where there was nothing to wait for.
+        in_ddp: Whether the model ran inside DDP.
     """
 
     call: Call
     inside: Tensor
-    on_host: Tensor
+    on_host: Tensor | None
     ready: torch.cuda.Event | None
+    in_ddp: bool
 
     def rows(self) -> Tensor:
         """(n,), the indices of the rows inside, on the host. Waits only for what was queued before the forward."""
+        if self.on_host is None:
+            return torch.arange(self.call.rows, device="cpu")
         if self.ready is not None:
             self.ready.synchronize()
         return self.on_host.nonzero().squeeze(1)
 
 
-class Gate:
-    """Finds the rows inside the window when the model is called, so that the loss need not wait for the forward.
+@torch.no_grad()
+def gate(spec: CallSpec, settings: Settings, record: Record[Gated]) -> Gated:
+    """Find the rows inside the window when the model is called, so that the loss need not wait for the forward.
 
     On CUDA the mask is copied to the host asynchronously before the forward is queued; the number of rows, on which
     shapes depend, is then known while the forward still runs.
+
+    Raises:
+        CallError: If x_t or t cannot be told from the call.
     """
-
-    def __init__(self, spec: CallSpec, time: TimeConvention, window: tuple[float, float] | None) -> None:
-        self.spec = spec
-        self.time = time
-        self.window = window
-
-    @torch.no_grad()
-    def __call__(self, record: Record[Gated]) -> Gated:
-        """Bind the record's call and see which rows are inside.
-
-        Raises:
-            CallError: If x_t or t cannot be told from the call.
-        """
-        call = self.spec.bind(record.args, record.kwargs)
-        if self.window is None:
-            inside = torch.ones(call.rows, dtype=torch.bool, device=call.x_t.device)
-        else:
-            inside = window_mask(self.time.noise_fraction(call.t), self.window)
-        if inside.device.type not in ASYNCHRONOUS:
-            return Gated(call, inside, inside.cpu(), None)
-        on_host = torch.empty(inside.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-        on_host.copy_(inside, non_blocking=True)
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        # The copy is in the stream of the batch's device, which need not be the current one.
-        ready.record(torch.cuda.current_stream(inside.device))
-        return Gated(call, inside, on_host, ready)
+    call = spec.bind(record.args, record.kwargs)
+    if settings.window is None:
+        return Gated(call, torch.ones(call.rows, dtype=torch.bool, device=call.x_t.device), None, None, in_ddp())
+    inside = window_mask(settings.time.noise_fraction(call.t), settings.window)
+    rows = inside.any(1) if inside.ndim == 2 else inside
+    if rows.device.type not in ASYNCHRONOUS:
+        return Gated(call, inside, rows.cpu(), None, in_ddp())
+    on_host = torch.empty(rows.shape, dtype=torch.bool, device="cpu", pin_memory=True)
+    on_host.copy_(rows, non_blocking=True)
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    # The copy is in the stream of the batch's device, which need not be the current one.
+    ready.record(torch.cuda.current_stream(rows.device))
+    return Gated(call, inside, on_host, ready, in_ddp())
 
 
-def check_teacher_rows(teacher_rows: object) -> None:
-    """Raise ``SettingError`` unless ``teacher_rows`` is None, a count of at least 1, or a share in (0, 1)."""
-    count = isinstance(teacher_rows, int) and not isinstance(teacher_rows, bool) and teacher_rows >= 1
-    share = isinstance(teacher_rows, float) and 0.0 < teacher_rows < 1.0
-    if not (teacher_rows is None or count or share):
-        raise SettingError(
-            f"teacher_rows must be None, a whole number of rows from 1, or a share between 0 and 1; got "
-            f"{teacher_rows!r}."
+def in_ddp() -> bool:
+    """Whether this runs inside the forward of a DDP wrapper, which then averages the gradients over the ranks."""
+    return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
+
+
+def align(
+    settings: Settings,
+    heads: Iterable[Head],
+    layouts: Iterable[Layout],
+    teacher: CFGFeatureTeacher | None,
+    spec: CallSpec,
+    record: Record[Gated],
+    gated: Gated,
+    latents: Tensor | None,
+    *,
+    seed: int,
+    checking: bool,
+    look: Look | None,
+) -> Tensor:
+    """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32.
+
+    Args:
+        settings: The criterion's.
+        heads: One for each layer.
+        layouts: Of the layers' outputs.
+        teacher: In stage 2.
+        spec: How the student is called.
+        record: The student's forward.
+        gated: Its call, and which rows are inside.
+        latents: The clean latents; needed in stage 1.
+        seed: What the choice of ``teacher_rows`` depends on.
+        checking: Whether the teacher's indices are checked, which waits for the device.
+        look: What is to see this call, if it is measured.
+
+    Raises:
+        CaptureError: If a layer was not captured as it is, or its tokens carry no gradient.
+        ShapeError: If tokens, head, teacher, times and latents do not fit each other.
+    """
+    call, heads = gated.call, list(heads)
+    captures = [record.capture(layer) for layer in settings.layers]
+    tokens = []
+    for layer, capture, head, layout in zip(settings.layers, captures, heads, layouts, strict=True):
+        tensor = select_tensor(capture.output, settings.select, layer)
+        if look is not None:
+            tensor = look.branch(tensor)
+        found = as_tokens(tensor, None, settings.tokens, layer=layer, layout=layout, arguments=lambda: call.arguments)
+        _check_captured(found, gated, layer, head, record)
+        if latents is not None and settings.stage == 1:
+            _check_fit(head, found, latents, settings)
+        elif settings.tokens is None:  # there is no latent grid to compare with
+            _check_fit(head, found, call.x_t, settings)
+        tokens.append(found)
+    if look is not None:
+        look.tokens = [found.detach() for found in tokens]
+    target = (
+        partial(_latents_target, settings, call, latents)
+        if teacher is None
+        else partial(_teacher_target, teacher, teacher.spec.adopt(call, spec), settings.teacher_chunk, checking)
+    )
+    inside = gated.rows()
+    if len(inside) == 0:
+        if teacher is not None and sharded_parts(teacher):
+            # On other ranks it runs, and gathers its weights from all of them: they wait for this one.
+            target(torch.zeros(1, dtype=torch.long, device=call.x_t.device), None)
+        return zero_of(heads)
+    released = settings.gating == "released"
+    candidates = torch.arange(call.rows, device="cpu") if released else inside
+    chosen = sample_rows(candidates, settings.teacher_rows, seed=seed)
+    rows = None if len(chosen) == call.rows else _to_device(chosen, call.x_t.device)
+    if rows is not None:
+        tokens = [found.index_select(0, rows) for found in tokens]
+    weights = None
+    if gated.inside.ndim == 2 and not released:
+        weights = (gated.inside if rows is None else gated.inside.index_select(0, rows)).float()  # (n, T)
+    autocast = captures[0].autocast
+    with torch.autocast(call.x_t.device.type, dtype=autocast, enabled=autocast is not None):
+        goal = target(rows, look)
+        distances = [head.distance(found, goal, weights) for head, found in zip(heads, tokens, strict=True)]
+    if look is not None:
+        look.target, look.rows = goal, rows
+    mean = torch.stack(distances).mean()  # over layers and over the chosen rows
+    # Divided by the whole batch, whatever was chosen: an average over ranks is then the global value.
+    return mean * (gated.inside.float().mean() if released else len(candidates) / call.rows)
+
+
+def zero_of(heads: Iterable[Head]) -> Tensor:
+    """An exact 0 that depends on every parameter of the heads; 0-d, float32."""
+    return torch.stack([head.zero() for head in heads]).sum()
+
+
+def _teacher_target(
+    teacher: CFGFeatureTeacher, call: Call, chunk: int | None, checking: bool, rows: Tensor | None, look: Look | None
+) -> Tensor:
+    """(n, T, D), the guided features of the given rows."""
+    _check_place(teacher, call.x_t.device, "teacher")
+    features = teacher.features(call, rows, chunk, check_indices=checking)
+    if look is not None:
+        look.taught, look.features = call, features
+    return teacher.guide(*features)
+
+
+def _latents_target(
+    settings: Settings, call: Call, latents: Tensor | None, rows: Tensor | None, look: Look | None
+) -> Tensor:
+    """(n, C, H, W), the latents or the velocity of the given rows."""
+    assert latents is not None  # check_batch has seen to it
+    target = latents.detach()
+    if settings.target == "velocity":
+        check_same_shape(call, latents)
+        alpha, sigma = settings.time.signal(call.t), settings.time.noise(call.t)
+        target = velocity_target(call.x_t.detach(), target, alpha, sigma)
+    return target if rows is None else target.index_select(0, rows)
+
+
+def velocity_target(x_t: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """The velocity ε − x, with ε = (x_t − α x) / σ recovered from x_t = α x + σ ε.
+
+    The released code's stage-1 target on the linear path; off it that code regresses dα/dt x + dσ/dt ε.
+
+    Args:
+        x_t: (N, C, H, W), the noisy latents.
+        latents: (N, C, H, W), the clean ones.
+        alpha: (N,), α of each sample.
+        sigma: (N,), σ of each sample; where x_t has no noise ε cannot be recovered, so σ is kept above 1e-4.
+
+    Shape:
+        returns: (N, C, H, W), float32
+
+    Raises:
+        ShapeError: If samples have several times.
+    """
+    if alpha.ndim != 1:
+        raise ShapeError(
+            f"target='velocity' needs one time for each sample, but t is {tuple(alpha.shape)}: use target='latents', "
+            "or say which time is the sample's with call=dict(t=...)."
         )
+    x_t, latents = x_t.float(), latents.float()
+    shape = (-1, *[1] * (latents.ndim - 1))
+    noise = (x_t - alpha.reshape(shape) * latents) / sigma.clamp(min=1e-4).reshape(shape)
+    return noise - latents
 
 
 def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Tensor:
@@ -115,22 +236,29 @@ def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Te
     wanted = math.ceil(teacher_rows * len(rows)) if isinstance(teacher_rows, float) else teacher_rows
     if wanted >= len(rows):
         return rows
-    chosen = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed), device="cpu")[:wanted]
+    generator = torch.Generator(device="cpu").manual_seed(seed)
+    chosen = torch.randperm(len(rows), generator=generator, device="cpu")[:wanted]
     return rows[chosen.sort().values]
 
 
-def to_device(rows: Tensor, device: torch.device) -> Tensor:
+def _to_device(rows: Tensor, device: torch.device) -> Tensor:
     """Indices on ``device``, without waiting for it."""
     return rows.pin_memory().to(device, non_blocking=True) if device.type in ASYNCHRONOUS else rows.to(device)
 
 
-def check_teacher(teacher: CFGFeatureTeacher, model: nn.Module, time: TimeConvention) -> None:
+def check_teacher(teacher: object, model: nn.Module, time: TimeConvention) -> None:
     """Make sure that ``teacher`` can teach ``model``.
 
     Raises:
+        SettingError: If it is no teacher.
         TeacherError: If it is the model itself, or shares the weights of its layer with it.
         TimeConventionError: If it was built for another time convention.
     """
+    if not isinstance(teacher, CFGFeatureTeacher):
+        raise SettingError(
+            f"teacher must be what build_teacher returns, or CFGFeatureTeacher.from_pretrained; got "
+            f"{described(teacher)}.\nA model becomes one by st.build_teacher(model, checkpoint, layer=..., null=...)."
+        )
     if unwrap(teacher.model) is unwrap(model):
         raise TeacherError("The teacher holds the student itself: build it from a copy of the model.")
     own = {id(p) for p in unwrap(model).parameters()}
@@ -152,33 +280,37 @@ def check_denoising(denoising: object) -> None:
     if not isinstance(denoising, Tensor) or not denoising.is_floating_point() or denoising.ndim > 1:
         raise ShapeError(
             f"The loop's own loss must be a floating tensor, a scalar or (N,); got {described(denoising)}.\n"
-            "Average what is left over channels and pixels first, as the loop does before backward(). The loss comes "
+            "Average it over channels and pixels first: weight= is meant for a mean, not for a sum. The loss comes "
             "first: criterion(loss, latents=x, step=step)."
         )
 
 
-def check_batch(call: Call, denoising: Tensor, latents: object) -> None:
+def check_batch(call: Call, denoising: Tensor, latents: object, stage: int) -> None:
     """Make sure that loss and latents are those of the captured call.
 
     Raises:
-        ShapeError: If they have another number of samples, or the latents are no tensor.
-        ShapeError: If the latents lie elsewhere.
+        ShapeError: If they have another number of samples or lie elsewhere, or if the latents are no tensor, or missing
+            in stage 1.
     """
     if denoising.ndim == 1 and len(denoising) != call.rows:
         raise ShapeError(
             f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
             "Pass the loss of that call: a scalar, or one value for each sample."
         )
-    if latents is not None and (not isinstance(latents, Tensor) or latents.ndim == 0):
+    if latents is None:
+        if stage == 1:
+            raise ShapeError("Stage 1 aligns with the clean latents: call criterion(loss, latents=...).")
+        return
+    if not isinstance(latents, Tensor) or latents.ndim == 0:
         raise ShapeError(
             f"latents must be the batch's clean latents, a tensor (N, ...); got {described(latents)}.\n"
             "Of a VAE's posterior pass the sample that the loop adds noise to, scaled as the model sees it."
         )
-    if latents is not None and len(latents) != call.rows:
+    if len(latents) != call.rows:
         raise ShapeError(
             f"There are {len(latents)} latents, but the model's last call had {call.rows} samples: pass the same batch."
         )
-    if latents is not None and latents.device != call.x_t.device:
+    if latents.device != call.x_t.device:
         raise ShapeError(f"The latents lie on {latents.device}, x_t on {call.x_t.device}: move them there.")
 
 
@@ -194,27 +326,34 @@ def check_same_shape(call: Call, latents: Tensor) -> None:
         )
 
 
-def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module, record: Record[Gated]) -> None:
+def _check_captured(tokens: Tensor, gated: Gated, layer: str, head: Head, record: Record[Gated]) -> None:
     """Make sure that a head can be trained on the tokens.
 
     Raises:
-        ShapeError: If there is not one row for each sample, or the head reads another width.
-        ShapeError: If the head lies elsewhere.
+        ShapeError: If there is not one row for each sample, or one time for each token where tokens have times.
+        ShapeError: If the head reads another width, or lies elsewhere.
         CaptureError: If the tokens carry no gradient although gradients are enabled.
     """
-    if len(tokens) != call.rows:
+    rows = gated.call.rows
+    if len(tokens) != rows:
         raise ShapeError(
-            f"Layer {layer!r} gave {len(tokens)} rows in a call of {call.rows} samples: tap a layer that keeps one row "
-            "for each sample."
+            f"Layer {layer!r} gave {len(tokens)} rows in a call of {rows} samples: tap a layer that keeps one row for "
+            "each sample."
         )
-    assert isinstance(head, ProjectionHead | VAEAlignmentLoss)
+    if gated.inside.ndim == 2 and gated.inside.shape != tokens.shape[:2]:
+        raise ShapeError(
+            f"The model's t has {gated.inside.shape[1]} times a sample, but layer {layer!r} gave {tokens.shape[1]} "
+            "tokens: times by token gate the tokens one by one.\n"
+            "Pick the image's tokens with tokens=; or say which time is the sample's, or each token's, with "
+            "call=dict(t=lambda arguments: ...)."
+        )
     if tokens.shape[-1] != head.in_features:
         raise ShapeError(
             f"Layer {layer!r} gave tokens of width {tokens.shape[-1]}, but the head reads {head.in_features}.\n"
             f"Build the criterion with hidden_size={tokens.shape[-1]}; or, if the layer's maps are not (N, D, H, W), "
             "turn them into (N, T, D) with tokens= a callable."
         )
-    check_device(head, tokens.device, "head")
+    _check_place(head, tokens.device, "head")
     if torch.is_grad_enabled() and not tokens.requires_grad:
         raise record.no_gradient(
             layer,
@@ -225,171 +364,20 @@ def check_captured(tokens: Tensor, call: Call, layer: str, head: nn.Module, reco
         )
 
 
-def check_patches(tokens: Tensor, call: Call, layer: str) -> None:
-    """Raise ``ShapeError`` if so many tokens cannot be patches of x_t: patches divide a sample's values evenly.
+def _check_fit(head: Head, tokens: Tensor, latents: Tensor, settings: Settings) -> None:
+    try:
+        head.check_fit(tokens, latents)
+    except ShapeError as error:
+        if settings.tokens is not None:
+            error.add_note(f"tokens={settings.tokens} was given: these are the tokens that it leaves.")
+        raise
 
-    For features without a latent grid to compare with; it tells text or class tokens at the usual sizes.
-    """
-    values = call.x_t[0].numel()
-    if values % tokens.shape[1]:
+
+def _check_place(module: Head | nn.Module, device: torch.device, what: str) -> None:
+    """Raise ``ShapeError`` unless ``module`` lies on ``device``."""
+    found = next(module.parameters()).device
+    if found != device:
         raise ShapeError(
-            f"Layer {layer!r} gave {tokens.shape[1]} tokens, which cannot be the patches of x_t "
-            f"{tuple(call.x_t.shape)}: its {values} values a sample do not divide by {tokens.shape[1]}.\n"
-            "Is it another stream, such as the text's (select=)? Are class, time or text tokens among the image's "
-            "(tokens=)? To align all of them on purpose, pass tokens=slice(None)."
+            f"The {what} lies on {found}, the batch on {device}: call criterion.to({str(device)!r}) where the model is "
+            "moved."
         )
-
-
-class Alignment(nn.Module):
-    """Heads, and what they are aligned with. The settings are those of :class:`SelfTransLoss`, which describes them."""
-
-    spec: CallSpec  # of the student's calls
-    layouts: list[Layout]  # of the layers' outputs
-
-    def __init__(
-        self,
-        heads: Iterable[nn.Module],
-        *,
-        layer: str | Sequence[str],
-        time: str | TimeConvention,
-        teacher: CFGFeatureTeacher | None,
-        target: Target,
-        distance: Distance,
-        window: tuple[float, float] | None,
-        gating: Gating,
-        select: Select,
-        tokens: Tokens,
-        teacher_chunk: int | None,
-        teacher_rows: int | float | None,
-    ) -> None:
-        super().__init__()
-        check_choice("target", target, get_args(Target))
-        check_choice("gating", gating, get_args(Gating))
-        check_distance(distance)
-        check_select(select)
-        check_tokens(tokens)
-        check_interval_of("teacher_chunk", teacher_chunk)
-        check_teacher_rows(teacher_rows)
-        self.heads = nn.ModuleList(heads)
-        self.layers = layer_names(layer)
-        self.time = resolve(time)
-        self.target = target
-        self.distance: Distance = distance
-        self.window = check_window(window)
-        self.gating = gating
-        self.select = select
-        self.tokens = tokens
-        self.teacher_chunk = teacher_chunk
-        self.teacher_rows = teacher_rows
-        self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
-
-    @property
-    def teacher(self) -> CFGFeatureTeacher | None:
-        """The teacher of stage 2; None in stage 1 and after :meth:`release_teacher`."""
-        return self._teacher[0]
-
-    @property
-    def stage(self) -> int:
-        """1 or 2."""
-        return 1 if isinstance(self.heads[0], VAEAlignmentLoss) else 2
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.teacher is not None:
-            self.teacher._apply(fn, recurse)
-        return self
-
-    def _alignment(
-        self,
-        record: Record[Gated],
-        gated: Gated,
-        latents: Tensor | None,
-        *,
-        seed: int,
-        checking: bool,
-        look: Look | None,
-    ) -> Tensor:
-        """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32.
-
-        Args:
-            record: The forward.
-            gated: Its call, and which rows are inside.
-            latents: The clean latents; needed in stage 1.
-            seed: What the choice of ``teacher_rows`` depends on.
-            checking: Whether the teacher's indices are checked, which waits for the device.
-            look: What is to see this call, if it is measured.
-        """
-        call = gated.call
-        captures = [record.capture(layer) for layer in self.layers]
-        tokens = []
-        for layer, capture, head, layout in zip(self.layers, captures, self.heads, self.layouts, strict=True):
-            tensor = select_tensor(capture.output, self.select, layer)
-            if look is not None:
-                tensor = look.branch(tensor)
-            tokens.append(
-                as_tokens(tensor, None, self.tokens, layer=layer, layout=layout, arguments=lambda: call.arguments)
-            )
-            check_captured(tokens[-1], call, layer, head, record)
-            if isinstance(head, VAEAlignmentLoss):
-                assert latents is not None  # the caller has seen to it
-                self._check_fit(head, latents, tokens[-1])
-            elif self.tokens is None:  # there is no latent grid to compare with
-                check_patches(tokens[-1], call, layer)
-        if self.teacher is not None:
-            check_device(self.teacher, call.x_t.device, "teacher")
-        if look is not None:
-            look.tokens = [found.detach() for found in tokens]
-        inside = torch.arange(call.rows, device="cpu") if self.window is None else gated.rows()
-        candidates = torch.arange(call.rows, device="cpu") if self.gating == "released" else inside
-        if len(inside) == 0:
-            if self.teacher is not None and sharded_parts(self.teacher):
-                # On other ranks it runs, and gathers its weights from all of them: they wait for this one.
-                self._target(call, torch.zeros(1, dtype=torch.long, device=call.x_t.device), latents, checking)
-            return zero_of(self.heads)
-        chosen = sample_rows(candidates, self.teacher_rows, seed=seed)
-        rows = None if len(chosen) == call.rows else to_device(chosen, call.x_t.device)
-        if rows is not None:
-            tokens = [found.index_select(0, rows) for found in tokens]
-        autocast = captures[0].autocast
-        with torch.autocast(call.x_t.device.type, dtype=autocast, enabled=autocast is not None):
-            target = self._target(call, rows, latents, checking, look)
-            distances = [
-                distance_of(head, found, target, self.distance) for head, found in zip(self.heads, tokens, strict=True)
-            ]
-        if look is not None:
-            look.target, look.rows = target, rows
-        mean = torch.stack(distances).mean()  # over layers and over the chosen rows
-        # Divided by the whole batch, whatever was chosen: an average over ranks is then the global value.
-        return mean * (gated.inside.float().mean() if self.gating == "released" else len(candidates) / call.rows)
-
-    def _check_fit(self, head: VAEAlignmentLoss, latents: Tensor, tokens: Tensor) -> None:
-        try:
-            head.check_fit(latents, tokens)
-        except ShapeError as error:
-            if self.tokens is not None:
-                error.add_note(f"tokens={self.tokens} was given: these are the tokens that it leaves.")
-            raise
-
-    def _target(
-        self,
-        call: Call,
-        rows: Tensor | None,
-        latents: Tensor | None,
-        checking: bool,
-        look: Look | None = None,
-    ) -> Tensor:
-        """What the heads' outputs are compared with, for the given rows."""
-        if self.stage == 2:
-            teacher = self.teacher
-            assert teacher is not None  # the caller has seen to it
-            adopted = teacher.spec.adopt(call, self.spec)
-            features = teacher.features(adopted, rows, self.teacher_chunk, check_indices=checking)
-            if look is not None:
-                look.taught, look.features = adopted, features
-            return teacher.guide(*features)
-        assert latents is not None  # the caller has seen to it
-        target = latents.detach()
-        if self.target == "velocity":
-            check_same_shape(call, latents)
-            target = velocity_target(call.x_t.detach(), target, self.time.signal(call.t), self.time.noise(call.t))
-        return target if rows is None else target.index_select(0, rows)

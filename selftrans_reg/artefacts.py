@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from .calls import CallSpec
 from .checkpoints import defect, plain_key, read_json, read_safetensors
 from .errors import CheckpointError, SelfTransError, SettingError, TeacherError, TimeConventionError
-from .losses import DISTANCES
+from .heads import Distance
 from .modules import quoted, unwrap
-from .settings import SCHEDULES, Gating, Target
+from .settings import Gating, Schedule, Target
 from .time import TimeConvention
 from .tokens import Select, Tokens
 
@@ -172,11 +172,11 @@ CRITERION_FIELDS: dict[str, Field] = {
     "patch_size": Field(_optional(lambda v: is_list(v, _WIDTH.fits, shortest=1, longest=3)), "positive integers"),
     "channel_axis": Field(_optional(lambda v: is_whole(v, 1, 4)), "an axis, null in stage 2"),
     "target": _choice(*get_args(Target)),
-    "distance": _choice(*DISTANCES),
+    "distance": _choice(*get_args(Distance)),
     "weight": Field(is_real, "a number, 0 or more"),
     "window": Field(_optional(lambda v: is_list(v, is_real, shortest=2, longest=2)), "two numbers or null"),
     "gating": _choice(*get_args(Gating)),
-    "schedule": _choice(*SCHEDULES),
+    "schedule": _choice(*get_args(Schedule)),
     "stop_step": Field(_optional(is_whole), "an integer, 0 or more, or null"),
     "stop_when": Field(_optional(_is_plateau), "the four settings of a Plateau or null", before=None),
     "forward": _choice(None, "first", "last"),

@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Iterable, Mapping, MutableMapping, Sequence
-from typing import Any, NamedTuple, Unpack
+import functools
+import operator
+import re
+from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex, Unpack, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from .alignment import Alignment, Gate, Gated, check_batch, check_denoising, check_same_shape, check_teacher
-from .calls import Call, CallSpec
-from .errors import CaptureError, SettingError, ShapeError, TeacherError
-from .heads import ProjectionHead
-from .health import Health, Look
-from .losses import Distance, VAEAlignmentLoss, zero_of
-from .modules import Layout, device_of, find_layer, quoted, resolve_width
-from .plateau import GradientProbe, Interval, Plateau, PlateauRule
-from .settings import (
-    Gating,
-    Schedule,
-    Settings,
-    Target,
-    check_interval_of,
-    check_same_schedule,
-    check_schedule,
-    check_stop_when,
-    check_weight,
-    checked_step,
-    factor,
-    schedule_state,
+from .alignment import (
+    Gated,
+    align,
+    check_batch,
+    check_denoising,
+    check_same_shape,
+    check_teacher,
+    gate,
+    in_ddp,
+    zero_of,
 )
-from .taps import Recorder, WhichForward, layer_names
+from .calls import Call, CallSpec
+from .errors import CaptureError, CheckpointError, SettingError, TeacherError
+from .heads import Distance, Head, ProjectionHead, VAEAlignmentLoss
+from .health import Health, Look
+from .modules import Layout, device_of, find_layer, quoted, resolve_width, sharded_parts
+from .plateau import GradientProbe, Plateau, PlateauRule
+from .settings import FIELDS, MAX_STEP, Common, RunState, Settings, Target, shown
+from .taps import Recorder, layer_names
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention, check_against_latents, check_times, resolve
-from .tokens import Select, Tokens
+from .tokens import described
 
-# What is fixed when a criterion is built. Its weight, for one, is read at every call.
-_FIXED = frozenset({
-    "layers", "time", "window", "gating", "distance", "target", "call", "which_forward", "eval_mode", "schedule",
-    "stop_step", "stop_when", "check_interval", "health_interval",
-})  # fmt: skip
+# A mistake in a new loop shows in the first calls of a process, and is cheap to find there.
+_FIRST = 3
+
+_ON_PURPOSE = "To go on with this criterion's on purpose, call criterion.allow_changes() before loading."
+# What wrappers put into the keys of a state.
+_WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class LossTerms(NamedTuple):
@@ -63,7 +64,7 @@ class LossTerms(NamedTuple):
     in_window: Tensor
 
 
-class SelfTransLoss(Alignment):
+class SelfTransLoss(nn.Module):
     """Denoising loss plus the alignment of Self-Transcendence. Made by :meth:`stage1` or :meth:`stage2`.
 
     Hooks record the model's own call while the loop runs it; ``criterion(loss)`` then computes
@@ -76,10 +77,11 @@ class SelfTransLoss(Alignment):
     instead: mean(mask) · mean(distance), over every sample.
 
     Head and teacher run under the autocast that the tapped layer ran under. The criterion's parameters are the head's:
-    give them to the optimiser. Its state dict holds the head and a few small buffers; the model and the teacher are
-    no part of it. ``.to()`` moves the teacher too. The global random number generator is never advanced.
+    give them to the optimiser. Its state dict holds the head and one small extra state, nothing of the model or
+    the teacher. ``.to()`` moves the teacher too. The global random number generator is never advanced.
 
-    Both stages take these settings:
+    Both stages take these settings, which can be read off the criterion by their names; only ``weight`` can be changed
+    once it is built:
 
     - ``weight=0.5``: λ. With 0 the alignment is only measured.
     - ``window=(0.4, 0.7)``: the noise fractions at which the alignment applies, closed at both ends; None for all.
@@ -103,93 +105,49 @@ class SelfTransLoss(Alignment):
     Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
     """
 
-    step: Tensor
-    calls: Tensor
-    schedule_state: Tensor
-    settings_state: Tensor
-    teacher_fingerprint: Tensor
-    health_state: Tensor
-    plateau_state: Tensor
+    if TYPE_CHECKING:  # for nn.Module a call is of anything and gives anything
+
+        def __call__(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> LossTerms:
+            """As :meth:`forward`."""
+
+    heads: nn.ModuleList
+    weight: float
     _recorder: Recorder[Gated] | None = None
 
     def __init__(
         self,
         model: nn.Module,
         heads: Iterable[nn.Module],
-        *,
-        layer: str | Sequence[str],
-        time: str | TimeConvention,
+        settings: Settings,
         teacher: CFGFeatureTeacher | None = None,
-        target: Target = "latents",
-        distance: Distance = "mse",
-        weight: float = 0.5,
-        window: tuple[float, float] | None = (0.4, 0.7),
-        gating: Gating = "per-sample",
-        schedule: Schedule = "constant",
-        stop_step: int | None = None,
-        stop_when: Plateau | None = None,
-        call: Mapping[str, Any] | None = None,
-        select: Select = None,
-        tokens: Tokens = None,
-        forward: WhichForward = None,
-        eval_mode: bool = False,
-        check_interval: int | None = 1000,
-        health_interval: int | None = 100,
-        teacher_chunk: int | None = None,
-        teacher_rows: int | float | None = None,
     ) -> None:
-        super().__init__(
-            heads,
-            layer=layer,
-            time=time,
-            teacher=teacher,
-            target=target,
-            distance=distance,
-            window=window,
-            gating=gating,
-            select=select,
-            tokens=tokens,
-            teacher_chunk=teacher_chunk,
-            teacher_rows=teacher_rows,
-        )
-        check_weight(weight)
-        check_schedule(schedule, stop_step)
-        check_stop_when(stop_when, weight)
-        check_interval_of("check_interval", check_interval)
-        check_interval_of("health_interval", health_interval)
-        self.weight = float(weight)
-        self.schedule: Schedule = schedule
-        self.stop_step = stop_step
-        self.stop_when = stop_when
-        self.call = call
-        self.which_forward: WhichForward = forward
-        self.eval_mode = eval_mode
-        self.check_interval = check_interval
-        self.health_interval = health_interval
-        # The counters live here and go to the buffers only when a state dict is made: a step writes nothing.
+        super().__init__()
+        self.heads = nn.ModuleList(heads)
+        if len(self.heads) != len(settings.layers) or not all(isinstance(head, Head) for head in self.heads):
+            raise SettingError(
+                f"There must be one head for each of the layers {quoted(settings.layers)}, with the in_features, "
+                f"distance, zero and check_fit of ProjectionHead; got {quoted(type(h).__name__ for h in self.heads)}."
+            )
+        self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
+        self._taught_by = None if teacher is None else bytes(teacher.fingerprint.tolist()).hex()
         self._step = -1
-        self._calls = 0
-        self._check_interval = Interval(check_interval)
-        self._health = Health(health_interval)
-        self._plateau = PlateauRule(stop_when)
-        buffers = {
-            "step": torch.tensor(-1),
-            "calls": torch.tensor(0),
-            "schedule_state": schedule_state(schedule, self.weight, stop_step),
-            "settings_state": settings_state(self),
-            "teacher_fingerprint": torch.zeros(32, dtype=torch.uint8) if teacher is None else teacher.fingerprint,
-            **fresh_observations(),
-        }
-        for name, buffer in buffers.items():  # with the heads: NCCL broadcasts no buffers of the CPU
-            self.register_buffer(name, buffer.clone().to(device_of(self)))
-        self.register_state_dict_pre_hook(write_buffers)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(check_state)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_post_hook(read_buffers)  # type: ignore[no-untyped-call]
+        self._calls = 0  # of the run
+        self._seen = 0  # of this process: a resumed run is looked at anew
+        self._changes_allowed = False
+        self._health = Health(settings.health_interval)
+        self._plateau = None if settings.stop_when is None else PlateauRule(settings.stop_when)
+        self.weight = settings.weight
+        self.settings = settings  # from here on they are fixed
         self.attach(model)
 
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["settings"], name) if name in FIELDS else super().__getattr__(name)
+
     def __setattr__(self, name: str, value: Any) -> None:
-        # Half of them were read when it was built; and nn.Module would take in a teacher beside the one that it has.
-        if name == "teacher" or (name in _FIXED and name in self.__dict__):
+        if name == "weight":
+            value = replace(self.settings, weight=value).weight if "settings" in self.__dict__ else value
+        # The rest was read when it was built; and nn.Module would take in a teacher beside the one that it has.
+        elif name in FIELDS or name == "teacher" or (name == "settings" and name in self.__dict__):
             raise SettingError(
                 f"{name} of a criterion cannot be changed once it is built.\n"
                 "Build a new one with the new value, and hand the head over: "
@@ -212,7 +170,7 @@ class SelfTransLoss(Alignment):
         target: Target = "latents",
         distance: Distance = "mse",
         generator: torch.Generator | None = None,
-        **settings: Unpack[Settings],
+        **settings: Unpack[Common],
     ) -> SelfTransLoss:
         """Stage 1: align a shallow layer with the VAE's clean latents.
 
@@ -238,7 +196,7 @@ class SelfTransLoss(Alignment):
             LayerNotFoundError: If the model has no such layer.
             SettingError: If a setting makes no sense, or the width is needed.
         """
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = generator or torch.Generator(device="cpu").manual_seed(0)
         heads = [
             VAEAlignmentLoss(
                 width,
@@ -252,7 +210,10 @@ class SelfTransLoss(Alignment):
             )
             for width in _widths(model, layer, hidden_size)
         ]
-        return cls(model, heads, layer=layer, time=time, target=target, distance=distance, **settings)
+        common = Settings(
+            stage=1, layers=layer_names(layer), time=resolve(time), target=target, distance=distance, **settings
+        )
+        return cls(model, heads, common)
 
     @classmethod
     def stage2(
@@ -269,7 +230,7 @@ class SelfTransLoss(Alignment):
         teacher_chunk: int | None = None,
         teacher_rows: int | float | None = None,
         generator: torch.Generator | None = None,
-        **settings: Unpack[Settings],
+        **settings: Unpack[Common],
     ) -> SelfTransLoss:
         """Stage 2: align a layer of a new model with the guided features of the stage-1 model.
 
@@ -307,22 +268,23 @@ class SelfTransLoss(Alignment):
                 "The width of the teacher's features is not known. Give build_teacher hidden_size= or example=, or "
                 "pass target_size= here."
             )
-        generator = generator or torch.Generator().manual_seed(0)
+        generator = generator or torch.Generator(device="cpu").manual_seed(0)
         heads = [
-            ProjectionHead(width, target_size, hidden_features, generator=generator, device=device_of(model))
+            ProjectionHead(
+                width, target_size, hidden_features, generator=generator, device=device_of(model), distance=distance
+            )
             for width in _widths(model, layer, hidden_size)
         ]
-        return cls(
-            model,
-            heads,
-            layer=layer,
-            time=time,
-            teacher=teacher,
+        common = Settings(
+            stage=2,
+            layers=layer_names(layer),
+            time=resolve(time),
             distance=distance,
             teacher_chunk=teacher_chunk,
             teacher_rows=teacher_rows,
             **settings,
         )
+        return cls(model, heads, common, teacher)
 
     @property
     def measures(self) -> dict[str, Tensor]:
@@ -343,7 +305,12 @@ class SelfTransLoss(Alignment):
     @property
     def stopped_at(self) -> int | None:
         """The step, or without steps the call, at which ``stop_when`` stopped the alignment; None before."""
-        return self._plateau.stopped_at
+        return None if self._plateau is None else self._plateau.stopped_at
+
+    @property
+    def teacher(self) -> CFGFeatureTeacher | None:
+        """The teacher of stage 2; None in stage 1 and after :meth:`release_teacher`."""
+        return self._teacher[0]
 
     def forward(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> LossTerms:
         """The total loss for the forward that the model has just run.
@@ -374,6 +341,7 @@ class SelfTransLoss(Alignment):
 
     def _forward(self, denoising: Tensor, latents: Tensor | None, step: int | None) -> LossTerms:
         check_denoising(denoising)
+        heads = cast("Iterable[Head]", self.heads)
         if not self.training:
             if denoising.requires_grad and self._recorder is not None and self._recorder.holds_record:
                 self._health.count_in_eval_mode()
@@ -382,35 +350,51 @@ class SelfTransLoss(Alignment):
         scale = self._advance(step, denoising.device)
         if scale == 0.0:  # past the stop step nothing is looked at any more
             self._health.stop()
-            return self._terms(denoising, zero_of(self.heads), 0.0, None)
-        record = self._watching().take()
+            return _terms(denoising, zero_of(heads), zero_of(heads), 0.0, None)
+        recorder, teacher = self._watching(), self.teacher
+        record = recorder.take()
         gated = record.note
         record.check_arguments()
-        checking = self._check_interval.due(self._calls)
-        self._check(gated.call, denoising, latents, checking)
-        look = self._new_look(denoising, gated.call, self.weight * scale)
-        with torch.no_grad() if self.weight == 0.0 else contextlib.nullcontext():
-            alignment = self._alignment(record, gated, latents, seed=self._calls, checking=checking, look=look)
+        checking = self._due(self.settings.check_interval)
+        self._check(gated, denoising, latents, teacher, checking)
+        weight = self.weight * scale
+        look = self._new_look(denoising, gated.call, recorder.model, weight)
+        with torch.no_grad() if weight == 0.0 else contextlib.nullcontext():
+            alignment = align(
+                self.settings,
+                heads,
+                self._layouts,
+                teacher,
+                self.spec,
+                record,
+                gated,
+                latents,
+                seed=self._calls,
+                checking=checking,
+                look=look,
+            )
         self._observe(look, gated, alignment)
-        return self._terms(denoising, alignment, self.weight * scale, gated.inside)
+        return _terms(denoising, alignment, weight * alignment if weight else zero_of(heads), weight, gated.inside)
 
     def attach(self, model: nn.Module) -> None:
         """Watch ``model``: done at construction, and needed again only for a copy or after :meth:`detach`."""
         self.detach()
-        needs_t = self.window is not None or self.stage == 2 or self.target == "velocity"
-        self.spec = CallSpec(model, self.call, needs_t=needs_t)
-        self.layouts = [
+        _keep_out_of_graphs()
+        settings = self.settings
+        needs_t = settings.window is not None or settings.stage == 2 or settings.target == "velocity"
+        self.spec = CallSpec(model, settings.call, needs_t=needs_t)
+        heads = cast("Iterable[Head]", self.heads)
+        self._layouts = [
             Layout.of(find_layer(model, layer), head.in_features)
-            for layer, head in zip(self.layers, self.heads, strict=True)
-            if isinstance(head, ProjectionHead | VAEAlignmentLoss)
+            for layer, head in zip(settings.layers, heads, strict=True)
         ]
         self._recorder = Recorder(
             model,
-            self.layers,
-            Gate(self.spec, self.time, self.window),
+            settings.layers,
+            functools.partial(gate, self.spec, settings),
             training_only=True,
-            eval_mode=self.eval_mode,
-            forward=self.which_forward,
+            eval_mode=settings.eval_mode,
+            forward=settings.forward,
         )
 
     def detach(self) -> None:
@@ -445,11 +429,98 @@ class SelfTransLoss(Alignment):
 
     def extra_repr(self) -> str:
         """The settings, as ``print(criterion)`` shows them."""
-        return (
-            f"stage={self.stage}, layers={list(self.layers)}, time={self.time.name!r}, weight={self.weight}, "
-            f"window={self.window}, distance={self.distance!r}, gating={self.gating!r}, schedule={self.schedule!r}, "
-            f"stop_step={self.stop_step}, stop_when={self.stop_when}"
-        )
+        return shown(self.settings.to_json() | {"weight": self.weight})
+
+    def get_extra_state(self) -> Tensor:
+        """What a resumed run needs besides the heads, in a uint8 tensor: every format and wrapper keeps that."""
+        plateau = None if self._plateau is None else self._plateau.state()
+        return RunState(
+            step=self._step,
+            calls=self._calls,
+            weight=self.weight,
+            teacher=self._taught_by,
+            health=self._health.state(),
+            plateau=plateau,
+            settings=self.settings.to_json(),
+        ).to_tensor()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Go on from what :meth:`get_extra_state` gave.
+
+        Raises:
+            CheckpointError: If it is no such state.
+            TeacherError: If the teacher is another.
+            SettingError: If settings or schedule are others, or a rule stopped the run that the criterion has not.
+        """
+        saved = _read(state)
+        allowed, self._changes_allowed = self._changes_allowed, False
+        if not allowed:
+            self._check_same_run(saved)
+        self._step, self._calls = saved.step, saved.calls
+        if saved.settings.get("weight") == self.settings.weight:
+            self.weight = saved.weight  # which the loop may have changed since
+        if self.teacher is None:
+            self._taught_by = saved.teacher  # for when the teacher is back
+        self._health.load(saved.health)
+        if self._plateau is not None and saved.plateau is not None:
+            self._plateau.load(saved.plateau)
+
+    def allow_changes(self) -> None:
+        """Let the next state that is loaded be one of other settings or of another teacher: this criterion's stay."""
+        self._changes_allowed = True
+
+    def _check_same_run(self, saved: RunState) -> None:
+        """Make sure that settings, teacher and schedule are those that a state was saved with."""
+        own = self.settings.to_json()
+        other = [name for name in own if name != "stop_when" and saved.settings.get(name) != own[name]]
+        if saved.weight == self.weight and "weight" in other:
+            other.remove("weight")  # it was changed to that while the run went on
+        if other:
+            raise SettingError(
+                f"The state was saved with {shown(saved.settings, other)}; this criterion has {shown(own, other)}.\n"
+                f"Build it with the saved settings. {_ON_PURPOSE}"
+            )
+        if self._plateau is None and saved.plateau is not None and saved.plateau[0] >= 0:
+            raise SettingError(
+                f"The state is one of a run that {shown(saved.settings, ['stop_when'])} has stopped; this criterion "
+                f"has none, and the alignment would set in again.\nBuild it with the saved stop_when=. {_ON_PURPOSE}"
+            )
+        if self.teacher is not None and saved.teacher not in (None, self._taught_by):
+            raise TeacherError(
+                "The state was saved with another teacher: weights, layer, guidance scale or null condition differ.\n"
+                f"Saved {saved.teacher[:16]}, this criterion's {str(self._taught_by)[:16]}. Build the teacher as when "
+                f"the run began. {_ON_PURPOSE}"
+            )
+
+    def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
+        """Check all of a state before any of it is loaded, and look through what wrappers put into its keys."""
+        own = {f"{prefix}heads.{name}": tuple(value.shape) for name, value in _weights(self.heads)}
+        extra = f"{prefix}_extra_state"
+        names = {_WRAPPER.sub("", name.removeprefix(prefix)): name for name in (*own, extra)}
+        for key in [key for key in state_dict if key.startswith(prefix)]:
+            name = names.get(_WRAPPER.sub("", key.removeprefix(prefix)), key)
+            state_dict[name] = state_dict.pop(key)
+        found = {
+            key: tuple(getattr(value, "shape", ()))
+            for key, value in state_dict.items()
+            if key.startswith(f"{prefix}heads.")
+        }
+        if extra in state_dict and not self._changes_allowed:
+            self._check_same_run(_read(state_dict[extra]))
+        if (found or extra in state_dict) and (found != own or extra not in state_dict):
+            wrong = [key for key in own | found if found.get(key) != own.get(key)] or [extra]
+            listed = "\n  ".join(f"{key}: saved {found.get(key)}, here {own.get(key)}" for key in wrong[:8])
+            raise CheckpointError(
+                f"The state is not whole, or of other heads than this criterion's; nothing was loaded.\n  {listed}\n"
+                "Heads alone are loaded by criterion.heads.load_state_dict()."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.teacher is not None:
+            self.teacher._apply(fn, recurse)
+        return self
 
     def __enter__(self) -> SelfTransLoss:
         return self
@@ -467,180 +538,154 @@ class SelfTransLoss(Alignment):
 
     def _advance(self, step: int | None, device: torch.device) -> float:
         """Count the call and give the schedule's factor at this step, 0 once the alignment has stopped."""
+        stop = self.settings.stop_step
         if step is not None:
             step = checked_step(step)
-            if self.stop_step is not None and step < self._step:
-                self._health.judge_step(step, self._step, self.stop_step)
-        scale = factor(self.schedule, step, self.stop_step)
+            if stop is not None and step < self._step:
+                self._health.judge_step(step, self._step, stop)
+        scale = 1.0 if stop is None else self.settings.factor(step)
         self._calls += 1
+        self._seen += scale > 0.0
         if step is not None:
             self._step = step
+        if self._plateau is None:
+            return scale
         if scale > 0.0:
             self.measures.update(self._plateau.decide(self._calls, step, device))
         return scale if self.stopped_at is None else 0.0
 
-    def _check(self, call: Call, denoising: Tensor, latents: Tensor | None, checking: bool) -> None:
-        if latents is None and self.stage == 1:
-            raise ShapeError("Stage 1 aligns with the clean latents: call criterion(loss, latents=...).")
-        check_batch(call, denoising, latents)
-        if self.teacher is None and self.stage == 2:
+    def _due(self, every: int | None) -> bool:
+        """Whether to look in this call: in the first ones of a process, and at an interval of the run."""
+        return every is not None and (self._seen <= _FIRST or self._calls % every == 0)
+
+    def _check(
+        self, gated: Gated, denoising: Tensor, latents: Tensor | None, teacher: CFGFeatureTeacher | None, checking: bool
+    ) -> None:
+        call, settings = gated.call, self.settings
+        check_batch(call, denoising, latents, settings.stage)
+        if teacher is None and settings.stage == 2:
             raise TeacherError(
-                f"The alignment is still on (step {self._step}, stop_step {self.stop_step}), but there is no teacher: "
-                "it was released, or never given.\nBuild the criterion with the teacher that the run began with."
+                f"The alignment is still on (step {self._step}, stop_step {settings.stop_step}), but there is no "
+                "teacher: it was released, or never given.\nBuild the criterion with the teacher that the run began "
+                "with."
             )
+        if self._seen == 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            self._check_synchronised(gated)
         if not checking or call.times is None:
             return
         if latents is None:
-            check_times(self.time, call.t, call.time_from)
+            check_times(settings.time, call.t, call.time_from)
         else:
             check_same_shape(call, latents)
-            left_out = check_against_latents(self.time, call.x_t.detach(), call.t, latents.detach(), call.time_from)
+            x_t, x = call.x_t.detach(), latents.detach()
+            left_out = check_against_latents(settings.time, x_t, call.t, x, call.time_from)
             if left_out is not None:
                 self._health.warn("time_not_checked", left_out)
 
-    def _new_look(self, denoising: Tensor, call: Call, weight: float) -> Look | None:
-        """Where this call is measured, what is to see it."""
-        due = [interval.due(self._calls) for interval in (self._health.interval, self._plateau.interval)]
+    def _check_synchronised(self, gated: Gated) -> None:
+        """Warn if the model's gradients are averaged over the ranks and the head's are not."""
         model = self._watching().model
-        if not any(due) or model is None:
+        averaged = gated.in_ddp or (model is not None and bool(sharded_parts(model)))
+        trained = any(p.requires_grad for p in self.heads.parameters())
+        if averaged and trained and not (in_ddp() or sharded_parts(self)):
+            self._health.warn(
+                "head_not_synchronised",
+                f"The model's gradients are averaged over {dist.get_world_size()} ranks, and the head's are not: each "
+                "rank trains a head of its own.\n"
+                "Wrap the criterion as the model is wrapped, and call the wrapper: DistributedDataParallel(criterion), "
+                "fully_shard(criterion), accelerator.prepare(criterion).",
+            )
+
+    def _new_look(self, denoising: Tensor, call: Call, model: nn.Module | None, weight: float) -> Look | None:
+        """Where this call is measured, what is to see it."""
+        settings = self.settings
+        due = self._due(settings.health_interval) or (settings.stop_when and self._due(settings.stop_when.interval))
+        if not due or model is None:
             return None
         nowhere = torch.full((call.rows,), torch.nan, device=call.x_t.device)
         return Look(
             denoising,
-            GradientProbe(self.measures.update) if self.weight > 0.0 else None,
+            GradientProbe(self.measures.update) if weight > 0.0 else None,
             call,
-            nowhere if call.times is None else self.time.noise_fraction(call.times),
-            self.window,
+            nowhere if call.times is None else settings.time.noise_fraction(call.times),
+            settings.window,
             model,
-            {layer: find_layer(model, layer) for layer in self.layers},
+            {layer: find_layer(model, layer) for layer in settings.layers},
             self.heads,
             self.teacher,
             weight,
         )
 
     def _observe(self, look: Look | None, gated: Gated, alignment: Tensor) -> None:
-        call = gated.call
-        inside = call.rows if self.window is None else len(gated.rows())
-        self._health.count(call.rows, inside, alignment)
+        inside = len(gated.rows())
+        self._health.count(gated.call.rows, inside, alignment)
         if look is None:
             return
         look.inside = inside
         self._health.measure(look)
-        if self.health_interval is not None:
+        if self.settings.health_interval is not None:
             self._health.judge(look, self._calls, alignment)
-        if look.probe is not None:
+        if self._plateau is not None and look.probe is not None:
             self._plateau.arm(look.probe, self._calls)
 
-    def _terms(self, denoising: Tensor, alignment: Tensor, weight: float, inside: Tensor | None) -> LossTerms:
-        mean = denoising.mean()
-        device = mean.device
-        return LossTerms(
-            total=mean + (weight * alignment if weight > 0.0 else zero_of(self.heads)),
-            denoising=mean.detach(),
-            alignment=alignment.detach(),
-            weight=torch.full((), weight, device=device),
-            in_window=torch.zeros((), device=device) if inside is None else inside.float().mean(),
-        )
+
+def _terms(denoising: Tensor, alignment: Tensor, added: Tensor, weight: float, inside: Tensor | None) -> LossTerms:
+    mean = denoising.mean()
+    device = mean.device
+    return LossTerms(
+        total=mean + added,
+        denoising=mean.detach(),
+        alignment=alignment.detach(),
+        weight=torch.full((), weight, device=device),
+        in_window=torch.zeros((), device=device) if inside is None else inside.float().mean(),
+    )
+
+
+def _read(state: object) -> RunState:
+    """A saved extra state.
+
+    Raises:
+        CheckpointError: If it is none.
+    """
+    try:
+        saved = RunState.from_tensor(state)
+        Health(None).load(saved.health)
+        PlateauRule(Plateau()).load(saved.plateau or PlateauRule(Plateau()).state())
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise CheckpointError(
+            f"The criterion's saved state is damaged; nothing was loaded. {type(error).__name__}: {str(error)[:200]}\n"
+            "Take another checkpoint. Heads that are whole can be loaded alone, by criterion.heads.load_state_dict()."
+        ) from error
+    return saved
 
 
 def _widths(model: nn.Module, layer: str | Sequence[str], hidden_size: int | None) -> list[int]:
     return [resolve_width(find_layer(model, name), name, hidden_size) for name in layer_names(layer)]
 
 
-def as_bits(values: Sequence[float]) -> Tensor:
-    """Floating numbers as the integers of the same bits: ``.half()`` on the criterion would round a floating buffer."""
-    return torch.tensor(values, dtype=torch.float64).view(torch.int64)
+def _weights(heads: nn.ModuleList) -> Iterator[tuple[str, Tensor]]:
+    """What a state dict of the heads holds, by name."""
+    yield from heads.named_parameters(remove_duplicate=False)
+    yield from heads.named_buffers(remove_duplicate=False)
 
 
-def from_bits(bits: Tensor) -> list[float]:
-    """What :func:`as_bits` was given."""
-    values: list[float] = bits.detach().cpu().view(torch.float64).tolist()
-    return values
-
-
-def fresh_observations() -> dict[str, Tensor]:
-    """The buffers of what a run has observed, as they are before its first call."""
-    return {"health_state": as_bits(Health(None).state()), "plateau_state": as_bits(PlateauRule(None).state())}
-
-
-def _settings(criterion: SelfTransLoss) -> dict[str, Any]:
-    """What a head was trained for, besides teacher and schedule: with another of these it is another head's state."""
-    return {
-        "stage": criterion.stage,
-        "layer": criterion.layers,
-        "time": criterion.time.name,
-        "window": criterion.window,
-        "gating": criterion.gating,
-        "distance": criterion.distance,
-        "target": criterion.target,
-    }
-
-
-def settings_state(criterion: SelfTransLoss) -> Tensor:
-    """(7,), int64: a number for each of the settings, equal where these are equal."""
-    digests = [hashlib.sha256(repr(value).encode()).digest() for value in _settings(criterion).values()]
-    return torch.tensor([int.from_bytes(digest[:7], "big") for digest in digests])
-
-
-def write_buffers(criterion: SelfTransLoss, prefix: str, keep_vars: bool) -> None:
-    """Before a state dict is made: put the counters into their buffers."""
-    criterion.step.fill_(criterion._step)
-    criterion.calls.fill_(criterion._calls)
-    criterion.health_state.copy_(as_bits(criterion._health.state()))
-    criterion.plateau_state.copy_(as_bits(criterion._plateau.state()))
-
-
-def read_buffers(criterion: SelfTransLoss, incompatible: object) -> None:
-    """After a state dict was loaded: take the counters out of their buffers."""
-    criterion._step = int(criterion.step)
-    criterion._calls = int(criterion.calls)
-    criterion._health.load(from_bits(criterion.health_state))
-    criterion._plateau.load(from_bits(criterion.plateau_state))
-
-
-def check_state(criterion: SelfTransLoss, state: MutableMapping[str, Any], prefix: str, *rest: object) -> None:
-    """Before a state dict is loaded: see that settings, teacher and schedule are those that it was saved with.
-
-    A state from before there were observations gets fresh ones, one that tells no settings this criterion's.
+def checked_step(step: object) -> int:
+    """An integer, such as NumPy's too, as Python's.
 
     Raises:
-        TeacherError: If the teacher is another.
-        SettingError: If settings or schedule are others, or a rule stopped the run that the criterion has not.
+        SettingError: If it is none, or negative, or beyond 64 bits.
     """
-    for name, value in {**fresh_observations(), "settings_state": settings_state(criterion)}.items():
-        state.setdefault(f"{prefix}{name}", value)
-    _check_same_settings(state[f"{prefix}settings_state"], criterion)
-    if criterion.stop_when is None and from_bits(state[f"{prefix}plateau_state"])[0] >= 0:
-        raise SettingError(
-            "The state is one of a run that stop_when= has stopped; this criterion has none, and the alignment would "
-            "set in again.\nBuild it with the saved stop_when=; to let it set in again on purpose, put this "
-            "criterion's state into the saved one: state['plateau_state'] = criterion.state_dict()['plateau_state']."
-        )
-    saved = state.get(f"{prefix}teacher_fingerprint")
-    teacher = criterion.teacher
-    if saved is not None and teacher is not None and not torch.equal(saved.cpu(), teacher.fingerprint):
-        raise TeacherError(
-            "The state was saved with another teacher: weights, layer, guidance scale or null condition differ.\n"
-            f"Saved {_hex(saved)}, this criterion's {_hex(teacher.fingerprint)}. Build the teacher as when the run "
-            "began; to go on with another one on purpose, put this one's fingerprint into the state: "
-            "state['teacher_fingerprint'] = teacher.fingerprint."
-        )
-    saved = state.get(f"{prefix}schedule_state")
-    if saved is not None:
-        check_same_schedule(saved, criterion.schedule, criterion.weight, criterion.stop_step)
+    if isinstance(step, SupportsIndex) and not isinstance(step, bool | Tensor):
+        number = operator.index(step)
+        if 0 <= number <= MAX_STEP:
+            return number
+    raise SettingError(f"step must be an integer, 0 or more and below 2**63; got {described(step)}.")
 
 
-def _check_same_settings(saved: Tensor, criterion: SelfTransLoss) -> None:
-    same = zip(saved.tolist(), settings_state(criterion).tolist(), _settings(criterion).items(), strict=True)
-    other = {name: value for before, now, (name, value) in same if before != now}
-    if other:
-        raise SettingError(
-            "The state was saved with other settings than this criterion's "
-            f"{', '.join(f'{name}={value!r}' for name, value in other.items())}.\n"
-            "Build it with the saved settings; to change them on purpose, put the new ones into the state: "
-            "state['settings_state'] = criterion.state_dict()['settings_state']."
-        )
+@functools.cache
+def _keep_out_of_graphs() -> None:
+    """Mark what ``torch.compile(criterion)`` must not trace: it changes from call to call with what was recorded.
 
-
-def _hex(fingerprint: Tensor) -> str:
-    return bytes(fingerprint.tolist()).hex()[:16]
+    Done when the first criterion is made, not when the module is imported: the mark imports all of dynamo.
+    """
+    SelfTransLoss.forward = torch.compiler.disable(SelfTransLoss.forward)  # type: ignore[method-assign, no-untyped-call]

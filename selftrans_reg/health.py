@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .calls import Call
 from .errors import HealthWarning, NotFiniteError
 from .modules import named_layers, quoted, sharded_parts, unwrap
-from .plateau import GradientProbe, Interval
+from .plateau import GradientProbe
 from .teacher import CFGFeatureTeacher
 from .tokens import tensors_in
 
@@ -229,7 +229,7 @@ class Health:
     """
 
     def __init__(self, interval: int | None) -> None:
-        self.interval = Interval(interval)
+        self.interval = interval
         self.measures: dict[str, Tensor] = {}
         self.warned: set[str] = set()
         self.calls = 0  # of this process
@@ -255,7 +255,7 @@ class Health:
 
     def count(self, rows: int, inside: int, alignment: Tensor) -> None:
         """Take part in a call, measured or not: nothing is read off the device."""
-        if self.interval.every is None:
+        if self.interval is None:
             return
         self.calls += 1
         self._eval_calls = 0
@@ -296,7 +296,9 @@ class Health:
         scale = _PUBLISHED_WEIGHT / self._weight if self._weight else math.nan
         found["ratio"] = scale * math.sqrt(found["aligned"] / found["own"]) if found["own"] > 0 else math.nan
         found["head_left_out"] = self._movement.left_out(found, ready=self.settled and look.probe is not None)
-        found["not_falling"] = self.interval.regular(calls) and self.trend.close(found["sum"], calls)
+        found["not_falling"] = (
+            self.interval is not None and calls % self.interval == 0 and self.trend.close(found["sum"], calls)
+        )
         found["latest"] = self.trend.recent[-1] if self.trend.recent else math.nan
         for kind, holds, message in _SIGNS:
             if holds(self, look, found):
@@ -328,7 +330,7 @@ class Health:
 
     def warn(self, kind: str, message: str) -> None:
         """Warn, unless a warning of this kind was given before, or all of it is switched off."""
-        if self.interval.every is not None and kind not in self.warned:
+        if self.interval is not None and kind not in self.warned:
             self.warned.add(kind)
             warnings.warn(HealthWarning(f"{kind}: {message}"), stacklevel=2)
 

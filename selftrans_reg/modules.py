@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .errors import LayerNotFoundError, SettingError, ShapeError
+from .errors import LayerNotFoundError, SettingError
 
 # The child that a wrapper holds, by the wrapper's package and class, so that none of them has to be imported. A child's
 # name alone tells nothing: blocks have parts that are called `module`.
@@ -292,15 +292,6 @@ def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
             + ("; or run the model once, as some of its parameters are not initialised yet." if lazy else ".")
         )
     return width
-
-
-def check_device(module: nn.Module, device: torch.device, what: str) -> None:
-    """Raise ``ShapeError`` unless ``module`` lies on ``device``."""
-    if device_of(module) != device:
-        raise ShapeError(
-            f"The {what} lies on {device_of(module)}, the batch on {device}: call criterion.to({str(device)!r}) where "
-            "the model is moved."
-        )
 
 
 def device_of(module: nn.Module) -> torch.device:

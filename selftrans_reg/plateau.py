@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,12 +58,11 @@ class PlateauRule:
     """A :class:`Plateau` at work: what it has seen of the run so far.
 
     Args:
-        plateau: The settings; None for a run without, which never stops.
+        plateau: The settings.
     """
 
-    def __init__(self, plateau: Plateau | None) -> None:
+    def __init__(self, plateau: Plateau) -> None:
         self.plateau = plateau
-        self.interval = Interval(None if plateau is None else plateau.interval)
         self.stopped_at: int | None = None
         self.smoothed = 0.0  # the exponential mean before it is corrected for its start at 0
         self.count = 0
@@ -77,7 +76,7 @@ class PlateauRule:
         Raises:
             CaptureError: If it cannot measure.
         """
-        if self.plateau is not None and probe.hidden:
+        if probe.hidden:
             raise CaptureError(
                 "stop_when= needs the gradient of the loop's own loss at the tapped tokens, and PyTorch's graph hides "
                 "it: the loss does not depend on the very tensor that was captured.\n"
@@ -85,7 +84,7 @@ class PlateauRule:
                 "or tokens= is a function that makes a new tensor of several, name one by index. If the loss was "
                 "detached, or comes from another forward, pass the loss of this forward. Or give a stop_step."
             )
-        if self.interval.regular(calls):
+        if calls % self.plateau.interval == 0:
             self._probe = probe
 
     def decide(self, calls: int, step: int | None, device: torch.device) -> dict[str, Tensor]:
@@ -99,7 +98,7 @@ class PlateauRule:
         Returns:
             The smoothed cosine by its name; nothing where nothing was read.
         """
-        if not self.interval.regular(calls) or (self._probe is None and self._saved is None):
+        if calls % self.plateau.interval or (self._probe is None and self._saved is None):
             return {}
         sums = self._sums(device)
         self._probe = self._saved = None
@@ -108,7 +107,6 @@ class PlateauRule:
         found = cosine(sums).item()
         if math.isnan(found):  # no sample inside the window on any rank, or gradients that overflowed
             return {}
-        assert self.plateau is not None
         share = self.plateau.smoothing
         self.count += 1
         self.smoothed = share * self.smoothed + (1 - share) * found
@@ -140,40 +138,13 @@ class PlateauRule:
         stopped_at = -1 if self.stopped_at is None else self.stopped_at
         return [stopped_at, self.smoothed, self.count, self.below, pending, *sums]
 
-    def load(self, state: list[float]) -> None:
+    def load(self, state: Sequence[float]) -> None:
         """Go on from what :meth:`state` gave."""
         stopped_at, smoothed, count, below, pending, *sums = state
         self.stopped_at = None if stopped_at < 0 else int(stopped_at)
         self.smoothed, self.count, self.below = smoothed, int(count), int(below)
         self._probe = None
         self._saved = tuple(sums) if pending else None
-
-
-# A mistake in a new loop shows in the first calls of a process, and is cheap to find there.
-_FIRST = 3
-
-
-class Interval:
-    """The first three looks of a process, and then every so many calls of the run.
-
-    Args:
-        every: The interval; None switches it off.
-    """
-
-    def __init__(self, every: int | None) -> None:
-        self.every = every
-        self._looks = 0  # of this process, not saved: a resumed run is looked at anew
-
-    def regular(self, calls: int) -> bool:
-        """Whether the interval ends with this call of the run, however often the run was resumed."""
-        return self.every is not None and calls % self.every == 0
-
-    def due(self, calls: int) -> bool:
-        """Whether to look in this call, the ``calls``-th of the run; it then counts as looked at."""
-        if self.every is None or not (self._looks < _FIRST or self.regular(calls)):
-            return False
-        self._looks += 1
-        return True
 
 
 class GradientProbe:

@@ -1,29 +1,34 @@
-"""The settings of a criterion, and which values make sense."""
+"""The settings of a criterion, checked here and nowhere else, and the state of its run, as JSON and back."""
 
 from __future__ import annotations
 
+import json
 import math
-import operator
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal, SupportsIndex, TypeAlias, TypedDict, get_args
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
 import torch
 from torch import Tensor
 
 from .errors import SettingError
+from .heads import Distance, check_distance
 from .modules import check_positive, quoted
 from .plateau import Plateau
 from .taps import WhichForward
-from .tokens import Select, Tokens, described
+from .time import TimeConvention, check_window
+from .tokens import Select, Tokens, check_select, check_tokens
 
 Target: TypeAlias = Literal["latents", "velocity"]
 Gating: TypeAlias = Literal["per-sample", "released"]
+Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 
-# A larger weight is a slip, and would not fit into the state dict's integers.
-_MAX_WEIGHT = 1_000_000
+_MAX_WEIGHT = 1_000_000  # a larger one is a slip
+MAX_STEP = 2**63 - 1  # as wherever steps are kept
+_FORMAT = 1
 
 
-class Settings(TypedDict, total=False):
+class Common(TypedDict, total=False):
     """What both stages take besides; :class:`SelfTransLoss` describes each."""
 
     weight: float
@@ -41,103 +46,178 @@ class Settings(TypedDict, total=False):
     health_interval: int | None
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise ``SettingError`` unless ``value`` is one of ``choices``."""
-    if value not in choices:
-        raise SettingError(f"{name} must be one of {quoted(choices)}; got {value!r}.")
-
-
-def check_interval_of(name: str, value: object) -> None:
-    """Raise ``SettingError`` unless ``value`` is a positive integer or None."""
-    if value is not None:
-        check_positive(name, value)
-
-
-def check_weight(weight: object) -> None:
-    """Raise ``SettingError`` unless ``weight`` is a number that a weight can be."""
-    if isinstance(weight, bool) or not isinstance(weight, float | int) or not 0 <= weight <= _MAX_WEIGHT:
-        raise SettingError(f"weight must be a number from 0 to {_MAX_WEIGHT}; got {weight!r}.")
-
-
-def check_stop_when(stop_when: object, weight: float) -> None:
-    """Raise ``SettingError`` unless ``stop_when`` is a :class:`Plateau` that can be measured, or None."""
-    if stop_when is not None and not isinstance(stop_when, Plateau):
-        raise SettingError(f"stop_when must be a Plateau or None, such as st.Plateau(); got {stop_when!r}.")
-    if stop_when is not None and weight == 0.0:
-        raise SettingError("stop_when= compares gradients, and with weight=0.0 the alignment has none.")
-
-
-def checked_step(step: object) -> int:
-    """An integer, such as NumPy's too, as Python's.
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """A criterion's settings, checked once: here. :class:`SelfTransLoss` and its two stages describe each.
 
     Raises:
-        SettingError: If it is none, or negative.
+        SettingError: If one makes no sense, or two do not go together.
     """
-    if isinstance(step, SupportsIndex) and not isinstance(step, bool | Tensor) and operator.index(step) >= 0:
-        return operator.index(step)
-    raise SettingError(f"step must be an integer, 0 or more; got {described(step)}.")
+
+    stage: int
+    layers: tuple[str, ...]
+    time: TimeConvention
+    target: Target = "latents"
+    distance: Distance = "mse"
+    weight: float = 0.5
+    window: tuple[float, float] | None = (0.4, 0.7)
+    gating: Gating = "per-sample"
+    schedule: Schedule = "constant"
+    stop_step: int | None = None
+    stop_when: Plateau | None = None
+    call: Mapping[str, Any] | None = None
+    select: Select = None
+    tokens: Tokens = None
+    forward: WhichForward = None
+    eval_mode: bool = False
+    check_interval: int | None = 1000
+    health_interval: int | None = 100
+    teacher_chunk: int | None = None
+    teacher_rows: int | float | None = None
+
+    def __post_init__(self) -> None:
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise SettingError(f"{name} must be one of {quoted(choices)}; got {getattr(self, name)!r}.")
+        check_distance(self.distance)
+        check_select(self.select)
+        check_tokens(self.tokens)
+        for name in ("check_interval", "health_interval", "teacher_chunk"):
+            if getattr(self, name) is not None:
+                check_positive(name, getattr(self, name))
+        object.__setattr__(self, "window", check_window(self.window))
+        self._check_weight()
+        self._check_stop()
+        rows = self.teacher_rows
+        if not (rows is None or _is_whole(rows, 1) or (isinstance(rows, float) and 0.0 < rows < 1.0)):
+            raise SettingError(
+                f"teacher_rows must be None, a whole number of rows from 1, or a share between 0 and 1; got {rows!r}."
+            )
+
+    def _check_weight(self) -> None:
+        if not _is_weight(self.weight):
+            raise SettingError(f"weight must be a number from 0 to {_MAX_WEIGHT}; got {self.weight!r}.")
+        object.__setattr__(self, "weight", float(self.weight))
+
+    def _check_stop(self) -> None:
+        if self.stop_step is None:
+            if self.schedule != "constant":
+                raise SettingError(f"schedule={self.schedule!r} decays to 0 at stop_step: give a stop_step.")
+        elif not _is_whole(self.stop_step, 0):
+            raise SettingError(f"stop_step must be None or an integer, 0 or more; got {self.stop_step!r}.")
+        if self.stop_when is not None and not isinstance(self.stop_when, Plateau):
+            raise SettingError(f"stop_when must be a Plateau or None, such as st.Plateau(); got {self.stop_when!r}.")
+        if self.stop_when is not None and self.weight == 0.0:
+            raise SettingError("stop_when= compares gradients, and with weight=0.0 the alignment has none.")
+
+    def factor(self, step: int | None) -> float:
+        """What the weight is multiplied with at ``step``: in [0, 1], and 0 from ``stop_step`` on.
+
+        With s = step / stop_step: ``constant`` 1, ``linear`` 1 − s, ``cosine`` (1 + cos πs) / 2.
+
+        Raises:
+            SettingError: If there is a ``stop_step`` and no ``step``.
+        """
+        stop = self.stop_step
+        if stop is None:
+            return 1.0
+        if step is None:
+            raise SettingError(
+                f"The alignment stops at step {stop}, so every call needs the step: criterion(loss, ..., step=step)."
+            )
+        if step >= stop:
+            return 0.0
+        progress = step / stop
+        if self.schedule == "linear":
+            return 1.0 - progress
+        return (1.0 + math.cos(math.pi * progress)) / 2.0 if self.schedule == "cosine" else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """What a head is trained for, as JSON: with another of these a saved state is that of another run."""
+        names = ("stage", "target", "distance", "weight", "gating", "schedule", "stop_step")
+        return {
+            "layer": list(self.layers),
+            "time": self.time.name,
+            "window": self.window and list(self.window),
+            "stop_when": self.stop_when and asdict(self.stop_when),
+            **{name: getattr(self, name) for name in names},
+        }
 
 
-Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
-SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "target": get_args(Target),
+    "gating": get_args(Gating),
+    "eval_mode": (False, True),
+    "schedule": get_args(Schedule),
+    "forward": (None, *get_args(get_args(WhichForward)[0])),
+}
 
 
-def check_schedule(schedule: object, stop_step: object) -> None:
-    """Raise ``SettingError`` unless the schedule is known and has the stop step that it needs."""
-    if schedule not in SCHEDULES:
-        raise SettingError(f"schedule must be one of {', '.join(SCHEDULES)}; got {schedule!r}.")
-    if stop_step is None:
-        if schedule != "constant":
-            raise SettingError(f"schedule={schedule!r} decays to 0 at stop_step: give a stop_step.")
-    elif isinstance(stop_step, bool) or not isinstance(stop_step, int) or stop_step < 0:
-        raise SettingError(f"stop_step must be None or an integer, 0 or more; got {stop_step!r}.")
+# What can be read off a criterion by its name; its `forward` is a method.
+FIELDS = frozenset(field.name for field in fields(Settings)) - {"forward"}
 
 
-def factor(schedule: Schedule, step: int | None, stop_step: int | None) -> float:
-    """What the weight is multiplied with at ``step``: in [0, 1], and 0 from ``stop_step`` on.
+def shown(settings: Mapping[str, Any], names: Iterable[str] | None = None) -> str:
+    """Some of the settings, or all, as one would type them."""
+    values = {name: settings.get(name) for name in (settings if names is None else names)}
+    return ", ".join(f"{k}={tuple(v) if isinstance(v, list) else v!r}" for k, v in values.items())
 
-    With s = step / stop_step: ``constant`` 1, ``linear`` 1 − s, ``cosine`` (1 + cos πs) / 2.
 
-    Raises:
-        SettingError: If there is a ``stop_step`` and no ``step``.
+class RunState(NamedTuple):
+    """Where a run is, for the next to go on from: what a criterion saves beside its heads.
+
+    Attributes:
+        step: The last step, -1 before the first.
+        calls: Of the criterion.
+        weight: As it is: the settings have the one that the criterion was built with.
+        teacher: Its fingerprint, in hexadecimal; None where there never was one.
+        health: What the run's health has seen.
+        plateau: What ``stop_when`` has seen; None without.
+        settings: As :meth:`Settings.to_json` gives them.
     """
-    if stop_step is None:
-        return 1.0
-    if step is None:
-        raise SettingError(
-            f"The alignment stops at step {stop_step}, so every call needs the step: criterion(loss, ..., step=step)."
-        )
-    if step >= stop_step:
-        return 0.0
-    progress = step / stop_step
-    if schedule == "linear":
-        return 1.0 - progress
-    if schedule == "cosine":
-        return (1.0 + math.cos(math.pi * progress)) / 2.0
-    return 1.0
+
+    step: int
+    calls: int
+    weight: float
+    teacher: str | None
+    health: Sequence[float]
+    plateau: Sequence[float] | None
+    settings: Mapping[str, Any]
+
+    def to_tensor(self) -> Tensor:
+        """JSON in a uint8 tensor: it survives ``.half()``, safetensors and sharded checkpoints."""
+        entries = self._asdict() | {"health": _as_text(self.health), "plateau": _as_text(self.plateau)}
+        # Distributed checkpoints are loaded in place, so one criterion's states have one size, whatever it counts.
+        size = 1024 * math.ceil(1 + len(json.dumps(self.settings)) / 1024)
+        text = json.dumps({"format": _FORMAT, **entries}).encode().ljust(size)
+        return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
+
+    @classmethod
+    def from_tensor(cls, tensor: Any) -> RunState:
+        """What :meth:`to_tensor` was given.
+
+        Raises:
+            Exception: Of many kinds, if ``tensor`` is something else.
+        """
+        entries = json.loads(bytes(tensor.tolist()))
+        if (version := entries.pop("format")) != _FORMAT:
+            raise ValueError(f"its format is {version}, and this version of selftrans-reg reads {_FORMAT}")
+        numbers = {name: entries[name] and [float(value) for value in entries[name]] for name in ("health", "plateau")}
+        state = cls(**entries | numbers)
+        counts = _is_whole(state.step, -1) and _is_whole(state.calls, 0) and _is_weight(state.weight)
+        if not (counts and isinstance(state.settings, dict) and isinstance(state.teacher, str | None)):
+            raise ValueError("its entries are not those of a run")
+        return state
 
 
-def schedule_state(schedule: Schedule, weight: float, stop_step: int | None) -> Tensor:
-    """The schedule as a small integer tensor for a state dict: which one, the weight in 1e-9, the stop step or -1.
-
-    Integers, since ``.half()`` on the criterion would round a floating buffer.
-    """
-    return torch.tensor([SCHEDULES.index(schedule), round(weight * 1e9), -1 if stop_step is None else stop_step])
+def _as_text(values: Sequence[float] | None) -> list[str] | None:
+    """Floating numbers as JSON knows them, NaN and inf too, to the bit."""
+    return None if values is None else [repr(float(value)) for value in values]
 
 
-def check_same_schedule(saved: Tensor, schedule: Schedule, weight: float, stop_step: int | None) -> None:
-    """Make sure that a resumed run has the schedule that it was saved with.
+def _is_whole(value: object, low: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= MAX_STEP
 
-    Raises:
-        SettingError: If it has another.
-    """
-    if torch.equal(saved.cpu(), schedule_state(schedule, weight, stop_step)):
-        return
-    kind, scaled, stop = saved.tolist()
-    raise SettingError(
-        f"The state was saved with schedule={SCHEDULES[kind]!r}, weight={scaled / 1e9:g}, "
-        f"stop_step={None if stop < 0 else stop}; this criterion has schedule={schedule!r}, weight={weight:g}, "
-        f"stop_step={stop_step}.\n"
-        "Build it with the saved settings; to change them on purpose, put the new ones into the state: "
-        "state['schedule_state'] = criterion.state_dict()['schedule_state']."
-    )
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value <= _MAX_WEIGHT

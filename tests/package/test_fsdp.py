@@ -149,7 +149,7 @@ def in_bfloat16(rank: int, order: str) -> list[Tensor]:
     seen: list[Tensor] = []
     model.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
     loss = denoising(model, b)
-    t = criterion._recorder._kept.note.call.t
+    t = criterion._recorder.here.kept.note.call.t
     terms = criterion(loss, latents=b.latents)
     assert terms.total.dtype == terms.alignment.dtype == torch.float32
     terms.total.backward()
@@ -203,7 +203,7 @@ def saved_and_loaded(rank: int, folder: str) -> list[dict[str, Tensor]]:
             states = dict(zip(("weights", "optimizer"), get_state_dict(both, optimizer), strict=True))
             dcp.load(states, checkpoint_id=folder)
             set_state_dict(both, optimizer, model_state_dict=states["weights"], optim_state_dict=states["optimizer"])
-            assert criterion.step == 1
+            assert criterion._step == 1
         else:
             train(model, criterion, optimizer, b, range(2))
             states = dict(zip(("weights", "optimizer"), get_state_dict(both, optimizer), strict=True))

@@ -12,7 +12,7 @@ from plain import TOLERANCE
 
 import selftrans_reg as st
 from selftrans_reg import SettingError, ShapeError
-from selftrans_reg.losses import velocity_target
+from selftrans_reg.alignment import velocity_target
 
 DISTANCES = ["mse", "cosine", "smooth_l1"]
 

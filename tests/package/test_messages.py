@@ -88,10 +88,10 @@ class TestBuilding:
             ("target", "noise", ["target must be one of 'latents', 'velocity'; got 'noise'"]),
             ("gating", "hard", ["gating must be one of 'per-sample', 'released'; got 'hard'"]),
             ("distance", "l2", ["distance must be one of mse, cosine, smooth_l1; got 'l2'"]),
-            ("schedule", "step", ["schedule must be one of constant, linear, cosine; got 'step'"]),
+            ("schedule", "step", ["schedule must be one of 'constant', 'linear', 'cosine'; got 'step'"]),
             ("schedule", "linear", ["schedule='linear' decays to 0 at stop_step: give a stop_step"]),
             ("stop_step", -1, ["stop_step must be None or an integer, 0 or more; got -1"]),
-            ("forward", "second", ["forward must be None, 'first' or 'last'; got 'second'"]),
+            ("forward", "second", ["forward must be one of None, 'first', 'last'; got 'second'"]),
             ("check_interval", 0, ["check_interval must be a positive integer; got 0"]),
             ("time", None, ["time has no default", r"t = 1 is data in SiT \(time='sit'\) and noise in REPA"]),
             ("time", "rapa", ["Unknown time convention 'rapa'", "Known: 'repa'", "Nearest: 'repa'"]),
@@ -279,7 +279,7 @@ class TestTheCall:
         [
             (
                 torch.zeros(16, 4, 8, 8),
-                [r"\(N,\); got a float32 tensor of shape \(16, 4, 8, 8\)", "Average what is left"],
+                [r"\(N,\); got a float32 tensor of shape \(16, 4, 8, 8\)", "Average it over channels and pixels"],
             ),
             (
                 torch.zeros(16, 1),

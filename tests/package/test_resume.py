@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from loops import denoising, new_criterion, new_teacher, noisy_batch, toy
+from loops import denoising, new_criterion, noisy_batch
 from torch import Tensor
 from toys import ToyDiT
 
 import selftrans_reg as st
-from selftrans_reg.errors import SettingError, TeacherError
 
 STEPS = 6
 SETTINGS = {"schedule": "cosine", "check_interval": 2}
@@ -108,41 +107,3 @@ def test_past_the_stop_step_it_goes_on_without_a_teacher() -> None:
     )  # fmt: skip
     resumed.optimizer = torch.optim.AdamW([*model.parameters(), *resumed.criterion.parameters()], lr=1e-2)
     assert torch.equal(torch.stack(resumed.load(file).steps(range(3, 5))), torch.stack(wanted))
-
-
-def another_guidance_scale() -> st.CFGFeatureTeacher:
-    return st.build_teacher(toy(2), None, layer="blocks.2", guidance_scale=4.0, null={"y": 10}, hidden_size=16)
-
-
-def another_layer() -> st.CFGFeatureTeacher:
-    return st.build_teacher(toy(2), None, layer="blocks.1", guidance_scale=3.0, null={"y": 10}, hidden_size=16)
-
-
-OTHERS = {"weights": lambda: new_teacher(toy(3)), "guidance scale": another_guidance_scale, "layer": another_layer}
-
-
-@pytest.mark.parametrize("differs", OTHERS)
-def test_another_teacher_is_an_error(differs: str) -> None:
-    run = Run(2, stop_step=100)
-    run.steps(range(1))
-    other = Run(2, stop_step=100, teacher=OTHERS[differs]())
-    with pytest.raises(TeacherError, match="saved with another teacher") as error:
-        other.load(run.saved())
-    assert error.match("weights, layer, guidance scale or null condition")
-    assert error.match("Build the teacher as when the run began")
-
-
-def test_the_teacher_of_a_running_criterion_still_has_its_fingerprint() -> None:
-    """It was truncated at the first call, and yet a teacher built anew is the same one."""
-    run = Run(2, stop_step=100)
-    run.steps(range(1))
-    assert torch.equal(run.criterion.state_dict()["teacher_fingerprint"], new_teacher().fingerprint)
-    assert torch.equal(run.criterion.teacher.fingerprint, new_teacher().fingerprint)
-
-
-def test_another_schedule_is_an_error() -> None:
-    run = Run(2, stop_step=100)
-    run.steps(range(1))
-    with pytest.raises(SettingError, match="stop_step=100") as error:
-        Run(2, stop_step=50).load(run.saved())
-    assert error.match("this criterion has .* stop_step=50")
