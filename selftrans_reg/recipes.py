@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -14,15 +17,23 @@ from .modules import find_layer, named_layers, nearest, numbered_groups, quoted,
 Variant: TypeAlias = Literal["paper", "released"]
 
 # Lists of blocks that one model runs one after the other, in that order: U-ViT; MDTv2, whose side blocks run only
-# while it masks; MaskDiT; diffusers' Flux and AuraFlow; Flux.
+# while it masks; MaskDiT; diffusers' Flux, AuraFlow and HiDream; Flux; EDM2.
 _CHAINS = (
     ("in_blocks", "mid_block", "out_blocks"),
     ("en_inblocks", "en_outblocks", "de_blocks"),
     ("blocks", "decoder_blocks"),
     ("transformer_blocks", "single_transformer_blocks"),
     ("joint_transformer_blocks", "single_transformer_blocks"),
+    ("double_stream_blocks", "single_stream_blocks"),
     ("double_blocks", "single_blocks"),
+    ("enc", "dec"),
 )
+# Of these lists the first sees some of the tokens only while the model trains.
+_MASKED = ("blocks", "decoder_blocks")
+# Lists beside the blocks: streams and projections of the text, blocks that run in turn with those of the image.
+_ASIDE = re.compile("audio|caption|context|perceiver|temporal|text|vace")
+# Arguments, and classes of submodules, of a model that is given text.
+_TEXT = re.compile("encoder_hidden_states|input_ids|caption|cap_feats|context|prompt|text|txt", re.IGNORECASE)
 # In a shallower model stage 1's layer 2 would be the last.
 _MIN_DEPTH = 3
 # What `blocks` may name besides single blocks.
@@ -102,7 +113,9 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
 
     The rule for a depth of d blocks, counted from 1: stage 1 aligns layer 2, stage 2 teaches layer ``d // 2`` from the
     teacher's layer ``floor(2 d / 3)``. With fewer blocks than any published model, 12, the guidance scale is not the
-    published 30 but 8, from this library's own study.
+    published 30 but 8, from this library's own study. A model that takes text gets what was published for text to
+    image: guidance scale 5 and no window, and stage 1 at layer ``d // 6``. Counted are the blocks that see the whole
+    image, and in a U-Net the student's layer has the resolution of the teacher's.
 
     Args:
         model: A name, such as ``"SiT-B/2"`` or ``"MMDiT"`` (text to image), or a model, wrapped or not, whose blocks
@@ -169,14 +182,14 @@ def _from_name(name: str, variant: Variant) -> Recipe:
     depth, blocks = _PUBLISHED[name]
     layers = [f"{blocks}.{index}" for index in range(depth)]
     if name == "MMDiT":
-        return _plan(name, layers, variant, _text_to_image(layers), "Blocks return (text, image): add select=1.")
-    settings = _class_to_image(layers)
+        return _plan(name, depth, variant, _text_to_image(layers), "Blocks return (text, image): add select=1.")
+    settings = _class_to_image(layers, depth)
     if name.startswith("LightningDiT"):
         settings["guidance_scale"] = (10.0, "reported for LightningDiT")
     notes = [_STEPS_NOTE]
     if variant == "released":
         notes.append("The released code teaches with raw weights: build_teacher(..., weights='model').")
-    return _plan(name, layers, variant, settings, *notes)
+    return _plan(name, depth, variant, settings, *notes)
 
 
 def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] | None) -> Recipe:
@@ -187,21 +200,34 @@ def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] 
             f"The published rule needs at least {_MIN_DEPTH} blocks; {name} has {len(layers)}: {quoted(layers)}.\n"
             "Choose the layers yourself."
         )
-    settings, notes = _class_to_image(layers), [_STEPS_NOTE]
-    if len(layers) < _PUBLISHED_DEPTH:
+    depth, notes = len(layers), [_STEPS_NOTE]
+    whole = [layer for layer in layers if layer.rpartition(".")[0].rpartition(".")[2] == _MASKED[1]]
+    if 0 < len(whole) < depth and _MASKED[0] in {part for layer in layers for part in layer.split(".")}:
+        layers = whole
+        notes.append(f"Layers are the decoder's, {len(whole)} of the {depth} blocks: the others see a masked image.")
+    if len(layers) < _MIN_DEPTH:
+        raise SettingError(f"Only {quoted(layers)} of {name} see the whole image: choose the layers yourself.")
+    if _takes_text(model):
+        return _plan(name, depth, variant, _text_to_image(layers), *notes)
+    settings = _class_to_image(layers, depth)
+    if depth < _PUBLISHED_DEPTH:
         settings["guidance_scale"] = (8.0, "the best of a study with 8 blocks; 30 is published, for 12 and more")
         notes.append("With 8 blocks guidance helped to the end: try stop_step=None. See the page 'Does it work?'.")
     notes.append("Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT').")
-    return _plan(name, layers, variant, settings, *notes)
+    return _plan(name, depth, variant, settings, *notes)
 
 
-def _class_to_image(layers: list[str]) -> _Settings:
-    depth = len(layers)
+def _takes_text(model: nn.Module) -> bool:
+    root = unwrap(model)
+    names = [*inspect.signature(root.forward).parameters, *(type(module).__name__ for module in root.modules())]
+    return any(_TEXT.search(name) for name in names)
+
+
+def _class_to_image(layers: list[str], depth: int) -> _Settings:
     epochs, sizes = (10, "L and XL (24 and 28 blocks)") if depth >= _LARGE_DEPTH else (20, "S and B (12 blocks)")
     return {
         "stage1_layer": (layers[1], "layer 2, whatever the depth"),
-        "student_layer": (layers[depth // 2 - 1], f"layer {depth // 2} = depth // 2"),
-        "teacher_layer": (layers[2 * depth // 3 - 1], f"layer {2 * depth // 3} = floor(2 depth / 3)"),
+        **_stage2(layers),
         "guidance_scale": (30.0, "the published rule for class labels"),
         "window": ((0.4, 0.7), "published for class labels, as noise fraction"),
         "stop_step": (epochs * _STEPS_PER_EPOCH, f"{epochs} epochs, as published for {sizes}"),
@@ -210,10 +236,10 @@ def _class_to_image(layers: list[str]) -> _Settings:
 
 
 def _text_to_image(layers: list[str]) -> _Settings:
+    first = max(2, len(layers) // 6)
     return {
-        "stage1_layer": (layers[3], "layer 4, published for text to image"),
-        "student_layer": (layers[11], "layer 12, likewise"),
-        "teacher_layer": (layers[15], "layer 16, likewise"),
+        "stage1_layer": (layers[first - 1], f"layer {first}; published is 4 of 24, for text to image"),
+        **_stage2(layers),
         "guidance_scale": (5.0, "published for text to image"),
         "window": (None, "published for text to image: every t"),
         "stop_step": (50_000, "published"),
@@ -221,11 +247,25 @@ def _text_to_image(layers: list[str]) -> _Settings:
     }
 
 
-def _plan(name: str, layers: list[str], variant: Variant, settings: _Settings, *notes: str) -> Recipe:
+def _stage2(layers: list[str]) -> _Settings:
+    """The student's and the teacher's layer; in a U-Net both of one resolution, as ``64x64_block0`` says it."""
+    student, teacher = len(layers) // 2, 2 * len(layers) // 3
+    why = f"layer {student} = depth // 2"
+    if size := re.search(r"\d+x\d+(?=_)", layers[teacher - 1]):
+        alike = [i for i, layer in enumerate(layers[:student], 1) if f".{size[0]}_" in layer]
+        if alike and alike[-1] != student:
+            student, why = alike[-1], f"layer {alike[-1]}, the last up to depth // 2 of the teacher's resolution"
+    return {
+        "student_layer": (layers[student - 1], why),
+        "teacher_layer": (layers[teacher - 1], f"layer {teacher} = floor(2 depth / 3)"),
+    }
+
+
+def _plan(name: str, depth: int, variant: Variant, settings: _Settings, *notes: str) -> Recipe:
     settings = settings | _VARIANTS[variant] | {"weight": (0.5, "published")}
     return Recipe(
         name=name,
-        depth=len(layers),
+        depth=depth,
         reasons={key: reason for key, (_, reason) in settings.items()},
         notes=notes,
         **{key: value for key, (value, _) in settings.items()},
@@ -240,6 +280,8 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[st
     layers = named_layers(model)
     groups = numbered_groups(layers)
     lists = [name for name, members in groups.items() if _are_blocks(layers.get(name), members)]
+    lists = [name for name in lists if not _ASIDE.search(name.rpartition(".")[2])] or lists
+    lists += [name for name, layer in layers.items() if isinstance(layer, nn.ModuleDict) and len(layer) >= _MIN_DEPTH]
     chains = [names for first in lists for names in _chains_from(first, layers)]
     chained = {name for names in chains for name in names}
     candidates = [
@@ -268,7 +310,11 @@ def _chains_from(first: str, layers: dict[str, nn.Module]) -> list[list[str]]:
 
 
 def _members(name: str, layer: nn.Module) -> list[str]:
-    """The names of a list's blocks, or the one name of a block that stands alone."""
+    """The names of a list's blocks, or the one name of a block that stands alone; of a dictionary its usual kind."""
+    if isinstance(layer, nn.ModuleDict):
+        kinds = Counter(_kind(member) for member in layer.values() if any(True for _ in member.children()))
+        usual = kinds.most_common(1)
+        return [f"{name}.{key}" for key, member in layer.items() if usual and _kind(member) == usual[0][0]]
     return [f"{name}.{index}" for index in range(len(layer))] if isinstance(layer, _LISTS) else [name]
 
 

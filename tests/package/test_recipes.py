@@ -6,7 +6,7 @@ from dataclasses import fields
 import diffusers
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from selftrans_reg import SelfTransLoss, build_teacher
@@ -179,10 +179,23 @@ def test_names_are_those_of_the_unwrapped_model(wrap: str) -> None:
             {"en_inblocks": 4, "en_outblocks": 4, "de_blocks": 4, "sideblocks": 1},
             ("en_inblocks.1", "en_outblocks.1", "en_outblocks.3"),
         ),
-        # MaskDiT, 28 + 8
+        # MaskDiT, 28 + 8, of which the first see a masked image
         (
             {"model": model_of(blocks=28, decoder_blocks=8)},
-            ("model.blocks.1", "model.blocks.17", "model.blocks.23"),
+            ("model.decoder_blocks.1", "model.decoder_blocks.3", "model.decoder_blocks.4"),
+        ),
+        # HiDream; BriaFibo; ConsisID; Latte, whose temporal blocks run in turn with the others
+        (
+            {"double_stream_blocks": 2, "single_stream_blocks": 4, "caption_projection": 6},
+            ("double_stream_blocks.1", "single_stream_blocks.0", "single_stream_blocks.1"),
+        ),
+        (
+            {"transformer_blocks": 6, "perceiver_cross_attention": 3},
+            tuple(f"transformer_blocks.{i}" for i in (1, 2, 3)),
+        ),
+        (
+            {"transformer_blocks": 6, "temporal_transformer_blocks": 6},
+            tuple(f"transformer_blocks.{i}" for i in (1, 2, 3)),
         ),
         # Flux, 19 + 38
         (
@@ -204,6 +217,52 @@ def test_names_are_those_of_the_unwrapped_model(wrap: str) -> None:
 )
 def test_blocks_are_found_in_running_order(parts: dict[str, int | nn.Module], layers: tuple[str, str, str]) -> None:
     assert layers_of(recipe(model_of(**parts))) == layers
+
+
+def edm2(per_level: int = 3) -> nn.Module:
+    """EDM2's encoder and decoder by the names of its networks for 64×64 latents."""
+    enc, dec = nn.ModuleDict({"64x64_conv": nn.Conv2d(4, 2, 3)}), nn.ModuleDict()
+    for size in (64, 32, 16, 8):
+        enc.update({f"{size}x{size}_down": Block()} if size < 64 else {})
+        enc.update({f"{size}x{size}_block{i}": Block() for i in range(per_level)})
+    for size in (8, 16, 32, 64):
+        dec.update({f"8x8_in{i}": Block() for i in range(2)} if size == 8 else {f"{size}x{size}_up": Block()})
+        dec.update({f"{size}x{size}_block{i}": Block() for i in range(per_level + 1)})
+    return model_of(unet=model_of(enc=enc, dec=dec, out_conv=nn.Conv2d(2, 4, 3)))
+
+
+def test_in_a_unet_student_and_teacher_have_one_resolution() -> None:
+    plan = recipe(edm2())
+    assert plan.depth == 36
+    assert layers_of(plan) == ("unet.enc.64x64_block1", "unet.enc.16x16_block2", "unet.dec.16x16_block1")
+    assert plan.reasons["student_layer"] == "layer 11, the last up to depth // 2 of the teacher's resolution"
+
+
+class Captioned(nn.Module):
+    """A model that is given text, as an argument of its forward or by a part that embeds it."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block() for _ in range(depth))
+
+    def forward(self, x: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return x
+
+
+class CaptionEmbedder(Block):
+    """PixArt's, behind an argument that is called y."""
+
+
+@pytest.mark.parametrize(("depth", "first"), [(4, 2), (24, 4), (28, 4), (60, 10)])
+@pytest.mark.parametrize("by", ["argument", "part"])
+def test_a_model_of_text_gets_the_guidance_of_text_to_image(depth: int, first: int, by: str) -> None:
+    plan = recipe(Captioned(depth) if by == "argument" else model_of(blocks=depth, y_embedder=CaptionEmbedder()))
+    assert (plan.guidance_scale, plan.window, plan.stage1_steps) == (5.0, None, 150_000)
+    assert layers_of(plan) == tuple(f"blocks.{i - 1}" for i in (first, depth // 2, 2 * depth // 3))
+    if depth == 24:
+        published = recipe("MMDiT")
+        assert layers_of(plan) == tuple(layer.replace("joint_", "") for layer in layers_of(published))
+        assert plan.stage2() | {"layer": 0} == published.stage2() | {"layer": 0}
 
 
 @pytest.mark.parametrize(
