@@ -3,142 +3,89 @@
 from __future__ import annotations
 
 import argparse
-import io
+import datetime
+import importlib
 import json
+import math
 import os
-import pickletools
+import pathlib
+import pickle
 import re
+import threading
+import types
+import warnings
 import zipfile
-from _compat_pickle import IMPORT_MAPPING  # what pickle's protocol 2 calls Python 3's modules
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import CheckpointError, SettingError
-from .modules import nearest, quoted, some_of
+from .modules import nearest, plain_key, quoted, some_of
 
-# What `torch.save` writes for dictionaries of tensors and plain values. Much shorter than torch's own list, whose
-# `bytearray`, `torch.Tensor` or `_codecs.encode` can be asked for gigabytes by a file of a few bytes.
-_SAFE_GLOBALS = frozenset(
-    [
-        "argparse Namespace",
-        "collections OrderedDict",
-        "torch device",
-        "torch._utils _rebuild_parameter",
-        "torch._utils _rebuild_tensor_v2",
-        *(f"torch {dtype}" for dtype in ("float64", "float32", "float16", "bfloat16")),
-        *(
-            f"torch {kind}Storage"
-            for kind in ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool")
-        ),
-    ]
-)
-# fmt: off
-_SAFE_OPCODES = frozenset([
-    "PROTO", "MARK", "STOP", "GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID",
-    "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET",
-    "EMPTY_DICT", "SETITEM", "SETITEMS", "EMPTY_LIST", "APPEND", "APPENDS",
-    "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-    "NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE",
-])
-# fmt: on
+# One byte of JSON can cost fifty bytes of memory once read. Ten times what a transformer of a thousand parameter
+# tensors needs.
+MAX_JSON = 2 << 20  # of a safetensors header too
+_MAX_SHARDS = 1024  # of the largest models on the hub, under 300
+_MAX_AXES = 64  # more than torch computes with
 
-# Classes that an error message names.
-_REFUSED = 8
+# By the names of safetensors.
+DTYPES = {
+    **{f"F{size}": getattr(torch, f"float{size}") for size in (64, 32, 16)},
+    "BF16": torch.bfloat16,
+    **{f"I{size}": getattr(torch, f"int{size}") for size in (64, 32, 16, 8)},
+    **{f"U{size}": getattr(torch, f"uint{size}") for size in (64, 32, 16, 8)},
+    **{"BOOL": torch.bool, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
+}
 
-# One byte of a pickle, of JSON or of a zip's directory can cost a hundred bytes of memory once read. Each limit holds
-# ten times what a diffusion transformer of a thousand parameter tensors needs with EMA and optimiser, and keeps the
-# cost of the worst file below 64 MiB.
-_MAX_PICKLE = 4 << 20  # of a zip archive's directory too
-_MAX_OPCODES = 400_000
-_MAX_CALLS = 40_000  # two a tensor
-_MAX_JSON = 2 << 20  # of a safetensors header too
-_MAX_TUPLE_DEPTH = 32  # hashing a tuple nested a million deep overflows the interpreter's stack
-_MAX_LONG = 1 << 72  # longer integers can be chosen to collide in a dictionary, which then takes quadratic time
+# --- Reading files ---------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dictionary that a checkpoint file or folder holds; its tensors are views of the file, not yet read.
+    """The dictionary that a checkpoint holds, read into memory; no code of the file runs.
+
+    A ``.pt`` file keeps its entries (``"model"``, ``"ema"``, ``"args"``, …). Safetensors files, sharded ones too, are
+    one dictionary of tensors. From strangers take safetensors: a ``.pt`` runs no code here, but it can be made to
+    exhaust the memory.
+
+    Args:
+        path: A file of ``torch.save`` of any version of torch; a ``.safetensors`` file; a ``.safetensors.index.json``
+            beside its shards; or a folder that holds weights under the name of diffusers, transformers or PEFT.
 
     Raises:
-        CheckpointError: If the file is missing, broken, unsafe, or of another format.
+        CheckpointError: If the file is missing, damaged, or of another format; if it changes while it is read; or if
+            it asks for classes that are no data. The message then has the lines that save its weights anew.
     """
-    with _wrapped_errors(path):
-        file = Path(path)
+    file = local_path(path)
+    with wrapped_errors(file):
         if file.is_dir():
             file = _weights_in(file)
         if not file.is_file():
             found = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
             raise CheckpointError(
-                f"There is no file {str(file)!r}.\n"
+                f"There is no file {str(file)[:300]!r}.\n"
                 f"Nearest in its folder: {quoted(nearest(file.name, found)) or 'none'}.\n"
                 "A checkpoint on the hub has to be downloaded first (huggingface_hub.hf_hub_download)."
             )
-        if file.name.endswith(".safetensors.index.json"):
-            return read_sharded_safetensors(file)
-        if file.suffix == ".safetensors":
-            return read_safetensors(file)
-        return read_torch(file)
+    if file.name.endswith(".safetensors.index.json"):
+        return _read_shards(file)
+    return read_safetensors(file)[0] if file.suffix == ".safetensors" else _read_torch(file)
 
 
-def read_safetensors(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tensors of one safetensors file, as views of the mapped file.
+def local_path(path: object) -> Path:
+    """``path`` as a Path.
 
     Raises:
-        CheckpointError: If the header is too long, or anything in it contradicts the file.
+        CheckpointError: If it is none.
     """
-    with _wrapped_errors(path):
-        file = Path(path)
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-        if length > size - 8:
-            raise CheckpointError(
-                f"{file} is no whole safetensors file: it has {size} bytes and announces a header of {length}. "
-                "Copy or download it again."
-            )
-        if length > _MAX_JSON:
-            raise CheckpointError(
-                f"{file} has a header of {length} bytes; at most {_MAX_JSON} are read. "
-                "Save the weights alone, without long metadata."
-            )
-        return safetensors.torch.load_file(file)
-
-
-def read_sharded_safetensors(index: str | os.PathLike[str]) -> dict[str, Any]:
-    """The tensors of all shards that a ``*.safetensors.index.json`` names, each from the shard it is said to be in.
-
-    Raises:
-        CheckpointError: If the index is malformed or leaves its folder, or if the shards do not hold what it says.
-    """
-    with _wrapped_errors(index):
-        file = Path(index)
-        content = read_json(file)
-        weight_map = content.get("weight_map") if isinstance(content, dict) else None
-        if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-            raise CheckpointError(f"{file} has no 'weight_map' from keys to file names, so it is no index of shards.")
-        shards: dict[str, set[str]] = {}
-        for key, name in weight_map.items():
-            shards.setdefault(name, set()).add(key)
-        merged: dict[str, Any] = {}
-        for name, keys in shards.items():
-            tensors = read_safetensors(_shard(file.parent, name))
-            if tensors.keys() != keys:
-                raise CheckpointError(
-                    f"{file} and its shard {name!r} disagree.\n"
-                    f"In the index only: {some_of(sorted(keys - tensors.keys()))}.\n"
-                    f"In the shard only: {some_of(sorted(tensors.keys() - keys))}.\n"
-                    "Download or convert the whole set again."
-                )
-            merged.update(tensors)
-        return merged
+    if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
+        raise CheckpointError(f"A path is a string or a pathlib.Path; got {type(path).__name__}.")
+    return Path(path)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -147,59 +94,136 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Raises:
         CheckpointError: If it is longer than 2 MiB, is not JSON, or repeats a key.
     """
-    with _wrapped_errors(path):
-        file = Path(path)
-        with file.open("rb") as stream:
-            text = stream.read(_MAX_JSON + 1)
-        if len(text) > _MAX_JSON:
-            raise CheckpointError(f"{file} is longer than {_MAX_JSON} bytes, the most that is read of a JSON file.")
-        return json.loads(text.decode("utf-8"), object_pairs_hook=_unique_pairs)
+    with opened(path) as stream:
+        text = stream.read(MAX_JSON + 1)
+        if len(text) > MAX_JSON:
+            raise CheckpointError(f"{path} is longer than {MAX_JSON} bytes, the most that is read of a JSON file.")
+        return parsed(text)
 
 
-def read_torch(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The dictionary in a file of ``torch.save``, its tensors as views of the mapped file; no code of the file runs.
-
-    The files that torch wrote before 1.6, which are no zip archives, are refused: they state how much memory to
-    allocate before they show any data.
+def parsed(text: bytes | str) -> Any:
+    """The value that JSON text holds.
 
     Raises:
-        CheckpointError: If the file is broken, would call anything but what rebuilds tensors, or is no dictionary.
+        CheckpointError: If an object in it has a key twice.
+        ValueError: If it is no JSON.
     """
-    with _wrapped_errors(path):
-        file = Path(path)
-        _check_pickle(_pickle_in_archive(file), file)
-        # Leaving the context also removes what was allowed before it, so nothing is listed that already was.
-        before = torch.serialization.get_safe_globals()
-        with torch.serialization.safe_globals([c for c in (argparse.Namespace,) if c not in before]):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(content, dict):
-            raise CheckpointError(
-                f"{file} holds a {type(content).__name__}; a checkpoint is a dictionary: a state dict, or one with the "
-                "entries 'ema' or 'model'."
-            )
-        return content
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+            raise CheckpointError(f"The JSON has the key {twice[:100]!r} twice, so its meaning is open. Write it anew.")
+        return result
+
+    return json.loads(text if isinstance(text, str) else text.decode("utf-8"), object_pairs_hook=unique)
 
 
-@contextmanager
-def _wrapped_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn whatever torch, zipfile, pickletools, json, safetensors and the system raise into CheckpointError."""
-    try:
-        yield
-    except CheckpointError:
-        raise
-    except Exception as error:
-        # torch puts advice to load without weights_only around what went wrong.
-        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0][:300]
+def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata of one safetensors file.
+
+    The file is opened once and read into memory once. It is not mapped: a training loop that writes its file anew in
+    place would end a process that has it mapped.
+
+    Raises:
+        CheckpointError: If the header is too long, or anything in it contradicts the file.
+    """
+    with opened(path) as stream:
+        header = read_header(stream)
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("the metadata is no mapping to strings")
+        size = os.fstat(stream.fileno()).st_size - stream.tell()
+        data = memoryview(bytearray(size))
+        if stream.readinto(data) != size:  # type: ignore[attr-defined]
+            raise ValueError("the file ends before its tensors do")
+        end = 0
+        tensors: dict[str, Tensor] = {}
+        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+            sizes_fit = len(shape) <= _MAX_AXES and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
+            if not sizes_fit or start != end or stop - start != math.prod(shape) * dtype.itemsize:
+                raise ValueError(f"the bytes of {key[:100]!r} are not those of its dtype and shape")
+            end = stop
+            if stop > size:
+                raise ValueError(f"{key[:100]!r} lies beyond the end of the file")
+            own = data[start:stop] if start % dtype.itemsize == 0 else bytearray(data[start:stop])
+            flat = torch.frombuffer(own, dtype=dtype) if len(own) else torch.empty(0, dtype=dtype)
+            tensors[key] = flat.reshape(shape)
+        if end != size:
+            raise ValueError(f"{size - end} bytes belong to no tensor")
+        return tensors, metadata
+
+
+def read_header(stream: BinaryIO) -> dict[str, Any]:
+    """The header of a safetensors file; the stream then stands at the first tensor's bytes."""
+    size, length = os.fstat(stream.fileno()).st_size, int.from_bytes(stream.read(8), "little")
+    if length > size - 8:
         raise CheckpointError(
-            f"{os.fspath(path)!r} cannot be read as a checkpoint: {type(error).__name__}: {reason}\n"
-            "It is damaged, incomplete or of another format. Copy or download it again, or save the weights anew."
-        ) from error
+            f"{stream.name} is no whole safetensors file: it has {size} bytes and announces a header of {length}. "
+            "Copy or download it again."
+        )
+    if length > MAX_JSON:
+        raise CheckpointError(
+            f"{stream.name} has a header of {length} bytes; at most {MAX_JSON} are read. "
+            "Save the weights alone, without long metadata."
+        )
+    header = parsed(stream.read(length))
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{stream.name} has a header that is no mapping.")
+    return header
 
 
-_FOLDER_NAMES = tuple(
-    stem + suffix
-    for stem in ("diffusion_pytorch_model", "model")
-    for suffix in (".safetensors", ".safetensors.index.json")
+def _read_shards(index: Path) -> dict[str, Any]:
+    """The tensors of all shards that a ``*.safetensors.index.json`` names, each from the shard it is said to be in."""
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no 'weight_map' from keys to file names, so it is no index of shards.")
+    shards: dict[str, set[str]] = {}
+    for key, name in weight_map.items():
+        shards.setdefault(name, set()).add(key)
+    if len(shards) > _MAX_SHARDS:
+        raise CheckpointError(f"{index} names {len(shards)} shards; at most {_MAX_SHARDS} are read. Merge them first.")
+    merged: dict[str, Any] = {}
+    for name, keys in shards.items():
+        tensors, _ = read_safetensors(_shard(index.parent, name))
+        if tensors.keys() != keys:
+            raise CheckpointError(
+                f"{index} and its shard {name!r} disagree.\n"
+                f"In the index only: {some_of(sorted(keys - tensors.keys()))}.\n"
+                f"In the shard only: {some_of(sorted(tensors.keys() - keys))}.\n"
+                "Download or convert the whole set again."
+            )
+        merged.update(tensors)
+    return merged
+
+
+def _shard(folder: Path, name: str) -> Path:
+    """The file of a shard, which neither its name nor a link may move out of the folder."""
+    if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or "\0" in name:
+        raise CheckpointError(
+            f"The index in {folder} names the shard {name[:100]!r}, which is no plain name of a .safetensors file."
+        )
+    with wrapped_errors(folder):
+        if not (folder / name).is_file():
+            raise CheckpointError(
+                f"The index in {folder} names the shard {name[:100]!r}, which is not there. Download it too."
+            )
+        target = (folder / name).resolve()
+    # In the hub's cache, snapshots/<revision>/ is a folder of links to the files in blobs/.
+    blobs = [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
+    if target.parent not in (folder.resolve(), *blobs):
+        raise CheckpointError(
+            f"The shard {name!r} in {folder} is a link out of its folder. Copy the file itself there."
+        )
+    return target
+
+
+_FOLDER_NAMES = (
+    *(f"{stem}.safetensors{end}" for stem in ("diffusion_pytorch_model", "model") for end in ("", ".index.json")),
+    "adapter_model.safetensors",
+    "pytorch_lora_weights.safetensors",
 )
 
 
@@ -214,137 +238,181 @@ def _weights_in(folder: Path) -> Path:
     return found[0]
 
 
-def _shard(folder: Path, name: str) -> Path:
-    """The file of a shard, which neither its name nor a link may move out of the folder."""
-    if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or "\0" in name:
+@contextmanager
+def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """A file to read; whatever goes wrong inside, and a file that is written to meanwhile, is a CheckpointError."""
+
+    def state() -> tuple[int, int]:
+        found = os.fstat(stream.fileno())
+        return found.st_size, found.st_mtime_ns
+
+    with wrapped_errors(path):
+        if Path(path).exists() and not Path(path).is_file():
+            raise CheckpointError(f"{path} is no file.")  # opening a pipe would wait for ever
+    with wrapped_errors(path), Path(path).open("rb") as stream:
+        before = state()
+        try:
+            yield stream
+        finally:
+            if state() != before:
+                raise CheckpointError(
+                    f"{path} was written to while it was read, so what was read may be of two states.\n"
+                    "Read it once its run has finished writing. A run that writes under another name and then renames "
+                    "(os.replace) can be read at any time."
+                )
+
+
+@contextmanager
+def wrapped_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn whatever torch, pickle, json and the system raise into CheckpointError."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        # torch puts advice to load without weights_only around what went wrong.
+        reason = str(error).rpartition("WeightsUnpickler error: ")[2].partition("\n")[0][:300]
         raise CheckpointError(
-            f"The index in {folder} names the shard {name[:100]!r}, which is no plain name of a .safetensors file."
-        )
-    if not (folder / name).is_file():
-        raise CheckpointError(
-            f"The index in {folder} names the shard {name[:100]!r}, which is not there. Download it too."
-        )
-    target = (folder / name).resolve()
-    # In the hub's cache, snapshots/<revision>/ is a folder of links to the files in blobs/.
-    blobs = [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
-    if target.parent not in (folder.resolve(), *blobs):
-        raise CheckpointError(
-            f"The shard {name!r} in {folder} is a link out of its folder. Copy the file itself there."
-        )
-    return target
+            f"{os.fspath(path)[:300]!r} cannot be read as a checkpoint: {type(error).__name__}: {reason}\n"
+            "It is damaged, incomplete or of another format. Copy or download it again, or save the weights anew."
+        ) from error
 
 
-def _unique_pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
-        raise CheckpointError(f"A JSON file has the key {twice[:100]!r} twice, so its meaning is open. Write it anew.")
-    return result
+# --- Files of torch.save ---------------------------------------------------------------------------------------------
 
-
-class _BoundedFile(io.FileIO):
-    """A file that refuses long reads: zipfile reads a whole directory at once, as long as the file says it is."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        if size is not None and size > _MAX_PICKLE:
-            raise CheckpointError(
-                f"{self.name} is an archive with a directory of {size} bytes; at most {_MAX_PICKLE} are read." + _RESAVE
-            )
-        return super().read(size)
-
-
-def _pickle_in_archive(file: Path) -> bytes:
-    """The pickle in an archive that is what ``torch.save`` writes: entries stored one after another."""
-    with file.open("rb") as stream:
-        if stream.read(4) != b"PK\x03\x04":
-            raise CheckpointError(
-                f"{file} is no zip archive, which is what torch.save has written since version 1.6.\n"
-                "If it is an older file that you trust, save it anew:\n"
-                f"    torch.save(torch.load({str(file)!r}, map_location='cpu', weights_only=True), 'weights.pt')"
-            )
-    size = file.stat().st_size
-    with _BoundedFile(file) as bounded, zipfile.ZipFile(bounded) as archive:
-        entries = archive.infolist()
-        names = {entry.filename.casefold() for entry in entries}  # torch's reader ignores the case
-        root = entries[0].filename.partition("/")[0] if entries else ""
-        if any(entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 for entry in entries):
-            raise CheckpointError(
-                f"{file} is a compressed or encrypted archive, which torch.save never writes: unpack it first."
-            )
-        if len(names) != len(entries) or sum(max(e.file_size, e.compress_size) for e in entries) > size:
-            raise CheckpointError(f"{file} is an archive whose entries overlap, which torch.save never writes.")
-        if f"{root}/constants.pkl".casefold() in names:
-            raise CheckpointError(
-                f"{file} is a TorchScript archive, which is a program: save the model's state_dict() instead."
-            )
-        pickled = next((entry for entry in entries if entry.filename == f"{root}/data.pkl"), None)
-        if pickled is None:
-            raise CheckpointError(f"{file} is a zip archive without data.pkl, so torch.save did not write it.")
-        if pickled.file_size > _MAX_PICKLE:
-            raise CheckpointError(
-                f"{file} holds {pickled.file_size} bytes beside its tensors; at most {_MAX_PICKLE} are read.{_RESAVE}"
-            )
-        return archive.read(pickled)
-
-
-_RESAVE = (
-    "\nIf you trust the file, save its weights alone, where it was made:\n"
-    "    state = torch.load(path, map_location='cpu', weights_only=False)['ema']  # or ['model']; runs its code\n"
-    "    torch.save(state, 'weights.pt')"
+# Plain data beside what torch itself allows; a path becomes one that cannot touch the disk.
+_DATA: tuple[Any, ...] = (
+    *(argparse.Namespace, types.SimpleNamespace, frozenset, range, slice),
+    *(datetime.datetime, datetime.date, datetime.timedelta),
+    *((pathlib.PurePosixPath, f"pathlib.{name}PosixPath") for name in ("", "Pure", "_local.", "_local.Pure")),
+    *((pathlib.PureWindowsPath, f"pathlib.{name}WindowsPath") for name in ("", "Pure", "_local.", "_local.Pure")),
 )
+_ALLOWING = threading.Lock()  # what is allowed, is allowed to the whole process
 
 
-def _check_pickle(pickled: bytes, file: Path) -> None:
-    """Walk a pickle's opcodes, running none, and refuse what ``torch.save`` does not write for weights.
+def _read_torch(file: Path) -> dict[str, Any]:
+    with opened(file) as stream:
+        before = torch.serialization.get_safe_globals()
+        # Leaving the context also removes what was allowed before it, so nothing is listed that already was.
+        allowed = torch.serialization.safe_globals([c for c in _DATA if c not in before])
+        with _ALLOWING, allowed, warnings.catch_warnings(action="ignore"):
+            try:
+                content = torch.load(stream, map_location="cpu", weights_only=True)
+            except Exception as error:
+                if refused := _refusal(file, stream):
+                    raise CheckpointError(refused) from error
+                raise
+        if not isinstance(content, dict):
+            raise CheckpointError(
+                f"{file} holds a {type(content).__name__}; a checkpoint is a dictionary: a state dict, or one with "
+                "entries such as 'ema' or 'model'."
+            )
+        return content
 
-    ``weights_only=True`` then keeps the file from running code; the walk keeps it from taking memory, time or the
-    interpreter's stack. It simulates the stack with one number a value: how deeply tuples are nested in it.
-    """
-    stack: list[int] = []
-    marks: list[int] = []
-    memo: dict[int, int] = {}
-    refused: list[list[str]] = []
-    calls = 0
-    argument: Any
-    for count, (opcode, argument, _) in enumerate(pickletools.genops(pickled)):
-        name = opcode.name
-        if name not in _SAFE_OPCODES or (name == "PROTO" and argument != 2):
-            what = f"pickle protocol {argument}" if name == "PROTO" else f"the pickle opcode {name}"
-            raise CheckpointError(f"{file} is refused: it uses {what}, and torch.save by default protocol 2.{_RESAVE}")
-        if name == "GLOBAL" and argument not in _SAFE_GLOBALS and len(refused) < _REFUSED:
-            refused.append(argument.split(" ", 1))
-        calls += name in ("REDUCE", "NEWOBJ")
-        if count > _MAX_OPCODES or calls > _MAX_CALLS or (name == "LONG1" and abs(argument) > _MAX_LONG):
-            raise CheckpointError(f"{file} is refused: it holds far more than tensors and plain values.{_RESAVE}")
-        if name == "MARK":
-            marks.append(len(stack))
-            continue
-        if name in ("BINPUT", "LONG_BINPUT"):
-            memo[argument] = stack[-1]
-            continue
-        before = opcode.stack_before
-        if pickletools.markobject in before:
-            taken = stack[marks.pop() :]
-            del stack[len(stack) - len(taken) - before.index(pickletools.markobject) :]
+
+class _Inert:
+    """Stands for whatever a pickle asks for: keeps what it is given, and does nothing."""
+
+    given: tuple[Any, ...]
+
+    def __new__(cls, *given: Any, **_: Any) -> _Inert:
+        self = object.__new__(cls)
+        self.given = given
+        return self
+
+    def __setstate__(self, state: Any) -> None:
+        self.given = (*self.given, state)
+
+    def __setitem__(self, key: Any, value: Any) -> None: ...
+
+    def append(self, value: Any) -> None: ...
+
+    extend = add = append
+
+    def is_module(self) -> bool:
+        """Whether it is an nn.Module, or what a repository saves in the place of one."""
+        found = [item for item in self.given if isinstance(item, dict)]
+        found += [item for outer in found for item in outer.values() if isinstance(item, dict)]
+        return any("_parameters" in item for item in found)
+
+
+class _Dict(dict[Any, Any]):
+    """A dictionary that may have attributes, as the one of a state dict has."""
+
+
+class _Outline(pickle.Unpickler):
+    """What a pickle holds by its keys, with every class replaced by an inert one: no code runs."""
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self.asked: list[str] = []
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in ("OrderedDict", "dict"):
+            return _Dict
+        self.asked += [f"{module}.{name}"[:100]] if not name.endswith("Storage") and name[:8] != "_rebuild" else []
+        return type(name, (_Inert,), {})
+
+    def persistent_load(self, pid: Any) -> Any:
+        return pid[1] if isinstance(pid, tuple) and pid[0] == "module" else None  # a class, as torch wrote before 1.6
+
+
+def _refusal(file: Path, stream: BinaryIO) -> str:
+    """What a file that torch refuses asks for, and the lines that save its weights anew; empty if it is damaged."""
+    read = f"torch.load({str(file)!r}, map_location='cpu', weights_only=False)"
+    stream.seek(0)
+    try:
+        if zipfile.is_zipfile(stream):
+            stream.seek(0)
+            asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
+            archive = zipfile.ZipFile(stream)
+            outline = _Outline(archive.open(next(n for n in archive.namelist() if n.endswith("/data.pkl"))))
+            content = outline.load()
         else:
-            taken = stack[len(stack) - len(before) :]
-            del stack[len(stack) - len(before) :]
-        keys = taken[::2] if name == "SETITEMS" else taken[1:2] if name == "SETITEM" else []
-        depth = 0
-        if name in ("BINGET", "LONG_BINGET"):
-            depth = memo[argument]
-        elif "TUPLE" in name:
-            depth = 1 + max(taken, default=0)
-        if any(keys) or depth > _MAX_TUPLE_DEPTH:
-            raise CheckpointError(f"{file} is refused: it has tuples for keys, or too deeply nested ones.{_RESAVE}")
-        stack.extend([depth] * len(opcode.stack_after))
-    if refused:
-        names = dict.fromkeys(f"{IMPORT_MAPPING.get(module, module)}.{name}"[:100] for module, name in refused)
-        raise CheckpointError(
-            f"{file} is refused, and nothing of it was run: it asks for {', '.join(names)}, which weights never need."
-            + _RESAVE
-        )
+            stream.seek(0)
+            outline = _Outline(stream)
+            content = outline.load()
+            if isinstance(content, int):  # as torch wrote before 1.6: a number, a version, the system, the content
+                outline = [_Outline(stream) for _ in range(3)][-1]
+                content = [outline.load() for _ in range(3)][-1]
+            else:
+                read = f"pickle.loads(pathlib.Path({str(file)!r}).read_bytes())"
+            asked = outline.asked
+    except Exception:
+        return ""
+    if not asked:
+        return ""
 
+    def holds_tensors(value: Any) -> bool:
+        return isinstance(value, dict) and any(type(v).__name__.startswith("_rebuild") for v in value.values())
+
+    saved = {}
+    if isinstance(content, _Inert) and content.is_module():
+        saved[""] = "content.state_dict()"
+    elif holds_tensors(content):
+        saved[""] = "{key: value for key, value in content.items() if isinstance(value, torch.Tensor)}"
+    elif isinstance(content, dict):
+        for key, value in content.items():
+            if isinstance(key, str) and isinstance(value, _Inert) and value.is_module():
+                saved[key] = f"content[{key!r}].state_dict()"
+            elif isinstance(key, str) and holds_tensors(value):
+                saved[key] = f"content[{key!r}]"
+    what = f"{file} is refused, and nothing of it was run: it asks for {some_of(asked, quote=False)}, not plain data.\n"
+    if not saved:
+        return (
+            f"{what}Save the model's state_dict() alone, where the file was made: torch.save(model.state_dict(), path)."
+        )
+    kept = next(iter(saved.values()))
+    if len(saved) > 1:
+        kept = "{" + ", ".join(f"{key!r}: {code}" for key, code in saved.items()) + "}"
+    return (
+        f"{what}If you trust the file, save its weights alone, in the repository that it was made with:\n"
+        f"    import pathlib, pickle, torch\n    content = {read}  # runs its code\n"
+        f"    torch.save({kept}, 'weights.pt')"
+    )
+
+
+# --- Loading ---------------------------------------------------------------------------------------------------------
 
 # What wrappers put into a parameter's name: DDP, torch.compile, checkpoint_wrapper, FSDP1.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -359,6 +427,8 @@ _HEADS = (
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
+_AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|averag|avg|polyak|shadow|(?<![a-z])swa(?![a-z])", re.IGNORECASE)
+
 _LISTED = 8  # keys that one section of an error message names
 
 
@@ -367,9 +437,9 @@ class LoadReport(NamedTuple):
 
     Attributes:
         source: The path as given, or None if the weights did not come from a file.
-        entry: The entry that was taken (``"ema"``, ``"model"``, ``"state_dict"``), or None for a bare state dict.
+        entry: The entry that was taken (``"ema"``, ``"model"``, ``"state_dict.net"``), or None for a bare state dict.
         left_out: Keys of the file that belong to a projection head which the model does not have.
-        step: The training step that the file names (``steps`` or ``step``), if it does.
+        step: The training step that the file names (``steps``, ``step`` or ``global_step``), if it does.
     """
 
     source: str | None = None
@@ -382,99 +452,161 @@ def load_weights(
     model: nn.Module,
     checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None,
     *,
-    weights: Literal["ema", "model"] = "ema",
+    weights: str = "ema",
 ) -> LoadReport:
     """Load a checkpoint into ``model``, strictly: everything fits and is copied, or nothing is touched.
 
-    Keys are compared without the prefixes that DDP, ``torch.compile``, checkpointing and ``AveragedModel`` put into
-    them, on both sides.
-    Floating-point weights take the model's dtype and device; every other dtype has to be the model's own. Of weights
-    that are tied in the model, the file may hold one. Keys of the projection heads that REPA and the released
-    Self-Transcendence code keep inside the backbone are left out, and reported, if the model has no such keys.
+    The prefixes that DDP, ``torch.compile``, checkpointing and ``AveragedModel`` put into the file's keys are taken off
+    where that makes them keys of the model; the model may be wrapped too. Floating-point weights take the model's dtype
+    and device; every other dtype has to be the model's own. Of weights that are tied in the model, the file may hold
+    one. Keys of the projection heads that REPA and the released Self-Transcendence code keep inside the backbone are
+    left out, and reported, if the model has no such keys.
+
+    The folder or file of a PEFT adapter is loaded into the adapter of a model that has one: all of it, or none; the
+    model's other weights stay.
 
     Args:
         model: The model that the weights are for, with real (not meta) tensors and before any sharding.
-        checkpoint: A ``.pt``/``.pth``/``.ckpt``/``.bin`` file of ``torch.save``: a state dict, or a dictionary with the
-            entries ``ema``, ``model`` or ``state_dict``; a ``.safetensors`` file or a ``.safetensors.index.json`` with
-            its shards; a folder that holds one of these under diffusers' or transformers' name; the dictionary itself;
-            or None for the weights that the model already has.
-        weights: Which entry to take. ``"model"`` also takes ``state_dict``. A bare state dict and safetensors hold one
-            set of weights only, which is taken for either value.
+        checkpoint: What :func:`read_checkpoint` reads; the dictionary itself; or None for the weights that the model
+            already has.
+        weights: Which weights to take: the name of an entry, and after a dot what is below it, an entry or a common
+            prefix of the keys. ``"state_dict.net"`` are the weights of ``self.net`` in a Lightning checkpoint,
+            ``"net"`` those in a bare state dict. ``"model"`` also takes ``state_dict``. A bare state dict is taken
+            whole for ``"ema"`` and ``"model"``; below a prefix of that name are ``"ema."`` and ``"model."``.
 
     Raises:
         CheckpointError: If the file cannot be read, would run code, holds weights that are not finite, or does not fit.
-        SettingError: If ``weights`` is neither of its two values.
+        SettingError: If ``weights`` is no name.
     """
-    if weights not in ("ema", "model"):
-        raise SettingError(f"weights is 'ema' or 'model', the entry of the checkpoint to take; got {weights!r}.")
+    if not isinstance(weights, str) or not weights:
+        raise SettingError(f"weights names the entry of the checkpoint to take, such as 'ema'; got {weights!r}.")
     if checkpoint is None:
         return LoadReport()
     if isinstance(checkpoint, Mapping):
         source, where, content = None, "the given dictionary", checkpoint
-    elif isinstance(checkpoint, (str, os.PathLike)):
-        source = where = os.fspath(checkpoint)
-        content = read_checkpoint(checkpoint)
     else:
-        raise CheckpointError(
-            "A checkpoint is a path, a state dict, or None for the weights that the model has; "
-            f"got {type(checkpoint).__name__}."
-        )
+        where = str(local_path(checkpoint))
+        source, content = os.fspath(checkpoint), read_checkpoint(checkpoint)
     entry, chosen = choose_entry(content, weights, where)
     where = where if entry is None else f"{where}, entry {entry!r},"
-    own = own_tensors(model)
-    saved = plain_keys(chosen, where)
+    own = _adapter(model, chosen) or own_tensors(model)
+    saved = matched(own, chosen, where)
     heads = [head for head in _HEADS if not any(map(head.fullmatch, own))]
     left_out = tuple(key for key in saved if any(head.fullmatch(key) for head in heads))
     for key in left_out:
         del saved[key]
-    check_fit(model, own, saved, where)
+    if not own.keys() & saved.keys() and (advice := _advice(own, saved, entry)):
+        raise CheckpointError(f"{where} does not fit {type(model).__name__}; nothing was loaded.\n{advice}")
+    check_fit(
+        model,
+        own,
+        saved,
+        where,
+        "Build the model with the settings of the run that saved it, or pass a state dict with renamed keys.",
+    )
     check_values(own, saved, where)
     with torch.no_grad():
         for key, value in saved.items():
-            own[key].copy_(value)
-    step = next((content[key] for key in ("steps", "step") if type(content.get(key)) is int), None)
+            if _overlaps(own[key]):  # as a buffer made by expand(), into which nothing can be copied
+                own[key].data = value.to(own[key].device, own[key].dtype, copy=True)
+            else:
+                own[key].copy_(value)
+    step = next((content[key] for key in ("steps", "step", "global_step") if type(content.get(key)) is int), None)
     return LoadReport(source, entry, left_out, step)
 
 
 def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[str | None, Mapping[str, Any]]:
     """The name of the entry that holds the asked weights, None if ``content`` is a state dict itself, and the entry."""
-    entries = [key for key in ("ema", "model", "state_dict") if isinstance(content.get(key), Mapping)]
-    if not entries:
-        others = [f"{str(key)[:50]} ({type(v).__name__})" for key, v in content.items() if not isinstance(v, Tensor)]
-        if others or not content:
-            raise CheckpointError(
-                f"{where} is no state dict and has no entry 'ema', 'model' or 'state_dict' that is one.\n"
-                f"Not tensors: {some_of(others, quote=False)}.\n"
-                "Pass the dictionary of the weights itself as the checkpoint."
-            )
-        return None, content
-    wanted = [key for key in entries if (key == "ema") == (weights == "ema")]
-    if len(wanted) != 1:
-        other = "model" if weights == "ema" else "ema"
-        advice = f"pass weights={other!r}" if not wanted else f"pass the dictionary of one of {quoted(wanted)} itself"
-        reason = f"but no {weights!r}" if not wanted else "and it is open which is meant"
-        raise CheckpointError(f"{where} has {some_of([str(key) for key in content])} {reason}: {advice}.")
-    return wanted[0], content[wanted[0]]
+    if weights in ("ema", "model"):
+        if content and all(isinstance(value, Tensor) for value in content.values()):
+            return None, content
+        names = ("ema",) if weights == "ema" else ("model", "state_dict")
+        found = {name: content[name] for name in names if isinstance(content.get(name), Mapping)}
+    else:
+        below = _below(content, weights)
+        found = {} if below is None else {weights: below}
+    if len(found) == 1:
+        return next(iter(found.items()))
+    there = f"{where} has {some_of([_shown(key) for key in content], quote=False)}"
+    if found:
+        raise CheckpointError(
+            f"{there}, and it is open which is meant: pass weights='state_dict', or the entry 'model' itself."
+        )
+    sets = _sets(content)
+    if not sets:
+        others = [f"{_shown(key)} ({type(v).__name__})" for key, v in content.items() if not isinstance(v, Tensor)]
+        raise CheckpointError(
+            f"{where} is no state dict and has no entry {weights!r} that is one.\n"
+            f"Not tensors: {some_of(others, quote=False)}.\n"
+            "Pass the dictionary of the weights itself as the checkpoint."
+        )
+    averages = [name for name in sets if _AVERAGE.search(name)]
+    others = [name for name in sets if name not in averages]
+    if averages and weights != "model":
+        seem = f"{some_of(averages)} looks like an average of the weights: pass weights={averages[0]!r}"
+        advice = seem + (f", or for the raw weights weights={others[0]!r}." if others else ".")
+    else:
+        advice = "pass " + " or ".join(f"weights={name!r}" for name in [*others, *averages][:_LISTED]) + "."
+    raise CheckpointError(f"{there} but no {weights!r}: {advice}")
 
 
-def plain_keys(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """``state`` by keys without wrappers' prefixes, once every value is known to be a plain tensor backed by data.
+def _below(content: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The entry of that name, an entry of an entry, or the part of a state dict below a common prefix of its keys."""
+    if isinstance(content.get(name), Mapping):
+        entry: Mapping[str, Any] = content[name]
+        return entry
+    for outer in (key for key in content if isinstance(key, str) and name.startswith(f"{key}.")):
+        if isinstance(content[outer], Mapping):
+            return _below(content[outer], name[len(outer) + 1 :])
+    prefix = name.rstrip(".") + "."
+    cut = {k.removeprefix(prefix): v for k, v in content.items() if isinstance(k, str) and k.startswith(prefix)}
+    return cut or None
 
-    Without an ``AveragedModel``'s counter too.
+
+def _sets(content: Mapping[str, Any], above: str = "", depth: int = 4) -> list[str]:
+    """What ``weights`` can name: entries that hold tensors, at any depth, and in them what looks like an average."""
+    names = (
+        [above[:-1]] if above and any(isinstance(v, Tensor) and v.is_floating_point() for v in content.values()) else []
+    )
+    if names and not _AVERAGE.search(above):
+        first = {key.partition(".")[0] for key in content if isinstance(key, str) and "." in key}
+        names += [above + prefix for prefix in sorted(first) if _AVERAGE.search(prefix)]
+    for key, value in content.items():
+        if depth and isinstance(key, str) and isinstance(value, Mapping):
+            names += _sets(value, f"{above}{key[:100]}.", depth - 1)
+    return names
+
+
+def _shown(key: object) -> str:
+    """A key as a message names it: a file can have any object for one."""
+    return repr(key[:100]) if isinstance(key, str) else f"a {type(key).__name__}"
+
+
+def _size(tensor: Tensor) -> str:
+    return str(tuple(tensor.shape)) if tensor.dim() <= 8 else f"of {tensor.dim()} axes"
+
+
+def matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """``state`` by the keys of ``own`` where it has them, once every value is known to be a plain tensor with data.
+
+    Wrappers' prefixes are taken off where that makes a key one of ``own``; any other key stays as it is. An
+    ``AveragedModel``'s counter is left out.
     """
+    by_bare: dict[str, list[str]] = {}
+    for key in sorted(own, key=len, reverse=True):  # the longest first: as little as possible is taken off
+        by_bare.setdefault(_bare(key), []).append(key)
+    averaged = all(isinstance(key, str) and (key == _COUNTER or key.startswith("module.")) for key in state)
     plain: dict[str, Tensor] = {}
-    averaged = all(str(key).startswith("module.") for key in state if key != _COUNTER)
     for key, value in state.items():
         if not isinstance(key, str):
-            raise CheckpointError(
-                f"{where} has the key {str(key)[:100]!r}, a {type(key).__name__}; a state dict's are strings."
-            )
-        problem = defect(value)
-        if problem:
+            raise CheckpointError(f"{where} has a {type(key).__name__} for a key; a state dict's keys are strings.")
+        if problem := defect(value):
             raise CheckpointError(f"{where} has under {key[:100]!r} {problem}; weights are dense tensors with data.")
-        if averaged and key == _COUNTER:
+        if averaged and key == _COUNTER and key not in own:
             continue
-        name = plain_key(key)
+        bare = _bare(key)
+        fallback = bare if any(head.fullmatch(bare) for head in _HEADS) else key
+        name = key if key in own else next((k for k in by_bare.get(bare, ()) if _reduces(key, k)), fallback)
         if name in plain:
             raise CheckpointError(
                 f"{where} has the weights {name[:100]!r} twice, under different prefixes of wrappers."
@@ -485,9 +617,14 @@ def plain_keys(state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     return plain
 
 
-def plain_key(key: str) -> str:
-    """``key`` without the prefixes that wrappers put into it."""
+def _bare(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
+
+
+def _reduces(key: str, name: str) -> bool:
+    """Whether ``key`` becomes ``name`` by leaving out wrappers' parts, given that both are the same without them."""
+    parts = iter(key.split("."))
+    return all(part in parts for part in name.split("."))
 
 
 def defect(value: object) -> str | None:
@@ -497,37 +634,104 @@ def defect(value: object) -> str | None:
     assert isinstance(value, Tensor)
     if value.is_nested or value.is_quantized or value.layout is not torch.strided:
         return "a nested, quantised or sparse tensor"
-    if value.is_meta:
-        return "a tensor on the meta device"
-    described, stored = value.numel() * value.element_size(), value.untyped_storage().nbytes()
-    if described > stored:
-        return f"a tensor of shape {tuple(value.shape)} that needs {described} bytes but stores {stored}"
-    return None
+    return "a tensor on the meta device" if value.is_meta else None
 
 
-def own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The model's own parameters and persistent buffers, by keys without wrappers' prefixes."""
-    kind = type(model).__name__
+def own_tensors(model: nn.Module, purpose: str = "take weights") -> dict[str, Tensor]:
+    """The model's own parameters and persistent buffers, by keys without wrappers' prefixes.
+
+    Raises:
+        CheckpointError: If one is no plain tensor with data: the model cannot do what ``purpose`` says.
+    """
     owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     own: dict[str, Tensor] = {}
     for key, value in model.state_dict(keep_vars=True).items():
+        name = plain_key(model, key)
         if is_lazy(value) or (isinstance(value, Tensor) and value.is_meta):
-            problem = "has no data yet: materialise the model first (model.to_empty(device='cpu'), or a first forward)"
-        elif id(value) not in owned or type(value) not in (Tensor, nn.Parameter):
+            problem = (
+                "has no data here: bring the model's weights into memory first (a first forward, "
+                "model.to_empty(device='cpu'), or without offloading)"
+            )
+        elif id(value) not in owned or type(value) not in (Tensor, nn.Parameter) or value.is_inference():
             # Copying into what a hook of state_dict() made up, or into one rank's shard, would load nothing or a part.
-            problem = "is no plain tensor of its own: load the weights before the model is sharded or converted"
-        elif plain_key(key) in own:
+            problem = (
+                f"is no plain tensor of its own ({type(value).__name__}): do it before the model is sharded, "
+                "quantised or converted"
+            )
+        elif name in own:
             problem = "has the same name as another once the wrappers' prefixes are gone: rename the module"
         else:
-            own[plain_key(key)] = value
+            own[name] = value
             continue
-        raise CheckpointError(f"{kind} cannot take weights: its {key!r} {problem}.")
+        raise CheckpointError(f"{type(model).__name__} cannot {purpose}: its {key!r} {problem}.")
     return own
 
 
-def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
+def _overlaps(tensor: Tensor) -> bool:
+    """Whether several elements of a tensor are one place in memory."""
+    reach = 0
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride <= reach:
+            return True
+        reach += stride * (size - 1)
+    return False
+
+
+def _adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor] | None:
+    """The tensors of the model's PEFT adapter, by the keys under which ``state`` holds an adapter; None if it does not.
+
+    PEFT leaves the adapter's name out of the keys that it saves.
+    """
+    holder = next((m for m in model.modules() if getattr(m, "peft_config", None)), None)
+    if holder is None:
+        return None
+    names, active = list(holder.peft_config), getattr(holder, "active_adapter", None)  # type: ignore[arg-type]
+    name = active if isinstance(active, str) else names[0]
+    saved = importlib.import_module("peft").get_peft_model_state_dict(
+        holder, adapter_name=name, save_embedding_layers=False
+    )
+    if not any(key in saved for key in state):
+        return None
+    owned = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if not defect(tensor)}
+    own = {key: owned[value.data_ptr()] for key, value in saved.items() if value.data_ptr() in owned}
+    if len(own) < len(saved) or (len(names) > 1 and not isinstance(active, str)):
+        raise CheckpointError(
+            f"An adapter cannot be loaded into this model, which has {quoted(names)}: make the one that is meant the "
+            "only active one, in plain tensors."
+        )
+    return own
+
+
+def _advice(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], entry: str | None) -> str:
+    """What to do about weights of which no key fits: a prefix that all have in common, an adapter; else nothing."""
+
+    def prefixes(keys: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
+        counts: Counter[str] = Counter()
+        for key in keys:
+            parts = key[:1000].split(".")
+            counts.update(".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[i:]) in others)
+        found = [prefix for prefix, count in counts.most_common() if 2 * count >= min(len(own), len(saved))]
+        return sorted(found, key=lambda prefix: not _AVERAGE.search(prefix))[:3]
+
+    if found := prefixes(saved, own):
+        paths = [f"{entry}.{prefix}" if entry else prefix + "." * (prefix in ("ema", "model")) for prefix in found]
+        names = " or ".join(f"weights={path!r}" for path in paths)
+        listed = " and ".join(repr(f"{prefix}.") for prefix in found)
+        return f"The model's keys are there below the prefix {listed}: pass {names}."
+    if found := prefixes(own, saved):
+        return f"The model has the file's keys below {found[0]!r}: load the weights into that part of it alone."
+    if any(".lora_" in key for key in saved):
+        return (
+            "These are the weights of an adapter, and the model has none: give it one first, "
+            "model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
+        )
+    return ""
+
+
+def check_fit(
+    model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str, advice: str = ""
+) -> None:
     """Refuse unless the keys are the same, tied ones once at least, and shapes and kinds of dtype agree."""
-    buffers = {id(buffer) for buffer in model.buffers()}
     loaded = {id(own[key]) for key in saved if key in own}
     missing = [key for key, tensor in own.items() if key not in saved and id(tensor) not in loaded]
     extra = [key for key in saved if key not in own]
@@ -535,19 +739,15 @@ def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, T
     shapes = [key for key in shared if saved[key].shape != own[key].shape]
     dtypes = [key for key in shared if not _convertible(saved[key].dtype, own[key].dtype)]
 
-    def line(key: str, candidates: Sequence[str], tensor: Tensor) -> str:
-        note = ", a buffer" if id(tensor) in buffers else ""
-        return f"{key[:100]} {tuple(tensor.shape)}{note}; nearest: {_nearest(key, candidates)}"
+    def absent(key: str) -> str:
+        note = "" if isinstance(own[key], nn.Parameter) else ", a buffer"
+        return f"{key[:100]} {_size(own[key])}{note}; nearest: {_nearest(key, extra)}"
 
-    sections = [
-        (f"Missing, of the model's {len(own)}", missing, lambda key: line(key, extra, own[key])),
-        ("Extra, not in the model", extra, lambda key: line(key, missing, saved[key])),
-        (
-            "Of another shape",
-            shapes,
-            lambda key: f"{key}: saved {tuple(saved[key].shape)}, model {tuple(own[key].shape)}",
-        ),
-        ("Of another dtype", dtypes, lambda key: f"{key}: saved {saved[key].dtype}, model {own[key].dtype}"),
+    sections: list[tuple[str, list[str], Callable[[str], str]]] = [
+        (f"Missing, of the model's {len(own)}", missing, absent),
+        ("Extra, not in the model", extra, lambda k: f"{k[:100]} {_size(saved[k])}; nearest: {_nearest(k, missing)}"),
+        ("Of another shape", shapes, lambda k: f"{k}: saved {_size(saved[k])}, model {_size(own[k])}"),
+        ("Of another dtype", dtypes, lambda k: f"{k}: saved {saved[k].dtype}, model {own[k].dtype}"),
     ]
     problems = []
     for title, keys, describe in sections:
@@ -556,14 +756,13 @@ def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, T
             problems.append("\n  ".join([f"{title} ({len(keys)}):", *map(describe, keys[:_LISTED]), *more]))
     if problems:
         raise CheckpointError(
-            "\n".join([f"{where} does not fit {type(model).__name__}; nothing was loaded.", *problems])
-            + "\nBuild the model with the settings of the run that saved it, or pass a state dict with renamed keys."
+            "\n".join([f"{where} does not fit {type(model).__name__}; nothing was loaded.", *problems, advice]).rstrip()
         )
 
 
 def _convertible(saved: torch.dtype, own: torch.dtype) -> bool:
     """Floating point converts; 8-bit floats do not, being quantised; integers and booleans have to be the same."""
-    return (saved in _FLOATS and own in _FLOATS) or (saved == own and not saved.is_floating_point)
+    return saved == own or (saved in _FLOATS and own in _FLOATS)
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
@@ -572,13 +771,17 @@ def _nearest(key: str, candidates: Sequence[str]) -> str:
 
 
 def check_values(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that are not finite in the model's dtype, and tied weights that were saved with other values."""
+    """Refuse weights that are not finite in the model's dtype, and tied weights that were saved with other values.
+
+    A buffer may hold −inf, as a mask does.
+    """
     first: dict[int, str] = {}
     for key, value in saved.items():
         dtype = own[key].dtype
+        mask = not isinstance(own[key], nn.Parameter)
         # In parts, as the mask of a large tensor, whole, would add to the memory that loading takes.
         parts: Sequence[Tensor] = torch.split(value.detach().flatten(), 1 << 20)
-        bad = value.numel() - sum(int(part.to(dtype).isfinite().sum()) for part in parts)
+        bad = sum(_not_finite(part.to(dtype), mask) for part in parts)
         if bad:
             raise CheckpointError(
                 f"{where} has {bad} of {value.numel()} values under {key!r} that are not finite in {dtype}.\n"
@@ -590,3 +793,9 @@ def check_values(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: 
                 f"{where} has different values under {twin!r} and {key!r}, which are one tensor in the model.\n"
                 "Untie them in the model, or drop one of them from the state dict."
             )
+
+
+def _not_finite(part: Tensor, mask: bool) -> int:
+    part = part.float() if part.dtype.itemsize == 1 and part.is_floating_point() else part
+    finite = part.isfinite()
+    return part.numel() - int((finite | (part == -math.inf) if mask else finite).sum())

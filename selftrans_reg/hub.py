@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable
-from os import PathLike, fspath
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict
 
 from .artefacts import CARD, CONFIG, WEIGHTS, library_version
+from .checkpoints import local_path, wrapped_errors
 from .errors import CheckpointError
 
 _LIBRARY = "selftrans-reg"
@@ -47,37 +49,57 @@ def fetch(
     Raises:
         CheckpointError: If there is no such folder, or the repository cannot be read.
     """
-    folder = Path(name)
-    if folder.is_dir():
+    folder = local_path(name)
+    with wrapped_errors(folder):  # such as of a name that is too long, or a folder that may not be read
+        is_local, in_local = folder.is_dir(), folder.parent.is_dir()
+    if is_local:
         if revision is not None:
             raise CheckpointError(
                 f"{str(folder)!r} is a local folder, which has no revision {revision!r}: leave it out."
             )
         return folder
-    repository = fspath(name)
     is_repository = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
-    if not is_repository or (revision is None and folder.parent.is_dir()):
+    if not is_repository or (revision is None and in_local):
         raise CheckpointError(
-            f"There is no folder {repository!r}.\n"
+            f"There is no folder {str(folder)!r}.\n"
             "A repository on the hub is named 'owner/name'; if there is a folder called like its owner here, name a "
             "revision too, such as revision='main'."
         )
-    from huggingface_hub import snapshot_download
+    with _hub_errors(f"{str(name)!r} cannot be read from the hub"):
+        from huggingface_hub import snapshot_download
 
-    try:
         copy = snapshot_download(
-            repository,
+            str(name),
             revision=revision,
-            token=token,
+            token=_plain(token),
             cache_dir=None if cache_dir is None else Path(cache_dir),
             local_files_only=local_files_only,
             allow_patterns=[CONFIG, WEIGHTS],
             library_name=_LIBRARY,
             library_version=library_version(),
         )
-    except Exception as error:  # its own, of the HTTP library, of the file system
-        raise CheckpointError(f"{repository!r} cannot be read from the hub: {type(error).__name__}: {error}") from error
     return Path(copy)
+
+
+def _plain(token: str | bool | None) -> str | bool | None:
+    """The token as a header can carry it: one that was read from a file ends with a newline."""
+    token = token.strip() if isinstance(token, str) else token
+    if isinstance(token, str) and re.fullmatch(r"[!-~]+", token) is None:
+        raise CheckpointError("The token that was given is empty or has characters that no token has: copy it again.")
+    return token
+
+
+@contextmanager
+def _hub_errors(what: str) -> Iterator[None]:
+    """Turn what huggingface_hub, its HTTP library and the system raise into ours, without any token."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        text = re.sub(r"(hf_|Bearer |api_org_)[^\s'\"]+", r"\1…", f"{type(error).__name__}: {error}")[:2000]
+        # What the error was made from may show the token in a traceback.
+        raise CheckpointError(f"{what}: {text}") from (error if "…" not in text else None)
 
 
 def push(
@@ -96,12 +118,12 @@ def push(
     Raises:
         CheckpointError: If the hub refuses, or cannot be reached.
     """
-    from huggingface_hub import HfApi
-
-    api = HfApi(token=token, library_name=_LIBRARY, library_version=library_version())
     with tempfile.TemporaryDirectory() as folder:
         save(Path(folder))
-        try:
+        with _hub_errors(f"The upload to {repository!r} failed"):
+            from huggingface_hub import HfApi
+
+            api = HfApi(token=_plain(token), library_name=_LIBRARY, library_version=library_version())
             created = api.create_repo(repository, private=private, exist_ok=True)
             if revision is not None:
                 api.create_branch(created.repo_id, branch=revision, exist_ok=True)
@@ -113,8 +135,6 @@ def push(
                 commit_message=commit_message,
                 ignore_patterns=[CARD] if has_card else None,
             )
-        except Exception as error:
-            raise CheckpointError(f"The upload to {repository!r} failed: {type(error).__name__}: {error}") from error
     return commit.commit_url
 
 

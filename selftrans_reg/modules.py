@@ -178,13 +178,6 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> Tensor:
     return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
 
 
-def architecture(model: nn.Module) -> str:
-    """SHA-256 of the keys and shapes of the model's weights, in hexadecimal."""
-    state = unwrap(model).state_dict()
-    lines = [f"{key} {tuple(value.shape)}" for key, value in sorted(state.items()) if isinstance(value, Tensor)]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
 def _plain(value: Any) -> str:
     if isinstance(value, Tensor):
         value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2 holds a part on each rank

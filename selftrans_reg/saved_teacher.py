@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from .artefacts import (
-    TEACHER_FIELDS,
-    ask,
-    fitting,
-    read_artefact,
-    restored_settings,
-    shared_settings,
-    strip,
-    teacher_card,
-    unsaved,
-    write_artefact,
-)
+from .artefacts import fits, nested, read_artefact, write_artefact
+from .calls import CallSpec
 from .checkpoints import check_fit, check_values, own_tensors
-from .errors import CheckpointError, SettingError
-from .modules import architecture, unwrap
+from .errors import CheckpointError, SelfTransError, SettingError, TeacherError, TimeConventionError
+from .modules import unwrap
 from .null import Null
 from .teacher import CFGFeatureTeacher, check_settings
 from .time import TimeConvention
 from .tokens import Select, Tokens
 from .truncate import drop, dropped_names
 
+_SLICE = ("start", "stop", "step")
 _NULL_PREFIX = "null_condition."  # of the keys of the null condition's tensors
 
 
@@ -45,9 +37,10 @@ class Details(TypedDict, total=False):
 
 def save_teacher(teacher: CFGFeatureTeacher, folder: Path, details: Details, name: str) -> None:
     """Write a teacher; ``name`` is what its card calls it."""
-    weights = strip(teacher.model)
-    first: dict[object, str] = {}  # of tied weights one is saved: loading ties them as the model does
-    tensors = {key: value for key, value in weights.items() if first.setdefault(_identity(value), key) == key}
+    own = own_tensors(teacher.model, "be saved")
+    first: dict[int, str] = {}  # of tied weights one is saved: loading ties them as the model does
+    tensors = {key: value for key, value in own.items() if first.setdefault(id(value), key) == key}
+    check_values(own, tensors, "This teacher cannot be saved: it")
     if taken := [key for key in tensors if key.startswith(_NULL_PREFIX)]:
         raise CheckpointError(
             f"The model has weights under {taken[0]!r}, a name kept for the null condition: rename it."
@@ -59,7 +52,7 @@ def save_teacher(teacher: CFGFeatureTeacher, folder: Path, details: Details, nam
             tensors[key] = teacher.null_condition.get_buffer(f"value_{index}")
             null.append({"path": list(path), "tensor": key})
         else:
-            plain = isinstance(value, bool | int | float)
+            plain = value is None or isinstance(value, bool | int | float)
             null.append({"path": list(path), **({"value": value} if plain else unsaved(value))})
     known: dict[str, Any] = dict.fromkeys(Details.__annotations__)
     known |= teacher.provenance | {key: value for key, value in details.items() if value is not None}
@@ -72,11 +65,11 @@ def save_teacher(teacher: CFGFeatureTeacher, folder: Path, details: Details, nam
         **shared_settings(teacher.spec, teacher.select, teacher.tokens, teacher.time),
         "hidden_size": teacher.hidden_size,
         "dropped": dropped_names(teacher.model),
-        "backbone": {"class": type(unwrap(teacher.model)).__name__, "fingerprint": teacher.architecture},
+        "backbone": type(unwrap(teacher.model)).__name__,
         "fingerprint": bytes(teacher.fingerprint.tolist()).hex(),
         **known,
     }
-    write_artefact(folder, "teacher", settings, tensors, TEACHER_FIELDS, lambda: teacher_card(settings, name))
+    write_artefact(folder, settings, tensors, name)
 
 
 def load_teacher(
@@ -90,7 +83,7 @@ def load_teacher(
     compile: bool,  # noqa: A002
 ) -> CFGFeatureTeacher:
     """Read a teacher into ``model``, or into what it makes; nothing of it is touched unless everything fits."""
-    config, saved = read_artefact(folder, "teacher", TEACHER_FIELDS)
+    config, saved = read_artefact(folder)
     where = f"The teacher in {str(folder)!r}"
     asked: list[str] = []
     settings = restored_settings(config, {"select": select, "tokens": tokens, "time": time}, asked, where)
@@ -103,8 +96,7 @@ def load_teacher(
     made = model if isinstance(model, nn.Module) else model()
     if not isinstance(made, nn.Module):
         raise SettingError(f"model= takes a model, or a function that makes one; it made {type(made).__name__}.")
-    same = architecture(made) == config["backbone"]["fingerprint"]
-    origin = f"It was saved from {config['backbone']['class']}, of {'the same' if same else 'other'} keys and shapes."
+    origin = f"It was saved from {config['backbone']}."
     put_back = drop(made, dropped)
     with fitting(where, made, origin, put_back):
         own = own_tensors(made)
@@ -126,7 +118,6 @@ def load_teacher(
             **settings,
         )
     teacher.fingerprint = torch.tensor(list(bytes.fromhex(config["fingerprint"])), dtype=torch.uint8)
-    teacher.architecture = config["backbone"]["fingerprint"]
     teacher.provenance = {key: config[key] for key in Details.__annotations__ if config[key] is not None}
     return teacher
 
@@ -163,10 +154,7 @@ def _restored_null(
         elif "unsaved" in entry:
             value = extra.pop((*above, last), None)
             if value is None:
-                text = "..."
-                for key in reversed(entry["path"]):
-                    text = f"{{{key!r}: {text}}}"
-                asked.append(f"null={text} (it was {entry['unsaved']!r})")
+                asked.append(f"null={nested(entry['path'])} (it was {entry['unsaved']!r})")
         level: Any = null
         for key in above:
             level = level.setdefault(key, {}) if isinstance(level, dict) else None
@@ -191,6 +179,65 @@ def _is_in(key: str, module: str) -> bool:
     return key == module or key.startswith(f"{module}.")
 
 
-def _identity(value: Tensor) -> object:
-    """The same for the same tensor under another key."""
-    return (value.data_ptr(), value.shape, value.stride()) if value.numel() else id(value)
+def shared_settings(spec: CallSpec, select: Select, tokens: Tokens, time: TimeConvention | None) -> dict[str, Any]:
+    """The settings that name the model's arguments, outputs and times, as JSON."""
+    call = {key: unsaved(value) if callable(value) else value for key, value in spec.config.items()}
+    cut = {name: getattr(tokens, name) for name in _SLICE} if isinstance(tokens, slice) else None
+    return {
+        "call": call,
+        "select": unsaved(select) if callable(select) else select,
+        "tokens": unsaved(tokens) if callable(tokens) else cut,
+        "time": time.name if time and time.is_named else time and {"unsaved": time.name},
+    }
+
+
+def unsaved(function: object) -> dict[str, str]:
+    """What stands for a function: its name, for whoever has to find it again."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return {"unsaved": name if fits(name, str) else "a function"}
+
+
+def restored_settings(
+    config: Mapping[str, Any], given: Mapping[str, Any], asked: list[str], where: str
+) -> dict[str, Any]:
+    """``select``, ``tokens`` and ``time``: as saved, or as given where they could not be saved."""
+    settings: dict[str, Any] = {}
+    for name, value in given.items():
+        saved = config[name]
+        if isinstance(saved, dict) and "unsaved" in saved:
+            if value is None:
+                asked.append(f"{name}=... (it was {saved['unsaved']!r})")
+            elif isinstance(value, TimeConvention) and value.name != saved["unsaved"]:
+                raise SettingError(f"{where} was saved with another time convention: {saved['unsaved']!r}.")
+            settings[name] = value
+            continue
+        settings[name] = slice(*map(saved.get, _SLICE)) if isinstance(saved, dict) else saved
+        if value is not None and value != settings[name]:
+            raise SettingError(f"{where} was saved with {name}={settings[name]!r}, which is kept: leave {name}= out.")
+    return settings
+
+
+def ask(asked: Sequence[str], where: str) -> None:
+    """Raise ``CheckpointError`` if functions are still asked for."""
+    if asked:
+        raise CheckpointError(
+            f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked)}."
+        )
+
+
+@contextmanager
+def fitting(where: str, model: nn.Module, origin: str, undo: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Say that an artefact does not fit, and ``origin``, where a model refuses its settings or weights."""
+    try:
+        yield
+    except (TeacherError, TimeConventionError):
+        raise
+    except CheckpointError as error:  # which says so already
+        undo()
+        raise CheckpointError(f"{error}\n{origin}") from error
+    except SelfTransError as error:
+        undo()
+        name = type(unwrap(model)).__name__
+        raise CheckpointError(
+            f"{where} does not fit {name}; nothing was loaded.\n{error}\n{origin}".rstrip()
+        ) from error

@@ -10,18 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
-from .checkpoints import load_weights
+from .checkpoints import load_weights, local_path
 from .errors import CallError, SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Shareable
 from .modules import (
     Layout,
-    architecture,
     check_positive,
     find_layer,
     fingerprint,
@@ -113,7 +112,6 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         settings |= {f"fixed {name}": value for name, value in self.spec.fixed.items()}
         settings |= {f"null {name}": value for name, _, value in self.null_condition.now()}
         self.fingerprint = fingerprint(model, settings)
-        self.architecture = architecture(model)
         self.provenance: dict[str, Any] = {}  # where it comes from, for those with whom it is shared
         self.model = model
         self._taken = _freeze(model)
@@ -193,7 +191,8 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         Raises:
             CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
         """
-        self._save(Path(directory), Path(directory).name, **details)
+        folder = local_path(directory)
+        self._save(folder, folder.name, **details)
 
     def _save(self, folder: Path, name: str, **details: Unpack[Details]) -> None:
         from .saved_teacher import save_teacher
@@ -440,7 +439,7 @@ def build_teacher(
     tokens: Tokens = None,
     hidden_size: int | None = None,
     time: str | TimeConvention | None = None,
-    weights: Literal["ema", "model"] = "ema",
+    weights: str = "ema",
     example: Sequence[Any] | Mapping[str, Any] | None = None,
     compile: bool = False,  # noqa: A002
     truncate: bool = True,
@@ -466,7 +465,7 @@ def build_teacher(
         tokens: Which tokens are the image's: a slice or a callable.
         hidden_size: The feature's width, where it cannot be read off the layer.
         time: The convention that the teacher was trained with; when given, the student's must be the same.
-        weights: Which entry of a training checkpoint.
+        weights: Which weights of a training checkpoint, as for :func:`load_weights`.
         example: A call's arguments, ``(x_t, t, y)`` or by name: what never runs is then dropped at once, not at the
             first call.
         compile: Compile the teacher's blocks, with a cache of their own, after the first call.
@@ -479,8 +478,6 @@ def build_teacher(
         SettingError: If the null condition is empty, misnamed, or outside its embedding (with ``example``).
         SettingError: If the guidance scale or another setting makes no sense.
     """
-    if weights not in ("ema", "model"):
-        raise SettingError(f"weights must be 'ema' or 'model'; got {weights!r}.")
     # The settings are checked first: a checkpoint can take minutes to load.
     check_settings(model, layer=layer, guidance_scale=guidance_scale, null=null, call=call)
     report = load_weights(model, checkpoint, weights=weights)

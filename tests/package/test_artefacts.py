@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+import random
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from fuzz_artefacts import run
+from fuzz_files import FAMILIES, Corpus, judge
 from safetensors.torch import load_file, save_file
 from tiny_artefacts import (
     FILES,
@@ -36,8 +35,6 @@ import selftrans_reg as st
 from selftrans_reg.artefacts import FORMAT_VERSION
 from selftrans_reg.errors import CheckpointError
 
-DATA = Path(__file__).parents[1] / "support" / "artefact_data"
-
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
@@ -55,16 +52,6 @@ def test_an_artefact_of_the_same_kind_is_replaced_and_other_files_stay(saved: Pa
     assert names_in(saved) == sorted([*FILES, "notes.txt", "sub"])
     assert (saved / "notes.txt").read_text() == "mine"
     assert load_teacher(saved).guidance_scale == 7.0
-    assert "| guidance scale | 7.0 |" in (saved / "README.md").read_text()
-
-
-@pytest.mark.parametrize("edit", [lambda text: text + "\nMore.\n", lambda text: text.replace("blocks.1", "block 1")])
-def test_an_edited_card_stays(saved: Path, edit: Callable[[str], str]) -> None:
-    card = saved / "README.md"
-    card.write_text(edited := edit(card.read_text()))
-    make_teacher(guidance_scale=7.0).save_pretrained(saved)
-    assert card.read_text() == edited
-    assert names_in(saved) == FILES
 
 
 def test_a_card_that_was_there_before_stays(tmp_path: Path) -> None:
@@ -138,14 +125,14 @@ def test_a_later_format_names_the_version_to_install(saved: Path) -> None:
         *(
             "has format version 2",
             f"selftrans-reg {st.__version__} reads up to 1",
-            "pip install 'selftrans-reg>=3.1.0'",
+            "Install version 3.1.0 of selftrans-reg from its repository",
         ),
     )
 
 
 def test_an_unknown_entry_names_the_version_to_install(saved: Path) -> None:
     rewrite(saved, heads=3, library_version="0.2.0")
-    assert_says(refusal(saved, TinyDiT()), "entries that", "does not know: 'heads'", "'selftrans-reg>=0.2.0'")
+    assert_says(refusal(saved, TinyDiT()), "entries that", "does not know: 'heads'", "Install version 0.2.0 of")
 
 
 def test_every_entry_is_needed(saved: Path) -> None:
@@ -156,22 +143,21 @@ def test_every_entry_is_needed(saved: Path) -> None:
 
 
 WRONG: list[tuple[str, Any]] = [
-    *[("layer", value) for value in (None, 3, "", "a" * 501, "blocks.1\n", "\ud800")],
+    *[("layer", value) for value in (None, 3, "", "a" * 2001, "blocks.1\n", "\ud800")],
     *[("guidance_scale", value) for value in (None, "3", True, -1, 1e10, float("nan"), float("inf"), 10**400)],
     *[("null", value) for value in ([], {"y": 5}, [5], [{"path": [], "value": 1}], [{"path": ["y"], "value": "a"}])],
     *[("null", value) for value in ([{"path": ["y"]}], [{"path": ["y"], "value": 1, "tensor": "a"}])],
-    *[("null", value) for value in ([{"path": ["y"] * 9, "value": 1}], [{"path": ["y"], "value": 1}] * 65)],
     *[("call", value) for value in (None, {}, {"x": "x", "t": "t", "shared": "y", "fixed": {}})],
     *[("call", value) for value in ({"x": "x", "t": "t", "shared": [], "fixed": {"y": [1]}},)],
     *[("select", value) for value in ([], {"unsaved": 3}, 1.5, 2**40)],
-    *[("tokens", value) for value in (3, "1:", {"slice": [1, 2]}, {"slice": [0, 1, 0]}, {"slice": [0, 1, -1]})],
+    *[("tokens", value) for value in (3, "1:", {"start": 1}, {"start": 0, "stop": 1, "step": 0})],
     *[("time", value) for value in ("SIT", 3, ["repa"], {"unsaved": ""})],
     *[("hidden_size", value) for value in (0, -4, 2.0, 2**30, "4")],
     *[("dropped", value) for value in (None, "blocks.2", [3], [""])],
-    *[("backbone", value) for value in (None, "TinyDiT", {"class": "A"}, {"class": "A", "fingerprint": "0"})],
+    *[("backbone", value) for value in (None, {"class": "A"}, "")],
     *[("fingerprint", value) for value in (None, "", "g" * 64, "0" * 63, 0)],
     *[("step", value) for value in (-1, 2.5, "3", True)],
-    *[("latent_shape", value) for value in ([], [0], "4", [1] * 6)],
+    *[("latent_shape", value) for value in ([], [0], "4")],
     *[("kind", value) for value in ("Teacher", None)],
     *[("format_version", value) for value in (0, "1", 1.0, True)],
     *[("library_version", value) for value in (1, "", "1;rm -rf /", "9" * 50)],
@@ -185,7 +171,7 @@ def test_an_entry_of_a_wrong_type_or_size_is_refused(saved: Path, key: str, valu
 
 
 def test_entries_that_contradict_each_other_are_refused(saved: Path) -> None:
-    original = config_of(saved)
+    original = {key: value for key, value in config_of(saved).items() if key != "sha256"}
     for entries, part in (
         ({"dropped": ["blocks"]}, "it needs 'blocks.1', which it says was dropped"),
         ({"dropped": ["x_embedder"]}, "it needs 'x_embedder.bias', which it says was dropped"),
@@ -209,9 +195,9 @@ def test_weights_other_than_those_of_the_config_are_refused(saved: Path, tmp_pat
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    assert_says(refusal(saved, TinyDiT()), "is not the file that config.json was written for", "the two together")
+    assert_says(refusal(saved, TinyDiT()), "is damaged", "not those that were saved")
     path.unlink()
-    assert_says(refusal(saved, TinyDiT()), "is missing")
+    assert_says(refusal(saved, TinyDiT()), "it has no model.safetensors")
 
 
 def test_a_tensor_too_many_is_refused(saved: Path) -> None:
@@ -224,49 +210,21 @@ def test_a_tensor_too_many_is_refused(saved: Path) -> None:
 def test_a_pipe_in_a_files_place_does_not_hang(name: str, saved: Path) -> None:
     (saved / name).unlink()
     os.mkfifo(saved / name)
-    began = time.monotonic()
-    if name != "README.md":
-        refusal(saved, TinyDiT())
-    if name == "config.json":
-        with pytest.raises(CheckpointError, match="no saved teacher's"):
-            make_teacher().save_pretrained(saved)
-    else:
+    if name == "README.md":
         make_teacher().save_pretrained(saved)
         load_teacher(saved)
-    assert time.monotonic() - began < 20
+        return
+    refusal(saved, TinyDiT())
+    with pytest.raises(CheckpointError, match="no saved teacher's"):
+        make_teacher().save_pretrained(saved)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="measures memory as Linux does")
-def test_damaged_artefacts_are_loaded_or_refused_and_nothing_else() -> None:
-    counts = run(0, 450)
-    assert sum(counts.values()) == 450
-    assert 20 < counts["teacher loaded"] < 250  # the damage is not all fatal
-
-
-# --- Versions --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("folder", sorted(DATA.iterdir()), ids=lambda folder: folder.name)
-def test_the_files_of_every_format_version_are_read(folder: Path, tmp_path: Path) -> None:
-    """Written once by the library of that time. They are never written anew: add a folder for a new version."""
-    copied = Path(shutil.copytree(folder, tmp_path / "copy"))
-    expected = load_file(copied / "expected.safetensors")
-    teacher = load_teacher(copied / "teacher")
-    torch.testing.assert_close(teacher(**call(1)), expected["features"], rtol=1e-5, atol=1e-6)
-
-
-def test_the_current_format_version_has_its_files() -> None:
-    assert (DATA / f"v{FORMAT_VERSION}").is_dir()
-    assert config_of(DATA / f"v{FORMAT_VERSION}" / "teacher")["format_version"] == FORMAT_VERSION
-
-
-def write_data(folder: Path) -> None:
-    """How a version's files were written: ``python tests/package/test_artefacts.py tests/support/artefact_data/v1``."""
-    expected = {}
-    teacher = make_teacher(tokens=slice(None))
-    teacher.save_pretrained(folder / "teacher", source="run 17", step=9, latent_scale=0.18215, latent_shape=(2, 4, 4))
-    expected["features"] = teacher(**call(1))
-    save_file(expected, folder / "expected.safetensors")
+@pytest.mark.parametrize("family", ["config_on_disk", "config_as_saved", "weights_of_teacher"])
+def test_damaged_artefacts_are_loaded_whole_or_refused(family: str, tmp_path: Path) -> None:
+    corpus = Corpus(tmp_path)
+    messages = [judge(FAMILIES[family](corpus, random.Random(case))) for case in range(60)]
+    assert sum(message is not None for message in messages) > 30
 
 
 # --- Export ----------------------------------------------------------------------------------------------------------
@@ -323,8 +281,3 @@ def test_wrappers_leave_no_trace_in_stripped_weights(wrap: Callable[[nn.Module],
     assert list(stripped) == list(expected)
     assert all(torch.equal(stripped[key], expected[key]) for key in expected)
     TinyDiT().load_state_dict(stripped)
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    write_data(Path(sys.argv[1]))

@@ -1,50 +1,64 @@
 import argparse
-import io
 import json
 import math
+import os
 import pickle
 import random
 import struct
+import subprocess
 import sys
+import textwrap
+import time
 import warnings
 import zipfile
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
-from pathlib import Path
+from datetime import datetime
+from pathlib import Path, PurePosixPath
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from fuzz_checkpoints import (
-    FAMILIES,
-    Corpus,
-    ToyDiT,
-    archive,
-    child,
-    code_bombs,
-    file_bombs,
-    judge,
-    run_case,
-    size_bombs,
-    snapshot,
-)
+from fuzz_files import FAMILIES, Corpus, judge
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
-from selftrans_reg.checkpoints import (
-    LoadReport,
-    load_weights,
-    read_checkpoint,
-    read_json,
-    read_safetensors,
-    read_sharded_safetensors,
-    read_torch,
-)
+import selftrans_reg as st
+from selftrans_reg.checkpoints import DTYPES, LoadReport, load_weights, read_checkpoint, read_json
 from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError
 
 State = dict[str, Tensor]
+
+
+class ToyBlock(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(width, 3 * width)
+        self.norm = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+
+class ToyDiT(nn.Module):
+    """The parts that make a DiT's state dict: a convolution, a table, a buffer, blocks. It is never called."""
+
+    def __init__(self, width: int = 8, depth: int = 3, seed: int = 0) -> None:
+        super().__init__()
+        self.x_embedder = nn.Conv2d(4, width, 2, 2)
+        self.y_embedder = nn.Embedding(11, width)
+        self.blocks = nn.ModuleList(ToyBlock(width) for _ in range(depth))
+        self.final_layer = nn.Linear(width, 16)
+        self.register_buffer("pos_embed", torch.zeros(1, 16, width))
+        self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
+        generator = torch.Generator().manual_seed(seed)
+        for tensor in self.state_dict().values():
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 2)  # the counter is truncated
+
+
+def snapshot(model: nn.Module) -> State:
+    return {key: value.clone() for key, value in model.state_dict().items()}
 
 
 @pytest.fixture
@@ -87,6 +101,10 @@ def assert_says(message: str, *parts: str) -> None:
 
 def renamed(state: State, rename: Callable[[str], str]) -> State:
     return {rename(key): value for key, value in state.items()}
+
+
+def below(prefix: str, state: State) -> State:
+    return renamed(state, lambda key: f"{prefix}.{key}")
 
 
 def save_shards(state: State, folder: Path, stem: str = "model") -> Path:
@@ -263,7 +281,7 @@ def test_weights_reach_the_device_of_the_model(ema: State, device: torch.device)
     assert_equal(model.cpu(), ema)
 
 
-@pytest.mark.parametrize("wrap", ["compiled", "checkpointed", "averaged"])
+@pytest.mark.parametrize("wrap", ["compiled", "checkpointed", "parallel"])
 def test_a_wrapped_model_is_loaded_by_plain_keys(model: ToyDiT, ema: State, wrap: str) -> None:
     wrapped: nn.Module = model
     if wrap == "compiled":
@@ -273,7 +291,7 @@ def test_a_wrapped_model_is_loaded_by_plain_keys(model: ToyDiT, ema: State, wrap
         model.blocks[1] = checkpoint_wrapper(model.blocks[1])
         assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
     else:
-        wrapped = nn.Sequential(OrderedDict(module=model))
+        wrapped = nn.DataParallel(model)
     load_weights(wrapped, ema)
     assert_equal(model, ema)
 
@@ -311,22 +329,22 @@ def test_a_missing_entry_is_named_with_those_found(model: ToyDiT, raw: State) ->
 
 def test_state_dict_is_the_models_entry(model: ToyDiT, raw: State) -> None:
     content = {"state_dict": raw, "epoch": 3}
-    assert_says(refusal(model, content), "has 'state_dict', 'epoch' but no 'ema'", "pass weights='model'")
+    assert_says(refusal(model, content), "has 'state_dict', 'epoch' but no 'ema'", "pass weights='state_dict'")
     assert load_weights(model, content, weights="model").entry == "state_dict"
     assert_equal(model, raw)
     message = refusal(model, {"state_dict": raw, "model": raw}, weights="model")
-    assert_says(message, "open which is meant", "pass the dictionary of one of 'model', 'state_dict' itself")
+    assert_says(message, "open which is meant", "pass weights='state_dict', or the entry 'model' itself")
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
         ({}, "Not tensors: nothing"),
-        ({"net": {}, "epoch": 3}, "Not tensors: net (dict), epoch (int)"),
-        ({"ema": None, "pos_embed": torch.zeros(1)}, "Not tensors: ema (NoneType)"),
+        ({"net": {}, "epoch": 3}, "Not tensors: 'net' (dict), 'epoch' (int)"),
+        ({"ema": None, "pos_embed": torch.zeros(1)}, "Not tensors: 'ema' (NoneType)"),
         ({"ema": {}}, "entry 'ema', holds no weights at all"),
         ({"ema": {"shadow_params": [torch.zeros(1)]}}, "has under 'shadow_params' a list"),
-        ({"ema": {3: torch.zeros(1)}}, "has the key '3', a int"),
+        ({"ema": {3: torch.zeros(1)}}, "has a int for a key"),
     ],
 )
 def test_what_is_no_state_dict_is_refused(model: ToyDiT, content: Any, said: str) -> None:
@@ -339,9 +357,10 @@ def test_a_step_that_is_no_plain_integer_is_not_reported(model: ToyDiT, ema: Sta
 
 
 def test_other_values_of_the_arguments_are_refused(model: ToyDiT, ema: State) -> None:
-    with pytest.raises(SettingError, match=r"weights is 'ema' or 'model'.*got 'EMA'"):
-        load_weights(model, ema, weights="EMA")  # type: ignore[arg-type]
-    assert_says(refusal(model, 7), "a path, a state dict, or None", "got int")
+    for weights in ("", None, 3):
+        with pytest.raises(SettingError, match="weights names the entry"):
+            load_weights(model, ema, weights=weights)  # type: ignore[arg-type]
+    assert_says(refusal(model, 7), "A path is a string", "got int")
     assert_says(refusal(model, [ema]), "got list")
 
 
@@ -489,7 +508,7 @@ def test_a_model_without_data_is_refused(ema: State) -> None:
     with torch.device("meta"):
         model = nn.Linear(3, 3)
     with pytest.raises(
-        CheckpointError, match=r"(?s)Linear cannot take weights: its 'weight' has no data yet.*to_empty"
+        CheckpointError, match=r"(?s)Linear cannot take weights: its 'weight' has no data here.*to_empty"
     ):
         load_weights(model, {"weight": torch.ones(3, 3), "bias": torch.ones(3)})
     with pytest.raises(CheckpointError, match="LazyLinear cannot take weights: its 'weight' has no data"):
@@ -505,12 +524,120 @@ def test_a_model_whose_state_dict_is_made_of_copies_is_refused(model: ToyDiT, em
     assert_says(message, "ToyDiT cannot take weights: its 'final_layer.bias'", "before the model is sharded")
 
 
-def test_names_that_only_wrappers_prefixes_tell_apart_are_refused(model: ToyDiT, ema: State) -> None:
+def test_a_file_that_holds_the_same_weights_twice_is_refused(model: ToyDiT, ema: State) -> None:
     twice = ema | {"module.final_layer.bias": torch.zeros(16)}
     assert_says(refusal(model, twice), "the weights 'final_layer.bias' twice, under different prefixes")
-    odd = nn.Module()
-    odd.a, odd.module = nn.Linear(2, 2), nn.ModuleDict({"a": nn.Linear(2, 2)})
-    assert_says(refusal(odd, {"a.weight": torch.ones(2, 2)}), "'module.a.weight' has the same name as another")
+
+
+class Child(nn.Module):
+    """A block with a child that is called as DDP calls what it wraps, and is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.module = nn.LayerNorm(2), nn.Sequential(nn.Linear(2, 2))
+        self.norm.weight.data.uniform_(generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("rename", [str, "module.{}".format, lambda key: key.replace("module.0", "module._orig_mod.0")])
+@pytest.mark.parametrize("build", [Child, lambda: nn.ModuleDict({"module": Child(), "b": Child()})])
+def test_a_child_that_is_called_module_keeps_its_name(build: Callable[[], nn.Module], rename: Any) -> None:
+    source, model = build(), build()
+    state = source.state_dict()
+    assert list(st.strip(source)) == list(state)
+    load_weights(model, {rename(key): value for key, value in state.items()})
+    assert_equal(model, state)
+
+
+# --- Averages and prefixes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["state_dict_ema", "model_ema", "averaged", "ema_state_dict", "swa_model", "EMA"])
+def test_what_looks_like_an_average_is_named_and_taken_by_its_name(
+    model: ToyDiT, ema: State, raw: State, name: str
+) -> None:
+    content = {"model": raw, name: ema, "schema": {"a": torch.ones(1)}}
+    message = refusal(model, content)
+    assert_says(message, f"{name!r} looks like an average", f"pass weights={name!r}, or for the raw weights", "'model'")
+    assert load_weights(model, content, weights=name).entry == name
+    assert_equal(model, ema)
+
+
+@pytest.mark.parametrize(
+    ("content", "weights"),
+    [
+        (lambda raw, ema: {"state_dict": raw, "callbacks": {"EMA": {"weights": ema}}}, "callbacks.EMA.weights"),
+        (lambda raw, ema: {"ema": {"step": torch.ones(()), **below("ema_model", ema)}}, "ema.ema_model"),
+        (lambda raw, ema: {"state_dict": {**below("net", raw), **below("net_ema", ema)}}, "state_dict.net_ema"),
+        (lambda raw, ema: below("model", raw) | below("ema", ema), "ema."),
+        (lambda raw, ema: {"epoch": 3, "state_dict": below("module.net", ema)}, "state_dict.module.net"),
+        (lambda raw, ema: below("net", ema), "net"),
+        (lambda raw, ema: {"module": ema, "global_steps": 3, "ds_config": {}}, "module"),
+    ],
+)
+def test_weights_reaches_below_entries_and_prefixes_and_the_error_says_so(
+    model: ToyDiT, ema: State, raw: State, content: Any, weights: str
+) -> None:
+    made = content(raw, ema)
+    message = refusal(model, made)
+    if message.endswith("pass weights='state_dict'."):
+        message = refusal(model, made, weights="state_dict")
+    assert_says(message, f"weights={weights!r}")
+    load_weights(model, made, weights=weights)
+    assert_equal(model, ema)
+
+
+def test_a_model_that_wraps_the_files_is_told(model: ToyDiT, ema: State) -> None:
+    message = refusal(nn.ModuleDict({"net": model}), ema)
+    assert_says(message, "The model has the file's keys below 'net': load the weights into that part of it alone.")
+
+
+# --- What a model's tensors can be -----------------------------------------------------------------------------------
+
+
+def test_a_mask_of_minus_infinity_is_no_defect() -> None:
+    def build(value: float) -> nn.Module:
+        model = nn.Linear(2, 2)
+        model.register_buffer("mask", torch.full((2, 2), value).triu(1))
+        return model
+
+    model, state = build(0.0), build(-math.inf).state_dict()
+    load_weights(model, state)
+    assert_equal(model, state)
+    assert_says(refusal(model, state | {"mask": torch.full((2, 2), math.inf)}), "4 of 4 values under 'mask'")
+    assert_says(refusal(model, state | {"bias": torch.full((2,), -math.inf)}), "2 of 2 values under 'bias'")
+
+
+@pytest.mark.parametrize("make", [lambda: torch.zeros(1).expand(3), lambda: torch.zeros(4).as_strided((3, 2), (1, 1))])
+def test_a_buffer_whose_elements_share_memory_is_loaded(make: Callable[[], Tensor], tmp_path: Path) -> None:
+    model = nn.Linear(2, 2)
+    model.register_buffer("table", make())
+    values = torch.arange(float(make().numel())).reshape(make().shape)
+    for table in (values, torch.ones(1).expand(make().shape)):
+        torch.save(model.state_dict() | {"bias": torch.ones(2), "table": table}, tmp_path / "a.pt")
+        load_weights(model, tmp_path / "a.pt")
+        assert torch.equal(model.table, table)
+
+
+def test_a_model_of_inference_tensors_is_refused_before_anything_is_written() -> None:
+    with torch.inference_mode():
+        model = nn.Linear(2, 2)
+    assert_says(refusal(model, {"weight": torch.ones(2, 2), "bias": torch.ones(2)}), "cannot take weights")
+
+
+def test_no_message_is_as_long_as_the_file_makes_it(model: ToyDiT, ema: State) -> None:
+    class Odd:
+        def __repr__(self) -> str:
+            raise RecursionError
+
+    axes = torch.ones([1] * 5000)
+    for content in (
+        {axes: 1},
+        {Odd(): 1},
+        {"ema": {axes: 1}},
+        {"ema": ema | {"counter": axes}},
+        ema | {"x" * 10**6: axes},
+    ):
+        assert len(refusal(model, content)) < 4000
 
 
 # --- Tensors that are no weights -------------------------------------------------------------------------------------
@@ -530,8 +657,6 @@ def _quantised() -> Tensor:
     ("value", "said"),
     [
         (torch.zeros(16, device="meta"), "a tensor on the meta device"),
-        (torch.zeros(1).expand(10**9), "a tensor of shape (1000000000,) that needs 4000000000 bytes but stores 4"),
-        (torch.zeros(1).expand(16), "that needs 64 bytes but stores 4"),
         (torch.zeros(16).to_sparse(), "a nested, quantised or sparse tensor"),
         (_quantised(), "a nested, quantised or sparse tensor"),
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), "a NestedTensor"),
@@ -544,93 +669,163 @@ def test_tensors_without_their_own_data_are_refused(model: ToyDiT, ema: State, v
     assert_says(refusal(model, {"ema": ema}), "entry 'ema', has under 'final_layer.bias'", said)
 
 
-# --- Hostile files ---------------------------------------------------------------------------------------------------
+# --- Files of torch.save ---------------------------------------------------------------------------------------------
+
+DATA: dict[str, Any] = {
+    "size": torch.Size([1, 2]),
+    "dtype": torch.int64,
+    "set": {1, 2},
+    "frozenset": frozenset([1]),
+    "bytes": b"abc",
+    "Counter": Counter("aab"),
+    "complex": 1 + 2j,
+    "keys": {(1, 2): 3, 4: 5},
+    "uint16": torch.ones(3, dtype=torch.uint16),
+    "range": range(3),
+    "slice": slice(1, None),
+    "path": PurePosixPath("runs/17"),
+    "namespaces": (argparse.Namespace(lr=1e-4), SimpleNamespace(a=1)),
+    "long": 2**400,
+    "when": datetime.now(),
+}
 
 
-@pytest.mark.parametrize("name", code_bombs(""))
-def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, model: ToyDiT, name: str) -> None:
-    marker = tmp_path / "ran"
-    pickled = code_bombs(str(marker))[name]
-    path = tmp_path / "bomb.pt"
-    path.write_bytes(archive(pickled))
-    message = refusal(model, path)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_plain_data_beside_the_weights_is_read(model: ToyDiT, ema: State, tmp_path: Path, legacy: bool) -> None:
+    path = tmp_path / "a.pt"
+    data = {key: value for key, value in DATA.items() if key != "uint16" or not legacy}  # which torch cannot read so
+    torch.save({"ema": ema, "args": data}, path, _use_new_zipfile_serialization=not legacy)
+    load_weights(model, path)
+    assert_equal(model, ema)
+    args = read_checkpoint(path)["args"]
+    assert all(torch.equal(args[k], v) if isinstance(v, Tensor) else args[k] == v for k, v in data.items())
+
+
+def test_a_run_folder_among_the_arguments_becomes_a_path_that_touches_nothing(ema: State, tmp_path: Path) -> None:
+    torch.save({"ema": ema, "args": argparse.Namespace(out=tmp_path)}, tmp_path / "a.pt")
+    assert type(read_checkpoint(tmp_path / "a.pt")["args"].out) is PurePosixPath
+
+
+class Persistent(nn.Linear):
+    """Pickled as EDM's networks are: a function and a dictionary that says what it was."""
+
+    def __reduce__(self) -> Any:
+        return _persistent, ({"type": "class", "state": self.__dict__},)
+
+
+def _persistent(meta: dict[str, Any]) -> nn.Module:
+    made = nn.Linear(2, 2)
+    made.__dict__.update(meta["state"])
+    return made
+
+
+class Config(dict[str, Any]):
+    pass
+
+
+def _raw_pickle(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+def _legacy(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+WRITERS: list[Callable[[Any, Path], Any]] = [torch.save, _legacy, _raw_pickle]
+CONTENTS: dict[str, Callable[[nn.Linear], Any]] = {
+    "a loop's, with a configuration": lambda net: {
+        "ema": net.state_dict(),
+        "model": net.state_dict(),
+        "c": Config(a=1),
+    },
+    "one entry of another name": lambda net: {"module": net.state_dict(), "when": Config()},
+    "EDM2's": lambda net: {"ema": net, "encoder": Config(), "dataset_kwargs": {"a": 1}},
+    "a module": lambda net: net,
+    "a state dict with more": lambda net: {**net.state_dict(), "epoch": Config()},
+}
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, Persistent])
+@pytest.mark.parametrize("write", WRITERS)
+@pytest.mark.parametrize("which", CONTENTS)
+def test_the_remedy_of_a_refused_file_works_on_it(
+    which: str,
+    write: Callable[[Any, Path], Any],
+    kind: type[nn.Linear],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net, model = kind(2, 2), nn.Linear(2, 2)
+    write(CONTENTS[which](net), tmp_path / "a.pt")
+    message = refusal(model, tmp_path / "a.pt")
+    assert_says(message, "is refused, and nothing of it was run: it asks for ", "If you trust the file")
+    monkeypatch.chdir(tmp_path)
+    exec(textwrap.dedent(message.split("made with:\n")[1]), {})
+    load_weights(model, "weights.pt")
+    assert_equal(model, net.state_dict())
+
+
+class Bomb:
+    """Writes a file if a trusting reader loads it."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("write", WRITERS)
+def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, model: ToyDiT, ema: State, write: Any) -> None:
+    marker, path = tmp_path / "ran", tmp_path / "bomb.pt"
+    write({"ema": ema, "args": Bomb(marker)}, path)
+    assert_says(refusal(model, path), "nothing of it was run: it asks for ", ".mkdir")
     assert not marker.exists()
-    assert_says(message, "is refused", "If you trust the file", "torch.load(path", "torch.save(state, 'weights.pt')")
-    pickle.loads(pickled)
+    pickle.loads(pickle.dumps(Bomb(marker)))
     assert marker.exists(), "the bomb is a dud: it does not go off in a trusting reader either"
 
 
-@pytest.mark.parametrize(
-    ("name", "found"),
-    [("system", ".system"), ("eval", "builtins.eval"), ("popen", "subprocess.run"), ("map", "builtins.list")],
-)
-def test_what_a_file_asks_for_is_named(tmp_path: Path, model: ToyDiT, name: str, found: str) -> None:
-    path = tmp_path / "bomb.pt"
-    path.write_bytes(archive(code_bombs(str(tmp_path / "ran"))[name]))
-    assert_says(refusal(model, path), "nothing of it was run: it asks for ", found)
-
-
-def test_classes_that_others_allowed_stay_refused_here_and_allowed_there(
-    tmp_path: Path, model: ToyDiT, ema: State
-) -> None:
-    torch.save({"ema": ema, "args": _ARGS, "when": random.Random(0)}, tmp_path / "random.pt")
+def test_what_others_have_allowed_stays_allowed(tmp_path: Path, model: ToyDiT, ema: State) -> None:
     torch.save({"ema": ema, "args": _ARGS}, tmp_path / "run.pt")
     before = set(torch.serialization.get_safe_globals())
     load_weights(model, tmp_path / "run.pt")
     assert set(torch.serialization.get_safe_globals()) == before
-    with torch.serialization.safe_globals([random.Random, argparse.Namespace]):
-        assert_says(refusal(model, tmp_path / "random.pt"), "it asks for random.Random")
+    with torch.serialization.safe_globals([argparse.Namespace]):
         load_weights(model, tmp_path / "run.pt")
         assert argparse.Namespace in torch.serialization.get_safe_globals()
 
 
-_SLOW = {"deep-list", "many-dicts", "many-lists", "many-memos", "many-tensors"}  # seconds each: the script runs them
-
-
-@pytest.mark.parametrize("name", [name for name in size_bombs() if name not in _SLOW])
-def test_a_small_pickle_cannot_ask_for_a_lot(tmp_path: Path, name: str) -> None:
-    path = tmp_path / "bomb.pt"
-    path.write_bytes(archive(size_bombs()[name]))
-    assert judge(path, "ema").message
-
-
-@pytest.mark.parametrize(
-    "name", ["zipped.pt", "long-directory.pt", "long-header.safetensors", "long.safetensors.index.json"]
-)
-def test_a_small_file_cannot_ask_for_a_lot(tmp_path: Path, name: str) -> None:
-    path = tmp_path / name
-    path.write_bytes(file_bombs()[name]())
-    assert judge(path, "ema").message
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory can be reset on Linux only")
-def test_the_costliest_json_within_the_limits_stays_within_64_mib(tmp_path: Path) -> None:
-    path = tmp_path / "lists.safetensors.index.json"
-    path.write_bytes(file_bombs()[path.name]())
-    done = child("--bomb", str(path))  # asserts the bound, in a process whose memory nothing used before
-    assert done.returncode == 0, done.stderr
-    assert "MiB" in done.stdout
-    assert "has no 'weight_map'" in done.stdout
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="the peak of a process's memory can be reset on Linux only")
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_loading_takes_no_more_memory_than_the_file(tmp_path: Path, suffix: str) -> None:
-    large, small = tmp_path / f"large{suffix}", tmp_path / f"small{suffix}"
-    for path, width in ((large, 4096), (small, 64)):  # 64 MiB and next to nothing
-        state = {"weight": torch.full((width, width), 0.5)}
-        torch.save({"ema": state}, path) if suffix == ".pt" else save_file(state, path)
-    done = child("--load", str(small), str(large))  # asserts the bound, in a process whose memory nothing used before
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith(large.name)
+def test_a_file_that_is_rewritten_in_place_ends_no_process(tmp_path: Path, suffix: str) -> None:
+    """A loop writes ``last.pt`` over and over while this one reads it: whole, or refused."""
+    path = tmp_path / f"last{suffix}"
+    code = (
+        "import sys, torch, safetensors.torch as s\n"
+        "for i in range(10**6):\n"
+        "    state = {k: torch.full((300, 300), float(i)) for k in 'ab'}\n"
+        f"    {'torch.save(state, sys.argv[1])' if suffix == '.pt' else 's.save_file(state, sys.argv[1])'}\n"
+    )
+    writer = subprocess.Popen([sys.executable, "-c", code, path])
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for _ in range(60):
+            try:
+                state = read_checkpoint(path)
+            except CheckpointError:
+                continue
+            assert len({float(value) for tensor in state.values() for value in tensor.unique()}) == 1
+    finally:
+        writer.kill()
+        writer.wait()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_fuzzed_checkpoints_are_loaded_whole_or_refused(tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize("family", ["one_file", "sharded", "torch_file"])
+def test_damaged_files_are_loaded_whole_or_refused(tmp_path: Path, family: str) -> None:
     corpus = Corpus(tmp_path)
-    first = list(FAMILIES).index(family)
-    verdicts = [run_case(corpus, case) for case in range(first, first + 40 * len(FAMILIES), len(FAMILIES))]
-    assert sum(verdict.message is not None for verdict in verdicts) >= 20, "the damage of this family does none"
+    messages = [judge(FAMILIES[family](corpus, random.Random(case))) for case in range(60)]
+    assert sum(message is not None for message in messages) > 30
 
 
 # --- Broken and foreign files ----------------------------------------------------------------------------------------
@@ -642,29 +837,16 @@ def test_a_path_that_is_not_there_names_the_nearest(model: ToyDiT, tmp_path: Pat
     assert_says(refusal(model, tmp_path / "none" / "a.pt"), "There is no file", "Nearest in its folder: none")
 
 
-def test_files_of_another_format_are_refused_with_the_way_out(model: ToyDiT, ema: State, tmp_path: Path) -> None:
+def test_files_of_another_format_are_refused(model: ToyDiT, ema: State, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    torch.save(ema, path, _use_new_zipfile_serialization=False)
-    message = refusal(model, path)
-    assert_says(message, "no zip archive", "since version 1.6", f"torch.save(torch.load({str(path)!r}")
-    torch.save(torch.load(path, map_location="cpu", weights_only=True), path)  # as the message says
-    load_weights(model, path)
-    assert_equal(model, ema)
-
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("a/data.txt", "x")
-    assert_says(refusal(ToyDiT(), path), "a zip archive without data.pkl")
-    path.write_bytes(archive(b"", **{"constants.pkl": b""}))
-    assert_says(refusal(ToyDiT(), path), "TorchScript archive", "save the model's state_dict()")
-    path.write_bytes(b"")
-    assert_says(refusal(ToyDiT(), path), "no zip archive")
-
-
-def test_a_whole_pickled_model_is_refused(model: ToyDiT, tmp_path: Path) -> None:
-    torch.save(nn.Linear(2, 2), tmp_path / "a.pt")
-    assert_says(
-        refusal(model, tmp_path / "a.pt"), "it asks for torch.nn.modules.linear.Linear", "save its weights alone"
-    )
+    for data in (b"", b"x", b"PK\x03\x04", b"\x80\x02}."):
+        path.write_bytes(data)
+        assert_says(refusal(model, path), "cannot be read as a checkpoint")
+    with zipfile.ZipFile(path, "w") as file:  # as torch.jit.save writes programs
+        file.writestr("a/data.pkl", pickle.dumps({}))
+        file.writestr("a/constants.pkl", pickle.dumps(()))
+        file.writestr("a/version", "3")
+    assert_says(refusal(model, path), "TorchScript")
 
 
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), "text", None])
@@ -688,11 +870,21 @@ def test_a_truncated_file_is_refused_at_every_length(model: ToyDiT, ema: State, 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"dtype": "F99"}, "F99"),
-        ({"shape": [17]}, "cannot be read as a checkpoint: SafetensorError"),
-        ({"shape": [2**40, 2**40]}, "cannot be read as a checkpoint: SafetensorError"),
-        ({"data_offsets": [0, 2**40]}, "cannot be read as a checkpoint: SafetensorError"),
-        ({"data_offsets": [4, 68]}, "cannot be read as a checkpoint: SafetensorError"),
+        ({"dtype": "F99"}, "KeyError: 'F99'"),
+        *(
+            (change, "the bytes of 'a' are not those of its dtype and shape")
+            for change in (
+                {"shape": [17]},
+                {"shape": [2**40, 2**40]},
+                {"shape": [1] * 3000 + [16]},
+                {"shape": [16.0]},
+                {"shape": [-4, -4]},
+                {"data_offsets": [0, 2**40]},
+                {"data_offsets": [4, 68]},
+            )
+        ),
+        ({"shape": [32], "data_offsets": [0, 128]}, "'a' lies beyond the end of the file"),
+        ({"shape": [8], "data_offsets": [0, 32]}, "32 bytes belong to no tensor"),
     ],
 )
 def test_a_safetensors_header_that_contradicts_the_file_is_refused(
@@ -777,44 +969,56 @@ def test_a_folder_has_to_hold_exactly_one_set_of_weights(model: ToyDiT, ema: Sta
     assert_says(refusal(model, tmp_path), "holds 2 of", "'model.safetensors.index.json'")
 
 
-# --- The readers alone -----------------------------------------------------------------------------------------------
+def test_an_index_cannot_name_more_shards_than_any_model_has(model: ToyDiT, tmp_path: Path) -> None:
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"a{i}": f"{i}.safetensors" for i in range(1025)}}))
+    assert_says(refusal(model, index), "names 1025 shards; at most 1024 are read")
 
 
-def test_readers_give_what_the_files_hold(ema: State, tmp_path: Path) -> None:
-    torch.save({"ema": ema, "args": _ARGS, "steps": 3}, tmp_path / "a.pt")
-    content = read_torch(tmp_path / "a.pt")
-    assert content["args"] == _ARGS
-    assert content["steps"] == 3
-    save_file(ema, tmp_path / "b.safetensors")
-    index = save_shards(ema, tmp_path)
+@pytest.mark.parametrize("path", [None, 7, b"a.pt", "a" * 5000, "a\0b", ["a"]])
+def test_what_names_no_file_is_refused(path: Any) -> None:
+    with pytest.raises(CheckpointError):
+        read_checkpoint(path)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(
+    model: ToyDiT, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def denied(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", denied)  # as for anyone but root, who runs some of the tests
+    assert_says(refusal(model, tmp_path / "a.pt"), "PermissionError", "Permission denied")
+
+
+def test_json_is_read_and_what_went_wrong_is_chained(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"a": [1, null, "é"]}', encoding="utf-8")
     assert read_json(tmp_path / "c.json") == {"a": [1, None, "é"]}
-    for state in (
-        content["ema"],
-        read_safetensors(tmp_path / "b.safetensors"),
-        read_sharded_safetensors(index),
-        read_checkpoint(tmp_path / "b.safetensors"),
-    ):
-        assert state.keys() == ema.keys()
-        assert all(torch.equal(state[key], ema[key]) for key in ema)
+    with pytest.raises(CheckpointError, match="cannot be read as a checkpoint: FileNotFoundError") as info:
+        read_json(tmp_path / "none.json")
+    assert isinstance(info.value.__cause__, FileNotFoundError)
+    (tmp_path / "c.json").write_text(" " * (3 << 20))
+    with pytest.raises(CheckpointError, match="is longer than 2097152 bytes"):
+        read_json(tmp_path / "c.json")
 
 
-def test_readers_chain_what_the_libraries_raised(tmp_path: Path) -> None:
-    for name, reader in (("a.json", read_json), ("a.safetensors", read_safetensors), ("a.pt", read_torch)):
-        with pytest.raises(CheckpointError, match="cannot be read as a checkpoint: FileNotFoundError") as info:
-            reader(tmp_path / name)
-        assert isinstance(info.value.__cause__, FileNotFoundError)
-
-
-def test_a_file_changed_by_another_byte_order_is_read(model: ToyDiT, ema: State, tmp_path: Path) -> None:
-    stream = io.BytesIO()
-    torch.save(ema, stream)
-    with zipfile.ZipFile(stream) as file:
-        records = {name.partition("/")[2]: file.read(name) for name in file.namelist()}
-    for i, value in enumerate(ema.values()):
-        assert records[f"data/{i}"] == value.numpy().tobytes()
-        records[f"data/{i}"] = value.numpy().byteswap().tobytes()
-    path = tmp_path / "a.pt"
-    path.write_bytes(archive(records.pop("data.pkl"), **records | {"byteorder": b"big"}))
-    load_weights(model, path)
-    assert_equal(model, ema)
+def test_safetensors_of_every_dtype_and_alignment_are_read_as_safetensors_reads_them(tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(0)
+    state = {
+        str(dtype): (torch.rand(3, 5, generator=g) * 9).to(dtype)
+        for dtype in (*DTYPES.values(),)
+    } | {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}  # fmt: skip
+    save_file(state, tmp_path / "a.safetensors")
+    tensors = read_checkpoint(tmp_path / "a.safetensors")
+    assert tensors.keys() == state.keys()
+    assert all(v.dtype == state[k].dtype and v.shape == state[k].shape for k, v in tensors.items())
+    assert all(
+        torch.equal(v.view(-1).view(torch.uint8), state[k].view(-1).view(torch.uint8)) for k, v in tensors.items()
+    )
+    header = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [], "data_offsets": [1, 5]},
+    }
+    text = json.dumps(header).encode()
+    (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\7" + struct.pack("<f", 0.5))
+    assert read_checkpoint(tmp_path / "b.safetensors") == {"a": torch.tensor([7]), "b": torch.tensor(0.5)}

@@ -45,7 +45,7 @@ def test_a_teacher_goes_to_the_hub_and_comes_back(hub: Hub) -> None:
     assert sorted(files) == FILES
     card = files["README.md"].decode()
     assert 'st.CFGFeatureTeacher.from_pretrained("me/teacher", model=TinyDiT)' in card
-    assert 'license: "mit"' in card
+    assert "license: mit" in card
     loaded = load_teacher("me/teacher")
     assert torch.equal(loaded(**call(1)), teacher(**call(1)))
     assert torch.equal(loaded.fingerprint, teacher.fingerprint)
@@ -137,9 +137,9 @@ def test_a_repository_that_is_missing_empty_or_broken(hub: Hub, saved: Path) -> 
     fails("me/empty", "There is no saved teacher")
     files = {path.name: path.read_bytes() for path in saved.iterdir()}
     hub.add("me/cut", files | {"model.safetensors": files["model.safetensors"][:-1]})
-    fails("me/cut", "is not the file that config.json was written for")
+    fails("me/cut", "cannot be read as a checkpoint")
     hub.add("me/later", files | {"config.json": json.dumps(json.loads(files["config.json"]) | {"a": 1}).encode()})
-    fails("me/later", "does not know: 'a'", "pip install")
+    fails("me/later", "does not know: 'a'", "Install version")
     hub.add("me/other", files | {"config.json": b'{"architectures": ["BertModel"]}'})
     fails("me/other", "was not written by selftrans-reg")
 

@@ -356,7 +356,7 @@ class TestSettings:
             ({"layer": "block.2"}, LayerNotFoundError, "ToyDiT has no layer 'block.2'"),
             ({"layer": 8}, SettingError, "got 8"),
             ({"hidden_size": 0}, SettingError, "hidden_size must be a positive integer; got 0"),
-            ({"weights": "best"}, SettingError, "weights must be 'ema' or 'model'; got 'best'"),
+            ({"weights": ""}, SettingError, "weights names the entry of the checkpoint to take, such as 'ema'; got ''"),
             ({"time": "siT"}, SettingError, "Unknown time convention 'siT'"),
             ({"call": {"x": "image"}}, SettingError, "names 'image'"),
             ({"select": 0.5}, SettingError, "select must be"),

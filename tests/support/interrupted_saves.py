@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from tiny_artefacts import FILES, TinyDiT, call, make_teacher, names_in
+from tiny_artefacts import FILES, TinyDiT, call, config_of, make_teacher, names_in
 
 import selftrans_reg as st
 from selftrans_reg.errors import CheckpointError
@@ -73,11 +73,10 @@ def kill(folder: Path) -> dict[str, object]:
 
 
 def twice(folder: Path) -> dict[str, object]:
-    """The same over what the last killed save left that had replaced config.json, and no more than that."""
+    """The same over what was killed between its last two renames: a new config.json, and the old weights."""
     kill(folder)
-    left = [path for path in folder.iterdir() if (path / ".selftrans_reg_save" / "model.safetensors").exists()]
-    half = next(path for path in left if number_in(path) == 2)
-    return killed_ever_later(folder / "again", half, 2, new=3)
+    half = next(path for path in folder.iterdir() if config_of(path)["guidance_scale"] == 2.0 and number_in(path) == 1)
+    return killed_ever_later(folder / "again", half, 1, new=3)
 
 
 def killed_ever_later(folder: Path, before: Path, old: int, new: int = 2) -> dict[str, object]:

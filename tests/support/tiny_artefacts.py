@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import selftrans_reg as st
@@ -107,11 +107,15 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **entries: Any) -> Path:
-    """Change entries of config.json, or the weights with a hash that fits."""
-    if tensors is not None:
-        save_file(tensors, folder / "model.safetensors")
-        entries["sha256"] = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    (folder / "config.json").write_text(json.dumps(config_of(folder) | entries))
+    """Change entries and weights of a saved teacher as if it had been saved so, with a hash that fits."""
+    config = config_of(folder) | entries
+    tensors = load_file(folder / "model.safetensors") if tensors is None else tensors
+    digest = hashlib.sha256(json.dumps({k: v for k, v in config.items() if k != "sha256"}, sort_keys=True).encode())
+    for key, value in sorted(tensors.items()):
+        digest.update(f"\n{key} {value.dtype} {tuple(value.shape)}\n".encode() + value.numpy().tobytes())
+    text = json.dumps(config | {"sha256": digest.hexdigest()} | entries)
+    save_file(tensors, folder / "model.safetensors", metadata={"selftrans_reg": text})
+    (folder / "config.json").write_text(text)
     return folder
 
 
