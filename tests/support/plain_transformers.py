@@ -1,0 +1,87 @@
+"""The parts that SiT and MMDiT share, written out from a state dict."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+Weights = dict[str, Tensor]
+
+
+def norm(x: Tensor, eps: float = 1e-6) -> Tensor:
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+
+
+def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return norm(x) * (1 + scale[:, None]) + shift[:, None]
+
+
+def gelu(x: Tensor) -> Tensor:
+    return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def silu(x: Tensor) -> Tensor:
+    return x / (1 + torch.exp(-x))
+
+
+def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
+    return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+
+def grid_of(weights: Weights, side: int) -> tuple[int, list[tuple[int, int]]]:
+    """The patch, and the places of the tokens, row by row."""
+    p = weights["x_embedder.proj.weight"].shape[-1]
+    return p, [(i, j) for i in range(side // p) for j in range(side // p)]
+
+
+def embedded(weights: Weights, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens of noisy latents, and the embedding of the times."""
+    p, grid = grid_of(weights, x.shape[-1])
+    patches = [x[:, :, p * i : p * i + p, p * j : p * j + p] for i, j in grid]
+    kernel = weights["x_embedder.proj.weight"]
+    tokens = torch.stack([torch.einsum("nchw,dchw->nd", patch, kernel) for patch in patches], dim=1)
+    angles = torch.stack([t * 10_000 ** (-k / 128) for k in range(128)], dim=1)
+    waves = torch.cat([angles.cos(), angles.sin()], dim=1)
+    c = linear(weights, "t_embedder.mlp.2", silu(linear(weights, "t_embedder.mlp.0", waves)))
+    return tokens + weights["x_embedder.proj.bias"] + weights["pos_embed"], c
+
+
+def decoded(weights: Weights, tokens: Tensor, c: Tensor, like: Tensor) -> Tensor:
+    """The last layer, and its patches put together; of doubled channels the first half."""
+    shift, scale = linear(weights, "final_layer.adaLN_modulation.1", silu(c)).split(tokens.shape[-1], dim=1)
+    flat = linear(weights, "final_layer.linear", modulated(tokens, shift, scale))
+    p, grid = grid_of(weights, like.shape[-1])
+    image = torch.empty(len(like), flat.shape[-1] // p**2, *like.shape[2:])
+    for number, (i, j) in enumerate(grid):
+        patch = flat[:, number].reshape(len(like), p, p, -1)  # channel innermost
+        image[:, :, p * i : p * i + p, p * j : p * j + p] = patch.permute(0, 3, 1, 2)
+    return image[:, : like.shape[1]]
+
+
+def perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
+    """The model with no zero-initialised parameter, so that no term of the formula vanishes."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    return model
+
+
+def check_initial_weights(state: Weights, normal: list[str]) -> set[str]:
+    """Zero, normal or Xavier-uniform, each where the field has it; the names of the last kind."""
+    zero = [name for name in state if "adaLN" in name or name.startswith("final_layer.linear")]
+    zero += [name for name in state if name.endswith(".bias")]
+    for name in zero:
+        assert not state[name].any(), name
+    for name in normal:  # thousands of draws: the estimate of the deviation is good to a few per cent
+        assert state[name].std().item() == pytest.approx(0.02, rel=0.05), name
+        assert abs(state[name].mean().item()) < 1e-3, name
+    rest = {name for name in state if name not in {*zero, *normal, "pos_embed"}}
+    for name in rest:
+        weight = state[name].flatten(1)
+        bound = math.sqrt(6 / (weight.shape[0] + weight.shape[1]))  # Xavier-uniform
+        assert weight.abs().max().item() <= bound, name
+        assert weight.std().item() == pytest.approx(bound / math.sqrt(3), rel=0.06), name
+    return rest
