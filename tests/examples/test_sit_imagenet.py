@@ -21,6 +21,7 @@ from common.data import LabelledImages, digits
 from common.loading import sit_from_checkpoint
 from common.long_runs import latents_of
 from common.options import Mistake
+from common.run_folder import locked
 from common.scaling import Scaling
 from common.sit import SiT
 from common.trainer import Trainer
@@ -101,20 +102,6 @@ def test_the_picture_has_a_column_for_each_class(runs: Path) -> None:
         assert len(picture.getcolors(100_000)) > 10
 
 
-def test_a_checkpoint_says_what_its_readers_need(runs: Path) -> None:
-    args = torch.load(checkpoint(runs / "2"), weights_only=True)["args"]
-    expected = {
-        "model": "demo", "input_size": 8, "in_channels": 4, "patch_size": 2, "hidden_size": 24, "depth": 6,
-        "num_heads": 3, "num_classes": 10, "learn_sigma": False, "qk_norm": False, "class_dropout_prob": 0.1,
-        "path": "linear", "data": "demo", "vae": str(runs / "demo-vae"), "stage": "2", "recipe": "paper",
-    }  # fmt: skip
-    assert {name: args[name] for name in expected} == expected
-    scale = json.loads((runs / "demo-vae" / "config.json").read_text())["scaling_factor"]
-    assert args["scale_factor"] == scale
-    model, found = sit_from_checkpoint(checkpoint(runs / "2"))
-    assert (found.conventions().time, found.steps, model.num_classes) == ("repa", STEPS, 10)
-
-
 def test_the_teacher_is_the_average_of_stage_1(runs: Path) -> None:
     content = torch.load(checkpoint(runs / "1"), weights_only=True)
     model = sit_from_checkpoint(checkpoint(runs / "1"))[0]
@@ -152,28 +139,36 @@ def test_the_same_command_goes_on_to_more_steps_bit_equal(tmp_path: Path, runs: 
     assert lines(tmp_path / "once") == lines(tmp_path / "twice")
 
 
-def test_a_folder_belongs_to_its_settings(runs: Path) -> None:
-    for match in ["other settings", "lr: 0.003 there, 0.001 now", "--out"]:
-        with pytest.raises(ValueError, match=match):
-            run(runs / "baseline", "--demo-vae-steps=3", "--lr=1e-3", stage="baseline")
+@pytest.mark.parametrize("damaged", [None, "", "{"])
+def test_a_folder_belongs_to_its_settings_damaged_or_not(runs: Path, tmp_path: Path, damaged: str | None) -> None:
+    out, same = tmp_path / "baseline", ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", "--sample-every=2"]
+    shutil.copytree(runs / "baseline", out)
+    whole = (out / "settings.json").read_text()
+    if damaged is not None:
+        (out / "settings.json").write_text(damaged)
+    with pytest.raises(Mistake, match=r"lr: 0\.003 there, 0\.001 now"):
+        run(out, *same, "--lr=1e-3", stage="baseline")
+    run(out, *same, stage="baseline", steps=4)
+    assert json.loads((out / "settings.json").read_text()) == json.loads(whole)
 
 
-def test_a_run_that_has_left_its_teacher_does_not_make_another(runs: Path) -> None:
+def test_a_folder_in_use_is_left_alone(runs: Path) -> None:
+    before = (runs / "1" / "log.jsonl").read_bytes()
+    with locked(runs / "1"), pytest.raises(Mistake, match="Another process is at work in"):
+        run(runs / "1", "--demo-vae-steps=3", stage="1")
+    assert (runs / "1" / "log.jsonl").read_bytes() == before
+
+
+def test_a_run_leaves_its_teacher_and_does_not_make_another(runs: Path, tmp_path: Path) -> None:
     before = (runs / "1" / "teacher" / "model.safetensors").read_bytes()
     run(runs / "1", "--demo-vae-steps=3", stage="1")
-    for match in ["has left its teacher", "3 steps done, 5 asked for", "--resume .*0000003.pt"]:
-        with pytest.raises(ValueError, match=match):
-            run(runs / "1", "--demo-vae-steps=3", stage="1", steps=5)
+    with pytest.raises(Mistake, match=r"left its teacher(.|\n)*3 steps done, 5 asked for.\n.*--resume .*0000003.pt"):
+        run(runs / "1", "--demo-vae-steps=3", stage="1", steps=5)
     assert (runs / "1" / "teacher" / "model.safetensors").read_bytes() == before
-
-
-def test_a_finished_run_whose_teacher_is_missing_leaves_it(tmp_path: Path, runs: Path) -> None:
-    """As after a kill between the last checkpoint and the teacher."""
-    arguments = ["--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}"]
+    # As after a kill between the last checkpoint and the teacher.
     shutil.copytree(runs / "1", tmp_path / "1", ignore=lambda *_: ["teacher"])
-    run(tmp_path / "1", *arguments, stage="1")
-    theirs, ours = (folder / "teacher" / "model.safetensors" for folder in (runs / "1", tmp_path / "1"))
-    assert ours.read_bytes() == theirs.read_bytes()
+    run(tmp_path / "1", "--demo-vae-steps=3", f"--demo-vae={runs / 'demo-vae'}", stage="1")
+    assert (tmp_path / "1" / "teacher" / "model.safetensors").read_bytes() == before
 
 
 # Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that pytest undoes.
@@ -374,28 +369,20 @@ def settled(*arguments: str, stage: str = "2", data: str = "latents") -> argpars
     return found
 
 
-@pytest.mark.parametrize(
-    ("model", "student", "teacher", "stop"),
-    [
-        ("SiT-S/2", "blocks.5", "blocks.7", 100_000),
-        ("SiT-B/2", "blocks.5", "blocks.7", 100_000),
-        ("SiT-L/2", "blocks.11", "blocks.15", 50_000),
-        ("SiT-XL/2", "blocks.13", "blocks.17", 50_000),
-    ],
-)
-def test_the_published_settings(model: str, student: str, teacher: str, stop: int) -> None:
-    run = settled(f"--model={model}")
-    assert (run.layer, run.teacher_layer, run.guidance_scale, run.stop_step) == (student, teacher, 30.0, stop)
-    assert (run.window, run.weight, run.gating, run.teacher_weights, run.qk_norm) == (
-        (0.4, 0.7), 0.5, "per-sample", "ema", False,
-    )  # fmt: skip
-    assert (run.steps, run.batch_size, run.lr, run.ema_decay, run.warmup_steps) == (400_000, 256, 1e-4, 0.9999, 0)
-    assert (run.betas, run.weight_decay, run.clip, run.class_dropout) == ([0.9, 0.999], 0.0, 1.0, 0.1)
-    assert (run.head_features, run.path, run.learn_sigma) == (2048, "linear", False)
-    stage1 = settled(f"--model={model}", stage="1")
-    assert (stage1.layer, stage1.target, stage1.steps, stage1.stop_step) == ("blocks.1", "latents", 200_000, 0)
-    baseline = settled(f"--model={model}", stage="baseline")
-    assert (baseline.layer, baseline.teacher_layer, baseline.stop_step, baseline.steps) == (None, None, None, 400_000)
+def test_the_published_settings() -> None:
+    for model, student, teacher, stop in [
+        ("SiT-B/2", "blocks.5", "blocks.7", 100_000), ("SiT-XL/2", "blocks.13", "blocks.17", 50_000)
+    ]:  # fmt: skip
+        run = settled(f"--model={model}")
+        assert (run.layer, run.teacher_layer, run.guidance_scale, run.stop_step) == (student, teacher, 30.0, stop)
+        assert (run.window, run.weight, run.gating, run.teacher_weights) == ((0.4, 0.7), 0.5, "per-sample", "ema")
+        assert (run.steps, run.batch_size, run.lr, run.ema_decay, run.warmup_steps) == (400_000, 256, 1e-4, 0.9999, 0)
+        assert (run.betas, run.weight_decay, run.clip, run.class_dropout) == ([0.9, 0.999], 0.0, 1.0, 0.1)
+        assert (run.head_features, run.path, run.learn_sigma, run.qk_norm) == (2048, "linear", False, False)
+        one = settled(f"--model={model}", stage="1")
+        assert (one.layer, one.target, one.steps, one.stop_step) == ("blocks.1", "latents", 200_000, 0)
+        none = settled(f"--model={model}", stage="baseline")
+        assert (none.layer, none.teacher_layer, none.stop_step, none.steps) == (None, None, None, 400_000)
 
 
 def test_the_released_recipe() -> None:
