@@ -6,10 +6,9 @@ starts with a register token that is no part of the image, and the arguments hav
     python examples/custom_backbone.py
 """
 
-import argparse
-
 import torch
 from common.data import digits, shuffled_batches
+from common.options import Parser, at_least, run_script
 from common.training import endless
 from einops import rearrange
 from torch import Tensor, nn
@@ -79,8 +78,8 @@ def train(model: TwoStream, criterion: st.SelfTransLoss, steps: int, title: str)
 
 def main(argv: list[str] | None = None) -> None:
     """Run stage 1, then stage 2."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100, help="of each stage")
+    parser = Parser(__doc__)
+    parser.add_argument("--steps", type=at_least(1), default=100, help="of each stage")
     steps = parser.parse_args(argv).steps
     torch.manual_seed(0)
     first, second = TwoStream(), TwoStream()
@@ -89,10 +88,10 @@ def main(argv: list[str] | None = None) -> None:
     train(first, criterion, steps, "stage 1")
     criterion.detach()  # no more hooks: the first model becomes the teacher
     null = {"context": torch.zeros(1, CONTEXT_WIDTH)}  # of the argument's shape without its batch axis
-    settings = {"layer": "joint_blocks.3", "guidance_scale": 3.0, "null": null, "call": CALL, "time": "flow"}
+    settings = {"layer": "joint_blocks.3", "guidance_scale": 8.0, "null": null, "call": CALL, "time": "flow"}
     teacher = st.build_teacher(first, None, **settings, **TAP)
     train(second, st.SelfTransLoss.stage2(second, layer="joint_blocks.2", teacher=teacher, **common), steps, "stage 2")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

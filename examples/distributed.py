@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from common.data import NUM_DIGIT_CLASSES, digits
-from common.options import at_least
+from common.options import Parser, at_least, run_script
 from common.paths import Transport
 from common.sit import SiT
 from torch import Tensor
@@ -81,8 +81,8 @@ def train(run: argparse.Namespace, device: torch.device, name: str, teacher: st.
 
 def main(argv: list[str] | None = None) -> None:
     """Run stage 1, then stage 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/distributed"))
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/distributed"), help="folder of the checkpoints")
     parser.add_argument("--steps", type=at_least(1), default=100, help="of each stage")
     parser.add_argument("--batch-size", type=at_least(1), default=16, help="of one rank's part of a batch")
     parser.add_argument("--accumulate", type=at_least(1), default=2, help="parts of a batch that a rank runs in turn")
@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> None:
         run.out / "stage1.pt",
         weights="model",
         layer="blocks.3",
-        guidance_scale=3.0,
+        guidance_scale=8.0,  # what st.recipe says of so few blocks
         null={"y": NUM_DIGIT_CLASSES},
         time="sit",
     )
@@ -109,4 +109,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

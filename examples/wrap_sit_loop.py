@@ -6,11 +6,11 @@ Digits of 16x16 pixels stand in for VAE latents, so that the loop starts at once
     python examples/wrap_sit_loop.py
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from common.data import NUM_DIGIT_CLASSES, digits, shuffled_batches
+from common.options import Parser, at_least, run_script
 from common.paths import Transport
 from common.sit import SiT
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -64,9 +64,9 @@ def train(out: Path, name: str, epochs: int, teacher: st.CFGFeatureTeacher | Non
 
 def main(argv: list[str] | None = None) -> None:
     """Run stage 1, then stage 2."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("runs/wrap_sit_loop"))
-    parser.add_argument("--epochs", type=int, default=4, help="of each stage")
+    parser = Parser(__doc__)
+    parser.add_argument("--out", type=Path, default=Path("runs/wrap_sit_loop"), help="folder of the checkpoints")
+    parser.add_argument("--epochs", type=at_least(1), default=4, help="of each stage")
     run = parser.parse_args(argv)
     run.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
         new_model(),
         run.out / "stage1.pt",
         layer="blocks.3",
-        guidance_scale=3.0,
+        guidance_scale=8.0,  # what st.recipe says of so few blocks
         null={"y": NUM_DIGIT_CLASSES},
         time="sit",
     )
@@ -83,4 +83,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

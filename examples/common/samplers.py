@@ -150,8 +150,8 @@ def sample_sde(
     the drift is affine in it.
 
     Args:
-        model: Called as ``model(x_t, t, y)``; eval mode is the caller's business.
-        noise: The starting point; its dtype is the one that the model sees.
+        model: As for `sample_ode`; likewise ``noise``, ``y`` and ``guidance``.
+        noise: The starting point.
         y: Labels.
         steps: Number of steps, the noiseless last one included.
         generator: Of the noise; a list with one for each sample makes samples independent of the batch they share.
