@@ -15,7 +15,7 @@ import argparse
 import base64
 import html
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -93,7 +93,7 @@ from common.scaling import Scaling, recorded_scaling, scaling_of
 from common.training import progress
 from common.vae import decode, encode_moments, load_vae
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import DataLoader, Subset
 
 import selftrans_reg as st
 from selftrans_reg.analysis.draw import draw_curves, draw_features, draw_report
@@ -107,15 +107,25 @@ SIT_TIMES = {
     ("sit", "linear"): "sit",
     ("sit", "cosine"): "sit-gvp",
 }
-STYLE = """
-:root { color-scheme: light dark; --line: #8884; }
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.5rem } h2 { font-size: 1.2rem; margin-top: 2.5rem } h3 { font-size: 1rem }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; margin: 1rem 0 }
-th, td { padding: 0.15rem 0.6rem; text-align: right; border-bottom: 1px solid var(--line) }
-th { text-align: center } td:first-child, th:first-child, .plan td { text-align: left }
-.layer-report { overflow-x: auto } img { max-width: 100%; background: white; border-radius: 4px }
-pre { white-space: pre-wrap } figcaption, .small { font-size: 0.85rem; opacity: 0.8 } figure { margin: 1rem 0 }
+PAGE = """<!doctype html>
+<html lang="en">
+<head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; --line: #8884; }}
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.5rem }} h2 {{ font-size: 1.2rem; margin-top: 2.5rem }} h3 {{ font-size: 1rem }}
+table {{ border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; margin: 1rem 0 }}
+th, td {{ padding: 0.15rem 0.6rem; text-align: right; border-bottom: 1px solid var(--line) }}
+th {{ text-align: center }} td:first-child, th:first-child, .plan td {{ text-align: left }}
+.layer-report {{ overflow-x: auto }} img {{ max-width: 100%; background: white; border-radius: 4px }}
+pre {{ white-space: pre-wrap }} figcaption, .small {{ font-size: 0.85rem; opacity: 0.8 }}
+</style></head>
+<body>
+<h1>{title}</h1>
+{body}
+</body>
+</html>
 """
 
 
@@ -128,7 +138,7 @@ class Subject(NamedTuple):
     Attributes:
         title: What it is, for the page.
         model: On the device, in eval mode.
-        batches: Makes the batches, ``(latents, *condition)`` or mappings.
+        batches: Batches of about a size, ``(latents, *condition)`` or mappings: the same each time.
         measured: How `layer_report` and `draw_features` are to call it: time, null, select, tokens.
         decode: From latents to images, if there is a VAE.
         log: Of its training, as `draw_curves` takes it, if there is one.
@@ -136,10 +146,10 @@ class Subject(NamedTuple):
 
     title: str
     model: nn.Module
-    batches: Callable[[], Iterable[Any]]
+    batches: Callable[[int], Iterable[Any]]
     measured: dict[str, Any]
-    decode: Callable[[Tensor], Tensor] | None = None
-    log: Any = None
+    decode: Callable[[Tensor], Tensor] | None
+    log: Any
 
 
 def open_subject(run: argparse.Namespace) -> Subject:
@@ -160,15 +170,10 @@ def of_user(run: argparse.Namespace) -> Subject:
         raise Mistake(f"--model {run.model} must return the model; it returned {type(model).__name__}.")
     st.load_weights(model, run.checkpoint, weights=run.weights)
     measured = {"time": run.time, "null": null_condition(run.null or []), "select": run.select, "tokens": run.tokens}
-    vae = None if run.vae is None else load_vae(run.vae)
-    return Subject(
-        f"{type(model).__name__} of {run.checkpoint.name}",
-        model.to(run.device).eval(),
-        imported(run.data, "--data"),
-        measured,
-        None if vae is None else decoder(vae, scaling_of(vae.config, run.vae), run.device),
-        run.log,
-    )
+    batches, vae = imported(run.data, "--data"), None if run.vae is None else load_vae(run.vae)
+    decode = None if vae is None else decoder(vae, scaling_of(vae.config, run.vae), run.device)
+    title = f"{type(model).__name__} of {run.checkpoint.name}"
+    return Subject(title, model.to(run.device).eval(), lambda size: batches(), measured, decode, run.log)
 
 
 def null_condition(given: list[str]) -> Mapping[str, Any] | None:
@@ -198,44 +203,34 @@ def of_quickstart(run: argparse.Namespace) -> Subject:
     classes = quickstart.NUM_DIGIT_CLASSES
     data = MemoryLatents(*encode_moments(vae, images), labels, num_classes=classes, scaling=scaling, vae=None)
     runs = {name: folder / f"{way}.pt" for way, name in quickstart.WAYS.items()}
-    return Subject(
-        f"{run.checkpoint.stem} of {folder.name}",
-        model.eval(),
-        lambda: latent_batches(data, scaling, run),
-        {"time": quickstart.TIME, "null": {"y": classes}},
-        decoder(vae, scaling, run.device),
-        run.log or {name: st.read_checkpoint(path)["log"] for name, path in runs.items() if path.exists()},
-    )
+    log = run.log or {name: st.read_checkpoint(path)["log"] for name, path in runs.items() if path.exists()}
+    measured = {"time": quickstart.TIME, "null": {"y": classes}}
+    title = f"{run.checkpoint.stem} of {folder.name}"
+    batches = partial(latent_batches, data, run.samples, run.seed)
+    return Subject(title, model.eval(), batches, measured, decoder(vae, scaling, run.device), log)
 
 
 def of_sit(run: argparse.Namespace) -> Subject:
     """A SiT: of `sit_imagenet.py`, of REPA or of the SiT repository."""
     model, found = sit_from_checkpoint(run.checkpoint, weights=run.weights)
-    convention = found.conventions(said_time=run.time, said_path=run.path)
+    convention, classes = found.conventions(said_time=run.time, said_path=run.path), found.settings["num_classes"]
     if convention not in SIT_TIMES:
         raise Mistake(f"--time of a SiT is repa or sit; got {run.time}.")
-    data = sit_data(run, found)
-    null = {"y": found.settings["num_classes"]} if found.settings["class_dropout_prob"] else None
-    measured = {"time": SIT_TIMES[convention], "null": null}
-    title = f"{found.args.get('model', 'SiT')} of {run.checkpoint}"
-    return Subject(title, model.to(run.device), *on_data(run, found, data, measured))
-
-
-def sit_data(run: argparse.Namespace, found: Checkpoint) -> Any:
-    """The latents that a SiT was trained on."""
-    name = run.data or found.args.get("data")
-    if name == "demo":
-        from common.demo import demo_latents
-
-        vae = Path(found.args.get("demo_vae") or "")
-        if not vae.is_dir():
-            raise Mistake(f"The demo's VAE is not at {vae}. Start this where the run was started.")
-        return demo_latents(vae, vae_steps=found.args["demo_vae_steps"], device="cpu")[0]
+    name, demo_vae = run.data or found.args.get("data"), Path(found.args.get("demo_vae") or "")
     if name is None or name == "random":
         raise Mistake(f"{run.checkpoint} does not name the latents that it was trained on: pass --data FOLDER.")
-    from common.latents import open_latents
+    if name != "demo":
+        from common.latents import open_latents
 
-    return open_latents(Path(name), num_classes=found.settings["num_classes"])
+        data: Any = open_latents(Path(name), num_classes=classes)
+    elif demo_vae.is_dir():
+        from common.demo import demo_latents
+
+        data, _ = demo_latents(demo_vae, vae_steps=found.args["demo_vae_steps"], device="cpu")
+    else:
+        raise Mistake(f"The demo's VAE is not at {demo_vae}. Start this where the run was started.")
+    null = {"y": classes} if found.settings["class_dropout_prob"] else None
+    return on_data(run, found, model, data, {"time": SIT_TIMES[convention], "null": null})
 
 
 def of_mmdit(run: argparse.Namespace) -> Subject:
@@ -244,13 +239,16 @@ def of_mmdit(run: argparse.Namespace) -> Subject:
 
     model, found = mmdit_from_checkpoint(run.checkpoint, weights=run.weights)
     folder = run.data or found.args.get("demo_data") or found.args.get("data")
+    if folder is None:
+        raise Mistake(f"{run.checkpoint} does not name the features that it was trained on: pass --data FOLDER.")
     data = CocoFeatures(Path(folder), dropout=0.0, second=found.args.get("moments", "std"))
-    measured = {"time": "repa", "null": {"context": data.empty}, "select": 1}
-    return Subject(f"MMDiT of {run.checkpoint}", model.to(run.device), *on_data(run, found, data, measured))
+    return on_data(run, found, model, data, {"time": "repa", "null": {"context": data.empty}, "select": 1})
 
 
-def on_data(run: argparse.Namespace, found: Checkpoint, data: Any, measured: dict[str, Any]) -> tuple[Any, ...]:
-    """The rest of a `Subject` whose latents were encoded."""
+def on_data(
+    run: argparse.Namespace, found: Checkpoint, model: nn.Module, data: Any, measured: dict[str, Any]
+) -> Subject:
+    """A model on the latents that it was trained on, with its run's VAE and log where these are within reach."""
     sizes, trained = found.settings, recorded_scaling(found.args, run.checkpoint)
     if (sizes["in_channels"], sizes["input_size"]) != (data.channels, data.size) or not (
         trained is None or trained.equals(data.scaling)
@@ -264,20 +262,22 @@ def on_data(run: argparse.Namespace, found: Checkpoint, data: Any, measured: dic
     name = run.vae or (place if place is not None and Path(place).is_dir() else None)  # no download for a picture
     vae = None if name is None else matching_vae(name, data.scaling, data.channels, run.checkpoint)[0]
     log = run.checkpoint.parent.parent / "log.jsonl"
-    return (
-        lambda: latent_batches(data, data.scaling, run),
+    return Subject(
+        f"{found.args.get('model', found.family)} of {run.checkpoint}",
+        model.to(run.device),
+        partial(latent_batches, data, run.samples, run.seed),
         measured,
         None if vae is None else decoder(vae, data.scaling, run.device),
         run.log or (log if log.is_file() else None),
     )
 
 
-def latent_batches(data: Dataset[Any], scaling: Scaling, run: argparse.Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+def latent_batches(data: Any, samples: int, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Latents as the model sees them, drawn from their posteriors, and conditions: as many at random as are wanted."""
-    generator = torch.Generator().manual_seed(run.seed)
-    order = torch.randperm(len(data), generator=generator)[: run.samples]
-    for mean, std, condition in DataLoader(Subset(data, order.tolist()), run.batch_size):
-        yield scaling.drawn(mean, std, torch.randn(mean.shape, generator=generator)), condition
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(data), generator=generator)[:samples]
+    for mean, std, condition in DataLoader(Subset(data, order.tolist()), size):
+        yield data.scaling.drawn(mean, std, torch.randn(mean.shape, generator=generator)), condition
 
 
 def decoder(vae: Any, scaling: Scaling, device: str) -> Callable[[Tensor], Tensor]:
@@ -298,7 +298,7 @@ def measured_report(run: argparse.Namespace, subject: Subject) -> st.LayerReport
         return st.LayerReport.load(path)
     report = st.layer_report(
         subject.model,
-        subject.batches(),
+        subject.batches(run.batch_size),
         run.layers.split(",") if run.layers else None,
         run.scales,
         noise_fractions=run.noise_fractions,
@@ -312,86 +312,35 @@ def measured_report(run: argparse.Namespace, subject: Subject) -> st.LayerReport
     return report
 
 
-def pictured_layers(report: st.LayerReport) -> list[str]:
-    """Layers evenly over the depth, the proposed ones among them."""
-    last = len(report.layers) - 1
-    count = min(MOST_ROWS, len(report.layers))
-    chosen = {report.layers[round(index * last / max(1, count - 1))] for index in range(count)}
-    proposed = (report.recipe.student_layer, report.recipe.teacher_layer) if report.recipe else ()
-    return [layer for layer in report.layers if layer in chosen or layer in proposed]
-
-
-def first_samples(subject: Subject) -> Any:
-    """The first batches as one, if they are plain tensors; else the first batch."""
-    first, *rest = islice(subject.batches(), MOST_PICTURED)
-    if not isinstance(first, tuple | list) or not all(isinstance(part, Tensor) for part in first):
-        return first
-    count, taken = 0, []
-    for batch in (first, *rest):
-        taken.append(batch)
-        count += len(batch[0])
-        if count >= MOST_PICTURED:
-            break
-    return tuple(torch.cat(parts) for parts in zip(*taken, strict=True))
-
-
-class Section(NamedTuple):
-    """A part of the page.
-
-    Attributes:
-        heading: As text.
-        text: As text, before the rest.
-        fragment: As HTML, from someone who has escaped its values.
-        picture: A PNG.
-    """
-
-    heading: str
-    text: str = ""
-    fragment: str = ""
-    picture: Path | None = None
-
-
-def token_section(run: argparse.Namespace, subject: Subject, report: st.LayerReport) -> Section:
-    """The picture of the tokens; where there can be none, why."""
-    scales = PICTURE_SCALES
+def token_picture(run: argparse.Namespace, subject: Subject, report: st.LayerReport) -> str:
+    """The picture of the tokens as HTML; where there can be none, why."""
+    count, scales, proposed = len(report.layers), {*PICTURE_SCALES}, set()
     if report.recipe is not None:
-        scales = tuple(sorted({*scales, report.recipe.guidance_scale}))
+        scales.add(report.recipe.guidance_scale)
+        proposed = {report.recipe.student_layer, report.recipe.teacher_layer}
+    shown = {report.layers[round(row * (count - 1) / (MOST_ROWS - 1))] for row in range(MOST_ROWS)} | proposed
     path = run.out / "features.png"
     try:
         draw_features(
             subject.model,
-            first_samples(subject),
+            next(iter(subject.batches(MOST_PICTURED))),
             path,
-            pictured_layers(report),
-            scales,
+            [layer for layer in report.layers if layer in shown],
+            sorted(scales),
             noise_fraction=run.noise_fractions[len(run.noise_fractions) // 2],
             decode=subject.decode,
             seed=run.seed,
             **subject.measured,
         )
     except st.ShapeError as error:
-        return Section("Tokens as colours", f"Not drawn: {error}")
-    return Section("Tokens as colours", "Rows are layers, columns are guidance scales.", picture=path)
+        return f"<p>Not drawn: {html.escape(str(error))}</p>"
+    return f"<p>Rows are layers, columns are guidance scales.</p>{embedded(path)}"
 
 
-def write_page(path: Path, title: str, sections: Sequence[Section]) -> None:
-    """Write the sections as one HTML page that needs no other file."""
-    body = [f"<h1>{html.escape(title)}</h1>"]
-    for section in sections:
-        body += [f"<h2>{html.escape(section.heading)}</h2>", section.fragment]
-        if section.text:
-            body.append(f"<p>{html.escape(section.text)}</p>")
-        if section.picture is not None:
-            data = base64.b64encode(section.picture.read_bytes()).decode("ascii")
-            body.append(f'<img alt="{html.escape(section.heading)}" src="data:image/png;base64,{data}">')
-    page = (
-        '<!doctype html>\n<html lang="en">\n<head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head>\n<body>\n"
-        + "\n".join(filter(None, body))
-        + "\n</body>\n</html>\n"
-    )
-    write_whole(path, lambda file: file.write(page.encode()))
+def embedded(picture: Path) -> str:
+    """A PNG as HTML that needs no other file."""
+    data = base64.b64encode(picture.read_bytes()).decode("ascii")
+    return f'<img alt="{picture.stem}" src="data:image/png;base64,{data}">'
 
 
 def main(argv: Sequence[str] | None = None) -> st.LayerReport:
@@ -412,15 +361,17 @@ def main(argv: Sequence[str] | None = None) -> st.LayerReport:
     text = str(report)
     (run.out / "report.txt").write_text(text + "\n", "utf-8")
     draw_report(report, run.out / "report.png")
-    sections = [
-        Section("Layers and guidance scales", fragment=report._repr_html_()),
-        Section("Over the layers", picture=run.out / "report.png"),
-        token_section(run, subject, report),
-    ]
+    sections = {
+        "Layers and guidance scales": report._repr_html_(),
+        "Over the layers": embedded(run.out / "report.png"),
+        "Tokens as colours": token_picture(run, subject, report),
+    }
     if subject.log:
         draw_curves(subject.log, run.out / "curves.png")
-        sections.append(Section("Training", picture=run.out / "curves.png"))
-    write_page(run.out / "index.html", subject.title, sections)
+        sections["Training"] = embedded(run.out / "curves.png")
+    body = "\n".join(f"<h2>{heading}</h2>\n{content}" for heading, content in sections.items())
+    page = PAGE.format(title=html.escape(subject.title), body=body)
+    write_whole(run.out / "index.html", lambda file: file.write(page.encode()))
     print(f"\n{text}\n\nThe page to look at: {run.out / 'index.html'}")
     return report
 

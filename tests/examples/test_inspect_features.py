@@ -106,8 +106,8 @@ def test_the_batches_are_the_latents_that_the_model_was_trained_on(quickstart_ru
     subject = inspect_features.open_subject(run)
     assert subject.measured == {"time": "repa", "null": {"y": 10}}
     assert [*subject.log] == ["baseline", "stage 1"]
-    x, y = (torch.cat(parts) for parts in zip(*subject.batches(), strict=True))
-    again = torch.cat([x for x, _ in subject.batches()])
+    x, y = (torch.cat(parts) for parts in zip(*subject.batches(20), strict=True))
+    again = torch.cat([x for x, _ in subject.batches(20)])
     assert torch.equal(x, again)
     assert x.shape == (40, 4, 8, 8)
     vae = load_vae(quickstart_run / "vae")
@@ -142,7 +142,7 @@ def test_the_demo_of_sit_imagenet_is_found_again(tmp_path: Path, monkeypatch: py
     args = ARGS | sizes | {"data": "demo", "demo_vae": str(tmp_path / "vae"), "demo_vae_steps": 2}
     path = write_checkpoint(tmp_path / "run/checkpoints/0000001.pt", 1, args, **sizes)
     subject = inspect_features.open_subject(inspect_features.options([str(path), *FAST]))
-    (_, y), *_ = subject.batches()
+    (_, y), *_ = subject.batches(20)
     assert sorted(y.tolist()) == sorted(
         expected.labels[torch.randperm(30, generator=torch.Generator().manual_seed(0))[:20]].tolist()
     )
@@ -184,7 +184,7 @@ def test_other_latents_than_the_models_are_refused(tmp_path: Path, latents: Path
             inspect_features.open_subject(inspect_features.options([str(path), *known]))
     path = write_checkpoint(tmp_path / "a.pt", 1, ARGS | {"vae": vae})
     subject = inspect_features.open_subject(inspect_features.options([str(path), *known]))
-    x, _ = next(iter(subject.batches()))
+    x, _ = next(iter(subject.batches(20)))
     torch.testing.assert_close(subject.decode(x), -load_vae(vae).decode(x / 0.18215).sample.clamp(-1, 1))
     shifted = write_vae(tmp_path / "shifted", scale=0.18215, shift_factor=3.0)
     with pytest.raises(Mistake, match="is not the one that the latents of"):
