@@ -37,8 +37,8 @@ _NAME = re.compile(r"(0|[1-9][0-9]{0,8})(?:_(0|[1-9][0-9]{0,8}))?\.npy")
 class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Images with captions: ``data[i]`` is mean and std, twice (C, h, w), and a caption's features (L, D), float32.
 
-    The caption is one of the image's, at random, or the empty prompt. ``data[i]`` draws both from the global generator,
-    which in a loader's workers is another in every worker and epoch; `item` draws them from one that is given.
+    The caption is one of the image's, at random, or the empty prompt: both are drawn from the global generator, which
+    in a loader's workers is another in every worker and epoch.
 
     Attributes:
         captions: (N,), int64: how many captions each image has.
@@ -74,14 +74,9 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         return len(self.captions)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, std, context, with the caption and the dropout drawn from the global generator."""
-        return self.item(index, None)
-
-    def item(self, index: int, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Mean, std, context, with the caption and the dropout drawn from ``generator``: two numbers an item."""
+        """Mean, std, context."""
         index = range(len(self))[index]
-        caption = int(torch.randint(int(self.captions[index]), (), generator=generator))
-        dropped = bool(torch.rand((), generator=generator) < self._dropout)
+        caption, dropped = int(torch.randint(int(self.captions[index]), ())), bool(torch.rand(()) < self._dropout)
         mean, std = self._moments(index)
         if mean.shape != self._shape:
             raise DataError(
@@ -174,26 +169,10 @@ class CocoWriter:
 
 
 def write_coco_features(
-    folder: Path,
-    split: str,
-    items: Iterable[tuple[Tensor, Tensor, Tensor]],
-    empty: Tensor,
-    *,
-    scaling: Scaling,
-    vae: str | None = None,
+    folder: Path, split: str, items: Iterable[tuple[Tensor, Tensor, Tensor]], empty: Tensor, **notes: Any
 ) -> None:
-    """Write a whole split with a `CocoWriter`, which says what the arguments mean and what it raises.
-
-    Args:
-        folder: Made if need be.
-        split: "train" or "val".
-        items: An image each, taken one at a time: mean, std, and its captions' features (K, L, D).
-        empty: The features of the empty prompt.
-        scaling: The VAE's.
-        vae: Path or name of the VAE.
-    """
-    writer = CocoWriter(folder, split, empty, scaling=scaling, vae=vae)
-    images = 0
+    """Write a whole split by a `CocoWriter`, of ``items`` of mean, std and captions' features, taken one at a time."""
+    writer, images = CocoWriter(folder, split, empty, **notes), 0
     for mean, std, contexts in items:
         writer.write(images, mean, std, contexts)
         images += 1

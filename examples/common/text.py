@@ -73,8 +73,8 @@ class TextEncoder:
             texts: The texts; the empty one is the null condition.
             cut_long: Encode the beginning of a text that is too long, as CLIP's users do, and list it under ``cut``.
         """
-        # Start to end, unpadded; what is too long is dealt with below, and needs no warning.
-        tokens = self.tokenizer(list(texts), truncation=False, verbose=False)["input_ids"]
+        texts = list(texts)
+        tokens = self.tokenizer(texts, truncation=False, verbose=False)["input_ids"]  # start to end, unpadded
         for text, ids in zip(texts, tokens, strict=True):
             # CLIP's byte-level vocabulary spells everything: what is unknown becomes its end token in the middle.
             if self.tokenizer.unk_token_id in ids[1:-1]:
@@ -89,10 +89,8 @@ class TextEncoder:
                 f"Found: {len(long)} of {len(texts)} texts longer than that; {long[0][1]} tokens in {long[0][0]!r}.\n"
                 "Shorten them: what is behind the limit would not be seen."
             )
-        padded = torch.full((len(tokens), self.length), self.tokenizer.pad_token_id)
-        for row, ids in zip(padded, tokens, strict=True):
-            kept = ids if len(ids) <= self.length else [*ids[: self.length - 1], ids[-1]]  # the end token stays
-            row[: len(kept)] = torch.tensor(kept)
+        fixed = {"padding": "max_length", "truncation": True, "max_length": self.length}  # the end token stays
+        padded = self.tokenizer(texts, return_tensors="pt", **fixed)["input_ids"]
         chunks = [self.model(ids.to(self.model.device)).last_hidden_state for ids in padded.split(_BATCH_SIZE)]
         return TextFeatures(torch.cat(chunks).float().cpu(), [text for text, _ in long])
 

@@ -128,23 +128,6 @@ def test_bad_images_are_named_and_the_others_written(source: Source, models: Pat
     assert len(CocoFeatures(source.folder / "out")) == 3
 
 
-@pytest.mark.parametrize("precision", ["fp32", "tf32"])
-def test_tf32_is_used_when_asked_for_and_cudnn_in_any_case(
-    source: Source, models: Path, monkeypatch: pytest.MonkeyPatch, precision: str
-) -> None:
-    encode_moments, seen = encode_coco.encode_moments, set()
-
-    def watched(*given: Any) -> Any:
-        cudnn = torch.backends.cudnn
-        seen.add((cudnn.enabled, cudnn.allow_tf32, torch.get_float32_matmul_precision()))
-        return encode_moments(*given)
-
-    monkeypatch.setattr(encode_coco, "encode_moments", watched)
-    run(source.folder, models, f"--precision={precision}")
-    asked = precision == "tf32"
-    assert seen == {(True, asked, "high" if asked else "highest")}
-
-
 @pytest.mark.parametrize(
     ("captions", "names", "match"),
     [
