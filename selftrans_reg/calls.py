@@ -96,7 +96,7 @@ class CallSpec:
         self.names = [
             n for n, p in self.signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
         ]
-        self._spill = _spill(self.signature)
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in self.signature.parameters.values())
         self.needs_t = needs_t
         self.known: dict[str, Way] = {}
         call = dict(call or {})
@@ -155,15 +155,12 @@ class CallSpec:
         if root in (self.x, self.t):
             raise SettingError(f"call=dict({key}=...) names {path!r}: x_t or t, {why}.")
 
-    def check_name(
-        self, name: object, where: str, error: type[Exception] = SettingError, advice: str | None = None
-    ) -> None:
-        """Raise ``error``, with ``advice``, unless the model can take an argument called ``name``."""
-        if not isinstance(name, str) or (name not in self.names and self._spill is None):
-            raise error(
+    def check_name(self, name: object, where: str, advice: str = "") -> None:
+        """Raise ``SettingError``, with ``advice``, unless the model can take an argument called ``name``."""
+        if not isinstance(name, str) or not (name in self.names or self._takes_any):
+            raise SettingError(
                 f"{where} names {name!r}, which {self.model_name}.forward does not take.\n"
-                f"It takes {quoted(self.names)}. Nearest: {quoted(nearest(str(name), self.names)) or 'none'}."
-                + (f"\n{advice}" if advice else "")
+                f"It takes {quoted(self.names)}. Nearest: {quoted(nearest(str(name), self.names)) or 'none'}." + advice
             )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
@@ -186,8 +183,7 @@ class CallSpec:
         if (source.x, source.t) != (self.x, self.t):
             names = {source.x or self.x: self.x, source.t or self.t: self.t}
             arguments = {names.get(name) or name: value for name, value in arguments.items()}
-        unknown = () if self._spill is not None else arguments.keys() - self.names
-        if unknown:
+        if not self._takes_any and (unknown := arguments.keys() - self.names):
             raise CallError(
                 f"The student was called with {quoted(sorted(unknown))}, which {self.model_name}.forward does not "
                 f"take; it takes {quoted(name for name in self.names if name not in (self.x, self.t))}.\n"
@@ -281,11 +277,6 @@ def by_name(
 
 def _capital(text: str) -> str:
     return text[0].upper() + text[1:]
-
-
-def _spill(signature: inspect.Signature) -> str | None:
-    """What the signature calls its ``**kwargs``."""
-    return next((name for name, p in signature.parameters.items() if p.kind is p.VAR_KEYWORD), None)
 
 
 class RowTensors:
@@ -443,9 +434,7 @@ def nested_path(path: str, key: object) -> str:
 
 def bracketed(path: str) -> str:
     """A path with attributes written as keys: ``cond.text`` and ``cond["text"]`` are ``cond['text']``."""
-    if "." in path or '"' in path:
-        path = re.sub(r"\.([^\W\d]\w*)", r"['\1']", path.replace('"', "'"))
-    return path
+    return re.sub(r"(\[.*?\])|\.(\w+)", lambda part: part[1] or f"['{part[2]}']", path.replace('"', "'"))
 
 
 def _reaches(path: str, arguments: Mapping[str, Any]) -> bool:

@@ -16,44 +16,34 @@ from torch.nn.parameter import is_lazy
 
 from .errors import LayerNotFoundError, SettingError
 
-# The child that a wrapper holds, by the wrapper's package and class, so that none of them has to be imported. A child's
+# What wrappers call the module that they hold, by package and class, so that none of them has to be imported. A child's
 # name alone tells nothing: blocks have parts that are called `module`.
 _WRAPPERS = {
-    ("torch", "DataParallel"): "module",
-    ("torch", "DistributedDataParallel"): "module",
-    ("torch", "AveragedModel"): "module",
-    ("torch", "OptimizedModule"): "_orig_mod",
-    ("torch", "ActivationWrapper"): "_checkpoint_wrapped_module",  # CheckpointWrapper and OffloadWrapper
-    ("torch", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
-    ("deepspeed", "DeepSpeedEngine"): "module",
-    ("apex", "DistributedDataParallel"): "module",
-    ("fairscale", "ShardedDataParallel"): "module",
-    ("fairscale", "FullyShardedDataParallel"): "_fsdp_wrapped_module",
-    ("torch_xla", "XlaFullyShardedDataParallel"): "module",
-    ("timm", "ModelEmaV2"): "module",
-    ("timm", "ModelEmaV3"): "module",
-    ("lightning", "_FabricModule"): "_forward_module",
-    ("lightning_fabric", "_FabricModule"): "_forward_module",
-    ("peft", "PeftModel"): "base_model",
-    ("peft", "PeftMixedModel"): "base_model",
-    ("peft", "BaseTuner"): "model",
+    "module": {
+        "torch": {"DataParallel", "DistributedDataParallel", "AveragedModel"},
+        "deepspeed": {"DeepSpeedEngine"},
+        "apex": {"DistributedDataParallel"},
+        "fairscale": {"ShardedDataParallel"},
+        "torch_xla": {"XlaFullyShardedDataParallel"},
+        "timm": {"ModelEmaV2", "ModelEmaV3"},
+    },
+    "_orig_mod": {"torch": {"OptimizedModule"}},
+    "_checkpoint_wrapped_module": {"torch": {"ActivationWrapper"}},  # CheckpointWrapper and OffloadWrapper
+    "_fsdp_wrapped_module": {"torch": {"FullyShardedDataParallel"}, "fairscale": {"FullyShardedDataParallel"}},
+    "_forward_module": {"lightning": {"_FabricModule"}, "lightning_fabric": {"_FabricModule"}},
+    "base_model": {"peft": {"PeftModel", "PeftMixedModel"}},
+    "model": {"peft": {"BaseTuner", "LoraModel"}},
 }
-
-
-def _wrapped_by(kind: type) -> str | None:
-    for base in kind.__mro__:
-        package = base.__module__.partition(".")[0]
-        if (package, base.__name__) in _WRAPPERS:
-            return _WRAPPERS[package, base.__name__]
-        if package == "peft" and base.__name__.endswith("Model"):  # LoraModel and its like, before there was BaseTuner
-            return "model"
-    return None
 
 
 def _wrapped_child(module: nn.Module) -> str | None:
     """What a wrapper calls the module that it wraps; None if ``module`` is no wrapper."""
-    child = _wrapped_by(type(module))
-    return child if module._modules.get(child or "") is not None else None
+    for child, packages in _WRAPPERS.items():
+        if module._modules.get(child) is not None and any(
+            base.__name__ in packages.get(base.__module__.partition(".")[0], ()) for base in type(module).__mro__
+        ):
+            return child
+    return None
 
 
 def unwrap(model: nn.Module) -> nn.Module:

@@ -44,7 +44,7 @@ class NullCondition(nn.Module):
         self._known = frozenset(spec.names)
         self.known: dict[str, Way] = {}  # how the null condition's own calls held the samples
         for index, (name, (path, value)) in enumerate(self.values.items()):
-            spec.check_name(path[0], "null=", SettingError, _NESTED)
+            spec.check_name(path[0], "null=", f"\n{_NESTED}")
             if path[0] in (spec.x, spec.t):
                 raise SettingError(f"null= names {path[0]!r}, which is x_t or t, not a condition.")
             if isinstance(value, Tensor):
@@ -99,7 +99,7 @@ class NullCondition(nn.Module):
                     ways.setdefault(name, "shared" if isinstance(argument, Tensor) else 0)
             fits = False
             others.append((path, new))
-        if fits:
+        if fits and call.rows > 1:  # of a single sample nothing tells what is its own and what all samples share
             sides = [held.tensors, found]
             if rows is not None:
                 sides = [[take_rows(values, rows) for values in side] for side in sides]

@@ -161,9 +161,6 @@ class _Hook(Generic[Owner]):
             "Script it before, or after detach(); torch.compile takes it as it is."
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
-        return _inert
-
     def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
         return _make_inert, ()
 
@@ -276,11 +273,8 @@ class Recorder(Generic[Note]):
         ]
         weakref.finalize(self, _remove, self._handles).atexit = False  # a dropped owner leaves no hooks behind
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copy watches nothing."""
-
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return type(None), ()
+        return type(None), ()  # a copy watches nothing
 
     @property
     def model(self) -> nn.Module | None:
@@ -303,9 +297,8 @@ class Recorder(Generic[Note]):
         count = getattr(self.here, "count", 0)
         self.discard()
         if record is None:
-            mode = ", in train mode with gradients enabled" if self.training_only else ""
-            mode = mode.replace("in train mode ", "") if self.eval_mode else mode
-            why = getattr(self.here, "passed_over", "") or self.elsewhere
+            mode = f", {'' if self.eval_mode else 'in train mode '}with gradients enabled" if self.training_only else ""
+            why = getattr(self.here, "passed_over", self.elsewhere)
             raise CaptureError(
                 f"There is no forward of the model to work on{why}.\n"
                 f"Call the model itself (not model.forward) once before each call of this one{mode}."
@@ -352,7 +345,12 @@ class Recorder(Generic[Note]):
         cast = None if self._came_first(module) or not self.training_only else _reduced_precision(args, kwargs)
         try:
             if cast is not None:
-                raise _not_first(cast)
+                raise CaptureError(
+                    f"The model's arguments were {cast} when this library saw them, and another hook had seen them "
+                    "before: with fully_shard and a mixed-precision policy that hook rounds them, t too, which decides "
+                    "what is inside the window.\nAttach after the model was sharded: call criterion.attach(model) "
+                    "after fully_shard or accelerator.prepare."
+                )
             record.note = self.on_open(record)
         except SelfTransError as error:
             record.error = error.with_traceback(None)  # whose frames hold the record, and with it the graph
@@ -388,18 +386,8 @@ def _remove(handles: list[RemovableHandle]) -> None:
 
 
 def _reduced_precision(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
-    """The half precision that an argument of the call has, None if none has."""
     found = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), None)
-
-
-def _not_first(cast: torch.dtype) -> CaptureError:
-    return CaptureError(
-        f"The model's arguments were {cast} when this library saw them, and another hook had seen them before: with "
-        "fully_shard and a mixed-precision policy that hook rounds them, t too, which decides what is inside the "
-        "window.\nAttach after the model was sharded: call criterion.attach(model) after fully_shard or "
-        "accelerator.prepare."
-    )
 
 
 def layer_names(layer: str | Sequence[str]) -> tuple[str, ...]:
