@@ -29,10 +29,10 @@ from .calls import Call, CallSpec
 from .errors import CaptureError, CheckpointError, SettingError, TeacherError
 from .heads import Distance, Head, ProjectionHead, VAEAlignmentLoss
 from .health import Health, Look
-from .modules import Layout, device_of, find_layer, quoted, resolve_width, sharded_parts
+from .modules import Layout, device_of, find_layer, layer_names, quoted, resolve_width, sharded_parts
 from .plateau import GradientProbe, Plateau, PlateauRule
 from .settings import FIELDS, MAX_STEP, Common, RunState, Settings, Target, shown
-from .taps import Recorder, layer_names
+from .taps import Recorder
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention, check_against_latents, check_times, resolve
 from .tokens import described

@@ -126,6 +126,18 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     return layers[name]
 
 
+def layer_names(layer: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several as a tuple.
+
+    Raises:
+        SettingError: If there is none, or one twice.
+    """
+    names = (layer,) if isinstance(layer, str) or not isinstance(layer, Sequence) else tuple(layer)
+    if not names or len(set(names)) != len(names):
+        raise SettingError(f"Name at least one layer, and none twice; got {quoted(names) or 'none'}.")
+    return names
+
+
 def _summary(layers: dict[str, nn.Module]) -> str:
     parts = []
     for group, members in numbered_groups(layers).items():

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .calls import by_name
 from .errors import CaptureError, SelfTransError, SettingError
-from .modules import Layout, find_layer, quoted, sharded_parts, unwrap
+from .modules import Layout, find_layer, layer_names, sharded_parts, unwrap
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, tensors_in, walk
 
 WhichForward: TypeAlias = Literal["first", "last"] | None
@@ -161,16 +161,12 @@ class _Hook(Generic[Owner]):
             "Script it before, or after detach(); torch.compile takes it as it is."
         )
 
-    def __reduce__(self) -> tuple[Callable[[], Callable[..., None]], tuple[()]]:
-        return _make_inert, ()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return functools.partial, (_inert,)
 
 
 def _inert(*args: Any, **kwargs: Any) -> None:
     """What remains of a hook in a copy of the model: nothing happens."""
-
-
-def _make_inert() -> Callable[..., None]:
-    return _inert
 
 
 class _LayerHook(_Hook["Recorder[Any]"]):
@@ -388,18 +384,6 @@ def _remove(handles: list[RemovableHandle]) -> None:
 def _reduced_precision(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
     found = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
     return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), None)
-
-
-def layer_names(layer: str | Sequence[str]) -> tuple[str, ...]:
-    """One name or several as a tuple.
-
-    Raises:
-        SettingError: If there is none, or one twice.
-    """
-    names = (layer,) if isinstance(layer, str) or not isinstance(layer, Sequence) else tuple(layer)
-    if not names or len(set(names)) != len(names):
-        raise SettingError(f"Name at least one layer, and none twice; got {quoted(names) or 'none'}.")
-    return names
 
 
 class _Stop(BaseException):

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, SettingError, ShapeError
-from ..modules import quoted
+from ..modules import layer_names, quoted
 from ..null import Null
 from ..recipes import find_blocks
-from ..taps import layer_names
 from ..teacher import check_guidance_scale
 from ..time import TimeConvention, resolve
 from ..tokens import Select, Tokens

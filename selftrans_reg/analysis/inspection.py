@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..modules import check_positive, unwrap
+from ..modules import check_positive, layer_names, unwrap
 from ..null import Null
 from ..recipes import Recipe, find_blocks, recipe
-from ..taps import layer_names
 from ..teacher import check_guidance_scale
 from ..time import TimeConvention, resolve
 from ..tokens import Select, Tokens, check_select, check_tokens
