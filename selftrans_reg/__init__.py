@@ -28,7 +28,7 @@ from .heads import ProjectionHead, VAEAlignmentLoss, feature_alignment
 from .plateau import Plateau
 from .recipes import Recipe, recipe
 from .taps import FeatureTap
-from .teacher import CFGFeatureTeacher, build_teacher
+from .teacher import CFGFeatureTeacher, build_teacher, share_frozen
 from .time import TimeConvention
 
 __version__ = "0.1.0"
@@ -52,5 +52,6 @@ __all__ = [
     "load_weights",
     "read_checkpoint",
     "recipe",
+    "share_frozen",
     "strip",
 ]

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .calls import Call, CallSpec
-from .errors import SettingError, ShapeError, TeacherError, TimeConventionError
+from .errors import SettingError, ShapeError, TimeConventionError
 from .heads import Head
 from .health import Look
-from .modules import Layout, find_layer, sharded_parts, unwrap
+from .modules import Layout, sharded_parts
 from .settings import Settings
 from .taps import Record
 from .teacher import CFGFeatureTeacher
@@ -172,7 +172,8 @@ def _teacher_target(
     teacher: CFGFeatureTeacher, call: Call, chunk: int | None, checking: bool, rows: Tensor | None, look: Look | None
 ) -> Tensor:
     """(n, T, D), the guided features of the given rows."""
-    _check_place(teacher, call.x_t.device, "teacher")
+    if not teacher.is_placed:
+        _check_place(teacher, call.x_t.device, "teacher")
     features = teacher.features(call, rows, chunk, check_indices=checking)
     if look is not None:
         look.taught, look.features = call, features
@@ -251,7 +252,7 @@ def check_teacher(teacher: object, model: nn.Module, time: TimeConvention) -> No
 
     Raises:
         SettingError: If it is no teacher.
-        TeacherError: If it is the model itself, or shares the weights of its layer with it.
+        TeacherError: If it is the model itself, or shares modules with it, or weights that train.
         TimeConventionError: If it was built for another time convention.
     """
     if not isinstance(teacher, CFGFeatureTeacher):
@@ -259,14 +260,7 @@ def check_teacher(teacher: object, model: nn.Module, time: TimeConvention) -> No
             f"teacher must be what build_teacher returns, or CFGFeatureTeacher.from_pretrained; got "
             f"{described(teacher)}.\nA model becomes one by st.build_teacher(model, checkpoint, layer=..., null=...)."
         )
-    if unwrap(teacher.model) is unwrap(model):
-        raise TeacherError("The teacher holds the student itself: build it from a copy of the model.")
-    own = {id(p) for p in unwrap(model).parameters()}
-    if any(id(p) in own for p in find_layer(teacher.model, teacher.layer).parameters()):
-        raise TeacherError(
-            f"The teacher shares the weights of its layer {teacher.layer!r} with the student, and would change with "
-            "it: build it from a copy of its own, copy.deepcopy(model)."
-        )
+    teacher.check_apart(model)
     if teacher.time is not None and teacher.time != time:
         names = f"{teacher.time.name!r}, the student's is {time.name!r}"
         raise TimeConventionError(

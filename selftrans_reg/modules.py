@@ -182,10 +182,15 @@ def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> Tensor:
 
 def _plain(value: Any) -> str:
     if isinstance(value, Tensor):
-        value = value.full_tensor() if hasattr(value, "full_tensor") else value  # FSDP2 holds a part on each rank
-        flat = value.detach().cpu().contiguous().reshape(-1)
-        data = memoryview(flat.view(torch.uint8).numpy())
-        return f"{value.dtype} {tuple(value.shape)} {hashlib.sha256(data).hexdigest()}"
+        value = value.full_tensor() if hasattr(value, "full_tensor") else value.detach()  # FSDP2's are in parts
+        what = f"{value.dtype} {tuple(value.shape)}"
+        if value.is_meta:  # offloaded: its values are elsewhere
+            return what
+        if hasattr(value, "__tensor_flatten__"):  # quantised: several plain tensors, and how they make one
+            names, _ = value.__tensor_flatten__()
+            return f"{what} {type(value).__name__} {' '.join(_plain(getattr(value, name)) for name in names)}"
+        data = memoryview(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        return f"{what} {hashlib.sha256(data).hexdigest()}"
     return getattr(value, "__qualname__", "callable") if callable(value) else repr(value)
 
 

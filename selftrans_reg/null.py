@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from .artefacts import nested
 from .calls import Call, CallSpec, Rows, RowTensors, Way, join_rows, nested_path, take_rows
-from .errors import SettingError
+from .errors import CheckpointError, SettingError
 from .modules import nearest, quoted
 from .taps import watched
 
@@ -20,6 +21,7 @@ Null: TypeAlias = Mapping[Any, Any]
 Path: TypeAlias = tuple[Any, ...]
 
 _NESTED = "A condition inside an argument takes a nested mapping: null={'cond': {'y': 1000}} for cond['y']."
+PREFIX = "null_condition."  # of the keys under which its tensors are saved
 _ABSENT = object()
 
 
@@ -27,7 +29,7 @@ class NullCondition(nn.Module):
     """The null condition of a model's calls. Its tensors are buffers, so that they move with whoever holds it.
 
     Args:
-        null: As :func:`build_teacher` describes it; a key may also be the tuple of keys that leads to a nested place.
+        null: As :func:`build_teacher` describes it.
         spec: How the model is called.
 
     Raises:
@@ -61,6 +63,19 @@ class NullCondition(nn.Module):
             (name, path, self.get_buffer(f"value_{index}") if isinstance(value, Tensor) else value)
             for index, (name, (path, value)) in enumerate(self.values.items())
         ]
+
+    def plain(self) -> tuple[list[dict[str, Any]], dict[str, Tensor]]:
+        """The condition as JSON has it, functions by their names, and its tensors by the keys that it names there."""
+        entries, tensors = [], {}
+        for index, (_, path, value) in enumerate(self.now()):
+            entry: dict[str, Any] = {"path": list(path)}
+            if isinstance(value, Tensor):
+                entry["tensor"] = f"{PREFIX}{index}"
+                tensors[f"{PREFIX}{index}"] = value
+            else:
+                entry |= unsaved(value) if callable(value) else {"value": value}
+            entries.append(entry)
+        return entries, tensors
 
     def __str__(self) -> str:
         """Numbers as they are, the rest by kind."""
@@ -165,10 +180,57 @@ class NullCondition(nn.Module):
         )
 
 
+def restored(
+    entries: Sequence[Mapping[str, Any]], tensors: dict[str, Tensor], functions: Null | None, asked: list[str]
+) -> Null:
+    """What :meth:`NullCondition.plain` gave as ``null=``; its tensors are taken out of ``tensors``.
+
+    Args:
+        entries: As JSON has them.
+        tensors: Everything that was saved beside.
+        functions: What could not be saved.
+        asked: Where to say which of these are missing.
+
+    Raises:
+        CheckpointError: If a tensor is missing, or two entries contradict each other.
+        SettingError: If functions are given for what was saved.
+    """
+    if functions is not None and not isinstance(functions, Mapping):
+        raise SettingError(f"null= maps argument names to functions that could not be saved; got {functions!r}.")
+    given = _leaves(functions or {})
+    null: dict[Any, Any] = {}
+    for entry in entries:
+        path = tuple(entry["path"])
+        value = entry.get("value")
+        if "tensor" in entry:
+            value = tensors.pop(entry["tensor"], None) if entry["tensor"].startswith(PREFIX) else None
+            if value is None:
+                raise CheckpointError(f"it lacks its null condition's tensor {entry['tensor'][:100]!r}.")
+        elif "unsaved" in entry:
+            value = given.pop(path, None)
+            if value is None:
+                asked.append(f"null={nested(path)} (it was {entry['unsaved']!r})")
+        level: Any = null
+        for key in path[:-1]:
+            level = level.setdefault(key, {}) if isinstance(level, dict) else None
+        if not isinstance(level, dict) or path[-1] in level:
+            raise CheckpointError(f"its null condition has {list(path)} twice.")
+        level[path[-1]] = value
+    if given:
+        raise SettingError(f"The null condition was saved but for functions; null= also names {sorted(given)}.")
+    return null
+
+
+def unsaved(function: object) -> dict[str, str]:
+    """What stands for a function in JSON: its name, for whoever has to find it again."""
+    name = getattr(function, "__qualname__", type(function).__qualname__)
+    return {"unsaved": name if name.isprintable() else "a function"}
+
+
 def _leaves(null: Mapping[Any, Any], above: Path = ()) -> dict[Path, Any]:
     found: dict[Path, Any] = {}
     for key, value in null.items():
-        path = (*above, *key) if isinstance(key, tuple) else (*above, key)
+        path = (*above, key)
         found |= _leaves(value, path) if isinstance(value, Mapping) and value else {path: value}
     return found
 

@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from .artefacts import read_artefact, write_artefact
 from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
-from .checkpoints import load_weights, local_path
-from .errors import CallError, SelfTransError, SettingError, ShapeError, TeacherError
-from .hub import Shareable
+from .checkpoints import check_fit, check_values, load_weights, own_tensors
+from .errors import CallError, CheckpointError, SelfTransError, SettingError, ShapeError, TeacherError
+from .hub import Shareable, Source, fetch
 from .modules import (
     Layout,
     check_positive,
@@ -27,23 +29,41 @@ from .modules import (
     infer_width,
     quoted,
     sharded_parts,
+    some_of,
     unwrap,
 )
-from .null import Null, NullCondition, checked_indices
+from .null import PREFIX, Null, NullCondition, checked_indices, restored, unsaved
 from .taps import EarlyExit
 from .time import TimeConvention, resolve
 from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, tensors_in
-from .truncate import Usage, blocks_of, compile_blocks, pad_rows, pruned_error, touched_in, truncate
-
-if TYPE_CHECKING:
-    from .hub import Source
-    from .saved_teacher import Details
-
+from .truncate import (
+    Usage,
+    blocks_of,
+    compile_blocks,
+    drop,
+    dropped_names,
+    identity,
+    pad_rows,
+    pruned_error,
+    touched_in,
+)
+from .truncate import truncate as drop_unused
 
 _LOGGER = logging.getLogger(__name__)
-
+_SLICE = ("start", "stop", "step")
+_RULES = ("select", "tokens", "time")  # which may be functions, or of the user's own
 
 M = TypeVar("M", bound=nn.Module)
+
+
+class Details(TypedDict, total=False):
+    """What a teacher cannot know of itself; :meth:`CFGFeatureTeacher.save_pretrained` describes each."""
+
+    source: str | None
+    step: int | None
+    latent_scale: float | None
+    latent_shape: Sequence[int] | None
+    licence: str | None
 
 
 class CFGFeatureTeacher(Shareable, nn.Module):
@@ -108,12 +128,18 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 f"class; {type(unwrap(model)).__name__} has none.\n"
                 "Leave compile=True out, and compile the model's parts yourself: part.compile()."
             )
+        self.model = model
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if is_lazy(tensor) or (tensor.is_meta and not self.is_placed):
+                raise TeacherError(
+                    f"The teacher's {name!r} has no data yet: materialise the model first, by a forward, or "
+                    "model.to_empty(device='cpu') and its weights."
+                )
         settings = {"layer": layer, "guidance_scale": self.guidance_scale, "select": select, "tokens": tokens}
         settings |= {f"fixed {name}": value for name, value in self.spec.fixed.items()}
         settings |= {f"null {name}": value for name, _, value in self.null_condition.now()}
         self.fingerprint = fingerprint(model, settings)
         self.provenance: dict[str, Any] = {}  # where it comes from, for those with whom it is shared
-        self.model = model
         self._taken = _freeze(model)
         self.eval()
         self._compile, self._truncate = compile, truncate
@@ -143,10 +169,12 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         model: nn.Module | Callable[[], nn.Module],
         *,
         null: Null | None = None,
+        call: Mapping[str, Any] | None = None,
         select: Select = None,
         tokens: Tokens = None,
         time: TimeConvention | None = None,
         compile: bool = False,  # noqa: A002
+        truncate: bool = True,
         **source: Unpack[Source],
     ) -> CFGFeatureTeacher:
         """The teacher that was saved in a folder or pushed to the hub, with the same features.
@@ -157,10 +185,12 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 function of no arguments that makes one. Its weights are replaced; they keep the dtypes that were saved.
             null: The part of the null condition that is functions, which cannot be saved, as :func:`build_teacher` took
                 it.
+            call: The functions for ``x`` and ``t``, if these were functions.
             select: The function, if it was one.
             tokens: The function, if it was one.
             time: The time convention, if it was not a named one.
             compile: As for :func:`build_teacher`.
+            truncate: As for :func:`build_teacher`.
             **source: For the hub: ``revision``, ``token``, ``cache_dir``, ``local_files_only``.
 
         Raises:
@@ -168,10 +198,66 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 does not fit the model, which is then as it was; or if a function is needed.
             SettingError: If something is passed that was saved.
         """
-        from .hub import fetch
-        from .saved_teacher import load_teacher
+        folder = fetch(name, **source)
+        config, saved = read_artefact(folder)
+        where = f"The teacher in {str(folder)!r}"
+        asked: list[str] = []
 
-        return load_teacher(cls, fetch(name, **source), model, null, select, tokens, time, compile)
+        def known(key: str, value: Any, given: Any) -> Any:
+            if not isinstance(value, dict) or "unsaved" not in value:
+                value = slice(*(value[part] for part in _SLICE)) if isinstance(value, dict) else value
+                if given is not None and given != value:
+                    raise SettingError(f"{where} was saved with {key}={value!r}, which is kept: leave {key}= out.")
+                return value
+            if given is None:
+                asked.append(f"{key}=... (it was {value['unsaved']!r})")
+            elif isinstance(given, TimeConvention) and given.name != value["unsaved"]:
+                raise SettingError(f"{where} was saved with another time convention: {value['unsaved']!r}.")
+            return given
+
+        settings: dict[str, Any] = {
+            "layer": config["layer"],
+            "guidance_scale": config["guidance_scale"],
+            "call": config["call"] | {k: known(f"call.{k}", config["call"][k], (call or {}).get(k)) for k in "xt"},
+        }
+        rest = {key: known(key, config[key], given) for key, given in zip(_RULES, (select, tokens, time), strict=True)}
+        try:
+            settings["null"] = restored(config["null"], saved, null, asked)
+        except CheckpointError as error:
+            raise CheckpointError(f"{where} is broken: {error}") from error
+        if asked:
+            raise CheckpointError(
+                f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked)}."
+            )
+        dropped: list[str] = config["dropped"]
+        needed = (config["layer"], *saved)
+        if cut := [key for key in needed for gone in dropped if key == gone or key.startswith(f"{gone}.")]:
+            raise CheckpointError(f"{where} contradicts itself: it needs {cut[0][:100]!r}, which it says was dropped.")
+        made = model if isinstance(model, nn.Module) else model()
+        if not isinstance(made, nn.Module):
+            raise SettingError(f"model= takes a model, or a function that makes one; it made {type(made).__name__}.")
+        put_back = drop(made, dropped)
+        try:
+            own = own_tensors(made)
+            check_fit(made, own, saved, where)
+            check_values(own, saved, where)
+            check_settings(made, **settings)
+            dtypes = {value.dtype for value in saved.values() if value.is_floating_point()}
+            if len(dtypes) == 1:
+                made.to(dtypes.pop())  # for what is in no state dict, such as a table of positions
+            for key, value in own_tensors(made).items():
+                if key in saved:
+                    value.data = saved[key].to(value.device, copy=True)
+        except SelfTransError as error:
+            put_back()
+            origin = f"{error}\nIt was saved from {config['backbone']}."
+            if not isinstance(error, CheckpointError):
+                origin = f"{where} does not fit {type(unwrap(made)).__name__}; nothing was loaded.\n{origin}"
+            raise CheckpointError(origin) from error
+        teacher = cls(made, **settings, **rest, hidden_size=config["hidden_size"], compile=compile, truncate=truncate)
+        teacher.fingerprint = torch.tensor(list(bytes.fromhex(config["fingerprint"])), dtype=torch.uint8)
+        teacher.provenance = {key: config[key] for key in Details.__annotations__ if config[key] is not None}
+        return teacher
 
     def save_pretrained(self, directory: str | PathLike[str], **details: Unpack[Details]) -> None:
         """Save weights, settings and a model card, for :meth:`from_pretrained`.
@@ -191,13 +277,58 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         Raises:
             CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
         """
-        folder = local_path(directory)
-        self._save(folder, folder.name, **details)
+        self._save(Path(directory), Path(directory).name, **details)
 
     def _save(self, folder: Path, name: str, **details: Unpack[Details]) -> None:
-        from .saved_teacher import save_teacher
+        config, tensors = self.plain(**details)
+        write_artefact(folder, config, tensors, name)
 
-        save_teacher(self, folder, details, name)
+    def plain(self, **details: Unpack[Details]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """The teacher as plain values, functions by their names, and its tensors.
+
+        Raises:
+            CheckpointError: If it could not be built again from these.
+        """
+        if self._foreign:
+            raise CheckpointError(
+                "This teacher cannot be saved: it computes with weights that are no part of its model, such as an "
+                "adapter's that is patched onto its layers. Merge them into the model first."
+            )
+        own = own_tensors(self.model, "be saved")
+        gone = tuple(f"{name}." for name in dropped_names(self.model))
+        first: dict[int, str] = {}  # of tied weights one is saved: loading ties them as the model does
+        kept = {key: value for key, value in own.items() if not key.startswith(gone)}
+        tensors = {key: value for key, value in kept.items() if first.setdefault(id(value), key) == key}
+        check_values(own, tensors, "This teacher cannot be saved: it")
+        null, conditions = self.null_condition.plain()
+        if taken := [key for key in tensors if key.startswith(PREFIX)]:
+            raise CheckpointError(
+                f"The model has weights under {taken[0]!r}, a name kept for the null condition: rename it."
+            )
+        known: dict[str, Any] = dict.fromkeys(Details.__annotations__)
+        known |= self.provenance | {key: value for key, value in details.items() if value is not None}
+        if isinstance(known["latent_shape"], Sequence):
+            known["latent_shape"] = list(known["latent_shape"])
+
+        def named(value: Any) -> Any:
+            return unsaved(value) if callable(value) else value
+
+        cut = {part: getattr(self.tokens, part) for part in _SLICE} if isinstance(self.tokens, slice) else None
+        config = {
+            "layer": self.layer,
+            "guidance_scale": self.guidance_scale,
+            "null": null,
+            "call": {key: named(value) for key, value in self.spec.config.items()},
+            "select": named(self.select),
+            "tokens": unsaved(self.tokens) if callable(self.tokens) else cut,
+            "time": self.time.name if self.time and self.time.is_named else self.time and {"unsaved": self.time.name},
+            "hidden_size": self.hidden_size,
+            "dropped": dropped_names(self.model),
+            "backbone": type(unwrap(self.model)).__name__,
+            "fingerprint": bytes(self.fingerprint.tolist()).hex(),
+            **known,
+        }
+        return config, tensors | conditions
 
     def train(self, mode: bool = True) -> CFGFeatureTeacher:
         """Stay in eval mode: a teacher drops no labels."""
@@ -297,7 +428,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             raise self._rows_error(call, held) from cause
         self._foreign = usage.foreign()
         if self._truncate:
-            truncate(usage, run, features)
+            drop_unused(usage, run, features)
             self._touched = touched_in(self.model)
         if self._compile:
             compile_blocks(self.model)
@@ -374,12 +505,38 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 return True
         return False
 
-    def give_back(self) -> None:
-        """Leave the model as it was before it was taken over: what trained trains, in the mode in which it was."""
+    def check_apart(self, student: nn.Module) -> None:
+        """Make sure that training ``student`` leaves this teacher as it is.
+
+        Raises:
+            TeacherError: If they share modules, or memory of what trains. The student is then as it was before the
+                teacher took over what they share.
+        """
+        student = unwrap(student)
+        modules = {module for module in student.modules() if next(module.parameters(), None) is not None}
+        trained = {identity(p) for p in student.parameters() if p.requires_grad}
+        inside = [name for name, module in self.model.named_modules() if module in modules]
+        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
+        shared = inside or [name for name, tensor in tensors if identity(tensor) in trained]
+        if not shared:
+            return
         for module, training, parameters in self._taken:
             module.training = training
             module._parameters.update(parameters)
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
         self._taken = []
+        if unwrap(self.model) is student:
+            raise TeacherError(
+                "The teacher holds the student itself: build it from a copy of the model, copy.deepcopy(model), or "
+                "from share_frozen(model), which copies only what trains."
+            )
+        raise TeacherError(
+            f"The teacher shares {'modules' if inside else 'weights that train'} with the student, and would change "
+            f"with it: {some_of(shared)}.\n"
+            "Build it from a copy of its own: copy.deepcopy(model), or share_frozen(model), which copies only what "
+            "trains."
+        )
 
 
 def _freeze(model: nn.Module) -> list[tuple[nn.Module, bool, dict[str, nn.Parameter]]]:
