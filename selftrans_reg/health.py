@@ -42,43 +42,24 @@ _FAINT, _SUMMED, _GONE, _DROWNING = 0.02, 0.05, 1e-3, 1e3
 
 @dataclass
 class Look:
-    """What a measured call sees; it is gone when the call returns, since it holds the graph.
+    """What a measured call sees; it is gone when the call returns, since it holds the graph."""
 
-    Attributes:
-        denoising: The loop's own loss.
-        probe: Sees the gradients in the backward pass; None where the weight is 0, and the alignment has none.
-        call: The student's call.
-        fractions: (N,), its noise fractions, or (N, T); NaN where the call has no t, and none is needed.
-        window: In noise fractions; None for all.
-        model: The student.
-        layers: Its tapped layers by name.
-        heads: One for each layer.
-        teacher: The teacher of stage 2.
-        weight: Of the alignment in this call.
-        tokens: (N, T, D) of each layer.
-        taught: The call as the teacher was shown it.
-        features: (n, T, D) twice: the teacher's (f_c, f_u).
-        target: (n, T, D), or the latents in stage 1; None where no row was inside the window.
-        rows: (n,), which rows these are; None for all.
-        inside: How many rows are inside the window.
-    """
-
-    denoising: Tensor
-    probe: GradientProbe | None
-    call: Call
-    fractions: Tensor
+    denoising: Tensor  # the loop's own loss
+    probe: GradientProbe | None  # sees the gradients in the backward pass; None where the weight is 0
+    call: Call  # the student's
+    fractions: Tensor  # (N,), its noise fractions, or (N, T); NaN where the call has no t, and none is needed
     window: tuple[float, float] | None
-    model: nn.Module
-    layers: Mapping[str, nn.Module]
-    heads: nn.ModuleList
+    model: nn.Module  # the student
+    layers: Mapping[str, nn.Module]  # the tapped ones
+    heads: nn.ModuleList  # one for each layer
     teacher: CFGFeatureTeacher | None
-    weight: float = _PUBLISHED_WEIGHT
-    tokens: list[Tensor] = field(default_factory=list)
-    taught: Call | None = None
-    features: tuple[Tensor, Tensor] | None = None
-    target: Tensor | None = None
-    rows: Tensor | None = None
-    inside: int = 0
+    weight: float = _PUBLISHED_WEIGHT  # of the alignment in this call
+    tokens: list[Tensor] = field(default_factory=list)  # (N, T, D) of each layer
+    taught: Call | None = None  # the call as the teacher was shown it
+    features: tuple[Tensor, Tensor] | None = None  # (n, T, D) twice: the teacher's (f_c, f_u)
+    target: Tensor | None = None  # (n, T, D), or the latents in stage 1; None where no row was inside the window
+    rows: Tensor | None = None  # (n,), which rows these are; None for all
+    inside: int = 0  # how many rows are inside the window
 
     def branch(self, tensor: Tensor) -> Tensor:
         """A tapped tensor, as the alignment is to be computed from it."""
@@ -106,18 +87,12 @@ class Look:
 
 
 class Trend:
-    """The alignment of the samples inside the window, averaged over stretches of the run.
-
-    Attributes:
-        sum: Of the alignments since the last stretch ended; a 0-d tensor on the device once a sample was inside.
-        first: The average over the run's first stretch; inf where that was before the run was watched.
-        recent: Those over the latest ones, oldest first.
-    """
+    """The alignment of the samples inside the window, averaged over stretches of the run."""
 
     def __init__(self) -> None:
-        self.sum: Tensor | float = 0.0
-        self.first = math.nan
-        self.recent: list[float] = []
+        self.sum: Tensor | float = 0.0  # since the last stretch ended; 0-d on the device once a sample was inside
+        self.first = math.nan  # the run's first average; inf where that was before the run was watched
+        self.recent: list[float] = []  # the latest averages, oldest first
         self._inside, self._calls = 0.0, 0
 
     def add(self, alignment: Tensor, inside: float) -> None:
@@ -128,11 +103,10 @@ class Trend:
             self.sum = self.sum + alignment.detach()
 
     def close(self, total: float, calls: int) -> bool:
-        """End a stretch if it is long enough, and say whether the alignment should have fallen and has not.
+        """End a stretch with this sum at this call of the run, if it is long enough.
 
-        Args:
-            total: The value of ``sum``.
-            calls: The number of this call in the run.
+        Returns:
+            Whether the alignment should have fallen and has not.
         """
         if self._calls < _AVERAGED or not self._inside:
             return False
@@ -156,16 +130,12 @@ class Trend:
 
 
 class Movement:
-    """Whether the heads move while the tapped layers do.
-
-    Args:
-        late: Whether the run is in its middle, where a small step may round to none.
-    """
+    """Whether the heads move while the tapped layers do; ``late`` in a run, a small step may round to none."""
 
     def __init__(self, late: bool = False) -> None:
         self._late = late
         self._watching = True
-        self._start: tuple[Tensor, Tensor] | None = None
+        self._start: list[Tensor] = []
 
     def since_start(self, look: Look) -> dict[str, Tensor]:
         """Whether heads and layers differ from what they were at the first call of this; 0-d, bool.
@@ -174,36 +144,32 @@ class Movement:
         """
         if not self._watching:
             return {}
+        heads = list(look.heads.parameters())
         trained = [p for layer in look.layers.values() for p in layer.parameters() if p.requires_grad]
-        now = _values(look.heads.parameters()), _values(trained)
-        if self._start is None:
-            rounds = self._late and any(p.dtype in (torch.bfloat16, torch.float16) for p in look.heads.parameters())
+        start, now = self._start, [_values(heads), _values(trained)]
+        if not start:
+            rounds = self._late and any(p.dtype in (torch.bfloat16, torch.float16) for p in heads)
             self._start, self._watching = now, all(len(values) for values in now) and not rounds
             return {}
-        if any(then.shape != found.shape for then, found in zip(self._start, now, strict=True)):
-            self._watching = False  # the model was wrapped anew
+        self._watching = [then.shape for then in start] == [found.shape for found in now]  # else it was wrapped anew
+        if not self._watching:
             return {}
-        differ = [(then != found).any() for then, found in zip(self._start, now, strict=True)]
-        return {"heads_moved": differ[0], "layers_moved": differ[1]}
+        return {"heads_moved": (start[0] != now[0]).any(), "layers_moved": (start[1] != now[1]).any()}
 
     def left_out(self, found: Mapping[str, float], ready: bool) -> bool:
         """Whether the layers moved and the heads did not, once ``ready``; what was found is as :meth:`since_start`."""
         if "heads_moved" not in found or not (found["heads_moved"] or (ready and found["layers_moved"])):
             return False
-        self._watching, self._start = False, None
+        self._watching, self._start = False, []
         return not found["heads_moved"]
 
 
 def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> Tensor | None:
-    """Whether all that trains in the layers is as in the teacher's of the same names; 0-d, bool.
+    """Whether all that trains in the layers is as in the teacher's of the same names; 0-d, bool; None if none compares.
 
     Frozen weights are meant to be the same: those of a base that student and teacher share.
-
-    Returns:
-        None if nothing can be compared.
     """
-    taught = named_layers(teacher)
-    pairs = []
+    taught, pairs = named_layers(teacher), []
     for name, layer in layers.items():
         mine = {key: p for key, p in layer.named_parameters() if p.requires_grad}
         theirs = dict(taught[name].named_parameters()) if name in taught else {}
@@ -273,12 +239,7 @@ class Health:
             self.measures["target_norm"] = _mean_norm([look.target])
 
     def judge(self, look: Look, calls: int, alignment: Tensor) -> None:
-        """Read off the device, at once, what was measured, and say what looks wrong.
-
-        Args:
-            look: The measured call.
-            calls: Its number in the run.
-            alignment: What it gave.
+        """Read off the device, at once, what was measured in this call of the run, and say what looks wrong.
 
         Raises:
             NotFiniteError: If something is NaN or inf.

@@ -84,7 +84,7 @@ def tile(images: Tensor, columns: int, *, gap: int = 1) -> Tensor:
     """
     n, height, width, channels = images.shape
     rows = -(-n // columns)
-    canvas = torch.ones(rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
+    canvas = images.new_ones(rows * (height + gap) - gap, columns * (width + gap) - gap, channels)
     for i, image in enumerate(images):
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         canvas[top : top + height, left : left + width] = image
