@@ -58,29 +58,7 @@ class _Table:
 class TimeConvention:
     """What the t of a loop means: ``x_t = α(t) x + σ(t) ε``.
 
-    The named conventions, with the loops that use them:
-
-    ===================  ==================================  =====================================================
-    name                 t                                   loops
-    ===================  ==================================  =====================================================
-    repa                 0..1, 1 is noise, linear            REPA, SRA and the paper
-    repa-cosine          0..1, 1 is noise, cosine            REPA with path type cosine
-    sit                  0..1, 1 is data, linear             SiT, LightningDiT, Lumina2
-    sit-gvp, sit-vp      0..1, 1 is data                     SiT with path type GVP or VP
-    ddpm                 steps 0..999, linear betas          DiT, fast-DiT, MDT, PixArt
-    ddpm-scaled-linear   steps 0..999, Stable Diffusion's    diffusers' DDPM with beta_schedule scaled_linear
-    flow                 0..1000, 1000 is noise, linear      SD3, Wan, LTX, Sana
-    flow-unit            0..1, 1 is noise, linear            Flux, AuraFlow (timestep / 1000)
-    uvit                 0..999, continuous VP               U-ViT's train_ldm.py
-    uvit-discrete        steps 0..1000, 0 is clean           U-ViT's train_ldm_discrete.py, train_t2i_discrete.py
-    edm                  the noise level sigma               EDM2 (latents of standard deviation 0.5)
-    maskdit              the noise level sigma               MaskDiT (latents of standard deviation 1)
-    cogvideox            steps 0..999                        CogVideoX-2B (SNR shift 3, zero terminal SNR)
-    cogvideox-5b         steps 0..999                        CogVideoX-5B (no shift, zero terminal SNR)
-    hunyuandit           steps 0..999                        HunyuanDiT up to 1.1 (beta_end 0.03)
-    hunyuandit-1.2       steps 0..999                        HunyuanDiT 1.2 (beta_end 0.018)
-    stable-audio         0..1, 1 is noise, cosine            StableAudio: t = atan(sigma) · 2 / π
-    ===================  ==================================  =====================================================
+    :meth:`named` gives those of the field; the page on time has a table of them and of the loops that use them.
 
     Args:
         name: How messages call it.

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ..errors import SettingError, ShapeError
 
-# Values that a basis is taken from at most: its directions are settled long before.
-_MOST_VALUES = 1 << 23
+_MOST_VALUES = 1 << 23  # that a basis is taken from: its directions are settled long before
 
 
 class ColourBasis:

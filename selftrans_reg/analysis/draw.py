@@ -317,20 +317,17 @@ def _scale_panel(axes: Any, report: LayerReport) -> None:
     scales = [scale for scale in report.guidance_scales if scale >= 1]
     found = [report.mean("knn", layer, scale) for layer in report.layers for scale in scales]
     known = [value for value in found if value is not None]
-    tells = known and max(known) - min(known) > 2 * standard_error(max(known), report.held_out)
+    tells = bool(known) and max(known) - min(known) > 2 * standard_error(max(known), report.held_out)
     measure: Measure = "knn" if tells else "norm"
-    image = [_or_nan([report.mean(measure, layer, scale) for scale in scales], 100 if tells else 1)
-             for layer in report.layers]  # fmt: skip
-    shown = axes.imshow(image, aspect="auto", cmap="viridis", vmin=0, vmax=100 if tells else None)
-    axes.figure.colorbar(shown, ax=axes)
-    _write_numbers(axes, shown, image, ".0f" if tells else ".3g")
+    rows = [[report.mean(measure, layer, scale) for scale in scales] for layer in report.layers]
+    image = [_or_nan(row, 100 if tells else 1) for row in rows]
+    plan = report.recipe
+    proposed = (plan.guidance_scale, plan.teacher_layer) if plan is not None else None
+    _map(axes, image, scales, report.layers, proposed, ".0f" if tells else ".3g", 100 if tells else None, "viridis")
+    axes.set_aspect("auto")
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales], fontsize=8)
     axes.set_xlabel("guidance scale w", fontsize=8)
-    _layer_axis(axes, report.layers, which="y")
     axes.set_title("k-NN of $f_g$, %" if tells else "Norm of a token of $f_g$", fontsize=10)
-    plan = report.recipe
-    if plan is not None and plan.teacher_layer in report.layers and plan.guidance_scale in scales:
-        _frame(axes, scales.index(plan.guidance_scale), report.layers.index(plan.teacher_layer))
 
 
 def _alignment_panel(axes: Any, report: LayerReport) -> None:
@@ -338,42 +335,47 @@ def _alignment_panel(axes: Any, report: LayerReport) -> None:
     plan = report.recipe
     scale = plan.guidance_scale if plan is not None and plan.guidance_scale in report.guidance_scales else 1.0
     image = [_or_nan(row) for row in report.alignment[report.guidance_scales.index(scale)]]
-    shown = axes.imshow(image, vmin=0, vmax=1, cmap="magma")
-    axes.figure.colorbar(shown, ax=axes)
-    _write_numbers(axes, shown, image, ".2f")
+    proposed = (plan.teacher_layer, plan.student_layer) if plan is not None else None
+    _map(axes, image, report.layers, report.layers, proposed, ".2f", 1, "magma")
     _layer_axis(axes, report.layers)
-    _layer_axis(axes, report.layers, which="y")
     axes.set_title(f"CKA: $f_c$ (row) with $f_g$ (column), w = {scale:g}", fontsize=10)
-    if plan is not None and plan.teacher_layer in report.layers and plan.student_layer in report.layers:
-        _frame(axes, report.layers.index(plan.teacher_layer), report.layers.index(plan.student_layer))
+
+
+def _map(
+    axes: Any,
+    image: Sequence[Sequence[float]],
+    columns: Sequence[object],
+    layers: Sequence[str],
+    proposed: tuple[object, str] | None,
+    form: str,
+    highest: float | None,
+    colours: str,
+) -> None:
+    """An image over columns and layers, where there is room with its numbers; the proposed column and row framed."""
+    shown = axes.imshow(image, vmin=0, vmax=highest, cmap=colours)
+    axes.figure.colorbar(shown, ax=axes)
+    _layer_axis(axes, layers, which="y")
+    cells = [(row, column, value) for row, line in enumerate(image) for column, value in enumerate(line)]
+    for row, column, value in cells if len(layers) <= _MOST_NUMBERED else ():
+        if not math.isnan(value):
+            red, green, blue, _ = shown.to_rgba(value)
+            colour = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
+            axes.text(column, row, f"{value:{form}}", color=colour, fontsize=7, ha="center", va="center")
+    if proposed is not None and proposed[0] in columns and proposed[1] in layers:
+        x, y = columns.index(proposed[0]) - 0.5, layers.index(proposed[1]) - 0.5
+        corners = [x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y]
+        axes.plot(*corners, color="red", linewidth=1.5, clip_on=False, label="proposed")
 
 
 def _or_nan(values: Sequence[float | None], factor: float = 1) -> list[float]:
     return [math.nan if value is None else factor * value for value in values]
 
 
-def _write_numbers(axes: Any, shown: Any, values: Sequence[Sequence[float]], form: str) -> None:
-    """Each cell's value in it, where there is room: near values are hard to tell by their colours."""
-    cells = [(row, column, value) for row, line in enumerate(values) for column, value in enumerate(line)]
-    for row, column, value in cells if len(values) <= _MOST_NUMBERED else ():
-        if not math.isnan(value):
-            red, green, blue, _ = shown.to_rgba(value)
-            colour = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
-            axes.text(column, row, f"{value:{form}}", color=colour, fontsize=7, ha="center", va="center")
-
-
-def _frame(axes: Any, column: int, row: int) -> None:
-    x, y = column - 0.5, row - 0.5
-    corners = [x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y]
-    axes.plot(*corners, color="red", linewidth=1.5, clip_on=False, label="proposed")
-
-
 def _lines(log: Log) -> list[Mapping[str, Any]]:
     if not isinstance(log, str | PathLike):
         return list(log)
-    *whole, _ = Path(log).read_text("utf-8").split("\n")
     entries: list[Mapping[str, Any]] = []
-    for number, line in enumerate(whole, 1):
+    for number, line in enumerate(Path(log).read_text("utf-8").split("\n")[:-1], 1):
         try:
             entry = json.loads(line)
         except ValueError as error:

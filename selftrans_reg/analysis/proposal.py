@@ -48,7 +48,12 @@ def _teacher(report: LayerReport, published: Recipe) -> tuple[str, str]:
     # The first layer has none before it that it could teach.
     candidates = {layer: score for layer, score in scores.items() if layer != report.layers[0]}
     if not candidates:
-        return published.teacher_layer, f"not measured, {_why_not(report)}: {rule}"
+        why = "no layer but the first is finite at every noise fraction"
+        if report.classes in (None, 1):
+            why = "no labels to tell apart"
+        elif report.conditioned and report.guidance_scales[0] != 0:
+            why = "without null= the condition may tell the label"
+        return published.teacher_layer, f"not measured, {why}: {rule}"
     assert report.chance is not None
     best = max(candidates.values())
     margin = _margin(best, report)
@@ -114,14 +119,6 @@ def _recognition(report: LayerReport) -> dict[str, float]:
     return {layer: score for layer, score in found.items() if score is not None}
 
 
-def _why_not(report: LayerReport) -> str:
-    if report.classes in (None, 1):
-        return "no labels to tell apart"
-    if report.conditioned and report.guidance_scales[0] != 0:
-        return "without null= the condition may tell the label"
-    return "no layer but the first is finite at every noise fraction"
-
-
 def _source(report: LayerReport) -> str:
     return "probe of f_u" if report.guidance_scales[0] == 0 else "probe"
 
@@ -131,13 +128,13 @@ def _size_notes(report: LayerReport, teacher: str, scale: float) -> list[str]:
     if teacher not in report.layers or scale not in report.guidance_scales:
         return []
     notes = []
-    norm, plain = report.mean("norm", teacher, scale), report.mean("norm", teacher, 1.0)
+    norm, rank = (report.mean(measure, teacher, scale) for measure in ("norm", "effective_rank"))
+    plain, plain_rank = (report.mean(measure, teacher, 1.0) for measure in ("norm", "effective_rank"))
     if norm and plain and norm > _MUCH_LARGER * plain:
         notes.append(
             f"At w = {scale:g} the targets of {teacher} are {norm / plain:.1f} times as long as f_c, and the default "
             "distance is a squared error: distance='cosine' or a smaller scale may suit better."
         )
-    rank, plain_rank = report.mean("effective_rank", teacher, scale), report.mean("effective_rank", teacher, 1.0)
     if rank and plain_rank and rank < plain_rank / 2:
         notes.append(f"At w = {scale:g} the effective rank at {teacher} is {rank:.1f}, against {plain_rank:.1f} at 1.")
     return notes

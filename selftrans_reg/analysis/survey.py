@@ -35,34 +35,22 @@ _HALVINGS = 60
 
 
 class Batch(NamedTuple):
-    """One batch as the caller gave it, on the model's device.
+    """One batch as the caller gave it, on the model's device."""
 
-    Attributes:
-        latents: (N, ...), clean.
-        labels: (N,), whole numbers; None without.
-        arguments: Of the model, by name: all but x_t and t.
-    """
-
-    latents: Tensor
-    labels: Tensor | None
-    arguments: dict[str, Any]
+    latents: Tensor  # (N, ...), clean
+    labels: Tensor | None  # (N,), whole numbers
+    arguments: dict[str, Any]  # of the model, by name: all but x_t and t
 
 
 @dataclass
 class Cell:
-    """One layer at one noise fraction.
+    """One layer at one noise fraction."""
 
-    Attributes:
-        conditional: (N, D) a batch: f_c's mean over the tokens, float32 on the CPU.
-        unconditional: f_u's, likewise; nothing without a null condition.
-        sums: |f_c|², |f_u|², <f_u, f_c − f_u>, |f_c − f_u|² over all samples and tokens, and the number of tokens.
-        broken: Samples whose features are not finite, or so large that their squares are not.
-    """
-
-    conditional: list[Tensor] = field(default_factory=list)
-    unconditional: list[Tensor] = field(default_factory=list)
+    conditional: list[Tensor] = field(default_factory=list)  # (N, D) a batch: f_c's mean over the tokens, on the CPU
+    unconditional: list[Tensor] = field(default_factory=list)  # f_u's; nothing without a null condition
+    # |f_c|², |f_u|², <f_u, f_c − f_u>, |f_c − f_u|² over all samples and tokens, and the number of tokens
     sums: list[float] = field(default_factory=lambda: [0.0] * 5)
-    broken: int = 0
+    broken: int = 0  # samples whose features are not finite, or so large that their squares are not
 
     def add(self, conditional: Tensor, unconditional: Tensor | None) -> None:
         """Take in a batch's (f_c, f_u), each (N, T, D) in float32."""
@@ -99,36 +87,20 @@ class Cell:
 
 
 class Survey(NamedTuple):
-    """What a model's layers gave.
+    """What a model's layers gave."""
 
-    Attributes:
-        layers: Their names, in the order in which they ran.
-        cells: By layer and noise fraction.
-        labels: (n,), on the CPU; None without.
-        samples: n.
-        conditioned: Whether the model was given anything beside x_t and t.
-    """
-
-    layers: tuple[str, ...]
-    cells: dict[tuple[str, float], Cell]
-    labels: Tensor | None
-    samples: int
-    conditioned: bool
+    layers: tuple[str, ...]  # in the order in which they ran
+    cells: dict[tuple[str, float], Cell]  # by layer and noise fraction
+    labels: Tensor | None  # (n,), on the CPU
+    samples: int  # n
+    conditioned: bool  # whether the model was given anything beside x_t and t
 
 
 class LayerReader:
-    """Runs a model on noisy latents, condition and null condition in one doubled batch, and gives its layers' tokens.
+    """Runs a model on noisy latents, on condition and null condition, and gives its layers' tokens.
 
     The model, which is left as it is, gets the latents and conditions as they are given, and x_t in the latents' dtype.
-
-    Args:
-        model: Any backbone.
-        layers: Names.
-        time: Of the model's t.
-        null: As `build_teacher` takes it; None for the condition alone.
-        call: As `build_teacher` takes it.
-        select: Which tensor of a layer's output.
-        tokens: Which tokens.
+    The arguments are those of ``layer_report``.
     """
 
     def __init__(
@@ -221,8 +193,18 @@ class LayerReader:
             torch.compiler.set_stance("force_eager"),  # what was compiled before has no hook in it
             FeatureTap(self.model, self.layers, select=self.select, tokens=self.tokens) as tap,
         ):
-            with self._dtypes_explained(x_t):
+            try:
                 self.model(*args, **kwargs)
+            except RuntimeError as error:
+                own = sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})
+                given = str(x_t.dtype).removeprefix("torch.")
+                if "type" not in str(error) or own == [given]:
+                    raise
+                raise SettingError(
+                    f"The model fails on latents in {given}; its weights are in {', '.join(own)}: {error}\n"
+                    "Nothing is cast: give latents and conditions in the dtypes that the model is called with, as "
+                    "latents.to(torch.bfloat16), or measure under torch.autocast."
+                ) from error
             found = tap.pop()
         assert isinstance(found, dict)
         for name, tokens in found.items():
@@ -232,21 +214,6 @@ class LayerReader:
                     "for each sample."
                 )
         return {name: tokens.float() for name, tokens in found.items()}
-
-    @contextlib.contextmanager
-    def _dtypes_explained(self, x_t: Tensor) -> Iterator[None]:
-        try:
-            yield
-        except RuntimeError as error:
-            own = sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})
-            given = str(x_t.dtype).removeprefix("torch.")
-            if "type" not in str(error) or own == [given]:
-                raise
-            raise SettingError(
-                f"The model fails on latents in {given}; its weights are in {', '.join(own)}: {error}\n"
-                "Nothing is cast: give latents and conditions in the dtypes that the model is called with, as "
-                "latents.to(torch.bfloat16), or measure under torch.autocast."
-            ) from error
 
 
 @torch.no_grad()
