@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL
 from filelock import FileLock
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from common.coco_features import write_coco_features
 from common.data import NUM_DIGIT_CLASSES, digits
@@ -128,7 +128,7 @@ def demo_captions(folder: Path, *, images: int, vae_steps: int, seed: int = 0) -
     """Make the folder's VAE, text encoder and features in U-ViT's layout; what is finished is not made again.
 
     Raises:
-        SettingError: If the folder holds a demo of other settings, or something else.
+        Mistake: If the folder holds a demo of other settings, or something else.
     """
     with _alone_with(folder):
         open_run_folder(folder, {"images": images, "vae_steps": vae_steps, "seed": seed})
@@ -206,18 +206,18 @@ def save_text_encoder(folder: Path, *, seed: int = 0) -> None:
     partial = folder.with_name(folder.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     words = sorted({word for caption in CAPTIONS for word in caption.split() if "{" not in word} | {*COLOURS, *SHAPES})
-    merges = _merges([word for word in words if len(word) > 1])
     letters = string.ascii_lowercase + string.digits
-    tokens = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
-    tokens += dict.fromkeys(first + second for first, second in merges)
-    (partial / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(tokens)}))
-    (partial / "merges.txt").write_text("\n".join(["#version: 0.2", *(" ".join(pair) for pair in merges), ""]))
-    CLIPTokenizer.from_pretrained(partial, model_max_length=TEXT_LENGTH).save_pretrained(partial)
+    pieces = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    (partial / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
+    (partial / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = CLIPTokenizer.from_pretrained(partial, model_max_length=TEXT_LENGTH)
+    tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words if len(word) > 1])
+    tokenizer.save_pretrained(partial)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = CLIPTextModel(
             CLIPTextConfig(
-                vocab_size=len(tokens),
+                vocab_size=len(tokenizer),
                 hidden_size=TEXT_WIDTH,
                 intermediate_size=4 * TEXT_WIDTH,
                 projection_dim=TEXT_WIDTH,
@@ -231,26 +231,3 @@ def save_text_encoder(folder: Path, *, seed: int = 0) -> None:
         )
     model.save_pretrained(partial)
     partial.rename(folder)
-
-
-def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, in the order of their priority, that make one token of each word."""
-    merges: list[tuple[str, str]] = []
-    for word in words:
-        pieces = [*word[:-1], f"{word[-1]}</w>"]
-        for pair in merges:
-            pieces = _merged(pieces, pair)
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces = _merged(pieces, merges[-1])
-    return merges
-
-
-def _merged(pieces: list[str], pair: tuple[str, str]) -> list[str]:
-    result: list[str] = []
-    for piece in pieces:
-        if result and (result[-1], piece) == pair:
-            result[-1] += piece
-        else:
-            result.append(piece)
-    return result

@@ -183,7 +183,8 @@ def train_long(
     with ExitStack() as held:
         with accelerator.main_process_first():
             own = {name: settings[name] for name in settings if name not in CHANGEABLE}
-            open_run_folder(run.out, own, saved=lambda: _newest_args(run.out))
+            folders = ("checkpoints", "samples", "teacher", "trackers")
+            open_run_folder(run.out, own, folders=folders, saved=lambda: _newest_args(run.out))
         if accelerator.is_main_process:
             held.enter_context(locked(run.out))
         trainer.resume(run.resume, check)

@@ -38,14 +38,14 @@ class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescription
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Call ``main``; a mistake of the user's, the library's errors among them, ends in one line instead of a traceback.
+    """Call ``main``; a mistake ends in one line instead of a traceback, as do the library's and the system's errors.
 
     Raises:
         SystemExit: With code 1, after such a mistake.
     """
     try:
         main()
-    except Mistake as error:
+    except (Mistake, OSError) as error:
         _end(error)
     except Exception as error:
         library = sys.modules.get("selftrans_reg")  # an error of its own is raised only where it was imported

@@ -10,7 +10,7 @@ import os
 import re
 import socket
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -95,13 +95,18 @@ def _is_dead(holder: Path) -> bool:
 
 
 def open_run_folder(
-    folder: Path, settings: dict[str, Any], *, saved: Callable[[], dict[str, Any] | None] = lambda: None
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    folders: Sequence[str] = (),
+    saved: Callable[[], dict[str, Any] | None] = lambda: None,
 ) -> None:
     """Make the folder of a run, or make sure that the one that is there was made with the same settings.
 
     Args:
         folder: Of the run.
         settings: What decides what it will hold.
+        folders: What the run will make folders of.
         saved: The settings as another file of the folder has them, if one does: should `settings.json` be damaged.
 
     Raises:
@@ -109,6 +114,9 @@ def open_run_folder(
     """
     if folder.exists() and not folder.is_dir():
         raise Mistake(f"--out {folder} is a file, and a run needs a folder.\nName another with --out.")
+    for name in folders:
+        if (folder / name).exists() and not (folder / name).is_dir():
+            raise Mistake(f"{folder / name} is a file, and a run needs a folder of that name.\nMove it away.")
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     path = folder / _SETTINGS
     if not path.exists():

@@ -47,6 +47,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.jpg"]
     with pytest.raises(Mistake, match="is a file, and a run needs a folder"):
         open_run_folder(tmp_path / "holiday.jpg", {})
+    open_run_folder(tmp_path / "run", {}, folders=["samples"])
+    (tmp_path / "run" / "samples").touch()
+    with pytest.raises(Mistake, match="samples is a file"):
+        open_run_folder(tmp_path / "run", {}, folders=["samples"])
 
 
 @pytest.mark.parametrize("damaged", [b"", b'{"steps": 3', b"[]", b"\x00\x00\x00", b"\xff\xfe"])

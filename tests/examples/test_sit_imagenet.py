@@ -456,6 +456,4 @@ def test_torchrun_runs_it_with_half_of_the_batch_each(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]  # one process writes
     assert done.stdout.count("The teacher for --stage 2") == 1
-    content = torch.load(checkpoint(tmp_path / "run", 2), weights_only=True)
-    assert content["criterion"]["calls"] == 4
     assert (tmp_path / "run" / "teacher" / "config.json").exists()

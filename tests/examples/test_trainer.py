@@ -24,7 +24,6 @@ from long_runs import (
     differences,
     fixed_loss,
     lines,
-    new_criterion,
     new_sit,
     new_trainer,
     own_state,
@@ -53,19 +52,14 @@ def checkpoint(out: Path, steps: int) -> Path:
 # --- What a step computes --------------------------------------------------------------------------------------------
 
 
-def plain_run(stage: str, data: Tensor, *, steps: int, lr: float, warmup: int, clip: float, decay: float) -> nn.Module:
+def plain_run(data: Tensor, *, steps: int, lr: float, warmup: int, clip: float, decay: float) -> nn.Module:
     """The averaged model after some full-batch steps of AdamW, written out."""
-    model = new_sit(class_dropout_prob=0.0) if stage == "baseline" else new_sit()
-    criterion = new_criterion(stage, model)
+    model = new_sit(class_dropout_prob=0.0)  # nothing is drawn
     parameters = [p for p in model.parameters() if p.requires_grad]
-    parameters += [] if criterion is None else list(criterion.parameters())
-    averages = [p.detach().clone() for p in model.parameters()]
+    averages = [p.detach().clone() for p in parameters]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
-    labels = torch.arange(len(data)) % 5
     for step in range(1, steps + 1):
-        loss = fixed_loss(model, data, labels)
-        total = loss.mean() if criterion is None else criterion(loss, latents=data, step=step - 1).total
-        gradients = torch.autograd.grad(total, parameters)
+        gradients = torch.autograd.grad(fixed_loss(model, data, torch.arange(len(data)) % 5).mean(), parameters)
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         for p, g, (m, v) in zip(parameters, gradients, moments, strict=True):
             g = g * min(1.0, clip / norm.item())
@@ -73,20 +67,19 @@ def plain_run(stage: str, data: Tensor, *, steps: int, lr: float, warmup: int, c
             v.mul_(0.999).add_(0.001 * g * g)
             update = (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
             p.data -= lr * min(1.0, step / warmup) * update
-        for average, p in zip(averages, model.parameters(), strict=True):
+        for average, p in zip(averages, parameters, strict=True):
             average.mul_(decay).add_((1 - decay) * p.detach())
-    for average, p in zip(averages, model.parameters(), strict=True):
+    for average, p in zip(averages, parameters, strict=True):
         p.data.copy_(average)
     return model
 
 
 def test_steps_equal_a_plain_loop(tmp_path: Path) -> None:
     data = Items(length=8, noise=0.0)
-    # Without label dropout nothing is drawn.
     model = new_sit(class_dropout_prob=0.0)
     settings = {"lr": 1e-2, "warmup_steps": 4, "clip": 0.05, "ema_decay": 0.8, "steps": 6}
     trainer = trained(tmp_path, stage="baseline", dataset=data, denoise=fixed_loss, model=model, **settings)
-    wanted = plain_run("baseline", data.latents, steps=6, lr=1e-2, warmup=4, clip=0.05, decay=0.8).state_dict()
+    wanted = plain_run(data.latents, steps=6, lr=1e-2, warmup=4, clip=0.05, decay=0.8).state_dict()
     for name, tensor in trainer.ema.state_dict().items():
         torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-5)
     assert [line["lr"] for line in lines(tmp_path)] == pytest.approx([0.0025, 0.005, 0.01, 0.01])
@@ -239,9 +232,8 @@ def test_a_damaged_newest_checkpoint_is_named(tmp_path: Path, size: int) -> None
     trained(tmp_path, steps=4, checkpoint_every=2)
     path = checkpoint(tmp_path, 4)
     path.write_bytes(path.read_bytes()[:size])
-    for match in ["0000004.pt", "zip archive" if size == 0 else "cannot be read as a checkpoint"]:
-        with pytest.raises(CheckpointError, match=match):
-            trained(tmp_path, steps=6)
+    with pytest.raises(CheckpointError, match=r"0000004\.pt"):
+        trained(tmp_path, steps=6)
 
 
 def test_a_folder_whose_checkpoints_are_a_file_is_named_before_anything_is_trained(tmp_path: Path) -> None:
@@ -378,13 +370,13 @@ def test_overflows_without_end_stop_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("keep", "keep_every", "left"), [(1, None, [7]), (2, None, [6, 7]), (2, 3, [3, 6, 7]), (99, None, [*range(1, 8)])]
+    ("keep", "keep_every", "left"), [(1, None, [7]), (2, 3, [3, 6, 7]), (99, None, [*range(1, 8)])]
 )
 def test_the_newest_checkpoints_and_the_milestones_stay(
     tmp_path: Path, keep: int, keep_every: int | None, left: list[int]
 ) -> None:
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "0000002.pt.partial").write_bytes(b"of a save that was killed")
+    (tmp_path / "checkpoints" / "0000002.pt.host-1.partial").write_bytes(b"of a save that was killed")
     trained(tmp_path, stage="baseline", checkpoint_every=1, keep=keep, keep_every=keep_every)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"{n:07d}.pt" for n in left]
 
@@ -420,33 +412,29 @@ def test_every_epoch_is_a_permutation_of_its_own() -> None:
     assert first != second
     assert {*first} | {*second} <= {*range(22)}
     assert batches(4, seed=4) != batches(4)
-
-
-@pytest.mark.parametrize("first_step", [1, 2, 3, 4])
-def test_the_order_begins_in_the_middle_as_it_would_have_gone_on(first_step: int) -> None:
-    assert batches(3, first_step=first_step) == batches(first_step + 3)[first_step:]
+    for first_step in (1, 2, 3, 4):  # the order begins in the middle as it would have gone on
+        assert batches(3, first_step=first_step) == batches(first_step + 3)[first_step:]
 
 
 def test_ranks_and_micro_batches_cut_one_global_batch() -> None:
-    whole = batches(4)
     parts = [batches(8, micro_batches=2, rank=rank, ranks=2) for rank in range(2)]
-    for step, batch in enumerate(whole):
+    for step, batch in enumerate(batches(4)):
         assert [i for part in (0, 1) for rank in parts for i in rank[2 * step + part]] == batch
 
 
-def test_a_batch_that_cannot_be_cut_and_data_that_is_too_small(tmp_path: Path) -> None:
-    for match in ["batch of 8 cannot be cut evenly", "1 processes, each with 3", "multiple of 3"]:
-        with pytest.raises(Mistake, match=match):
-            new_trainer(tmp_path, micro_batches=3)
-        reset()
+def test_settings_that_cannot_be_are_named(tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match=r"batch of 8 cannot be cut evenly(.|\n)*1 processes, each with 3"):
+        new_trainer(tmp_path, micro_batches=3)
+    reset()
     with pytest.raises(Mistake, match="20 samples, fewer than one batch of 64"):
         new_trainer(tmp_path, batch_size=64)
-
-
-def test_gradient_scaling_needs_cuda() -> None:
-    for match in ["fp16 with gradient scaling needs CUDA", "bf16"]:
-        with pytest.raises(Mistake, match=match):
-            new_accelerator("fp16", micro_batches=1, cpu=True, out=Path("x"))
+    with pytest.raises(Mistake, match=r"fp16 with gradient scaling needs CUDA(.|\n)*bf16"):
+        new_accelerator("fp16", micro_batches=1, cpu=True, out=tmp_path)
+    with (
+        patch("common.long_runs.get_available_trackers", list),
+        pytest.raises(Mistake, match="pip install trackio, or leave it out"),
+    ):
+        new_accelerator("no", micro_batches=1, cpu=True, out=tmp_path, trackers=["trackio"])
 
 
 def on_a_rank(rank: int, out: str, stage: str, signalled: int) -> dict[str, Tensor]:
@@ -489,7 +477,8 @@ def test_two_processes_equal_one_and_draw_noise_of_their_own(tmp_path: Path, sta
     for part in ("model", "ema", "criterion"):
         assert one[part].keys() == two[part].keys()
         for name, tensor in one[part].items():
-            torch.testing.assert_close(two[part][name], tensor, rtol=1e-3, atol=1e-4)
+            if isinstance(tensor, Tensor) and tensor.is_floating_point():  # what was measured is each rank's own
+                torch.testing.assert_close(two[part][name], tensor, rtol=1e-3, atol=1e-4)
     for a, b in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
         for term in ("step", "loss", "alignment", "in_window", "gradient_norm"):
             assert b[term] == pytest.approx(a[term], rel=1e-3)
