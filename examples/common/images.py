@@ -36,7 +36,7 @@ def find_images(folder: Path) -> ImageFiles:
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}.")
     found, seen = ImageFiles([], []), {os.path.realpath(folder)}
-    for parent, folders, files in os.walk(folder, followlinks=True):
+    for parent, folders, files in os.walk(folder, onerror=_not_listed, followlinks=True):
         prefix = "" if Path(parent) == folder else f"{Path(parent).relative_to(folder).as_posix()}/"
         entered = []
         for name in sorted(folders):
@@ -52,6 +52,10 @@ def find_images(folder: Path) -> ImageFiles:
             fine = name.lower().endswith(_SUFFIXES) and name[0] != "." and Path(parent, name).is_file()
             (found.images if fine else found.skipped).append(prefix + name)
     return ImageFiles(sorted(found.images), sorted(found.skipped))
+
+
+def _not_listed(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be looked through: {error.strerror}.") from error
 
 
 def skipped_line(folder: Path, skipped: list[str]) -> str:
@@ -91,7 +95,8 @@ def _on_white(image: Image.Image, bits: int) -> Image.Image:
         if key is not None:
             image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
     elif image.mode == "L" and isinstance(key, int):
-        image.info["transparency"] = key * 255 // (2**bits - 1)
+        most = 2**bits - 1
+        image.info["transparency"] = (key & most) * 255 // most
     elif image.mode == "RGB" and isinstance(key, tuple) and bits == 16:
         image.info["transparency"] = tuple(value >> 8 for value in key)
     if image.has_transparency_data:

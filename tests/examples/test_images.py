@@ -49,6 +49,20 @@ def test_images_are_found_at_any_depth_and_the_rest_is_named(tmp_path: Path) -> 
         find_images(tmp_path / "nowhere")
 
 
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(DataError, match=r"closed cannot be looked through: Permission denied"):
+        find_images(tmp_path)
+
+
 def test_a_linked_folder_is_looked_through(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data/0.png").touch()
@@ -85,6 +99,7 @@ PALETTE = bytes([*RED, *BLUE, 0, 0, 0])
 KINDS: dict[str, tuple[bytes, list[list[int]]]] = {  # by file: its bytes and the pixels that a viewer shows
     "1 bit": (png(1, 0, [0, 1]), [[0] * 3, WHITE]),
     "1 bit, a transparent grey": (png(1, 0, [0, 1], [0]), [WHITE, WHITE]),
+    "1 bit, a transparent white": (png(1, 0, [0, 1], [1]), [[0] * 3, WHITE]),
     "2 bits": (png(2, 0, [0, 1, 3]), [[0] * 3, [85] * 3, WHITE]),
     "2 bits, a transparent grey": (png(2, 0, [0, 1, 3], [1]), [[0] * 3, WHITE, WHITE]),
     "4 bits, a transparent grey": (png(4, 0, [5, 6], [5]), [WHITE, [102] * 3]),

@@ -129,27 +129,6 @@ def test_going_on_makes_only_what_is_missing(
     assert "images/s" not in printed  # none was made
 
 
-def test_an_interrupted_run_goes_on(
-    run_folder: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write_png, written = sample.write_png, []
-
-    def interrupted(image: object, path: Path) -> None:
-        if len(written) == 6:
-            raise KeyboardInterrupt
-        written.append(path.name)
-        write_png(image, path)
-
-    arguments = [f"--checkpoint={run_folder}", f"--out={tmp_path / 'out'}", *FAST]
-    with monkeypatch.context() as patch:
-        patch.setattr(sample, "write_png", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            sample.main(arguments)
-    assert {entry.name for entry in (tmp_path / "out").iterdir()} == {"settings.json", "images"}
-    sample.main(arguments)
-    assert np.array_equal(images_of(tmp_path / "out"), images_of(finished))
-
-
 def test_more_images_are_added_to_those_that_are_there(run_folder: Path, finished: Path, tmp_path: Path) -> None:
     for count in (5, 10):
         sample.main([f"--checkpoint={run_folder}", f"--out={tmp_path / 'out'}", *FAST, f"--num-samples={count}"])
