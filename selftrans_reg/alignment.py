@@ -370,7 +370,7 @@ def _check_fit(head: Head, tokens: Tensor, latents: Tensor, settings: Settings) 
 def _check_place(module: Head | nn.Module, device: torch.device, what: str) -> None:
     """Raise ``ShapeError`` unless ``module`` lies on ``device``."""
     found = next(module.parameters()).device
-    if found != device:
+    if found != device and not getattr(module, "is_placed", False):
         raise ShapeError(
             f"The {what} lies on {found}, the batch on {device}: call criterion.to({str(device)!r}) where the model is "
             "moved."
