@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -83,16 +84,31 @@ def in_ddp() -> bool:
     return getattr(DistributedDataParallel, "_active_ddp_module", None) is not None
 
 
+def unsynchronised(criterion: nn.Module, model: nn.Module | None, gated: Gated) -> str | None:
+    """What to say where the model's gradients are averaged over the ranks and the criterion's are not."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return None
+    averaged = gated.in_ddp or (model is not None and bool(sharded_parts(model)))
+    trains = any(p.requires_grad for p in criterion.parameters())
+    if not averaged or not trains or in_ddp() or sharded_parts(criterion):
+        return None
+    return (
+        f"The model's gradients are averaged over {dist.get_world_size()} ranks, and the head's are not: each rank "
+        "trains a head of its own.\n"
+        "Wrap the criterion as the model is wrapped, and call the wrapper: DistributedDataParallel(criterion), "
+        "fully_shard(criterion), accelerator.prepare(criterion)."
+    )
+
+
 def align(
     settings: Settings,
     heads: Iterable[Head],
-    layouts: Iterable[Layout],
     teacher: CFGFeatureTeacher | None,
     spec: CallSpec,
+    layouts: Iterable[Layout],
     record: Record[Gated],
     gated: Gated,
     latents: Tensor | None,
-    *,
     seed: int,
     checking: bool,
     look: Look | None,
@@ -102,9 +118,9 @@ def align(
     Args:
         settings: The criterion's.
         heads: One for each layer.
-        layouts: Of the layers' outputs.
         teacher: In stage 2.
         spec: How the student is called.
+        layouts: Of its layers' outputs.
         record: The student's forward.
         gated: Its call, and which rows are inside.
         latents: The clean latents; needed in stage 1.

@@ -6,12 +6,11 @@ import contextlib
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex, Unpack, cast
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from .alignment import (
@@ -22,15 +21,15 @@ from .alignment import (
     check_same_shape,
     check_teacher,
     gate,
-    in_ddp,
+    unsynchronised,
     zero_of,
 )
 from .calls import Call, CallSpec
 from .errors import CaptureError, CheckpointError, SettingError, TeacherError
 from .heads import Distance, Head, ProjectionHead, VAEAlignmentLoss
 from .health import Health, Look
-from .modules import Layout, device_of, find_layer, layer_names, quoted, resolve_width, sharded_parts
-from .plateau import GradientProbe, Plateau, PlateauRule
+from .modules import Layout, device_of, find_layer, layer_names, quoted, resolve_width
+from .plateau import GradientProbe, PlateauRule
 from .settings import FIELDS, MAX_STEP, Common, RunState, Settings, Target, shown
 from .taps import Recorder
 from .teacher import CFGFeatureTeacher
@@ -40,7 +39,6 @@ from .tokens import described
 # A mistake in a new loop shows in the first calls of a process, and is cheap to find there.
 _FIRST = 3
 
-_ON_PURPOSE = "To go on with this criterion's on purpose, call criterion.allow_changes() before loading."
 # What wrappers put into the keys of a state.
 _WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
@@ -115,11 +113,7 @@ class SelfTransLoss(nn.Module):
     _recorder: Recorder[Gated] | None = None
 
     def __init__(
-        self,
-        model: nn.Module,
-        heads: Iterable[nn.Module],
-        settings: Settings,
-        teacher: CFGFeatureTeacher | None = None,
+        self, model: nn.Module, heads: Iterable[nn.Module], settings: Settings, teacher: CFGFeatureTeacher | None = None
     ) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
@@ -324,15 +318,13 @@ class SelfTransLoss(nn.Module):
             step: The optimiser's step, counted from 0. Required with ``stop_step``.
 
         Raises:
-            CaptureError: If there was no forward, or several; or the layer did not run.
-            CaptureError: If the captured tokens carry no gradient.
-            ShapeError: If loss, latents, tokens or features do not fit each other.
+            CaptureError: If there was no forward, or several; if the layer did not run, or its tokens carry no
+                gradient; or if ``stop_when`` cannot be measured.
+            ShapeError: If loss, latents, tokens or features do not fit each other, or do not lie on one device.
             TimeConventionError: If t or x_t contradicts the time convention.
             SettingError: If ``step`` is needed and missing.
             TeacherError: If the teacher is needed and was released.
-            ShapeError: If head, teacher and tokens are not on one device.
             NotFiniteError: If student, teacher or head gave NaN or inf in a call that is measured.
-            CaptureError: If ``stop_when`` cannot be measured.
         """
         try:
             return self._forward(denoising, latents, step)
@@ -360,19 +352,8 @@ class SelfTransLoss(nn.Module):
         weight = self.weight * scale
         look = self._new_look(denoising, gated.call, recorder.model, weight)
         with torch.no_grad() if weight == 0.0 else contextlib.nullcontext():
-            alignment = align(
-                self.settings,
-                heads,
-                self._layouts,
-                teacher,
-                self.spec,
-                record,
-                gated,
-                latents,
-                seed=self._calls,
-                checking=checking,
-                look=look,
-            )
+            student = self.spec, self._layouts, record, gated
+            alignment = align(self.settings, heads, teacher, *student, latents, self._calls, checking, look)
         self._observe(look, gated, alignment)
         return _terms(denoising, alignment, weight * alignment if weight else zero_of(heads), weight, gated.inside)
 
@@ -388,14 +369,9 @@ class SelfTransLoss(nn.Module):
             Layout.of(find_layer(model, layer), head.in_features)
             for layer, head in zip(settings.layers, heads, strict=True)
         ]
-        self._recorder = Recorder(
-            model,
-            settings.layers,
-            functools.partial(gate, self.spec, settings),
-            training_only=True,
-            eval_mode=settings.eval_mode,
-            forward=settings.forward,
-        )
+        gated = functools.partial(gate, self.spec, settings)
+        which, anyway = settings.forward, settings.eval_mode
+        self._recorder = Recorder(model, settings.layers, gated, training_only=True, eval_mode=anyway, forward=which)
 
     def detach(self) -> None:
         """Remove every hook from the model."""
@@ -433,16 +409,12 @@ class SelfTransLoss(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """What a resumed run needs besides the heads, in a uint8 tensor: every format and wrapper keeps that."""
+        return self._state().to_tensor()
+
+    def _state(self) -> RunState:
         plateau = None if self._plateau is None else self._plateau.state()
-        return RunState(
-            step=self._step,
-            calls=self._calls,
-            weight=self.weight,
-            teacher=self._taught_by,
-            health=self._health.state(),
-            plateau=plateau,
-            settings=self.settings.to_json(),
-        ).to_tensor()
+        counts = self._step, self._calls, self.weight, self._taught_by
+        return RunState(*counts, self._health.state(), plateau, self.settings.to_json())
 
     def set_extra_state(self, state: Tensor) -> None:
         """Go on from what :meth:`get_extra_state` gave.
@@ -452,10 +424,10 @@ class SelfTransLoss(nn.Module):
             TeacherError: If the teacher is another.
             SettingError: If settings or schedule are others, or a rule stopped the run that the criterion has not.
         """
-        saved = _read(state)
+        saved = RunState.from_tensor(state)
         allowed, self._changes_allowed = self._changes_allowed, False
         if not allowed:
-            self._check_same_run(saved)
+            saved.check_continued_by(self._state(), taught=self.teacher is not None)
         self._step, self._calls = saved.step, saved.calls
         if saved.settings.get("weight") == self.settings.weight:
             self.weight = saved.weight  # which the loop may have changed since
@@ -469,44 +441,21 @@ class SelfTransLoss(nn.Module):
         """Let the next state that is loaded be one of other settings or of another teacher: this criterion's stay."""
         self._changes_allowed = True
 
-    def _check_same_run(self, saved: RunState) -> None:
-        """Make sure that settings, teacher and schedule are those that a state was saved with."""
-        own = self.settings.to_json()
-        other = [name for name in own if name != "stop_when" and saved.settings.get(name) != own[name]]
-        if saved.weight == self.weight and "weight" in other:
-            other.remove("weight")  # it was changed to that while the run went on
-        if other:
-            raise SettingError(
-                f"The state was saved with {shown(saved.settings, other)}; this criterion has {shown(own, other)}.\n"
-                f"Build it with the saved settings. {_ON_PURPOSE}"
-            )
-        if self._plateau is None and saved.plateau is not None and saved.plateau[0] >= 0:
-            raise SettingError(
-                f"The state is one of a run that {shown(saved.settings, ['stop_when'])} has stopped; this criterion "
-                f"has none, and the alignment would set in again.\nBuild it with the saved stop_when=. {_ON_PURPOSE}"
-            )
-        if self.teacher is not None and saved.teacher not in (None, self._taught_by):
-            raise TeacherError(
-                "The state was saved with another teacher: weights, layer, guidance scale or null condition differ.\n"
-                f"Saved {saved.teacher[:16]}, this criterion's {str(self._taught_by)[:16]}. Build the teacher as when "
-                f"the run began. {_ON_PURPOSE}"
-            )
-
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
         """Check all of a state before any of it is loaded, and look through what wrappers put into its keys."""
-        own = {f"{prefix}heads.{name}": tuple(value.shape) for name, value in _weights(self.heads)}
+        weights = [*self.heads.named_parameters(remove_duplicate=False), *self.heads.named_buffers()]
+        own = {f"{prefix}heads.{name}": tuple(value.shape) for name, value in weights}
         extra = f"{prefix}_extra_state"
         names = {_WRAPPER.sub("", name.removeprefix(prefix)): name for name in (*own, extra)}
         for key in [key for key in state_dict if key.startswith(prefix)]:
             name = names.get(_WRAPPER.sub("", key.removeprefix(prefix)), key)
             state_dict[name] = state_dict.pop(key)
-        found = {
-            key: tuple(getattr(value, "shape", ()))
-            for key, value in state_dict.items()
-            if key.startswith(f"{prefix}heads.")
-        }
-        if extra in state_dict and not self._changes_allowed:
-            self._check_same_run(_read(state_dict[extra]))
+        heads = [key for key in state_dict if key.startswith(f"{prefix}heads.")]
+        found = {key: tuple(getattr(state_dict[key], "shape", ())) for key in heads}
+        if extra in state_dict:
+            saved = RunState.from_tensor(state_dict[extra])
+            if not self._changes_allowed:
+                saved.check_continued_by(self._state(), taught=self.teacher is not None)
         if (found or extra in state_dict) and (found != own or extra not in state_dict):
             wrong = [key for key in own | found if found.get(key) != own.get(key)] or [extra]
             listed = "\n  ".join(f"{key}: saved {found.get(key)}, here {own.get(key)}" for key in wrong[:8])
@@ -569,8 +518,8 @@ class SelfTransLoss(nn.Module):
                 "teacher: it was released, or never given.\nBuild the criterion with the teacher that the run began "
                 "with."
             )
-        if self._seen == 1 and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            self._check_synchronised(gated)
+        if self._seen == 1 and (message := unsynchronised(self, self._watching().model, gated)):
+            self._health.warn("head_not_synchronised", message)
         if not checking or call.times is None:
             return
         if latents is None:
@@ -582,39 +531,18 @@ class SelfTransLoss(nn.Module):
             if left_out is not None:
                 self._health.warn("time_not_checked", left_out)
 
-    def _check_synchronised(self, gated: Gated) -> None:
-        """Warn if the model's gradients are averaged over the ranks and the head's are not."""
-        model = self._watching().model
-        averaged = gated.in_ddp or (model is not None and bool(sharded_parts(model)))
-        trained = any(p.requires_grad for p in self.heads.parameters())
-        if averaged and trained and not (in_ddp() or sharded_parts(self)):
-            self._health.warn(
-                "head_not_synchronised",
-                f"The model's gradients are averaged over {dist.get_world_size()} ranks, and the head's are not: each "
-                "rank trains a head of its own.\n"
-                "Wrap the criterion as the model is wrapped, and call the wrapper: DistributedDataParallel(criterion), "
-                "fully_shard(criterion), accelerator.prepare(criterion).",
-            )
-
     def _new_look(self, denoising: Tensor, call: Call, model: nn.Module | None, weight: float) -> Look | None:
         """Where this call is measured, what is to see it."""
         settings = self.settings
         due = self._due(settings.health_interval) or (settings.stop_when and self._due(settings.stop_when.interval))
         if not due or model is None:
             return None
+        probe = GradientProbe(self.measures.update) if weight > 0.0 else None
         nowhere = torch.full((call.rows,), torch.nan, device=call.x_t.device)
-        return Look(
-            denoising,
-            GradientProbe(self.measures.update) if weight > 0.0 else None,
-            call,
-            nowhere if call.times is None else settings.time.noise_fraction(call.times),
-            settings.window,
-            model,
-            {layer: find_layer(model, layer) for layer in settings.layers},
-            self.heads,
-            self.teacher,
-            weight,
-        )
+        fractions = nowhere if call.times is None else settings.time.noise_fraction(call.times)
+        layers = {layer: find_layer(model, layer) for layer in settings.layers}
+        trained = model, layers, self.heads, self.teacher
+        return Look(denoising, probe, call, fractions, settings.window, *trained, weight)
 
     def _observe(self, look: Look | None, gated: Gated, alignment: Tensor) -> None:
         inside = len(gated.rows())
@@ -641,32 +569,8 @@ def _terms(denoising: Tensor, alignment: Tensor, added: Tensor, weight: float, i
     )
 
 
-def _read(state: object) -> RunState:
-    """A saved extra state.
-
-    Raises:
-        CheckpointError: If it is none.
-    """
-    try:
-        saved = RunState.from_tensor(state)
-        Health(None).load(saved.health)
-        PlateauRule(Plateau()).load(saved.plateau or PlateauRule(Plateau()).state())
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise CheckpointError(
-            f"The criterion's saved state is damaged; nothing was loaded. {type(error).__name__}: {str(error)[:200]}\n"
-            "Take another checkpoint. Heads that are whole can be loaded alone, by criterion.heads.load_state_dict()."
-        ) from error
-    return saved
-
-
 def _widths(model: nn.Module, layer: str | Sequence[str], hidden_size: int | None) -> list[int]:
     return [resolve_width(find_layer(model, name), name, hidden_size) for name in layer_names(layer)]
-
-
-def _weights(heads: nn.ModuleList) -> Iterator[tuple[str, Tensor]]:
-    """What a state dict of the heads holds, by name."""
-    yield from heads.named_parameters(remove_duplicate=False)
-    yield from heads.named_buffers(remove_duplicate=False)
 
 
 def checked_step(step: object) -> int:

@@ -11,10 +11,11 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 import torch
 from torch import Tensor
 
-from .errors import SettingError
+from .errors import CheckpointError, SettingError, TeacherError
 from .heads import Distance, check_distance
+from .health import Health
 from .modules import check_positive, quoted
-from .plateau import Plateau
+from .plateau import Plateau, PlateauRule
 from .taps import WhichForward
 from .time import TimeConvention, check_window
 from .tokens import Select, Tokens, check_select, check_tokens
@@ -26,6 +27,11 @@ Schedule: TypeAlias = Literal["constant", "linear", "cosine"]
 _MAX_WEIGHT = 1_000_000  # a larger one is a slip
 MAX_STEP = 2**63 - 1  # as wherever steps are kept
 _FORMAT = 1
+_DAMAGED = (
+    "The criterion's saved state is damaged, or of a later version; nothing was loaded. Take another checkpoint. Heads "
+    "that are whole can be loaded alone, by criterion.heads.load_state_dict()."
+)
+_ON_PURPOSE = "To go on with this criterion's on purpose, call criterion.allow_changes() before loading."
 
 
 class Common(TypedDict, total=False):
@@ -197,17 +203,49 @@ class RunState(NamedTuple):
         """What :meth:`to_tensor` was given.
 
         Raises:
-            Exception: Of many kinds, if ``tensor`` is something else.
+            CheckpointError: If ``tensor`` is something else.
         """
-        entries = json.loads(bytes(tensor.tolist()))
-        if (version := entries.pop("format")) != _FORMAT:
-            raise ValueError(f"its format is {version}, and this version of selftrans-reg reads {_FORMAT}")
-        numbers = {name: entries[name] and [float(value) for value in entries[name]] for name in ("health", "plateau")}
-        state = cls(**entries | numbers)
-        counts = _is_whole(state.step, -1) and _is_whole(state.calls, 0) and _is_weight(state.weight)
-        if not (counts and isinstance(state.settings, dict) and isinstance(state.teacher, str | None)):
-            raise ValueError("its entries are not those of a run")
+        try:
+            entries = json.loads(bytes(tensor.tolist()))
+            version = entries.pop("format")
+            health, plateau = ([float(v) for v in entries.pop(name) or []] for name in ("health", "plateau"))
+            state = cls(**entries, health=health, plateau=plateau or None)
+            Health(None).load(state.health)
+            PlateauRule(Plateau()).load(plateau or PlateauRule(Plateau()).state())
+            sound = _is_whole(state.step, -1) and _is_whole(state.calls, 0) and _is_weight(state.weight)
+            sound &= isinstance(state.settings, dict) and isinstance(state.teacher, str | None) and version == _FORMAT
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{_DAMAGED}\n{type(error).__name__}: {str(error)[:200]}") from error
+        if not sound:
+            raise CheckpointError(f"{_DAMAGED}\nFound format {version}, {str(state[:4])[:200]}.")
         return state
+
+    def check_continued_by(self, own: RunState, *, taught: bool) -> None:
+        """Make sure that a criterion whose state is ``own``, and that has a teacher if ``taught``, goes on with this.
+
+        Raises:
+            SettingError: If its settings are others, or it lacks the rule that stopped the run.
+            TeacherError: If its teacher is another.
+        """
+        other = [k for k, value in own.settings.items() if k != "stop_when" and self.settings.get(k) != value]
+        if self.weight == own.weight and "weight" in other:
+            other.remove("weight")  # it was changed to that while the run went on
+        if other:
+            raise SettingError(
+                f"The state was saved with {shown(self.settings, other)}; this criterion has "
+                f"{shown(own.settings, other)}.\nBuild it with the saved settings. {_ON_PURPOSE}"
+            )
+        if own.plateau is None and self.plateau is not None and self.plateau[0] >= 0:
+            raise SettingError(
+                f"The state is one of a run that {shown(self.settings, ['stop_when'])} has stopped; this criterion "
+                f"has none, and the alignment would set in again.\nBuild it with the saved stop_when=. {_ON_PURPOSE}"
+            )
+        if taught and self.teacher is not None and self.teacher != own.teacher:
+            raise TeacherError(
+                "The state was saved with another teacher: weights, layer, guidance scale or null condition differ.\n"
+                f"Saved {self.teacher[:16]}, this criterion's {str(own.teacher)[:16]}. Build the teacher as when the "
+                f"run began. {_ON_PURPOSE}"
+            )
 
 
 def _as_text(values: Sequence[float] | None) -> list[str] | None:
