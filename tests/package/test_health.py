@@ -400,12 +400,6 @@ class TestFaults:
         run.steps(20)
         run.warned("same_weights", "layer 'blocks.1' has the teacher's weights", "from scratch", "ignore this")
 
-    def test_a_teacher_that_shares_the_students_weights_is_refused(self) -> None:
-        model, other = student(), student()
-        other.blocks = model.blocks
-        with pytest.raises(st.TeacherError, match=r"shares with the student what trains, 'blocks\.2"):
-            Run(model=model, teacher=new_teacher(other))
-
     @pytest.mark.parametrize("gating", ["per-sample", "released"])
     def test_a_window_that_nothing_enters(self, gating: str) -> None:
         run = Run(gating=gating, health_interval=50)
