@@ -106,51 +106,27 @@ def sizes(run: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def stage1_criterion(run: argparse.Namespace, model: SiT) -> st.SelfTransLoss:
-    """Stage 1: a shallow layer against the clean latents."""
-    return st.SelfTransLoss.stage1(
-        model,
-        layer=run.stage1_layer,
-        time=TIME,
-        latent_channels=LATENT_CHANNELS,
-        patch_size=1,
-        hidden_features=run.head_features,
-        weight=run.weight,
-    )
-
-
 def new_teacher(run: argparse.Namespace, checkpoint: Path | None) -> st.CFGFeatureTeacher:
     """The teacher of stage 2: the averaged model of a checkpoint."""
-    return st.build_teacher(
-        new_sit(run),
-        checkpoint,
-        layer=run.teacher_layer,
-        guidance_scale=run.guidance_scale,
-        null={"y": NUM_DIGIT_CLASSES},
-        time=TIME,
-    )
+    null = {"y": NUM_DIGIT_CLASSES}
+    settings = {"layer": run.teacher_layer, "guidance_scale": run.guidance_scale, "null": null, "time": TIME}
+    return st.build_teacher(new_sit(run), checkpoint, **settings)
 
 
-def stage2_criterion(run: argparse.Namespace, model: SiT, teacher: st.CFGFeatureTeacher) -> st.SelfTransLoss:
-    """Stage 2: a layer of a new model against the teacher's guided features."""
-    return st.SelfTransLoss.stage2(
-        model,
-        layer=run.student_layer,
-        teacher=teacher,
-        time=TIME,
-        hidden_features=run.head_features,
-        weight=run.weight,
-        stop_step=round(run.stop_fraction * run.steps),
-    )
-
-
-def criterion_of(run: argparse.Namespace, way: str, model: SiT) -> st.SelfTransLoss | None:
-    """What a way of training adds to the loss."""
-    if way == "baseline":
-        return None
-    if way == "stage1":
-        return stage1_criterion(run, model)
-    return stage2_criterion(run, model, new_teacher(run, run.out / "stage1.pt"))
+def criterion_of(
+    run: argparse.Namespace, way: str, model: SiT, teacher: st.CFGFeatureTeacher | None = None
+) -> st.SelfTransLoss | None:
+    """What a way of training adds to the loss; stage 2 has the stage-1 run as its teacher, if no other is given."""
+    same = {"time": TIME, "hidden_features": run.head_features, "weight": run.weight}
+    if way == "stage1":  # a shallow layer against the clean latents
+        return st.SelfTransLoss.stage1(
+            model, layer=run.stage1_layer, latent_channels=LATENT_CHANNELS, patch_size=1, **same
+        )
+    if way == "stage2":  # a layer of a new model against the teacher's guided features
+        teacher = teacher or new_teacher(run, run.out / "stage1.pt")
+        stop = round(run.stop_fraction * run.steps)
+        return st.SelfTransLoss.stage2(model, layer=run.student_layer, teacher=teacher, stop_step=stop, **same)
+    return None
 
 
 def settle(run: argparse.Namespace) -> None:
@@ -160,8 +136,8 @@ def settle(run: argparse.Namespace) -> None:
     for name in ("stage1_layer", "student_layer", "teacher_layer", "guidance_scale", "weight"):
         if getattr(run, name) is None:
             setattr(run, name, getattr(plan, name))
-    stage1_criterion(run, model).detach()
-    stage2_criterion(run, model, new_teacher(run, checkpoint=None)).detach()
+    criterion_of(run, "stage1", model).detach()
+    criterion_of(run, "stage2", model, new_teacher(run, checkpoint=None)).detach()
 
 
 def train_settings(run: argparse.Namespace) -> TrainSettings:
@@ -238,7 +214,7 @@ def feature_panels(
     """
     teacher, student = new_teacher(run, run.out / "stage1.pt"), new_sit(run).eval()
     student.load_state_dict(checkpoint["ema"])
-    criterion = stage2_criterion(run, student, teacher)
+    criterion = criterion_of(run, "stage2", student, teacher)
     criterion.load_state_dict(checkpoint["criterion"])
 
     latents = encode_moments(vae, data.images)[0].to(run.device) * vae.config.scaling_factor

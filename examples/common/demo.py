@@ -68,13 +68,9 @@ class MemoryLatents(Dataset[tuple[Tensor, Tensor, int]]):
     def __init__(
         self, mean: Tensor, std: Tensor, labels: Tensor, *, num_classes: int, scaling: Scaling, vae: str | None
     ) -> None:
-        self.mean = mean
-        self.std = std
-        self.labels = labels
-        self.num_classes = num_classes
+        self.mean, self.std, self.labels, self.num_classes = mean, std, labels, num_classes
         _, self.channels, self.size, _ = mean.shape
-        self.scaling = scaling
-        self.vae = vae
+        self.scaling, self.vae = scaling, vae
 
     def __len__(self) -> int:
         """Images."""

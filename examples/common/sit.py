@@ -226,11 +226,8 @@ class SiT(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes("SiT", input_size, patch_size, hidden_size, num_heads)
-        self.patch_size = patch_size
-        self.in_channels = in_channels
-        self.num_classes = num_classes
-        self.learn_sigma = learn_sigma
-        self.grid_size = input_size // patch_size
+        self.patch_size, self.grid_size = patch_size, input_size // patch_size
+        self.in_channels, self.num_classes, self.learn_sigma = in_channels, num_classes, learn_sigma
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)

@@ -75,13 +75,10 @@ class Criterion(Protocol):
         """The terms, for the batch that the model has just been run on."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained beside the model."""
+        """What is trained and saved beside the model."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """What is saved beside the model."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any:
-        """Take up what was saved."""
+    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
+    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...  # noqa: D102
 
 
 def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:

@@ -191,17 +191,14 @@ def test_an_mmdits_claims_are_looked_at_too(tmp_path: Path, said: dict[str, Any]
 
 def test_what_shapes_do_not_show_is_asked_for(tmp_path: Path) -> None:
     path = saved(tmp_path, state())
-    for match in ["does not say its num_heads", "depth 2 and hidden_size 16, no published size", "--num-heads of the"]:
-        with pytest.raises(Mistake, match=match):
-            sit_from_checkpoint(path, num_classes=5)
-    for match in ["does not say its num_classes", "class table of 6 rows, whose last may be", "--num-classes of the"]:
-        with pytest.raises(Mistake, match=match):
-            sit_from_checkpoint(path, num_heads=2)
+    with pytest.raises(Mistake, match=r"not say its num_heads(.|\n)*depth 2 and hidden_size 16, no published size"):
+        sit_from_checkpoint(path, num_classes=5)
+    with pytest.raises(Mistake, match=r"not say its num_classes(.|\n)*class table of 6 rows, whose last may be"):
+        sit_from_checkpoint(path, num_heads=2)
     assert sit_from_checkpoint(path, num_heads=2, num_classes=5)[1].settings["class_dropout_prob"] > 0
     assert sit_from_checkpoint(path, num_heads=2, num_classes=6)[1].settings["class_dropout_prob"] == 0
-    for match in ["class table that does not fit", "6 rows; num_classes=7", "one more, for the null class"]:
-        with pytest.raises(Mistake, match=match):
-            sit_from_checkpoint(path, num_heads=2, num_classes=7)
+    with pytest.raises(Mistake, match=r"class table that does not fit(.|\n)*6 rows; num_classes=7"):
+        sit_from_checkpoint(path, num_heads=2, num_classes=7)
 
 
 def test_a_table_without_a_null_row_is_known(tmp_path: Path) -> None:
@@ -232,9 +229,8 @@ def test_a_record_that_contradicts_the_weights_is_named(tmp_path: Path, said: di
 
 def test_another_model_than_the_user_says_is_named(tmp_path: Path) -> None:
     path = trainers_file(tmp_path)
-    for match in ["holds another model than model='SiT-S/2' says", "depth: 2 there, 12 said", "hidden_size: 16 there"]:
-        with pytest.raises(Mistake, match=match):
-            sit_from_checkpoint(path, model="SiT-S/2")
+    with pytest.raises(Mistake, match=r"another model than model='SiT-S/2' says.\nFound: depth: 2 there, 12 said"):
+        sit_from_checkpoint(path, model="SiT-S/2")
     with pytest.raises(Mistake, match=r"than the record of its own run says.\nFound: num_heads: 4 there, 2"):
         sit_from_checkpoint(path, num_heads=4)
     with pytest.raises(Mistake, match="no SiT named 'SiT-H/2'"):
@@ -243,9 +239,8 @@ def test_another_model_than_the_user_says_is_named(tmp_path: Path) -> None:
 
 def test_files_that_hold_no_sit_are_named(tmp_path: Path) -> None:
     weights = state()
-    for match in ["holds no SiT: it has no x_embedder.proj.weight, pos_embed", "Found: 'layer.weight'"]:
-        with pytest.raises(Mistake, match=match):
-            sit_from_checkpoint(saved(tmp_path, {"layer.weight": torch.ones(2)}))
+    with pytest.raises(Mistake, match=r"holds no SiT: it has no x_embedder(.|\n)*Found: 'layer.weight'"):
+        sit_from_checkpoint(saved(tmp_path, {"layer.weight": torch.ones(2)}))
     for key, value in [
         ("pos_embed", torch.ones(1, 15, 16)),
         ("x_embedder.proj.weight", torch.ones(16, 12)),

@@ -8,7 +8,7 @@ import torch
 from common.options import Mistake
 from common.paths import denoising_loss
 from common.sit import SiT
-from common.training import Training, TrainSettings, averaged_copy, endless, train
+from common.training import Training, TrainSettings, endless, train
 from torch import Tensor, nn
 
 import selftrans_reg as st
@@ -18,16 +18,13 @@ SETTINGS = TrainSettings(steps=22, lr=1e-3, warmup_steps=4, ema_decay=0.9)
 
 def tiny_sit() -> SiT:
     torch.manual_seed(0)
-    return SiT(
-        input_size=4,
-        patch_size=1,
-        in_channels=2,
-        hidden_size=16,
-        depth=3,
-        num_heads=2,
-        num_classes=3,
-        learn_sigma=False,
-    )
+    sizes = {"input_size": 4, "patch_size": 1, "in_channels": 2, "hidden_size": 16, "depth": 3, "num_heads": 2}
+    return SiT(**sizes, num_classes=3, learn_sigma=False)
+
+
+def stage1(model: SiT, **settings: object) -> st.SelfTransLoss:
+    same = {"latent_channels": 2, "patch_size": 1, "hidden_features": 8, "window": None}
+    return st.SelfTransLoss.stage1(model, layer="blocks.1", time="repa", **same, **settings)
 
 
 def batches() -> Iterator[tuple[Tensor, Tensor]]:
@@ -72,38 +69,27 @@ def test_a_criterion_of_weight_zero_leaves_the_run_as_it_is() -> None:
     runs = []
     for with_criterion in (False, True):
         model = tiny_sit()
-        criterion = None
-        if with_criterion:
-            criterion = st.SelfTransLoss.stage1(
-                model, layer="blocks.1", time="repa", latent_channels=2, patch_size=1, hidden_features=8, weight=0.0
-            )
+        criterion = stage1(model, weight=0.0) if with_criterion else None
         torch.manual_seed(2)
         result = train(model, batches(), denoising_loss, SETTINGS, criterion=criterion)
-        runs.append((model.state_dict(), result.ema.module.state_dict()))
-    for plain, watched in zip(*runs, strict=True):
-        assert plain.keys() == watched.keys()
-        for name in plain:
-            assert torch.equal(plain[name], watched[name]), name
+        runs.append({**model.state_dict(), **result.ema.state_dict()})
+    plain, watched = runs
+    assert plain.keys() == watched.keys()
+    assert [name for name in plain if not torch.equal(plain[name], watched[name])] == []
 
 
 def test_a_criterion_adds_its_terms_to_the_log_and_its_head_is_trained() -> None:
     model = tiny_sit()
-    criterion = st.SelfTransLoss.stage1(
-        model, layer="blocks.1", time="repa", latent_channels=2, patch_size=1, hidden_features=8, window=None
+    criterion, told = stage1(model), []
+    before = [parameter.clone() for parameter in criterion.parameters()]
+    result = train(
+        model, batches(), denoising_loss, SETTINGS, criterion=criterion, after_step=lambda run: told.append(run.steps)
     )
-    before = {name: value.clone() for name, value in criterion.state_dict().items() if "heads" in name}
-    result = train(model, batches(), denoising_loss, SETTINGS, criterion=criterion)
+    assert told == [*range(1, 23)]
     assert [sorted(entry) for entry in result.log] == [["alignment", "denoising", "in_window", "step"]] * 3
     assert [entry["step"] for entry in result.log] == [0, 20, 21]
     assert result.log[-1]["alignment"] < result.log[0]["alignment"]
-    after = criterion.state_dict()
-    assert all(not torch.equal(value, after[name]) for name, value in before.items())
-
-
-def stage1(model: SiT) -> st.SelfTransLoss:
-    return st.SelfTransLoss.stage1(
-        model, layer="blocks.1", time="repa", latent_channels=2, patch_size=1, hidden_features=8, window=None
-    )
+    assert not any(torch.equal(*pair) for pair in zip(before, criterion.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("with_criterion", [False, True])
@@ -129,29 +115,11 @@ def test_a_resumed_run_is_the_uninterrupted_one(with_criterion: bool, tmp_path: 
     assert torch.equal(drawn, drawn_again)
 
 
-def test_after_every_step_the_caller_is_told() -> None:
-    told = []
-    model = tiny_sit()
-    ema = averaged_copy(model, 0.5)
-    result = train(
-        model,
-        batches(),
-        denoising_loss,
-        SETTINGS._replace(steps=3),
-        ema=ema,
-        after_step=lambda run: told.append(run.steps),
-    )
-    assert told == [1, 2, 3]
-    assert result.ema is ema
-    assert not torch.equal(result.ema.module.x_embedder.proj.weight, model.x_embedder.proj.weight)
-
-
 def test_epochs_follow_each_other_and_one_without_a_batch_is_an_error() -> None:
     found = endless("ab")
     assert [next(found) for _ in range(5)] == [*"ababa"]
-    with pytest.raises(Mistake, match="no batch"):
-        next(endless([]))
     used_up = endless(iter("a"))
     assert next(used_up) == "a"
-    with pytest.raises(Mistake, match="no batch"):
-        next(used_up)
+    for empty in (endless([]), used_up):
+        with pytest.raises(Mistake, match="no batch"):
+            next(empty)
