@@ -3,16 +3,7 @@
 import pytest
 import torch
 from checkpointed import MODELS, in_segments
-from loops import (
-    assert_same,
-    denoising,
-    gradients,
-    new_criterion,
-    noisy_batch,
-    plain_gradients,
-    student,
-    total,
-)
+from loops import assert_same, denoising, gradients, new_criterion, noisy_batch, plain_gradients, student, total
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -190,8 +190,7 @@ def test_a_compiled_function_around_the_models_call() -> None:
 
 
 @pytest.mark.skipif(
-    "isolate_recompiles" not in inspect.signature(torch.compile).parameters,
-    reason="one cache for both there",
+    "isolate_recompiles" not in inspect.signature(torch.compile).parameters, reason="one cache for both there"
 )
 def test_a_compiled_teacher_leaves_the_students_cache_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Student and teacher share a class, so a code object, and what PyTorch caches for it; here two graphs at most."""

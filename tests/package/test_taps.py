@@ -11,11 +11,10 @@ import plain
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from toys import ToyDiT, batch
 
 import selftrans_reg as st
-from selftrans_reg.errors import CallError, CaptureError, LayerNotFoundError, SettingError, ShapeError
+from selftrans_reg.errors import CallError, CaptureError, LayerNotFoundError, SettingError
 from selftrans_reg.taps import EarlyExit, Record, Recorder, _Run, watched
 
 
@@ -32,17 +31,6 @@ def run(model: nn.Module, n: int = 4) -> Tensor:
 
 def noted(record: Record[str]) -> str:
     return "noted"
-
-
-class CheckpointedDiT(ToyDiT):
-    """Each block, or the pair of blocks 1 and 2, in reentrant activation checkpoints."""
-
-    def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
-        def pair(tokens: Tensor, c: Tensor) -> Tensor:
-            return self.blocks[2](self.blocks[1](tokens, c), c)
-
-        tokens = self.blocks[0](tokens, c)
-        return self.blocks[3](checkpoint(pair, tokens, c, use_reentrant=True), c)
 
 
 class TestFeatureTap:
@@ -75,31 +63,6 @@ class TestFeatureTap:
         with st.FeatureTap(model, "blocks.1") as tap, contexts.get(mode, torch.enable_grad)():
             run(model)
             assert tap.pop().shape == (4, 16, 16)
-
-    def test_a_gradient_hidden_by_checkpointing_is_an_error(self) -> None:
-        model = CheckpointedDiT()
-        with st.FeatureTap(model, "blocks.1") as tap:
-            run(model)
-            with pytest.raises(CaptureError, match=r"'blocks.1' carry no gradient, although it trains.*\n.*use_reent"):
-                tap.pop()
-            with torch.no_grad(), pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
-                run(model)
-            assert not tap.pop().requires_grad
-        with st.FeatureTap(model.requires_grad_(False), "blocks.0") as tap:
-            with pytest.warns(UserWarning, match="None of the inputs have requires_grad"):
-                run(model)
-            assert not tap.pop().requires_grad  # frozen on purpose
-
-    def test_recomputation_in_backward_is_no_forward(self) -> None:
-        model, b = student(), batch(4)
-        x = b["x"].requires_grad_()
-        with st.FeatureTap(model, "blocks.1") as tap:
-            for _ in range(2):
-                output = checkpoint(model, x, b["t"], b["y"], use_reentrant=True)
-                tap.discard()
-                output.sum().backward()
-            with pytest.raises(CaptureError, match="There is no forward"):
-                tap.pop()
 
     def test_popping_empties_it(self) -> None:
         model = student()
@@ -277,17 +240,6 @@ class TestTrainingRecords:
         assert f"There is no forward of the model to work on{reason}" in str(error.value)
         assert "in train mode with gradients enabled" in str(error.value)
 
-    @pytest.mark.parametrize("reentrant", [True, False])
-    def test_recomputing_the_whole_model_in_the_backward_pass_is_no_forward(self, reentrant: bool) -> None:
-        model, b = student(), batch(4)
-        recorder = Recorder(model, ["blocks.1"], noted, training_only=True)
-        x = b["x"].requires_grad_()
-        output = torch.utils.checkpoint.checkpoint(model, x, b["t"], b["y"], use_reentrant=reentrant)
-        recorder.discard()
-        output.sum().backward()
-        with pytest.raises(CaptureError, match="There is no forward"):
-            recorder.take()
-
     def test_which_of_several_forwards_is_one_of_three(self) -> None:
         with pytest.raises(SettingError, match=r"forward must be None, 'first' or 'last'; got 'second'"):
             Recorder(student(), ["blocks.1"], noted, forward="second")
@@ -372,11 +324,3 @@ def test_watching_every_module_ends_with_its_block() -> None:
     started.clear()
     run(model)
     assert started == []
-
-
-def test_a_layer_without_rows_by_sample_is_refused_by_shape() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.Flatten(0))
-    with st.FeatureTap(model, "1") as tap:
-        model(torch.randn(2, 3, 4))
-        with pytest.raises(ShapeError, match=r"Layer '1' gives a tensor of shape \(24,\), not tokens \(N, T, D\)"):
-            tap.pop()
