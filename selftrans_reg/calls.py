@@ -193,12 +193,13 @@ class CallSpec:
 
     def _call(self, arguments: dict[str, Any], ways: Mapping[str, Way]) -> Call:
         arguments.update(self.fixed)
-        x_t = self._found("x", self.x, arguments)
+        x_t = arguments[self.x] if self.x in arguments else self._found("x", self.x, arguments)
         source = self._sources["x"]
         if not isinstance(x_t, Tensor) or not x_t.is_floating_point() or x_t.ndim < 2:
             raise CallError(
                 f"{_capital(source)} should be x_t, a floating tensor (N, ...); got {described(x_t)}.\n"
                 "Say which argument is x_t: call=dict(x=...)."
+                + (" Or make it of the list: call=dict(x=lambda call: torch.stack(...))." if type(x_t) is list else "")
             )
         if x_t.is_meta or not len(x_t):
             nothing = "lies on the meta device, without values" if x_t.is_meta else "has no rows"
@@ -206,7 +207,7 @@ class CallSpec:
         source = self._sources["t"]
         if self.t is None and self._read["t"] is None:
             return Call(arguments, x_t, None, f"{self.model_name}.forward{self.signature} names none", ways)
-        t = self._found("t", self.t, arguments)
+        t = arguments[self.t] if self.t in arguments else self._found("t", self.t, arguments)
         if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
             if not self.needs_t:
                 return Call(arguments, x_t, None, f"{source} is {described(t)}", ways)
@@ -239,8 +240,8 @@ class CallSpec:
                 raise CallError(
                     f"The callable call=dict({key}=...) failed on the call's arguments {quoted(arguments)}: {error!r}."
                 ) from error
-        if name in arguments or (key == "t" and not self.needs_t):
-            return arguments.get(str(name))
+        if key == "t" and not self.needs_t:
+            return None
         raise CallError(
             f"The call of {self.model_name} has no argument {name!r}; it has {quoted(arguments)}.\n"
             f"Say which holds {'x_t' if key == 'x' else 't'}: call=dict({key}=...)."
@@ -423,8 +424,9 @@ def take_rows(rows: Rows, index: Tensor | slice) -> Rows:
 
 def join_rows(parts: Sequence[Rows]) -> Rows:
     """The rows of all parts, one part behind the other."""
-    tensors = [part for part in parts if isinstance(part, Tensor)]
-    return torch.cat(tensors) if len(tensors) == len(parts) else [row for part in parts for row in part]
+    if isinstance(parts[0], Tensor):
+        return torch.cat(list(parts))  # type: ignore[arg-type]  # of one kind, all of them
+    return [row for part in parts for row in part]
 
 
 def nested_path(path: str, key: object) -> str:

@@ -86,7 +86,9 @@ class SelfTransLoss(nn.Module):
     - ``gating="per-sample"`` or ``"released"``, as above.
     - ``stop_step=None``: from that step on the alignment is 0, and the teacher is not run.
     - ``schedule="constant"``: or ``"linear"`` or ``"cosine"``, a decay of the weight to 0 at ``stop_step``.
-    - ``call=None``: ``dict(x=..., t=...)`` names the arguments that hold x_t and t where they are not the first two.
+    - ``call=None``: x_t is the first argument; t is the one with a name of the field's (``t``, ``timestep``, ``sigma``,
+      ...) if exactly one has, else the second. ``dict(x=..., t=...)`` names others, or gives callables from the call's
+      arguments by name to x_t (N, ...) and t (N,) or, one a token, (N, T).
     - ``select=None``, ``tokens=None``: which tensor of the layer's output, and which of its tokens, as in
       :class:`FeatureTap`.
     - ``forward=None``: which of several forwards before one call counts, ``"first"`` or ``"last"``; None makes several

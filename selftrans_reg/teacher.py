@@ -615,9 +615,10 @@ def build_teacher(
         null: The null condition by argument name: a number (a class index, or 0 for a zero vector); a tensor of the
             argument's shape without its batch axis; or a callable from the call's arguments to N rows. A nested
             argument takes a nested mapping.
-        call: ``dict(x=..., t=...)`` names the arguments that hold x_t and t where they are not the first two;
-            ``shared=[...]`` names arguments that all samples share although their first axis looks like the batch;
-            ``fixed=dict(mask_ratio=0.0)`` gives the teacher other values than the student's call had.
+        call: ``dict(x=..., t=...)`` says what x_t and t are, as for :class:`SelfTransLoss`; ``shared=[...]`` names what
+            all samples share although it looks like the batch, inside an argument too (``"data_info['mask_type']"``);
+            ``rows={"layers": 1, "captions": "list"}`` says along which axis the samples are, or that a list holds one
+            entry for each; ``fixed=dict(mask_ratio=0.0)`` gives the teacher other values than the student's call had.
         select: Which tensor of a tuple, dict or dataclass output.
         tokens: Which tokens are the image's: a slice or a callable.
         hidden_size: The feature's width, where it cannot be read off the layer.

@@ -120,6 +120,7 @@ def test_a_signature_without_names_is_refused_with_both_ways_out() -> None:
     [
         ((X, T), CallError, ["Positional.forward(x", "does not take this call", "missing a required argument: 'y'"]),
         ((Y, T, Y), CallError, ["'x' of Positional should be x_t", "int64 tensor of shape (3,)", "call=dict(x=...)"]),
+        (([X], T, Y), CallError, ["got a list", "Or make it of the list: call=dict(x=lambda call: torch.stack(...))"]),
         ((None, T, Y), CallError, ["should be x_t, a floating tensor (N, ...); got None"]),
         ((X, None, Y), CallError, ["'t' of Positional should be the time t", "got None", "call=dict(t=...)"]),
         ((X, True, Y), CallError, ["should be the time t; got True"]),

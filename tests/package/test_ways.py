@@ -165,6 +165,27 @@ def test_each_way_of_calling_gives_the_gradients_of_the_formula(variant: type[Va
         assert_same(gradients(model, criterion), plain_gradients(b, stage))
 
 
+def test_a_tap_and_a_report_read_maps_as_the_tokens_that_they_are() -> None:
+    batches = [(torch.randn(40, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(40) % 4)]
+    reports, tokens = [], []
+    for model in (Variant(1), ChannelsLast(1)):
+        with st.FeatureTap(model, "blocks.1") as tap:
+            model.call(B)
+            tokens.append(tap.pop())
+        reports.append(st.layer_report(model, batches, ["blocks.0", "blocks.1"], time="sit", null={"y": 10}, k=3))
+    assert tokens[1].shape == (4, 16, 16)
+    torch.testing.assert_close(*tokens)
+    assert [row.layer for row in reports[1].rows] == [row.layer for row in reports[0].rows]
+    torch.testing.assert_close(reports[1].alignment, reports[0].alignment)
+
+
+def test_layers_that_are_initialised_by_the_first_call_may_be_tapped_before() -> None:
+    model = nn.Sequential(nn.LazyLinear(8), nn.LazyLinear(6))
+    with st.FeatureTap(model, ["0", "1"]) as tap:
+        model(torch.randn(2, 3, 4))
+        assert [tokens.shape for tokens in tap.pop().values()] == [(2, 3, 8), (2, 3, 6)]
+
+
 def test_stage_1_without_a_window_needs_no_time() -> None:
     class Timeless(Variant):
         def forward(self, x: Tensor, y: Tensor) -> Tensor:
@@ -253,7 +274,7 @@ class TestThreads:
             criterion(torch.zeros(()), latents=B.latents)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 class TestWhatCannotBeWatched:
     @pytest.mark.parametrize("stage", [1, 2])
     def test_a_function_transform(self, stage: int) -> None:
@@ -280,6 +301,13 @@ class TestWhatCannotBeWatched:
             hooks = [*model._forward_hooks.values(), *model[0]._forward_hooks.values()]
             assert not any(hasattr(hook, "__name__") for hook in hooks)
         torch.jit.script(model)
+
+    def test_torch_jit_trace_leaves_nothing_behind(self) -> None:
+        model = student()
+        criterion = new_criterion(model)
+        torch.jit.trace(model, (B.x_t, B.t, B.y))
+        total(model, criterion, B).backward()
+        assert_same(gradients(model, criterion), plain_gradients(B))
 
     def test_replicas_of_data_parallel(self) -> None:
         model = student()
