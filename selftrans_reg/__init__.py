@@ -9,7 +9,7 @@ Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 from .analysis.inspection import layer_report
 from .analysis.report import LayerReport
 from .artefacts import strip
-from .checkpoints import load_weights, read_checkpoint
+from .checkpoints import read_checkpoint
 from .criterion import LossTerms, SelfTransLoss
 from .errors import CallError as CallError
 from .errors import CaptureError as CaptureError
@@ -30,6 +30,7 @@ from .recipes import Recipe, recipe
 from .taps import FeatureTap
 from .teacher import CFGFeatureTeacher, build_teacher, share_frozen
 from .time import TimeConvention
+from .weights import load_weights
 
 __version__ = "0.1.0"
 

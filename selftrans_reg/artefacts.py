@@ -26,7 +26,6 @@ from torch import Tensor, nn
 from .checkpoints import (
     DTYPES,
     MAX_JSON,
-    defect,
     opened,
     parsed,
     read_header,
@@ -37,6 +36,7 @@ from .checkpoints import (
 from .errors import CheckpointError, SettingError
 from .modules import plain_key, quoted, some_of, unwrap
 from .time import TimeConvention
+from .weights import defect
 
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
 FORMAT_VERSION = 1

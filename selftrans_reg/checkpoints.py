@@ -1,32 +1,29 @@
-"""Read the weights that people have, and load them whole or not at all."""
+"""Read the files that people have: of torch.save, safetensors, shards, folders. No code of a file runs."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import json
 import math
 import os
 import pathlib
 import pickle
-import re
 import threading
 import types
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch import Tensor
 
-from .errors import CheckpointError, SettingError
-from .modules import nearest, plain_key, quoted, some_of
+from .errors import CheckpointError
+from .modules import nearest, quoted, some_of
 
 # One byte of JSON can cost fifty bytes of memory once read. Ten times what a transformer of a thousand parameter
 # tensors needs.
@@ -313,8 +310,6 @@ def _read_torch(file: Path) -> dict[str, Any]:
 class _Inert:
     """Stands for whatever a pickle asks for: keeps what it is given, and does nothing."""
 
-    given: tuple[Any, ...]
-
     def __new__(cls, *given: Any, **_: Any) -> _Inert:
         self = object.__new__(cls)
         self.given = given
@@ -323,17 +318,10 @@ class _Inert:
     def __setstate__(self, state: Any) -> None:
         self.given = (*self.given, state)
 
-    def __setitem__(self, key: Any, value: Any) -> None: ...
+    def append(self, *item: Any) -> None: ...
 
-    def append(self, value: Any) -> None: ...
-
-    extend = add = append
-
-    def is_module(self) -> bool:
-        """Whether it is an nn.Module, or what a repository saves in the place of one."""
-        found = [item for item in self.given if isinstance(item, dict)]
-        found += [item for outer in found for item in outer.values() if isinstance(item, dict)]
-        return any("_parameters" in item for item in found)
+    extend = add = __setitem__ = append
+    given: tuple[Any, ...]
 
 
 class _Dict(dict[Any, Any]):
@@ -343,15 +331,12 @@ class _Dict(dict[Any, Any]):
 class _Outline(pickle.Unpickler):
     """What a pickle holds by its keys, with every class replaced by an inert one: no code runs."""
 
-    def __init__(self, stream: Any) -> None:
-        super().__init__(stream)
-        self.asked: list[str] = []
+    asked: tuple[str, ...] = ()
 
     def find_class(self, module: str, name: str) -> Any:
-        if name in ("OrderedDict", "dict"):
-            return _Dict
-        self.asked += [f"{module}.{name}"[:100]] if not name.endswith("Storage") and name[:8] != "_rebuild" else []
-        return type(name, (_Inert,), {})
+        if not name.startswith("_rebuild") and not name.endswith("Storage"):
+            self.asked += (f"{module}.{name}"[:100],)
+        return _Dict if name in ("OrderedDict", "dict") else type(name, (_Inert,), {})
 
     def persistent_load(self, pid: Any) -> Any:
         return pid[1] if isinstance(pid, tuple) and pid[0] == "module" else None  # a class, as torch wrote before 1.6
@@ -363,439 +348,41 @@ def _refusal(file: Path, stream: BinaryIO) -> str:
     stream.seek(0)
     try:
         if zipfile.is_zipfile(stream):
+            archive = zipfile.ZipFile(stream)
+            content = _Outline(archive.open(next(n for n in archive.namelist() if n.endswith("/data.pkl")))).load()
             stream.seek(0)
             asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
-            archive = zipfile.ZipFile(stream)
-            outline = _Outline(archive.open(next(n for n in archive.namelist() if n.endswith("/data.pkl"))))
-            content = outline.load()
         else:
             stream.seek(0)
             outline = _Outline(stream)
             content = outline.load()
             if isinstance(content, int):  # as torch wrote before 1.6: a number, a version, the system, the content
-                outline = [_Outline(stream) for _ in range(3)][-1]
                 content = [outline.load() for _ in range(3)][-1]
             else:
                 read = f"pickle.loads(pathlib.Path({str(file)!r}).read_bytes())"
-            asked = outline.asked
+            asked = sorted({*outline.asked} - {"collections.OrderedDict"})
     except Exception:
         return ""
-    if not asked:
-        return ""
 
-    def holds_tensors(value: Any) -> bool:
-        return isinstance(value, dict) and any(type(v).__name__.startswith("_rebuild") for v in value.values())
+    def is_weights(value: Any) -> bool:  # a state dict, an nn.Module, or what a repository saves in the place of one
+        given = [v for v in getattr(value, "given", ()) if isinstance(v, dict)]
+        given += [v for outer in given for v in outer.values() if isinstance(v, dict)]
+        tensors = isinstance(value, dict) and any(type(v).__name__.startswith("_rebuild") for v in value.values())
+        return tensors or any("_parameters" in v for v in given)
 
-    saved = {}
-    if isinstance(content, _Inert) and content.is_module():
-        saved[""] = "content.state_dict()"
-    elif holds_tensors(content):
-        saved[""] = "{key: value for key, value in content.items() if isinstance(value, torch.Tensor)}"
-    elif isinstance(content, dict):
-        for key, value in content.items():
-            if isinstance(key, str) and isinstance(value, _Inert) and value.is_module():
-                saved[key] = f"content[{key!r}].state_dict()"
-            elif isinstance(key, str) and holds_tensors(value):
-                saved[key] = f"content[{key!r}]"
+    names = ["content"] if is_weights(content) else []
+    if not names and isinstance(content, dict):
+        names = [f"content[{k!r}]" for k, value in content.items() if isinstance(k, str) and is_weights(value)]
+    kept = ", ".join(f"{name[8:-1]}: weights({name})" for name in names)
+    kept = f"{{{kept}}}" if len(names) > 1 else f"weights({names[0]})" if names else ""
     what = f"{file} is refused, and nothing of it was run: it asks for {some_of(asked, quote=False)}, not plain data.\n"
-    if not saved:
-        return (
-            f"{what}Save the model's state_dict() alone, where the file was made: torch.save(model.state_dict(), path)."
+    how = "Save the model's state_dict() alone, where the file was made: torch.save(model.state_dict(), path)."
+    if names:
+        how = (
+            "If you trust the file, save its weights alone, in the repository that it was made with:\n"
+            f"    import pathlib, pickle, torch\n    content = {read}  # runs its code\n"
+            "    def weights(entry):\n        state = entry.state_dict() if hasattr(entry, 'state_dict') else entry\n"
+            "        return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}\n"
+            f"    torch.save({kept}, 'weights.pt')"
         )
-    kept = next(iter(saved.values()))
-    if len(saved) > 1:
-        kept = "{" + ", ".join(f"{key!r}: {code}" for key, code in saved.items()) + "}"
-    return (
-        f"{what}If you trust the file, save its weights alone, in the repository that it was made with:\n"
-        f"    import pathlib, pickle, torch\n    content = {read}  # runs its code\n"
-        f"    torch.save({kept}, 'weights.pt')"
-    )
-
-
-# --- Loading ---------------------------------------------------------------------------------------------------------
-
-# What wrappers put into a parameter's name: DDP, torch.compile, checkpoint_wrapper, FSDP1.
-_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
-# The counter that torch.optim.swa_utils.AveragedModel saves beside the model that it wraps.
-_COUNTER = "n_averaged"
-
-# Heads that training left in the backbone's state dict: REPA's and the released Self-Transcendence code's.
-_HEADS = (
-    re.compile(r"projectors(\.\d+)?\.[024]\.(weight|bias)"),
-    re.compile(r"projectors_final\.linear\.(weight|bias)"),
-)
-
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-_AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|averag|avg|polyak|shadow|(?<![a-z])swa(?![a-z])", re.IGNORECASE)
-
-_LISTED = 8  # keys that one section of an error message names
-
-
-class LoadReport(NamedTuple):
-    """What ``load_weights`` read.
-
-    Attributes:
-        source: The path as given, or None if the weights did not come from a file.
-        entry: The entry that was taken (``"ema"``, ``"model"``, ``"state_dict.net"``), or None for a bare state dict.
-        left_out: Keys of the file that belong to a projection head which the model does not have.
-        step: The training step that the file names (``steps``, ``step`` or ``global_step``), if it does.
-    """
-
-    source: str | None = None
-    entry: str | None = None
-    left_out: tuple[str, ...] = ()
-    step: int | None = None
-
-
-def load_weights(
-    model: nn.Module,
-    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None,
-    *,
-    weights: str = "ema",
-) -> LoadReport:
-    """Load a checkpoint into ``model``, strictly: everything fits and is copied, or nothing is touched.
-
-    The prefixes that DDP, ``torch.compile``, checkpointing and ``AveragedModel`` put into the file's keys are taken off
-    where that makes them keys of the model; the model may be wrapped too. Floating-point weights take the model's dtype
-    and device; every other dtype has to be the model's own. Of weights that are tied in the model, the file may hold
-    one. Keys of the projection heads that REPA and the released Self-Transcendence code keep inside the backbone are
-    left out, and reported, if the model has no such keys.
-
-    The folder or file of a PEFT adapter is loaded into the adapter of a model that has one: all of it, or none; the
-    model's other weights stay.
-
-    Args:
-        model: The model that the weights are for, with real (not meta) tensors and before any sharding.
-        checkpoint: What :func:`read_checkpoint` reads; the dictionary itself; or None for the weights that the model
-            already has.
-        weights: Which weights to take: the name of an entry, and after a dot what is below it, an entry or a common
-            prefix of the keys. ``"state_dict.net"`` are the weights of ``self.net`` in a Lightning checkpoint,
-            ``"net"`` those in a bare state dict. ``"model"`` also takes ``state_dict``. A bare state dict is taken
-            whole for ``"ema"`` and ``"model"``; below a prefix of that name are ``"ema."`` and ``"model."``.
-
-    Raises:
-        CheckpointError: If the file cannot be read, would run code, holds weights that are not finite, or does not fit.
-        SettingError: If ``weights`` is no name.
-    """
-    if not isinstance(weights, str) or not weights:
-        raise SettingError(f"weights names the entry of the checkpoint to take, such as 'ema'; got {weights!r}.")
-    if checkpoint is None:
-        return LoadReport()
-    if isinstance(checkpoint, Mapping):
-        source, where, content = None, "the given dictionary", checkpoint
-    else:
-        where = str(local_path(checkpoint))
-        source, content = os.fspath(checkpoint), read_checkpoint(checkpoint)
-    entry, chosen = choose_entry(content, weights, where)
-    where = where if entry is None else f"{where}, entry {entry!r},"
-    own = _adapter(model, chosen) or own_tensors(model)
-    saved = matched(own, chosen, where)
-    heads = [head for head in _HEADS if not any(map(head.fullmatch, own))]
-    left_out = tuple(key for key in saved if any(head.fullmatch(key) for head in heads))
-    for key in left_out:
-        del saved[key]
-    if not own.keys() & saved.keys() and (advice := _advice(own, saved, entry)):
-        raise CheckpointError(f"{where} does not fit {type(model).__name__}; nothing was loaded.\n{advice}")
-    check_fit(
-        model,
-        own,
-        saved,
-        where,
-        "Build the model with the settings of the run that saved it, or pass a state dict with renamed keys.",
-    )
-    check_values(own, saved, where)
-    with torch.no_grad():
-        for key, value in saved.items():
-            if _overlaps(own[key]):  # as a buffer made by expand(), into which nothing can be copied
-                own[key].data = value.to(own[key].device, own[key].dtype, copy=True)
-            else:
-                own[key].copy_(value)
-    step = next((content[key] for key in ("steps", "step", "global_step") if type(content.get(key)) is int), None)
-    return LoadReport(source, entry, left_out, step)
-
-
-def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[str | None, Mapping[str, Any]]:
-    """The name of the entry that holds the asked weights, None if ``content`` is a state dict itself, and the entry."""
-    if weights in ("ema", "model"):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return None, content
-        names = ("ema",) if weights == "ema" else ("model", "state_dict")
-        found = {name: content[name] for name in names if isinstance(content.get(name), Mapping)}
-    else:
-        below = _below(content, weights)
-        found = {} if below is None else {weights: below}
-    if len(found) == 1:
-        return next(iter(found.items()))
-    there = f"{where} has {some_of([_shown(key) for key in content], quote=False)}"
-    if found:
-        raise CheckpointError(
-            f"{there}, and it is open which is meant: pass weights='state_dict', or the entry 'model' itself."
-        )
-    sets = _sets(content)
-    if not sets:
-        others = [f"{_shown(key)} ({type(v).__name__})" for key, v in content.items() if not isinstance(v, Tensor)]
-        raise CheckpointError(
-            f"{where} is no state dict and has no entry {weights!r} that is one.\n"
-            f"Not tensors: {some_of(others, quote=False)}.\n"
-            "Pass the dictionary of the weights itself as the checkpoint."
-        )
-    averages = [name for name in sets if _AVERAGE.search(name)]
-    others = [name for name in sets if name not in averages]
-    if averages and weights != "model":
-        seem = f"{some_of(averages)} looks like an average of the weights: pass weights={averages[0]!r}"
-        advice = seem + (f", or for the raw weights weights={others[0]!r}." if others else ".")
-    else:
-        advice = "pass " + " or ".join(f"weights={name!r}" for name in [*others, *averages][:_LISTED]) + "."
-    raise CheckpointError(f"{there} but no {weights!r}: {advice}")
-
-
-def _below(content: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
-    """The entry of that name, an entry of an entry, or the part of a state dict below a common prefix of its keys."""
-    if isinstance(content.get(name), Mapping):
-        entry: Mapping[str, Any] = content[name]
-        return entry
-    for outer in (key for key in content if isinstance(key, str) and name.startswith(f"{key}.")):
-        if isinstance(content[outer], Mapping):
-            return _below(content[outer], name[len(outer) + 1 :])
-    prefix = name.rstrip(".") + "."
-    cut = {k.removeprefix(prefix): v for k, v in content.items() if isinstance(k, str) and k.startswith(prefix)}
-    return cut or None
-
-
-def _sets(content: Mapping[str, Any], above: str = "", depth: int = 4) -> list[str]:
-    """What ``weights`` can name: entries that hold tensors, at any depth, and in them what looks like an average."""
-    names = (
-        [above[:-1]] if above and any(isinstance(v, Tensor) and v.is_floating_point() for v in content.values()) else []
-    )
-    if names and not _AVERAGE.search(above):
-        first = {key.partition(".")[0] for key in content if isinstance(key, str) and "." in key}
-        names += [above + prefix for prefix in sorted(first) if _AVERAGE.search(prefix)]
-    for key, value in content.items():
-        if depth and isinstance(key, str) and isinstance(value, Mapping):
-            names += _sets(value, f"{above}{key[:100]}.", depth - 1)
-    return names
-
-
-def _shown(key: object) -> str:
-    """A key as a message names it: a file can have any object for one."""
-    return repr(key[:100]) if isinstance(key, str) else f"a {type(key).__name__}"
-
-
-def _size(tensor: Tensor) -> str:
-    return str(tuple(tensor.shape)) if tensor.dim() <= 8 else f"of {tensor.dim()} axes"
-
-
-def matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """``state`` by the keys of ``own`` where it has them, once every value is known to be a plain tensor with data.
-
-    Wrappers' prefixes are taken off where that makes a key one of ``own``; any other key stays as it is. An
-    ``AveragedModel``'s counter is left out.
-    """
-    by_bare: dict[str, list[str]] = {}
-    for key in sorted(own, key=len, reverse=True):  # the longest first: as little as possible is taken off
-        by_bare.setdefault(_bare(key), []).append(key)
-    averaged = all(isinstance(key, str) and (key == _COUNTER or key.startswith("module.")) for key in state)
-    plain: dict[str, Tensor] = {}
-    for key, value in state.items():
-        if not isinstance(key, str):
-            raise CheckpointError(f"{where} has a {type(key).__name__} for a key; a state dict's keys are strings.")
-        if problem := defect(value):
-            raise CheckpointError(f"{where} has under {key[:100]!r} {problem}; weights are dense tensors with data.")
-        if averaged and key == _COUNTER and key not in own:
-            continue
-        bare = _bare(key)
-        fallback = bare if any(head.fullmatch(bare) for head in _HEADS) else key
-        name = key if key in own else next((k for k in by_bare.get(bare, ()) if _reduces(key, k)), fallback)
-        if name in plain:
-            raise CheckpointError(
-                f"{where} has the weights {name[:100]!r} twice, under different prefixes of wrappers."
-            )
-        plain[name] = value
-    if not plain:
-        raise CheckpointError(f"{where} holds no weights at all.")
-    return plain
-
-
-def _bare(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-
-
-def _reduces(key: str, name: str) -> bool:
-    """Whether ``key`` becomes ``name`` by leaving out wrappers' parts, given that both are the same without them."""
-    parts = iter(key.split("."))
-    return all(part in parts for part in name.split("."))
-
-
-def defect(value: object) -> str | None:
-    """What keeps ``value`` from being weights, in words."""
-    if type(value) not in (Tensor, nn.Parameter):
-        return f"a {type(value).__name__}"
-    assert isinstance(value, Tensor)
-    if value.is_nested or value.is_quantized or value.layout is not torch.strided:
-        return "a nested, quantised or sparse tensor"
-    return "a tensor on the meta device" if value.is_meta else None
-
-
-def own_tensors(model: nn.Module, purpose: str = "take weights") -> dict[str, Tensor]:
-    """The model's own parameters and persistent buffers, by keys without wrappers' prefixes.
-
-    Raises:
-        CheckpointError: If one is no plain tensor with data: the model cannot do what ``purpose`` says.
-    """
-    owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    own: dict[str, Tensor] = {}
-    for key, value in model.state_dict(keep_vars=True).items():
-        name = plain_key(model, key)
-        if is_lazy(value) or (isinstance(value, Tensor) and value.is_meta):
-            problem = (
-                "has no data here: bring the model's weights into memory first (a first forward, "
-                "model.to_empty(device='cpu'), or without offloading)"
-            )
-        elif id(value) not in owned or type(value) not in (Tensor, nn.Parameter) or value.is_inference():
-            # Copying into what a hook of state_dict() made up, or into one rank's shard, would load nothing or a part.
-            problem = (
-                f"is no plain tensor of its own ({type(value).__name__}): do it before the model is sharded, "
-                "quantised or converted"
-            )
-        elif name in own:
-            problem = "has the same name as another once the wrappers' prefixes are gone: rename the module"
-        else:
-            own[name] = value
-            continue
-        raise CheckpointError(f"{type(model).__name__} cannot {purpose}: its {key!r} {problem}.")
-    return own
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether several elements of a tensor are one place in memory."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
-
-
-def _adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor] | None:
-    """The tensors of the model's PEFT adapter, by the keys under which ``state`` holds an adapter; None if it does not.
-
-    PEFT leaves the adapter's name out of the keys that it saves.
-    """
-    holder = next((m for m in model.modules() if getattr(m, "peft_config", None)), None)
-    if holder is None:
-        return None
-    names, active = list(holder.peft_config), getattr(holder, "active_adapter", None)  # type: ignore[arg-type]
-    name = active if isinstance(active, str) else names[0]
-    saved = importlib.import_module("peft").get_peft_model_state_dict(
-        holder, adapter_name=name, save_embedding_layers=False
-    )
-    if not any(key in saved for key in state):
-        return None
-    owned = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if not defect(tensor)}
-    own = {key: owned[value.data_ptr()] for key, value in saved.items() if value.data_ptr() in owned}
-    if len(own) < len(saved) or (len(names) > 1 and not isinstance(active, str)):
-        raise CheckpointError(
-            f"An adapter cannot be loaded into this model, which has {quoted(names)}: make the one that is meant the "
-            "only active one, in plain tensors."
-        )
-    return own
-
-
-def _advice(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], entry: str | None) -> str:
-    """What to do about weights of which no key fits: a prefix that all have in common, an adapter; else nothing."""
-
-    def prefixes(keys: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
-        counts: Counter[str] = Counter()
-        for key in keys:
-            parts = key[:1000].split(".")
-            counts.update(".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[i:]) in others)
-        found = [prefix for prefix, count in counts.most_common() if 2 * count >= min(len(own), len(saved))]
-        return sorted(found, key=lambda prefix: not _AVERAGE.search(prefix))[:3]
-
-    if found := prefixes(saved, own):
-        paths = [f"{entry}.{prefix}" if entry else prefix + "." * (prefix in ("ema", "model")) for prefix in found]
-        names = " or ".join(f"weights={path!r}" for path in paths)
-        listed = " and ".join(repr(f"{prefix}.") for prefix in found)
-        return f"The model's keys are there below the prefix {listed}: pass {names}."
-    if found := prefixes(own, saved):
-        return f"The model has the file's keys below {found[0]!r}: load the weights into that part of it alone."
-    if any(".lora_" in key for key in saved):
-        return (
-            "These are the weights of an adapter, and the model has none: give it one first, "
-            "model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
-        )
-    return ""
-
-
-def check_fit(
-    model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str, advice: str = ""
-) -> None:
-    """Refuse unless the keys are the same, tied ones once at least, and shapes and kinds of dtype agree."""
-    loaded = {id(own[key]) for key in saved if key in own}
-    missing = [key for key, tensor in own.items() if key not in saved and id(tensor) not in loaded]
-    extra = [key for key in saved if key not in own]
-    shared = [key for key in saved if key in own]
-    shapes = [key for key in shared if saved[key].shape != own[key].shape]
-    dtypes = [key for key in shared if not _convertible(saved[key].dtype, own[key].dtype)]
-
-    def absent(key: str) -> str:
-        note = "" if isinstance(own[key], nn.Parameter) else ", a buffer"
-        return f"{key[:100]} {_size(own[key])}{note}; nearest: {_nearest(key, extra)}"
-
-    sections: list[tuple[str, list[str], Callable[[str], str]]] = [
-        (f"Missing, of the model's {len(own)}", missing, absent),
-        ("Extra, not in the model", extra, lambda k: f"{k[:100]} {_size(saved[k])}; nearest: {_nearest(k, missing)}"),
-        ("Of another shape", shapes, lambda k: f"{k}: saved {_size(saved[k])}, model {_size(own[k])}"),
-        ("Of another dtype", dtypes, lambda k: f"{k}: saved {saved[k].dtype}, model {own[k].dtype}"),
-    ]
-    problems = []
-    for title, keys, describe in sections:
-        if keys:
-            more = [f"... and {len(keys) - _LISTED} more"] if len(keys) > _LISTED else []
-            problems.append("\n  ".join([f"{title} ({len(keys)}):", *map(describe, keys[:_LISTED]), *more]))
-    if problems:
-        raise CheckpointError(
-            "\n".join([f"{where} does not fit {type(model).__name__}; nothing was loaded.", *problems, advice]).rstrip()
-        )
-
-
-def _convertible(saved: torch.dtype, own: torch.dtype) -> bool:
-    """Floating point converts; 8-bit floats do not, being quantised; integers and booleans have to be the same."""
-    return saved == own or (saved in _FLOATS and own in _FLOATS)
-
-
-def _nearest(key: str, candidates: Sequence[str]) -> str:
-    # difflib takes time quadratic in the names' length and linear in their number, and the file chooses both.
-    return quoted(nearest(key[:100], [name for name in candidates[:300] if len(name) <= 100])) or "none"
-
-
-def check_values(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
-    """Refuse weights that are not finite in the model's dtype, and tied weights that were saved with other values.
-
-    A buffer may hold −inf, as a mask does.
-    """
-    first: dict[int, str] = {}
-    for key, value in saved.items():
-        dtype = own[key].dtype
-        mask = not isinstance(own[key], nn.Parameter)
-        # In parts, as the mask of a large tensor, whole, would add to the memory that loading takes.
-        parts: Sequence[Tensor] = torch.split(value.detach().flatten(), 1 << 20)
-        bad = sum(_not_finite(part.to(dtype), mask) for part in parts)
-        if bad:
-            raise CheckpointError(
-                f"{where} has {bad} of {value.numel()} values under {key!r} that are not finite in {dtype}.\n"
-                "Take an earlier checkpoint of the run, or build the model in a wider dtype."
-            )
-        twin = first.setdefault(id(own[key]), key)
-        if twin != key and not torch.equal(saved[twin].to(dtype), value.to(dtype)):
-            raise CheckpointError(
-                f"{where} has different values under {twin!r} and {key!r}, which are one tensor in the model.\n"
-                "Untie them in the model, or drop one of them from the state dict."
-            )
-
-
-def _not_finite(part: Tensor, mask: bool) -> int:
-    part = part.float() if part.dtype.itemsize == 1 and part.is_floating_point() else part
-    finite = part.isfinite()
-    return part.numel() - int((finite | (part == -math.inf) if mask else finite).sum())
+    return what + how if asked else ""

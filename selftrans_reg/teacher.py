@@ -18,7 +18,6 @@ from torch.nn.parameter import is_lazy
 
 from .artefacts import read_artefact, write_artefact
 from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
-from .checkpoints import check_fit, check_values, load_weights, own_tensors
 from .errors import CallError, CheckpointError, SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Shareable, Source, fetch
 from .modules import (
@@ -48,6 +47,7 @@ from .truncate import (
     touched_in,
 )
 from .truncate import truncate as drop_unused
+from .weights import check_fit, check_values, load_weights, own_tensors
 
 _LOGGER = logging.getLogger(__name__)
 _SLICE = ("start", "stop", "step")

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import selftrans_reg as st
-from selftrans_reg.checkpoints import DTYPES, LoadReport, load_weights, read_checkpoint, read_json
+from selftrans_reg.checkpoints import DTYPES, read_checkpoint, read_json
 from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError
+from selftrans_reg.weights import LoadReport, load_weights
 
 State = dict[str, Tensor]
 
@@ -738,7 +739,7 @@ CONTENTS: dict[str, Callable[[nn.Linear], Any]] = {
         "model": net.state_dict(),
         "c": Config(a=1),
     },
-    "one entry of another name": lambda net: {"module": net.state_dict(), "when": Config()},
+    "one entry of another name": lambda net: {"module": {**net.state_dict(), "extra": Config()}, "step": 3},
     "EDM2's": lambda net: {"ema": net, "encoder": Config(), "dataset_kwargs": {"a": 1}},
     "a module": lambda net: net,
     "a state dict with more": lambda net: {**net.state_dict(), "epoch": Config()},
