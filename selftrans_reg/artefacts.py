@@ -106,47 +106,48 @@ TEACHER: dict[str, Schema] = {
 }
 
 
-def fits(value: object, schema: Schema) -> bool:
+def fits(value: Any, schema: Schema) -> bool:
     """Whether a value that JSON can hold is what the schema says."""
+    match schema:
+        case range():
+            return type(value) is int and value in schema
+        case slice():
+            return type(value) in (int, float) and schema.start <= value <= schema.stop
+        case list():
+            least = (schema[1:] or [0])[0]
+            return isinstance(value, list) and len(value) >= least and all(fits(item, schema[0]) for item in value)
+        case tuple():
+            return any(fits(value, one) for one in schema)
+        case dict():
+            known = {str(name).rstrip("?"): one for name, one in schema.items()}
+            needed = {name for name in schema if name is not str and not name.endswith("?")}
+            if not isinstance(value, dict) or not needed <= value.keys():
+                return False
+            if str in schema:
+                return all(fits(name, str) and fits(item, schema[str]) for name, item in value.items())
+            return value.keys() <= known.keys() and all(fits(item, known[name]) for name, item in value.items())
+        case re.Pattern():
+            return isinstance(value, str) and schema.fullmatch(value) is not None
     if schema is str:
         return isinstance(value, str) and 0 < len(value) <= _LONGEST and value.isprintable()
-    if schema is bool:
-        return isinstance(value, bool)
-    if isinstance(schema, range):
-        return type(value) is int and value in schema
-    if isinstance(schema, slice):
-        return isinstance(value, int | float) and value is not bool(value) and schema.start <= value <= schema.stop
-    if isinstance(schema, re.Pattern):
-        return isinstance(value, str) and schema.fullmatch(value) is not None
-    if isinstance(schema, list):
-        enough = isinstance(value, list) and len(value) >= (schema[1:] or [0])[0]
-        return enough and all(fits(item, schema[0]) for item in value)  # type: ignore[attr-defined]
-    if isinstance(schema, tuple):
-        return any(fits(value, one) for one in schema)
-    if isinstance(schema, dict) and list(schema) == [str]:
-        return isinstance(value, dict) and all(fits(k, str) and fits(v, schema[str]) for k, v in value.items())
-    if isinstance(schema, dict):
-        known = {name.rstrip("?"): one for name, one in schema.items()}
-        needed = {name for name in schema if not name.endswith("?")}
-        right = isinstance(value, dict) and needed <= value.keys() <= known.keys()
-        return right and all(fits(item, known[key]) for key, item in value.items())  # type: ignore[attr-defined]
-    return type(value) is type(schema) and value == schema
+    return isinstance(value, bool) if schema is bool else type(value) is type(schema) and value == schema
 
 
 def in_words(schema: Schema) -> str:
     """What the schema says, for messages."""
-    if isinstance(schema, range):
-        return f"a whole number from {schema[0]} to {schema[-1]}"
-    if isinstance(schema, slice):
-        return f"a number from {schema.start:g} to {schema.stop:g}"
-    if isinstance(schema, list):
-        return f"a list, each {in_words(schema[0])}"
-    if isinstance(schema, tuple):
-        return " or ".join(map(in_words, schema))
-    if isinstance(schema, dict):
-        return f"an object with {quoted(schema)}" if str not in schema else "an object of plain values"
-    if isinstance(schema, re.Pattern):
-        return f"text like {schema.pattern}"
+    match schema:
+        case range():
+            return f"a whole number from {schema[0]} to {schema[-1]}"
+        case slice():
+            return f"a number from {schema.start:g} to {schema.stop:g}"
+        case list():
+            return f"a list, each {in_words(schema[0])}"
+        case tuple():
+            return " or ".join(map(in_words, schema))
+        case dict():
+            return f"an object with {', '.join(map(str, schema))}"
+        case re.Pattern():
+            return f"text like {schema.pattern}"
     return {str: "one line of text", bool: "true or false", None: "null"}.get(schema, repr(schema))
 
 
@@ -167,7 +168,7 @@ def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             of the wrong type; or if the weights are not those that were saved with the settings.
     """
     for name in (CONFIG, WEIGHTS):
-        with _readable(folder):
+        with wrapped_errors(folder):
             if not (folder / name).is_file():  # opening a pipe would wait for ever
                 there = sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
                 raise CheckpointError(
@@ -251,14 +252,6 @@ def _digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 def _bytes(tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)
-
-
-@contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"The folder {str(folder)[:300]!r} cannot be read: {error.strerror}.") from error
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------

@@ -8,13 +8,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .checkpoints import local_path, read_checkpoint
+from .checkpoints import local_path, read_checkpoint, read_json
 from .errors import CheckpointError, SettingError
 from .modules import nearest, plain_key, quoted, some_of
 
@@ -93,7 +94,7 @@ def load_weights(
         source, content = os.fspath(checkpoint), read_checkpoint(checkpoint)
     entry, chosen = choose_entry(content, weights, where)
     where = where if entry is None else f"{where}, entry {entry!r},"
-    own = _adapter(model, chosen) or own_tensors(model)
+    own = _adapter(model, chosen, source) or own_tensors(model)
     saved = matched(own, chosen, where)
     heads = [head for head in _HEADS if not any(map(head.fullmatch, own))]
     left_out = tuple(key for key in saved if any(head.fullmatch(key) for head in heads))
@@ -101,13 +102,7 @@ def load_weights(
         del saved[key]
     if not own.keys() & saved.keys() and (advice := _advice(own, saved, entry)):
         raise CheckpointError(f"{where} does not fit {type(model).__name__}; nothing was loaded.\n{advice}")
-    check_fit(
-        model,
-        own,
-        saved,
-        where,
-        "Build the model with the settings of the run that saved it, or pass a state dict with renamed keys.",
-    )
+    check_fit(model, own, saved, where)
     check_values(own, saved, where)
     with torch.no_grad():
         for key, value in saved.items():
@@ -169,9 +164,8 @@ def _below(content: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
 
 def _sets(content: Mapping[str, Any], above: str = "", depth: int = 4) -> list[str]:
     """What ``weights`` can name: entries that hold tensors, at any depth, and in them what looks like an average."""
-    names = (
-        [above[:-1]] if above and any(isinstance(v, Tensor) and v.is_floating_point() for v in content.values()) else []
-    )
+    holds = any(isinstance(value, Tensor) and value.is_floating_point() for value in content.values())
+    names = [above[:-1]] if above and holds else []
     if names and not _AVERAGE.search(above):
         first = {key.partition(".")[0] for key in content if isinstance(key, str) and "." in key}
         names += [above + prefix for prefix in sorted(first) if _AVERAGE.search(prefix)]
@@ -256,7 +250,7 @@ def own_tensors(model: nn.Module, purpose: str = "take weights") -> dict[str, Te
                 "has no data here: bring the model's weights into memory first (a first forward, "
                 "model.to_empty(device='cpu'), or without offloading)"
             )
-        elif id(value) not in owned or type(value) not in (Tensor, nn.Parameter) or value.is_inference():
+        elif id(value) not in owned or defect(value) or value.is_inference():
             # Copying into what a hook of state_dict() made up, or into one rank's shard, would load nothing or a part.
             problem = (
                 f"is no plain tensor of its own ({type(value).__name__}): do it before the model is sharded, "
@@ -281,7 +275,7 @@ def _overlaps(tensor: Tensor) -> bool:
     return False
 
 
-def _adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor] | None:
+def _adapter(model: nn.Module, state: Mapping[str, Any], source: str | None) -> dict[str, Tensor] | None:
     """The tensors of the model's PEFT adapter, by the keys under which ``state`` holds an adapter; None if it does not.
 
     PEFT leaves the adapter's name out of the keys that it saves.
@@ -289,20 +283,30 @@ def _adapter(model: nn.Module, state: Mapping[str, Any]) -> dict[str, Tensor] | 
     holder = next((m for m in model.modules() if getattr(m, "peft_config", None)), None)
     if holder is None:
         return None
-    names, active = list(holder.peft_config), getattr(holder, "active_adapter", None)  # type: ignore[arg-type]
-    name = active if isinstance(active, str) else names[0]
-    saved = importlib.import_module("peft").get_peft_model_state_dict(
-        holder, adapter_name=name, save_embedding_layers=False
+    configs: Mapping[str, Any] = holder.peft_config  # type: ignore[assignment]
+    name = next(iter(configs)) if len(configs) == 1 else getattr(holder, "active_adapter", None)
+    saved: dict[str, Tensor] = importlib.import_module("peft").get_peft_model_state_dict(
+        holder, adapter_name=name if isinstance(name, str) else next(iter(configs)), save_embedding_layers=False
     )
     if not any(key in saved for key in state):
         return None
     owned = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers()) if not defect(tensor)}
     own = {key: owned[value.data_ptr()] for key, value in saved.items() if value.data_ptr() in owned}
-    if len(own) < len(saved) or (len(names) > 1 and not isinstance(active, str)):
+    if len(own) < len(saved) or not isinstance(name, str):
         raise CheckpointError(
-            f"An adapter cannot be loaded into this model, which has {quoted(names)}: make the one that is meant the "
-            "only active one, in plain tensors."
+            f"It is open into which adapter of {quoted(configs)} to load, or it has no plain tensors: make the one "
+            "that is meant the only active one."
         )
+    folder = Path(source or "")
+    beside = (folder if folder.is_dir() else folder.parent) / "adapter_config.json"
+    for key, value in (read_json(beside) if source and beside.is_file() else {}).items():
+        # The weights fit whatever these are, and mean something else.
+        if key in ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora") and value != getattr(configs[name], key):
+            raise CheckpointError(
+                f"{source} was trained with {key}={value!r}, and the model's adapter {name!r} has "
+                f"{getattr(configs[name], key)!r}.\nGive the model the adapter with "
+                "peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
+            )
     return own
 
 
@@ -326,15 +330,13 @@ def _advice(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], entry: str |
         return f"The model has the file's keys below {found[0]!r}: load the weights into that part of it alone."
     if any(".lora_" in key for key in saved):
         return (
-            "These are the weights of an adapter, and the model has none: give it one first, "
+            "These are the weights of an adapter, and the model has none of these keys: give it one first, "
             "model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
         )
     return ""
 
 
-def check_fit(
-    model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str, advice: str = ""
-) -> None:
+def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:
     """Refuse unless the keys are the same, tied ones once at least, and shapes and kinds of dtype agree."""
     loaded = {id(own[key]) for key in saved if key in own}
     missing = [key for key, tensor in own.items() if key not in saved and id(tensor) not in loaded]
@@ -359,8 +361,11 @@ def check_fit(
             more = [f"... and {len(keys) - _LISTED} more"] if len(keys) > _LISTED else []
             problems.append("\n  ".join([f"{title} ({len(keys)}):", *map(describe, keys[:_LISTED]), *more]))
     if problems:
+        problems.append(
+            "Build the model with the settings of the run that saved it, or rename the keys of a state dict."
+        )
         raise CheckpointError(
-            "\n".join([f"{where} does not fit {type(model).__name__}; nothing was loaded.", *problems, advice]).rstrip()
+            "\n".join([f"{where} does not fit {type(model).__name__}; nothing was loaded.", *problems])
         )
 
 

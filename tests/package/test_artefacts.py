@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 from fuzz_files import FAMILIES, Corpus, judge
+from huggingface_hub import ModelCard
+from interrupted_saves import number_in, numbered
 from safetensors.torch import load_file, save_file
 from tiny_artefacts import (
     FILES,
@@ -28,7 +32,7 @@ from tiny_artefacts import (
     refusal,
     rewrite,
 )
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import selftrans_reg as st
@@ -225,6 +229,141 @@ def test_damaged_artefacts_are_loaded_whole_or_refused(family: str, tmp_path: Pa
     corpus = Corpus(tmp_path)
     messages = [judge(FAMILIES[family](corpus, random.Random(case))) for case in range(60)]
     assert sum(message is not None for message in messages) > 30
+
+
+# --- Readers and writers at once -------------------------------------------------------------------------------------
+
+_WRITER = """
+import sys, torch
+from interrupted_saves import numbered
+torch.set_num_threads(1)
+teachers = [numbered(int(n)) for n in sys.argv[2].split(",")]
+for round in range(int(sys.argv[3])):
+    teachers[round % len(teachers)].save_pretrained(sys.argv[1])
+"""
+
+
+def writers(folder: Path, rounds: int, *numbers: str) -> list[subprocess.Popen[str]]:
+    support = str(Path(__file__).parents[1] / "support")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([support, str(Path(st.__file__).parents[1])])}
+    command = [sys.executable, "-c", _WRITER, str(folder)]
+    return [subprocess.Popen([*command, n, str(rounds)], env=environment, stderr=2, text=True) for n in numbers]
+
+
+@pytest.mark.parametrize("numbers", [("1,2",), ("1", "2")], ids=["one writer", "two writers"])
+def test_whoever_reads_while_others_write_gets_one_whole_teacher(tmp_path: Path, numbers: tuple[str, ...]) -> None:
+    numbered(1).save_pretrained(tmp_path)
+    running = writers(tmp_path, 60, *numbers)
+    read = [number_in(tmp_path)]
+    while any(process.poll() is None for process in running):
+        read.append(number_in(tmp_path))  # which compares the features with those of the number
+    assert [process.returncode for process in running] == [0] * len(running)
+    assert {1, 2} <= set(read)
+    assert names_in(tmp_path) == FILES
+    assert config_of(tmp_path)["guidance_scale"] == number_in(tmp_path)
+
+
+def test_the_weights_decide_and_an_edited_config_is_refused(tmp_path: Path) -> None:
+    for number in (1, 2):
+        numbered(number).save_pretrained(tmp_path / str(number))
+    shutil.copy(tmp_path / "2" / "config.json", tmp_path / "1" / "config.json")  # as between the two renames of a save
+    assert number_in(tmp_path / "1") == 1
+    text = (tmp_path / "2" / "config.json").read_text()
+    (tmp_path / "2" / "config.json").write_text(text.replace('"guidance_scale": 2.0', '"guidance_scale": 3.0'))
+    assert_says(refusal(tmp_path / "2", TinyDiT()), "config.json differs in 'guidance_scale' from the settings")
+
+
+# --- What is saved can be loaded -------------------------------------------------------------------------------------
+
+
+class Masked(TinyDiT):
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed=seed)
+        self.register_buffer("mask", torch.full((4, 4), -torch.inf).triu(1))
+        self.register_buffer("table", torch.arange(4.0).expand(3, 4))
+
+
+def test_masks_and_expanded_buffers_are_saved_and_come_back(tmp_path: Path) -> None:
+    teacher = st.build_teacher(Masked(), None, layer="blocks.1", guidance_scale=2.0, null={"y": 5}, hidden_size=4)
+    teacher.save_pretrained(tmp_path)
+    loaded = load_teacher(tmp_path, Masked)
+    assert torch.equal(loaded.model.mask, Masked().mask)
+    assert torch.equal(loaded.model.table, Masked().table)
+    assert torch.equal(loaded(**call(1)), teacher(**call(1)))
+
+
+def quantised(tensor: Tensor) -> Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda p: p.fill_(torch.nan), "not finite"),
+        (lambda p: p[0].fill_(torch.inf), "not finite"),
+        (lambda p: p[0].fill_(-torch.inf), "not finite"),
+        (lambda p: p.to(torch.float8_e4m3fn), "a tensor of torch.float8_e4m3fn, which could not be loaded again"),
+        (lambda p: p.to(torch.complex128), "a tensor of torch.complex128"),
+        (lambda p: p.to("meta"), "has no data here"),
+        (quantised, "quantised"),
+    ],
+)
+def test_what_could_not_be_loaded_is_refused_before_the_old_teacher_is_touched(
+    saved: Path, change: Callable[[Tensor], Tensor], said: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    teacher = make_teacher(seed=2)
+    layer = teacher.model.blocks[0][0]
+    with torch.no_grad():
+        layer.weight = nn.Parameter(change(layer.weight.detach().clone()), requires_grad=False)
+    with pytest.raises(CheckpointError) as error:
+        teacher.save_pretrained(saved)
+    assert_says(error, "cannot be saved", "'blocks.0.0.weight'", said)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_a_folders_name_may_be_any_that_the_system_has(tmp_path: Path) -> None:
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    make_teacher().save_pretrained(folder)
+    assert names_in(folder) == FILES
+    load_teacher(folder)
+
+
+@pytest.mark.parametrize("name", [None, 7, b"teacher", ["a"], "a" * 5000, "a\0b", ""])
+def test_what_names_no_folder_is_refused(name: Any) -> None:
+    assert_says(refusal(name, TinyDiT()), "")
+    if name != "":
+        with pytest.raises(CheckpointError):
+            make_teacher().save_pretrained(name)
+
+
+@pytest.mark.skipif(os.name == "posix" and os.geteuid() == 0, reason="root may do everything")
+def test_a_folder_without_permission_is_refused(saved: Path) -> None:
+    saved.chmod(0)
+    try:
+        refusal(saved, TinyDiT())
+        with pytest.raises(CheckpointError):
+            make_teacher().save_pretrained(saved)
+    finally:
+        saved.chmod(0o700)
+
+
+@pytest.mark.parametrize("size", [400_000, 1 << 20])
+def test_a_width_that_the_weights_do_not_have_is_not_believed(saved: Path, size: int) -> None:
+    assert_says(refusal(rewrite(saved, hidden_size=size), TinyDiT()), f"'hidden_size' is {size}", "longer than")
+
+
+def test_nothing_hides_the_rest_of_a_card(tmp_path: Path) -> None:
+    make_teacher().save_pretrained(tmp_path, source="<!-- | `", licence="mine & <b>theirs</b>")
+    text = (tmp_path / "README.md").read_text()
+    assert "Trained in: &lt;!-- &#124; `." in text
+    assert "mine &amp; &lt;b&gt;theirs&lt;/b&gt;." in text
+    assert "<" not in text.split("---")[2]
+    data = ModelCard(text).data
+    assert (data.license, data.license_name, data.library_name) == ("other", "mine & <b>theirs</b>", "selftrans-reg")
 
 
 # --- Export ----------------------------------------------------------------------------------------------------------

@@ -641,6 +641,44 @@ def test_no_message_is_as_long_as_the_file_makes_it(model: ToyDiT, ema: State) -
         assert len(refusal(model, content)) < 4000
 
 
+# --- Adapters --------------------------------------------------------------------------------------------------------
+
+
+def adapted(seed: int, **settings: Any) -> nn.Module:
+    """The toy with an adapter on its attention; the seed is the adapter's alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what PEFT imports
+        peft = pytest.importorskip("peft")
+        model: nn.Module = peft.get_peft_model(ToyDiT(), peft.LoraConfig(r=2, target_modules=["qkv"], **settings))
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora" in name or "modules_to_save" in name:
+            parameter.data.normal_(generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("settings", [{}, {"use_dora": True}, {"modules_to_save": ["final_layer"]}], ids=str)
+def test_an_adapter_is_loaded_whole_and_nothing_else(tmp_path: Path, settings: dict[str, Any]) -> None:
+    source = adapted(1, **settings)
+    source.save_pretrained(tmp_path)  # type: ignore[operator]
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        model = adapted(2, **settings)
+        load_weights(model, path)
+        assert_equal(model, source.state_dict())
+    state = read_checkpoint(tmp_path)
+    key = next(iter(state))
+    assert_says(refusal(model, {k: v for k, v in state.items() if k != key}), "Missing, of the model's", key)
+    assert_says(refusal(model, state | {"x.lora_A.weight": torch.ones(2, 4)}), "Extra, not in the model (1)")
+    assert_says(refusal(model, state | {key: torch.ones(3, 4)}), "Of another shape (1)")
+    assert_says(refusal(ToyDiT(), tmp_path), "These are the weights of an adapter", "peft.get_peft_model(model")
+
+
+def test_an_adapter_of_another_scale_is_refused(tmp_path: Path) -> None:
+    adapted(1, lora_alpha=16).save_pretrained(tmp_path)  # type: ignore[operator]
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        assert_says(refusal(adapted(2), path), "was trained with lora_alpha=16", "'default' has 8")
+
+
 # --- Tensors that are no weights -------------------------------------------------------------------------------------
 
 

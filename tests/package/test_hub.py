@@ -7,7 +7,9 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,6 +97,29 @@ def test_the_token_of_the_environment_is_used(hub: Hub, monkeypatch: pytest.Monk
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     make_teacher().push_to_hub("me/secret", private=True)
     load_teacher("me/secret")
+
+
+def test_no_message_carries_a_token(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_teacher().push_to_hub("me/secret", token=f"{TOKEN}\n", private=True)  # as read from a file
+    load_teacher("me/secret", token=f" {TOKEN}\r\n")
+    for token in (f"hf_other\n{TOKEN}", f"{TOKEN}é", "\n", f"{TOKEN}x"):
+        for act in (
+            partial(make_teacher().push_to_hub, "me/a"),
+            partial(load_teacher, "me/secret", cache_dir=tmp_path),
+        ):
+            with pytest.raises(CheckpointError) as error:
+                act(token=token)
+            shown = "".join(traceback.format_exception(error.value))
+            assert "hf_other" not in shown
+            assert TOKEN not in shown
+
+    def leaks(*args: object, **kwargs: object) -> None:
+        raise ValueError(f"Illegal header value b'Bearer {TOKEN}\\n'")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", leaks)
+    with pytest.raises(CheckpointError, match="Illegal header value b'Bearer …") as error:
+        load_teacher("me/secret")
+    assert TOKEN not in "".join(traceback.format_exception(error.value))
 
 
 def test_an_upload_without_the_right_token_fails(hub: Hub) -> None:
