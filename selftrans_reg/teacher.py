@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from .artefacts import read_artefact, write_artefact
 from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
+from .checkpoints import local_path
 from .errors import CallError, CheckpointError, SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Shareable, Source, fetch
 from .modules import (
@@ -264,8 +265,8 @@ class CFGFeatureTeacher(Shareable, nn.Module):
 
         What the first call has dropped is not saved; before it the whole model is. Functions (a null condition,
         ``select``, ``tokens``, a time convention of your own) are saved by name only, and loading asks for them. An
-        older teacher in the folder is replaced, atomically; an edited ``README.md`` stays. In a distributed run, call
-        this on one rank.
+        older teacher in the folder is replaced, atomically; a ``README.md`` that is there stays. In a distributed run,
+        call this on one rank.
 
         Args:
             directory: The folder; made if there is none.
@@ -277,7 +278,8 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         Raises:
             CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
         """
-        self._save(Path(directory), Path(directory).name, **details)
+        folder = local_path(directory)
+        self._save(folder, folder.name, **details)
 
     def _save(self, folder: Path, name: str, **details: Unpack[Details]) -> None:
         config, tensors = self.plain(**details)
