@@ -60,7 +60,7 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self, folder: Path, split: str = "train", *, dropout: float = 0.1, second: Literal["std", "logvar"] = "std"
     ) -> None:
         if not 0 <= dropout <= 1:
-            raise ValueError(f"dropout must be in 0 .. 1; got {dropout}.")
+            raise Mistake(f"dropout must be in 0 .. 1; got {dropout}.")
         self._folder, self._dropout, self._second = folder / split, dropout, second
         self.captions = _caption_counts(self._folder)
         self.empty = _read_context(folder / EMPTY)

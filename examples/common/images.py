@@ -12,6 +12,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from common.data_files import DataError, readable
+from common.options import Mistake
 
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")
@@ -137,12 +138,9 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
 
     Shape:
         images: (N, C, H, W), C = 1 or 3; returns: (N, H, W, 3)
-
-    Raises:
-        ValueError: If there are neither one nor three channels.
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3):
-        raise ValueError(
+        raise Mistake(
             f"Images have one channel or three: (N, 1 or 3, H, W).\nFound: {tuple(images.shape)}.\n"
             "Decode with a VAE of images."
         )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common.options import Mistake
 from common.run_folder import finished_or_made
 from common.training import endless, progress
 
@@ -113,11 +114,7 @@ class FeatureStatistics(NamedTuple):
 
 
 def feature_statistics(features: NDArray[np.floating]) -> FeatureStatistics:
-    """Mean and covariance (with N - 1 below) of features (N, D).
-
-    Raises:
-        ValueError: If there are not at least two rows of features.
-    """
+    """Mean and covariance (with N - 1 below) of features (N, D)."""
     return streamed_statistics([features])
 
 
@@ -126,16 +123,13 @@ def streamed_statistics(batches: Iterable[NDArray[np.floating]]) -> FeatureStati
 
     Mean and scatter of what came before and of the new batch are joined by Chan's formula, which does not cancel.
 
-    Raises:
-        ValueError: If there are not at least two rows of features.
-
     Reference: Chan, Golub and LeVeque, 1983
     """
     count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
     for batch in batches:
         rows = np.asarray(batch, np.float64)
         if rows.ndim != 2:
-            raise ValueError(f"Features are (N, D), one row an image.\nFound: {rows.shape}.")
+            raise Mistake(f"Features are (N, D), one row an image.\nFound: {rows.shape}.")
         if not count:
             mean, scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1], rows.shape[1]))
         own_mean = rows.mean(0)
@@ -145,7 +139,7 @@ def streamed_statistics(batches: Iterable[NDArray[np.floating]]) -> FeatureStati
         mean = mean + apart * (len(rows) / (count + len(rows)))
         count += len(rows)
     if count < 2:
-        raise ValueError(f"Statistics need features of at least two images.\nFound: {count}.")
+        raise Mistake(f"Statistics need features of at least two images.\nFound: {count}.")
     return FeatureStatistics(mean, scatter / (count - 1))
 
 
@@ -154,9 +148,6 @@ def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
 
     The trace of the root is the sum of the roots of the eigenvalues of ``A^(1/2) B A^(1/2)``, which is symmetric: no
     complex root and no failure on a singular covariance.
-
-    Raises:
-        ValueError: If the two have features of different width.
 
     Reference: Dowson and Landau, 1982; Heusel et al., 2017, https://arxiv.org/abs/1706.08500
     """
@@ -187,7 +178,7 @@ def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _distance(a: FeatureStatistics, root: NDArray[np.float64], b: FeatureStatistics) -> float:
     if a.mean.shape != b.mean.shape:
-        raise ValueError(
+        raise Mistake(
             f"The Fréchet distance needs features of one width.\nFound: {len(a.mean)} and {len(b.mean)}.\n"
             "Compute both sets of statistics with one extractor."
         )
@@ -216,14 +207,11 @@ def precision_recall(
         samples: Features (M, D) of the samples.
         neighbours: k.
 
-    Raises:
-        ValueError: If the features differ in width, or a set has no k-th other point.
-
     Reference: Kynkäänniemi et al., 2019, https://arxiv.org/abs/1904.06991
     """
     fewest = min(len(data), len(samples))
     if data.ndim != 2 or samples.ndim != 2 or data.shape[1] != samples.shape[1] or fewest <= neighbours:
-        raise ValueError(
+        raise Mistake(
             f"Precision and recall need two sets of more than {neighbours} features of one width.\n"
             f"Found: {data.shape} and {samples.shape}.\nPass more images, through one extractor."
         )

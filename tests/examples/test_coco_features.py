@@ -147,7 +147,7 @@ def test_gaps_strangers_and_empty_folders_are_named(folder: Path) -> None:
         CocoFeatures(folder, "val")
     with pytest.raises(DataError, match=r"There is no folder .*test"):
         CocoFeatures(folder, "test")
-    with pytest.raises(ValueError, match=r"dropout must be in 0 .. 1; got 1.5"):
+    with pytest.raises(Mistake, match=r"dropout must be in 0 .. 1; got 1.5"):
         CocoFeatures(folder, dropout=1.5)
 
 
@@ -205,7 +205,7 @@ def test_a_split_goes_on_with_the_same_settings_alone(tmp_path: Path, items: lis
         return CocoWriter(tmp_path, "train", EMPTY, scaling=Scaling(), settings={"size": size})
 
     writer(2).write(1, *items[1])
-    with pytest.raises(ValueError, match=r"other settings(.|\n)*size: 2 there, 4 now"):
+    with pytest.raises(Mistake, match=r"other settings(.|\n)*size: 2 there, 4 now"):
         writer(4)
     again = writer(2)
     assert [again.has(i) for i in range(3)] == [False, True, False]

@@ -120,7 +120,7 @@ def test_adms_reference_batch_gives_the_distance(here: Path, capsys: pytest.Capt
     assert "precision" not in row
     assert "an unknown number of images" in (printed := capsys.readouterr().out)
     assert "no precision and recall" in printed
-    with pytest.raises(ValueError, match=r"features of one width.\nFound: 6 and 2"):
+    with pytest.raises(Mistake, match=r"features of one width.\nFound: 6 and 2"):
         evaluate.main(["--samples=samples", "--statistics=VIRTUAL.npz", "--features=my_features:brightness"])
 
 
@@ -158,7 +158,7 @@ def test_the_digits_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     other = extractor_named("digits", classifier=tmp_path / "other.pt", device="cpu")
     assert extractor.name.startswith("digits-")
     assert extractor.name != other.name  # features of another training are other features
-    with pytest.raises(ValueError, match=r"images of 32x32.\nFound: \(2, 3, 16, 16\)"):
+    with pytest.raises(Mistake, match=r"images of 32x32.\nFound: \(2, 3, 16, 16\)"):
         extractor(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
 
 
@@ -200,7 +200,7 @@ def test_a_checkpoint_that_was_replaced_is_noticed(here: Path, curve: list[str])
     (here / "run/checkpoints/0000012.pt").write_bytes((here / "run/checkpoints/0000004.pt").read_bytes())
     with pytest.raises(Mistake, match="checkpoint_weights: "):
         evaluate.main(curve)
-    with pytest.raises(ValueError, match="num_samples: 10 there, 9 now"):
+    with pytest.raises(Mistake, match="num_samples: 10 there, 9 now"):
         evaluate.main([*curve, "--num-samples=9"])
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from common.data_files import DataError
 from common.images import centre_crop, find_images, read_image, read_square, skipped_line, tile, to_uint8, write_png
+from common.options import Mistake
 from PIL import Image
 
 RED, BLUE, WHITE = [200, 10, 20], [10, 20, 200], [255, 255, 255]
@@ -236,7 +237,7 @@ def test_pixels_follow_the_rule() -> None:
     assert to_uint8(grey)[0, 0, :, 0].tolist() == [0, 0, 64, 128, 255, 255]
     colour = torch.tensor([-1.0, 0.0, 1.0]).reshape(1, 3, 1, 1)
     assert to_uint8(colour).tolist() == [[[[0, 128, 255]]]]
-    with pytest.raises(ValueError, match=r"one channel or three(.|\n)*Found: \(2, 4, 8, 8\)"):
+    with pytest.raises(Mistake, match=r"one channel or three(.|\n)*Found: \(2, 4, 8, 8\)"):
         to_uint8(torch.zeros(2, 4, 8, 8))
 
 

@@ -17,6 +17,7 @@ from common.metrics import (
     streamed_statistics,
     train_classifier,
 )
+from common.options import Mistake
 from scipy.linalg import sqrtm
 from scipy.stats import ortho_group
 
@@ -57,11 +58,11 @@ def test_the_distance_to_itself_is_zero_even_when_singular() -> None:
 
 def test_shapes_that_do_not_fit_are_named() -> None:
     for features, match in [(np.zeros((1, 3)), "at least two images.\nFound: 1"), (np.zeros(3), r"Found: \(3,\)")]:
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(Mistake, match=match):
             feature_statistics(features)
     a, b = (FeatureStatistics(np.zeros(n), np.eye(n)) for n in (2, 3))
     for match in ["features of one width", "Found: 2 and 3", "one extractor"]:
-        with pytest.raises(ValueError, match=match):
+        with pytest.raises(Mistake, match=match):
             frechet_distance(a, b)
 
 
@@ -73,7 +74,7 @@ def test_streamed_statistics_equal_those_of_all_rows(sizes: list[int]) -> None:
     expected = feature_statistics(features)
     np.testing.assert_allclose(found.mean, expected.mean, rtol=1e-14)
     np.testing.assert_allclose(found.covariance, expected.covariance, rtol=1e-6)
-    with pytest.raises(ValueError, match=r"at least two images.\nFound: 1"):
+    with pytest.raises(Mistake, match=r"at least two images.\nFound: 1"):
         streamed_statistics([features[:1]])
 
 
@@ -141,7 +142,7 @@ def test_the_kernel_distance_is_the_mean_over_pairs_of_different_points() -> Non
 def test_sets_without_neighbours_are_named() -> None:
     for data, samples in [((3, 2), (9, 2)), ((9, 2), (3, 2)), ((9, 2), (9, 3))]:
         for match in ["more than 3 features of one width", rf"Found: \({data[0]}, {data[1]}\) and "]:
-            with pytest.raises(ValueError, match=match):
+            with pytest.raises(Mistake, match=match):
                 precision_recall(np.zeros(data), np.zeros(samples))
 
 
