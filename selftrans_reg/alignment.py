@@ -188,8 +188,7 @@ def _teacher_target(
     teacher: CFGFeatureTeacher, call: Call, chunk: int | None, checking: bool, rows: Tensor | None, look: Look | None
 ) -> Tensor:
     """(n, T, D), the guided features of the given rows."""
-    if not teacher.is_placed:
-        _check_place(teacher, call.x_t.device, "teacher")
+    _check_place(teacher, call.x_t.device, "teacher")
     features = teacher.features(call, rows, chunk, check_indices=checking)
     if look is not None:
         look.taught, look.features = call, features

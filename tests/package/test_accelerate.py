@@ -103,6 +103,45 @@ def test_mixed_precision_keeps_the_loss_in_float32() -> None:
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0.05 * tensor.abs().max().item() + 1e-6)
 
 
+def test_save_state_where_a_script_saves_models_by_itself(tmp_path: Path) -> None:
+    """As diffusers' scripts do: their hook raises on a prepared model that it does not know."""
+
+    def begin() -> tuple[Accelerator, nn.Module, nn.Module]:
+        accelerator = Accelerator(cpu=True)
+        model = student()
+        criterion = new_criterion(model)
+        optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
+        model, optimizer = accelerator.prepare(model, optimizer)
+        accelerator.register_for_checkpointing(criterion)
+
+        def save_model_hook(models: list[nn.Module], weights: list[object], folder: str) -> None:
+            for held in models:
+                if not isinstance(accelerator.unwrap_model(held), type(accelerator.unwrap_model(model))):
+                    raise ValueError(f"unexpected save model: {held.__class__}")  # noqa: TRY004
+                torch.save(held.state_dict(), Path(folder, "model.pt"))
+                weights.pop()
+
+        def load_model_hook(models: list[nn.Module], folder: str) -> None:
+            models.pop().load_state_dict(torch.load(Path(folder, "model.pt")))
+
+        accelerator.register_save_state_pre_hook(save_model_hook)
+        accelerator.register_load_state_pre_hook(load_model_hook)
+        return accelerator, model, criterion
+
+    accelerator, model, criterion = begin()
+    b = noisy_batch(TIMES)
+    criterion(denoising(model, b), latents=b.latents, step=7)
+    with torch.no_grad():
+        for parameter in criterion.parameters():
+            parameter.add_(1.0)
+    accelerator.save_state(str(tmp_path))
+    wanted = criterion.state_dict()
+    reset()
+    accelerator, model, criterion = begin()
+    accelerator.load_state(str(tmp_path))
+    assert [name for name, tensor in criterion.state_dict().items() if not torch.equal(tensor, wanted[name])] == []
+
+
 def test_save_state_and_load_state_hold_model_and_criterion(tmp_path: Path) -> None:
     def begin() -> tuple[Accelerator, nn.Module, nn.Module]:
         accelerator = Accelerator(cpu=True)

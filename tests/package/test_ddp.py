@@ -1,6 +1,7 @@
 """Two gloo processes under DDP against the formula in one process on the joined batch: every gradient."""
 
 import contextlib
+import warnings
 
 import pytest
 import torch
@@ -15,9 +16,12 @@ from loops import (
     student,
     total,
 )
-from ranks import on_ranks
+from ranks import RANKS, on_ranks
+from sharded import shard
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+
+from selftrans_reg import HealthWarning
 
 # Times of the eight rows of the joined batch; rank 0 has the first four. The window is 0.3 to 0.6.
 TIMES = {
@@ -129,6 +133,60 @@ def test_the_average_over_ranks_is_the_value_of_the_joined_batch() -> None:
     b = noisy_batch(times)
     terms = new_criterion(model)(denoising(model, b), latents=b.latents)
     torch.testing.assert_close(torch.stack(ranks).mean(0), torch.stack(list(terms)).detach(), rtol=1e-6, atol=1e-6)
+
+
+def with_a_bare_criterion(rank: int, wrap: str, handed: str) -> list[str]:
+    """The kinds of warning in three steps."""
+    inner = student()
+    model: nn.Module = inner
+    if wrap == "DDP":
+        model = DistributedDataParallel(inner)
+    elif wrap == "FSDP2":
+        shard(inner)
+    criterion = new_criterion(model if handed == "the wrapper" else inner)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", HealthWarning)
+        for _ in range(3):
+            total(model, criterion, mine(rank, TIMES["different numbers"])).backward()
+    return [warning.message.kind for warning in caught]
+
+
+@pytest.mark.parametrize("handed", ["the wrapper", "the model inside"])
+@pytest.mark.parametrize("wrap", ["DDP", "FSDP2", "nothing"])
+def test_a_head_that_is_left_out_of_the_ranks_average_is_warned_of(wrap: str, handed: str) -> None:
+    expected = [] if wrap == "nothing" else ["head_not_synchronised"]
+    assert on_ranks(with_a_bare_criterion, wrap, handed) == [expected] * RANKS
+
+
+def held_together(rank: int) -> list[str]:
+    """As Lightning has them: one module, of which DDP wraps the whole."""
+
+    class Training(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = student()
+            self.criterion = new_criterion(self.model)
+
+        def forward(self, b: Batch) -> Tensor:
+            return total(self.model, self.criterion, b)
+
+    DistributedDataParallel(Training())(mine(rank, TIMES["different numbers"])).backward()  # a warning is an error
+    return []
+
+
+def test_model_and_criterion_in_one_wrapper_need_no_other() -> None:
+    assert on_ranks(held_together) == [[]] * RANKS
+
+
+def saved_by_the_wrapper(rank: int) -> dict[str, Tensor]:
+    criterion = DistributedDataParallel(new_criterion(student()))
+    return criterion.state_dict()
+
+
+def test_the_wrappers_state_loads_into_a_bare_criterion() -> None:
+    state = on_ranks(saved_by_the_wrapper)[0]
+    assert all(key.startswith("module.") for key in state)
+    new_criterion(student()).load_state_dict(state)
 
 
 def fails_on(rank: int, failing: int) -> None:
