@@ -1,7 +1,12 @@
 """Self-Transcendence as a plug-in regularizer for diffusion transformers.
 
-Taps on the layers of a model that stays as it is, a projection head, the VAE-latent alignment loss, a teacher of
-classifier-free-guided features, and one loss object that combines them in an existing training loop.
+``SelfTransLoss`` watches a model through hooks while a training loop calls it, and adds one term to the loop's loss. In
+stage 1 it aligns a layer with the clean latents, in stage 2 with the classifier-free-guided features of a teacher from
+``build_teacher``. Its pieces are usable alone: ``FeatureTap``, ``ProjectionHead``, ``VAEAlignmentLoss``,
+``feature_alignment``, ``TimeConvention``. ``recipe`` has the published settings, ``layer_report`` measures which layers
+to take, and ``load_weights`` and ``strip`` read and write weights whatever wraps a model.
+
+``docs/architecture.md`` says which file does what, and how a batch goes through them.
 
 Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 """
