@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import matplotlib.image
 import numpy as np
 import pytest
 import torch
@@ -18,7 +17,7 @@ from toys import ToyDiT
 
 import selftrans_reg as st
 from selftrans_reg import errors
-from selftrans_reg.analysis import colours, draw
+from selftrans_reg.analysis import draw
 from selftrans_reg.analysis.draw import ColourBasis, draw_curves, draw_features, draw_report, save_panels, tile
 
 BATCH = (torch.randn(12, 4, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 10)
@@ -58,18 +57,6 @@ class TestColourBasis:
             clipped = (found[..., channel] == 0).float().mean() + (found[..., channel] == 1).float().mean()
             assert 0.015 < clipped < 0.025  # a hundredth at each end
 
-    def test_one_basis_and_one_range_serve_other_tokens(self, generator: torch.Generator) -> None:
-        tokens = torch.randn(2000, 4, 5, generator=generator)
-        basis = ColourBasis(tokens)
-        offset = torch.randn(4, 5, generator=generator)
-        torch.testing.assert_close(basis.colours(tokens + offset), basis.colours(tokens), atol=1e-4, rtol=0)
-        faint = basis.colours(tokens / 4)  # a quarter of the contrast, about the same middle
-        middle = -basis.low / (basis.high - basis.low)
-        unclipped = basis.colours(tokens).double() - middle
-        inside = (unclipped.abs() < 0.4).all(-1)
-        assert inside.float().mean() > 0.5
-        torch.testing.assert_close(faint.double()[inside] - middle, unclipped[inside] / 4, atol=1e-5, rtol=0)
-
     def test_of_several_groups_each_counts_by_its_directions_and_not_by_its_size(
         self, generator: torch.Generator
     ) -> None:
@@ -80,22 +67,6 @@ class TestColourBasis:
         assert unit.directions.abs().argmax(0).tolist() == [1, 0, 2]
         torch.testing.assert_close(unit.colours(large), unit.colours(large / 1e3))
 
-    def test_a_part_of_many_tokens_gives_the_same_directions(
-        self, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        tokens = torch.randn(400, 9, 6, generator=generator) * torch.tensor([1.0, 6, 1, 3, 1, 10])
-        whole = ColourBasis(tokens).directions
-        monkeypatch.setattr(colours, "_MOST_VALUES", tokens.numel() // 3)
-        part = ColourBasis(tokens).directions
-        assert not torch.equal(part, whole)
-        assert ((part * whole).sum(0).abs() > 0.99).all()
-
-    def test_a_grid_may_be_any_rectangle(self, generator: torch.Generator) -> None:
-        tokens = torch.randn(20, 6, 4, generator=generator)
-        found = ColourBasis(tokens).colours(tokens, (2, 3))
-        assert found.shape == (20, 2, 3, 3)
-        torch.testing.assert_close(found.flatten(1, 2), ColourBasis(tokens).colours(tokens, (6, 1)).flatten(1, 2))
-
     @pytest.mark.parametrize(
         ("groups", "match"),
         [([], r"got \[\]"), ([(3, 4)], r"got \[\(3, 4\)\]"), ([(3, 4, 5), (3, 4, 6)], "of one width"),
@@ -104,11 +75,6 @@ class TestColourBasis:
     def test_what_has_no_three_components_is_an_error(self, groups: list[tuple[int, ...]], match: str) -> None:
         with pytest.raises((errors.ShapeError, errors.SettingError), match=match):
             ColourBasis(*map(torch.zeros, groups))
-
-    def test_tokens_that_make_no_grid_are_an_error(self) -> None:
-        tokens = torch.randn(5, 17, 4)
-        with pytest.raises(errors.ShapeError, match="17 tokens are no grid of 4 x 4: pass grid="):
-            ColourBasis(tokens).colours(tokens)
 
 
 def test_tiles_go_row_by_row_with_a_white_gap() -> None:
@@ -125,16 +91,10 @@ def test_tiles_go_row_by_row_with_a_white_gap() -> None:
     assert torch.equal(tile(images, columns=2), expected[:, :, None].expand(-1, -1, 3))
 
 
-def test_panels_are_written(tmp_path: Path) -> None:
-    red = np.zeros((4, 4, 3), dtype=np.float32)
-    red[..., 0] = 1
-    save_panels(
-        {"first": {"a": red, "b": torch.zeros(4, 4, 3)}, "second": {"c": red}}, tmp_path / "new" / "picture.png"
-    )
-    written = matplotlib.image.imread(tmp_path / "new" / "picture.png")[..., :3]
-    assert (written == [1, 0, 0]).all(-1).mean() > 0.05
-    assert (written == [0, 0, 0]).all(-1).mean() > 0.05
-    assert [entry.name for entry in (tmp_path / "new").iterdir()] == ["picture.png"]
+def broken() -> ToyDiT:
+    model = ToyDiT()
+    model.blocks[2].fc2.bias.data[0] = torch.nan
+    return model
 
 
 class TestFeatures:
@@ -223,6 +183,8 @@ class TestFeatures:
             ({"layers": ["blocks.0", "blocks.1.fc1"]}, "of one width D; got .*12, 16, 32"),
             ({"grid": (2, 3)}, "16 tokens are no grid of 2 x 3"),
             ({"decode": lambda latents: latents}, "Images to draw are"),
+            ({"model": broken()}, r"layer 'blocks\.2' has some"),
+            ({"seed": -1}, "seed must be a whole number"),
         ],
     )
     def test_what_cannot_be_drawn_is_an_error(self, settings: dict[str, Any], match: str, tmp_path: Path) -> None:
@@ -230,41 +192,27 @@ class TestFeatures:
             self.draw(tmp_path, **settings)
         assert list(tmp_path.iterdir()) == []
 
-    def test_nan_is_an_error_that_names_the_layer(self, tmp_path: Path) -> None:
-        model = ToyDiT()
-        model.blocks[2].fc2.bias.data[0] = torch.nan
-        with pytest.raises(errors.SettingError, match=r"layer 'blocks\.2' has some"):
-            self.draw(tmp_path, model)
-
 
 class TestCurves:
     LOG = ({"step": 0, "loss": 2.0, "note": "warm"}, {"step": 5, "loss": 1.0, "lr": 0.1}, {"step": 9, "loss": 0.5})
 
-    def test_every_number_is_drawn_over_its_steps(self, tmp_path: Path, drawn: list[Figure]) -> None:
-        draw_curves(self.LOG, tmp_path / "curves.png")
-        assert panel(drawn[0], "loss").lines[0].get_xydata().tolist() == [[0, 2], [5, 1], [9, 0.5]]
+    def test_every_number_of_each_run_is_drawn_over_its_steps(self, tmp_path: Path, drawn: list[Figure]) -> None:
+        path = tmp_path / "log.jsonl"  # with an unfinished last line, as a run that goes on has it
+        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.LOG) + '{"step": 12, "lo')
+        draw_curves({"a": path, "b": [{"step": 3, "loss": 4.0}]}, tmp_path / "curves.png")
+        lines = [line.get_xydata().tolist() for line in panel(drawn[0], "loss").lines]
+        assert lines[0] == [[0, 2], [5, 1], [9, 0.5]]
+        assert [[3, 4]] in lines
         assert panel(drawn[0], "lr").lines[0].get_xydata().tolist() == [[5, 0.1]]
+        assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a", "b"]
         assert {axes.get_title() for axes in drawn[0].axes} == {"loss", "lr"}
         assert (tmp_path / "curves.png").exists()
-
-    def test_a_file_of_lines_is_read_but_for_an_unfinished_last_one(self, tmp_path: Path, drawn: list[Figure]) -> None:
-        path = tmp_path / "log.jsonl"
-        path.write_text("".join(json.dumps(entry) + "\n" for entry in self.LOG) + '{"step": 12, "lo')
-        draw_curves(path, tmp_path / "curves.png")
-        assert panel(drawn[0], "loss").lines[0].get_xdata().tolist() == [0, 5, 9]
 
     def test_what_is_not_finite_is_marked(self, tmp_path: Path, drawn: list[Figure]) -> None:
         log = [{"steps": 0, "loss": 1.0}, {"steps": 1, "loss": float("nan")}, {"steps": 2, "loss": float("inf")}]
         draw_curves(log, tmp_path / "curves.png")
         axes = panel(drawn[0], "loss (x: not finite)")
         assert list(axes.lines[1].get_xdata()) == [1, 2]
-
-    def test_several_runs_share_their_panels(self, tmp_path: Path, drawn: list[Figure]) -> None:
-        draw_curves({"a": self.LOG, "b": [{"step": 3, "loss": 4.0}]}, tmp_path / "curves.png")
-        lines = [line.get_xydata().tolist() for line in panel(drawn[0], "loss").lines]
-        assert lines[0] == [[0, 2], [5, 1], [9, 0.5]]
-        assert [[3, 4]] in lines
-        assert [text.get_text() for text in drawn[0].legends[0].get_texts()] == ["a", "b"]
 
     @pytest.mark.parametrize(
         ("text", "match"),
