@@ -117,33 +117,6 @@ def test_count_or_share_of_rows(rows: int | float | None, count: int) -> None:
     assert set(chosen.tolist()) <= set(range(100, 110))
 
 
-@pytest.mark.parametrize("wrong", [0, -1, True, 0.0, 1.0, 1.5, "2"])
-def test_senseless_teacher_rows_are_refused(wrong: object) -> None:
-    with pytest.raises(st.SettingError, match="teacher_rows must be None, a whole number of rows") as caught:
-        new_criterion(student(), teacher_rows=wrong)
-    assert repr(wrong) in str(caught.value)
-
-
-def test_sampling_goes_on_where_a_saved_run_stopped() -> None:
-    """The choice depends on the number of the call alone, which the state dict holds."""
-    b = noisy_batch(TIMES)
-
-    def losses(criterion: st.SelfTransLoss, model: torch.nn.Module, steps: int) -> list[float]:
-        return [float(total(model, criterion, b).detach()) for _ in range(steps)]
-
-    model = student()
-    criterion = new_criterion(model, teacher_rows=1)
-    uninterrupted = losses(criterion, model, 8)
-    first_model = student()
-    first = new_criterion(first_model, teacher_rows=1)
-    begun = losses(first, first_model, 4)
-    second_model = student()
-    second = new_criterion(second_model, teacher_rows=1)
-    second.load_state_dict(first.state_dict())
-    assert begun + losses(second, second_model, 4) == uninterrupted
-    assert len(set(uninterrupted)) > 1
-
-
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 100])
 def test_chunks_give_what_one_pass_gives(chunk: int) -> None:
     b = noisy_batch(TIMES)

@@ -137,6 +137,10 @@ class OwnBlock(ToyBlock):
         (nn.LazyLinear(5), 5),
         (nn.Sequential(nn.Linear(4, 16), nn.SiLU()), None),
         (nn.MultiheadAttention(8, 2), None),
+        (nn.TransformerEncoderLayer(16, 2, 16), 16),
+        (nn.TransformerDecoderLayer(16, 2, 32), 16),
+        (nn.ModuleDict({"image": ToyBlock(16), "text": ToyBlock(16)}), 16),
+        (nn.ModuleDict({"image": ToyBlock(16), "text": ToyBlock(24)}), None),
     ],
 )
 def test_a_width_is_read_off_where_that_is_certain(layer: nn.Module, width: int | None) -> None:
