@@ -151,7 +151,7 @@ def in_words(schema: Schema) -> str:
     return {str: "one line of text", bool: "true or false", None: "null"}.get(schema, repr(schema))
 
 
-def _checked(config: Mapping[str, Any], schema: Mapping[str, Schema], where: str) -> None:
+def _check(config: Mapping[str, Any], schema: Mapping[str, Schema], where: str) -> None:
     for name, wanted in schema.items():
         if not fits(config[name], wanted):
             raise CheckpointError(f"{where}: {name!r} should be {in_words(wanted)}; found {str(config[name])[:100]!r}.")
@@ -175,9 +175,8 @@ def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     f"There is no saved teacher in {str(folder)!r}: it has no {name}.\nFound: {some_of(there)}."
                 )
     tensors, metadata = read_safetensors(folder / WEIGHTS)
-    config, beside = _stated(metadata, folder / WEIGHTS), _shown(folder / CONFIG)
-    _check_versions(config, folder / WEIGHTS)
-    _check_versions(beside, folder / CONFIG)
+    config = _config(metadata.get(_METADATA), folder / WEIGHTS)
+    beside = _config(json.dumps(read_json(folder / CONFIG)), folder / CONFIG)
     # It is another save's for a moment while a teacher is replaced, and for longer if that was interrupted.
     if beside["sha256"] == config["sha256"] and beside != config:
         edited = quoted(key for key in config if config[key] != beside[key])
@@ -194,25 +193,16 @@ def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {name: config[name] for name in TEACHER}, tensors
 
 
-def _stated(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """The settings in the header of the weights, once they are known to be of ours, of whatever version."""
+def _config(text: str | None, path: Path) -> dict[str, Any]:
+    """The settings in JSON, once they are known to be those of a teacher in this format."""
     with wrapped_errors(path):
-        config = parsed(metadata[_METADATA]) if _METADATA in metadata else None
+        config = None if text is None else parsed(text)
     if not isinstance(config, dict) or not config.keys() >= _COMMON.keys():
         raise CheckpointError(
             f"{path} was not written by selftrans-reg: it lacks its settings {quoted(_COMMON)}.\n"
             "Weights of a training loop or of diffusers are read by build_teacher."
         )
-    _checked(config, _COMMON, str(path))
-    return config
-
-
-def _shown(path: Path) -> dict[str, Any]:
-    """The settings in ``config.json``."""
-    return _stated({_METADATA: json.dumps(read_json(path))}, path)
-
-
-def _check_versions(config: Mapping[str, Any], path: Path) -> None:
+    _check(config, _COMMON, str(path))
     this, known = f"selftrans-reg {library_version()}", _COMMON | TEACHER
     install = f"Install version {config['library_version']} of selftrans-reg from its repository, or a later one."
     if config["format_version"] > FORMAT_VERSION:
@@ -224,7 +214,8 @@ def _check_versions(config: Mapping[str, Any], path: Path) -> None:
         raise CheckpointError(f"{path} has entries that {this} does not know: {names}.\n{install}")
     if missing := sorted(known.keys() - config.keys()):
         raise CheckpointError(f"{path} lacks {quoted(missing)}: it is incomplete. Copy or download it again.")
-    _checked(config, TEACHER, str(path))
+    _check(config, TEACHER, str(path))
+    return config
 
 
 def _check_sizes(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> None:
@@ -278,7 +269,7 @@ def write_artefact(folder: Path, settings: Mapping[str, Any], tensors: Mapping[s
     if unknown := sorted(settings.keys() - TEACHER.keys()):
         raise SettingError(f"A saved teacher has no {quoted(unknown)}; it has {quoted(sorted(TEACHER))}.")
     config = {"kind": "teacher", "format_version": FORMAT_VERSION, "library_version": library_version(), **settings}
-    _checked(config, TEACHER, "This teacher cannot be saved")
+    _check(config, TEACHER, "This teacher cannot be saved")
     names = {dtype: name for name, dtype in DTYPES.items() if not name.startswith("F8")}
     for key, value in tensors.items():
         if problem := defect(value) or (f"a tensor of {value.dtype}" if value.dtype not in names else None):
@@ -360,11 +351,11 @@ def _check_place(folder: Path) -> None:
         if not os.path.lexists(path):
             continue
         try:
-            if path.name == CONFIG:
-                _shown(path)
-            else:
-                with opened(path) as stream:
-                    _stated(read_header(stream).get("__metadata__", {}), path)
+            with opened(path) as stream:
+                if path.name == CONFIG:
+                    _config(json.dumps(read_json(path)), path)
+                else:
+                    _config(read_header(stream).get("__metadata__", {}).get(_METADATA), path)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{str(folder)!r} holds a {path.name} that is no saved teacher's; it was not touched. Save elsewhere.\n"

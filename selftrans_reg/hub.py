@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from .artefacts import CARD, CONFIG, WEIGHTS, library_version
 from .checkpoints import local_path, wrapped_errors
@@ -18,7 +18,14 @@ _LIBRARY = "selftrans-reg"
 
 
 class Source(TypedDict, total=False):
-    """Where on the hub, and how to get there; :func:`fetch` describes each."""
+    """Where on the hub, and how to get there.
+
+    Attributes:
+        revision: The repository's branch, tag or commit.
+        token: An access token for private repositories; True for the stored one, False for none.
+        cache_dir: Where copies are kept.
+        local_files_only: Take the copy that is there, and ask nobody.
+    """
 
     revision: str | None
     token: str | bool | None
@@ -26,29 +33,16 @@ class Source(TypedDict, total=False):
     local_files_only: bool
 
 
-def fetch(
-    name: str | PathLike[str],
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | PathLike[str] | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def fetch(name: str | PathLike[str], **source: Unpack[Source]) -> Path:
     """The folder of an artefact: a local one, or a copy in the cache of a repository ``"owner/name"`` on the hub.
 
     A local folder of that name comes first. ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_TOKEN`` mean what
     huggingface_hub says.
 
-    Args:
-        name: A folder or a repository.
-        revision: The repository's branch, tag or commit.
-        token: An access token for private repositories; True for the stored one, False for none.
-        cache_dir: Where copies are kept.
-        local_files_only: Take the copy that is there, and ask nobody.
-
     Raises:
         CheckpointError: If there is no such folder, or the repository cannot be read.
     """
+    revision, cache = source.get("revision"), source.get("cache_dir")
     folder = local_path(name)
     with wrapped_errors(folder):  # such as of a name that is too long, or a folder that may not be read
         is_local, in_local = folder.is_dir(), folder.parent.is_dir()
@@ -71,9 +65,9 @@ def fetch(
         copy = snapshot_download(
             str(name),
             revision=revision,
-            token=_plain(token),
-            cache_dir=None if cache_dir is None else Path(cache_dir),
-            local_files_only=local_files_only,
+            token=_plain(source.get("token")),
+            cache_dir=None if cache is None else Path(cache),
+            local_files_only=source.get("local_files_only", False),
             allow_patterns=[CONFIG, WEIGHTS],
             library_name=_LIBRARY,
             library_version=library_version(),
