@@ -18,6 +18,7 @@ from toys import ToyDiT
 
 import selftrans_reg as st
 from selftrans_reg import errors
+from selftrans_reg.analysis.draw import draw_features, draw_report
 from selftrans_reg.analysis.report import LayerMeasures
 
 CLASSES = 4
@@ -273,6 +274,51 @@ def test_fewer_layers_than_the_rule_needs_are_measured_without_a_proposal() -> N
     assert report.recipe is None
     assert "Proposal" not in str(report)
     assert report.mean("norm", "b", 1) > 0
+
+
+class ChannelsLast(nn.Module):
+    """A block whose maps are (N, H, W, D), 4 by 4 of width 32."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(32), nn.Linear(32, 32), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(self.norm(x)).relu())
+
+
+def test_maps_with_channels_last_are_read_by_the_layers_width() -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.blocks = nn.Linear(4, 32), nn.ModuleList(ChannelsLast() for _ in range(3))
+
+        def forward(self, x: Tensor, t: Tensor) -> Tensor:
+            x = self.embed(x.permute(0, 2, 3, 1))
+            for block in self.blocks:
+                x = block(x)
+            return x
+
+    model, x, seen = Windows(), torch.randn(12, 4, 4, 4), []
+    report = st.layer_report(model, [(x,)], time="repa", noise_fractions=[0.5], k=2)
+    model.blocks[1].register_forward_hook(lambda module, args, output: seen.append(output))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    model((x + noise) / 2, torch.full((12,), 0.5))
+    tokens = seen[0].flatten(1, 2).double()  # (12, 16, 32)
+    assert report.mean("norm", "blocks.1", 1) == pytest.approx(tokens.norm(dim=2).square().mean().sqrt().item(), 1e-4)
+    pooled = tokens.mean(1)
+    shares = torch.linalg.svdvals(pooled - pooled.mean(0))
+    expected = torch.special.entr(shares / shares.sum()).sum().exp().item()
+    assert report.mean("effective_rank", "blocks.1", 1) == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_default_device_leads_nothing_astray(tmp_path: Path) -> None:
+    model, x, y = ToyDiT(), torch.randn(20, 4, 8, 8), torch.arange(20) % 4
+    expected = st.layer_report(model, [(x, y)], time="ddpm", null={"y": 10})
+    with torch.device("meta"):
+        assert st.layer_report(model, [(x, y)], time="ddpm", null={"y": 10}) == expected
+        draw_report(expected, tmp_path / "report.png")
+        draw_features(model, (x, y), tmp_path / "features.png", ["blocks.1"], time="ddpm", null={"y": 10})
 
 
 class Cast(nn.Module):
