@@ -4,7 +4,7 @@ The second form samples every checkpoint of some runs as `sample.py` does, and d
 What is finished in ``--out`` is not done again: as the runs go on, the same command adds their new checkpoints.
 
     python examples/evaluate.py --samples samples/sit --reference data/images --features inception
-    python examples/evaluate.py --run runs/plain runs/self --out runs/curve --reference digits --features digits
+    python examples/evaluate.py --run runs/baseline runs/stage2 --out runs/curve --reference digits --features digits
 """
 # ruff: noqa: E402
 

@@ -5,7 +5,7 @@ measured there is not measured again. Any checkpoint of the examples is read as 
 function of yours, and its batches too, as `layer_report` takes them:
 
     python examples/inspect_features.py runs/quickstart/stage1.pt --out runs/inspect/stage1
-    python examples/inspect_features.py runs/b2/vae --out runs/inspect/b2 --device cuda
+    python examples/inspect_features.py runs/b2/stage1 --out runs/inspect/b2 --device cuda
     python examples/inspect_features.py mine.pt --model my_model:build --data my_data:batches --time sit --null y=1000 \
         --out runs/inspect/mine
 """

@@ -3,9 +3,9 @@ r"""Images for prompts from checkpoints of `mmdit_coco.py`: PNGs, and a picture 
 The noise of an image depends on the seed and on its prompt's place in the list alone. What is finished in ``--out`` is
 not done again.
 
-    python examples/sample_prompts.py --checkpoint runs/coco/self --out samples/coco --cfg-scale 4 \
+    python examples/sample_prompts.py --checkpoint runs/coco/stage2 --out samples/coco --cfg-scale 4 \
         --prompts "a cat asleep on a red sofa" "a kite above a beach"
-    python examples/sample_prompts.py --checkpoint runs/t2i/self/checkpoints/*.pt --out samples/along-training
+    python examples/sample_prompts.py --checkpoint runs/t2i/stage2/checkpoints/*.pt --out samples/along-training
 """
 # ruff: noqa: E402
 

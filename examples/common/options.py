@@ -27,13 +27,9 @@ class Parser(argparse.ArgumentParser):
 
 class _Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if (
-            action.default is None
-            or action.default is False
-            or action.default == []
-            or "default" in (action.help or "")
-        ):
-            return action.help  # nothing is the default, or the text says it
+        nothing = any(action.default is nothing for nothing in (None, False)) or action.default == []
+        if nothing or "default" in (action.help or ""):  # or the text says it
+            return action.help
         return super()._get_help_string(action) if action.help else "default: %(default)s"
 
 
@@ -45,17 +41,11 @@ def run_script(main: Callable[[], object]) -> None:
     """
     try:
         main()
-    except (Mistake, OSError) as error:
-        _end(error)
     except Exception as error:
         library = sys.modules.get("selftrans_reg")  # an error of its own is raised only where it was imported
-        if library is None or not isinstance(error, library.SelfTransError):
+        if not isinstance(error, (Mistake, OSError) if library is None else (Mistake, OSError, library.SelfTransError)):
             raise
-        _end(error)
-
-
-def _end(error: Exception) -> NoReturn:
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
 
 
 def at_least(least: int) -> Callable[[str], int]:
