@@ -31,6 +31,9 @@ _RECORDED: dict[Family, tuple[str, ...]] = {
 _FROM = {"SiT": "the SiT or REPA repository, or of sit_imagenet.py", "MMDiT": "mmdit_coco.py"}
 _ALIASES = {"cfg_prob": "class_dropout_prob"}  # what REPA calls it
 _PATHS = {"linear": "linear", "cosine": "cosine", "Linear": "linear", "GVP": "cosine"}  # ours and REPA's, then SiT's
+_OUR_WORDS: dict[str, tuple[str, ...]] = {
+    "family": ("SiT", "MMDiT"), "path": ("linear", "cosine"), "time": ("repa", "sit"),
+}  # fmt: skip
 _PREDICTIONS = ("v", "velocity")  # REPA's word and SiT's
 _WRAPPERS = {"module", "_orig_mod"}  # of DDP and torch.compile, in a key
 _IMAGENET_CLASSES = 1000
@@ -110,16 +113,19 @@ def check_claims(
     def refuse(said: str, here: str, advice: str) -> NoReturn:
         raise Mistake(f"{source} was trained {said}{here}.\n{advice}")
 
-    for name in (args.get("family"), args.get("model")):
+    # Other repositories' settings may have words of ours for something else: a folder's path, a job's time.
+    ours = all(key in args for key in _RECORDED[family])
+    stated = {key: args[key] for key, known in _OUR_WORDS.items() if key in args and (ours or args[key] in known)}
+    for name in (stated.get("family"), args.get("model")):
         if name is not None and str(name) != "demo" and not str(name).startswith(family):
             refuse(f"as a {str(name)[:60]!r}", f", and is taken for a {family}", f"Pass one of {_FROM[family]}.")
     if (prediction := args.get("prediction", "velocity")) not in _PREDICTIONS:
         refuse(f"to predict {prediction!r:.60}", "; a model of the velocity is needed here", "Pass another checkpoint.")
-    if (named := args.get("path", args.get("path_type", "linear"))) not in _PATHS:
+    named = stated.get("path", args.get("path_type", "linear"))
+    if not isinstance(named, str) or named not in _PATHS:
         refuse(f"on the path {named!r:.60}", "", "Known: linear and cosine ('Linear' and 'GVP' in SiT's files).")
-    found_path = _PATHS[named] if {"path", "path_type"} & args.keys() else None
-    ours = all(key in args for key in _RECORDED[family])
-    found_time = args.get("time", "repa" if ours else None)
+    found_path = _PATHS[named] if "path" in stated or "path_type" in args else None
+    found_time = stated.get("time", "repa" if ours else None)
     if found_time is None and said_time is None:
         raise Mistake(
             f"{source} does not say what its training called t, and its weights do not show it.\n"

@@ -134,6 +134,9 @@ def test_what_a_file_says_and_what_the_user_adds() -> None:
     assert conventions({}, said_time="repa", said_path="cosine") == ("repa", "cosine")
     assert conventions({}, said_time="repa", path="cosine") == ("repa", "cosine")
     assert conventions(OURS | {"scale_factor": 0.18215}, scaling=Scaling(0.182151)) == ("repa", "cosine")
+    # Another repository's words for something else.
+    others = {"path": "/data/imagenet", "time": "12:00:00", "family": "transformer"}
+    assert conventions(SIT_FILE | others, said_time="sit") == ("sit", "linear")
     # How often labels are dropped is no property of what the weights compute.
     assert conventions(OURS, settings=TINY | {"class_dropout_prob": 0.2}) == ("repa", "cosine")
 
@@ -147,6 +150,7 @@ def test_what_a_file_says_and_what_the_user_adds() -> None:
         (OURS | {"prediction": "noise"}, {}, "trained to predict 'noise'"),
         (SIT_FILE | {"prediction": "score"}, {"said_time": "sit"}, "trained to predict 'score'"),
         (OURS | {"path": "VP"}, {}, "trained on the path 'VP'"),
+        (SIT_FILE | {"path_type": ["GVP"]}, {"said_time": "sit"}, r"trained on the path \['GVP'\]"),
         (OURS, {"said_path": "linear"}, r"trained on the cosine path.\nFound: --path linear"),
         (OURS, {"path": "linear"}, "trained on the cosine path; this run is on the linear path"),
         (REPA_FILE, {"said_time": "repa", "path": "cosine"}, "linear path; this run is on the cosine path"),
