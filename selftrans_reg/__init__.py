@@ -30,10 +30,11 @@ from .errors import ShapeError as ShapeError
 from .errors import TeacherError as TeacherError
 from .errors import TimeConventionError as TimeConventionError
 from .heads import ProjectionHead, VAEAlignmentLoss, feature_alignment
+from .modules import share_frozen
 from .plateau import Plateau
 from .recipes import Recipe, recipe
 from .taps import FeatureTap
-from .teacher import CFGFeatureTeacher, build_teacher, share_frozen
+from .teacher import CFGFeatureTeacher, build_teacher
 from .time import TimeConvention
 from .weights import load_weights
 

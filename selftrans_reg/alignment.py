@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .calls import Call, CallSpec
-from .errors import SettingError, ShapeError, TimeConventionError
+from .errors import SettingError, ShapeError, TeacherError, TimeConventionError
 from .heads import Head
 from .health import Look
-from .modules import Layout, sharded_parts
+from .modules import Layout, sharded_parts, some_of, unwrap
 from .settings import Settings
 from .taps import Record
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention, window_mask
 from .tokens import as_tokens, described, select_tensor
+from .truncate import identity
 
 # Devices of which a copy to or from pinned memory is left to itself; on others it is waited for.
 ASYNCHRONOUS = ("cuda",)
@@ -275,7 +276,21 @@ def check_teacher(teacher: object, model: nn.Module, time: TimeConvention) -> No
             f"teacher must be what build_teacher returns, or CFGFeatureTeacher.from_pretrained; got "
             f"{described(teacher)}.\nA model becomes one by st.build_teacher(model, checkpoint, layer=..., null=...)."
         )
-    teacher.check_apart(model)
+    student = unwrap(model)
+    modules = {module for module in student.modules() if next(module.parameters(), None) is not None}
+    trained = {identity(p) for p in student.parameters() if p.requires_grad}
+    inside = [name for name, module in teacher.model.named_modules() if module in modules]
+    tensors = (*teacher.model.named_parameters(), *teacher.model.named_buffers())
+    if shared := inside or [name for name, tensor in tensors if identity(tensor) in trained]:
+        teacher.give_back()  # the student is as it was before the teacher took over what they share
+        what = "modules" if inside else "weights that train"
+        problem = f"The teacher shares {what} with the student, and would change with it: {some_of(shared)}."
+        if unwrap(teacher.model) is student:
+            problem = "The teacher holds the student itself."
+        raise TeacherError(
+            f"{problem}\nBuild it from a copy of its own: copy.deepcopy(model), or share_frozen(model), which copies "
+            "only what trains."
+        )
     if teacher.time is not None and teacher.time != time:
         names = f"{teacher.time.name!r}, the student's is {time.name!r}"
         raise TimeConventionError(

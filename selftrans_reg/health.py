@@ -173,12 +173,17 @@ def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> Tensor 
     for name, layer in layers.items():
         mine = {key: p for key, p in layer.named_parameters() if p.requires_grad}
         theirs = dict(taught[name].named_parameters()) if name in taught else {}
-        if not mine or not mine.keys() <= theirs.keys():
+        if not mine or not mine.keys() <= theirs.keys() or any(_is_elsewhere(theirs[key]) for key in mine):
             return None
         pairs.append((_values(mine.values()), _values(theirs[key] for key in mine)))
     if any(a.shape != b.shape for a, b in pairs):
         return None
     return torch.stack([(a == b.to(a.device)).all() for a, b in pairs]).all()
+
+
+def _is_elsewhere(p: Tensor) -> bool:
+    """Whether a tensor's values are offloaded, or quantised into several tensors."""
+    return p.is_meta or (hasattr(p, "__tensor_flatten__") and not hasattr(p, "full_tensor"))
 
 
 def _values(parameters: Iterable[nn.Parameter], each: int = 256) -> Tensor:

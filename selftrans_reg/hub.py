@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-from .artefacts import CARD, CONFIG, WEIGHTS, library_version
+from torch import Tensor
+
+from .artefacts import CARD, CONFIG, WEIGHTS, library_version, write_artefact
 from .checkpoints import local_path, wrapped_errors
 from .errors import CheckpointError
 
@@ -132,10 +134,44 @@ def push(
     return commit.commit_url
 
 
-class Shareable:
-    """What teacher and criterion share: an upload of what ``save_pretrained`` saves."""
+class Details(TypedDict, total=False):
+    """What a teacher cannot know of itself; :meth:`Shareable.save_pretrained` describes each."""
 
-    _save: Callable[..., None]  # (folder, name, **details): saves; the model card calls it by the name
+    source: str | None
+    step: int | None
+    latent_scale: float | None
+    latent_shape: Sequence[int] | None
+    licence: str | None
+
+
+class Shareable:
+    """What can be saved in a folder and pushed to the hub, given as plain values and tensors."""
+
+    plain: Callable[..., tuple[dict[str, Any], dict[str, Tensor]]]
+
+    def save_pretrained(self, directory: str | PathLike[str], **details: Unpack[Details]) -> None:
+        """Save weights, settings and a model card, for :meth:`from_pretrained`.
+
+        What the first call has dropped is not saved; before it the whole model is. Functions (a null condition,
+        ``select``, ``tokens``, a time convention of your own) are saved by name only, and loading asks for them. An
+        older teacher in the folder is replaced, atomically; a ``README.md`` that is there stays. In a distributed run,
+        call this on one rank.
+
+        Args:
+            directory: The folder; made if there is none.
+            **details: What the teacher cannot know, all optional: ``source``, the run that it comes from, in words or
+                as an address; ``step``, at which the weights were taken; ``latent_scale`` and ``latent_shape``, the
+                factor on the VAE's latents and their (C, H, W); ``licence`` of the weights. They are kept in
+                ``teacher.provenance``.
+
+        Raises:
+            CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
+        """
+        folder = local_path(directory)
+        self._save(folder, folder.name, **details)
+
+    def _save(self, folder: Path, name: str, **details: Unpack[Details]) -> None:
+        write_artefact(folder, *self.plain(**details), name)
 
     def push_to_hub(
         self,

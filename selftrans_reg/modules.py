@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import LayerNotFoundError, SettingError
+
+M = TypeVar("M", bound=nn.Module)
 
 # What wrappers call the module that they hold, by package and class, so that none of them has to be imported. A child's
 # name alone tells nothing: blocks have parts that are called `module`.
@@ -299,3 +302,32 @@ def device_of(module: nn.Module) -> torch.device:
     for parameter in module.parameters():
         return torch.device("cpu") if parameter.is_meta else parameter.device
     return torch.device("cpu")
+
+
+def placed_by_hooks(model: nn.Module) -> bool:
+    """Whether hooks put the model's weights where they are needed, as accelerate's and diffusers' offloading do."""
+    for module in model.modules():
+        registry = getattr(module, "_diffusers_hook", None)
+        if hasattr(module, "_hf_hook") or "group_offloading" in getattr(registry, "hooks", {}):
+            return True
+    return False
+
+
+def share_frozen(model: M) -> M:
+    """A copy of ``model`` that shares its frozen parameters and buffers, and owns what trains.
+
+    With an adapter (LoRA) the copy takes the adapter's memory alone, so the base model can teach itself:
+
+    >>> import torch, selftrans_reg as st
+    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2))
+    >>> other = st.share_frozen(model)
+    >>> other[0].weight is model[0].weight, other[1].weight is model[1].weight
+    (True, False)
+
+    It holds the weights that train as they are now: a snapshot. Statistics that a batch norm gathers are its own.
+    """
+    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
+    for module in model.modules():
+        if not getattr(module, "track_running_stats", False):
+            memo |= {id(buffer): buffer for buffer in module._buffers.values() if buffer is not None}
+    return copy.deepcopy(model, memo)

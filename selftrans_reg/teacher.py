@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 import threading
@@ -10,26 +9,25 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from .artefacts import read_artefact, write_artefact
+from .artefacts import read_artefact
 from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
-from .checkpoints import local_path
 from .errors import CallError, CheckpointError, SelfTransError, SettingError, ShapeError, TeacherError
-from .hub import Shareable, Source, fetch
+from .hub import Details, Shareable, Source, fetch
 from .modules import (
     Layout,
     check_positive,
     find_layer,
     fingerprint,
     infer_width,
+    placed_by_hooks,
     quoted,
     sharded_parts,
-    some_of,
     unwrap,
 )
 from .null import PREFIX, Null, NullCondition, checked_indices, restored, unsaved
@@ -42,7 +40,6 @@ from .truncate import (
     compile_blocks,
     drop,
     dropped_names,
-    identity,
     pad_rows,
     pruned_error,
     touched_in,
@@ -52,19 +49,6 @@ from .weights import check_fit, check_values, load_weights, own_tensors
 
 _LOGGER = logging.getLogger(__name__)
 _SLICE = ("start", "stop", "step")
-_RULES = ("select", "tokens", "time")  # which may be functions, or of the user's own
-
-M = TypeVar("M", bound=nn.Module)
-
-
-class Details(TypedDict, total=False):
-    """What a teacher cannot know of itself; :meth:`CFGFeatureTeacher.save_pretrained` describes each."""
-
-    source: str | None
-    step: int | None
-    latent_scale: float | None
-    latent_shape: Sequence[int] | None
-    licence: str | None
 
 
 class CFGFeatureTeacher(Shareable, nn.Module):
@@ -216,12 +200,10 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 raise SettingError(f"{where} was saved with another time convention: {value['unsaved']!r}.")
             return given
 
-        settings: dict[str, Any] = {
-            "layer": config["layer"],
-            "guidance_scale": config["guidance_scale"],
-            "call": config["call"] | {k: known(f"call.{k}", config["call"][k], (call or {}).get(k)) for k in "xt"},
-        }
-        rest = {key: known(key, config[key], given) for key, given in zip(_RULES, (select, tokens, time), strict=True)}
+        given = {"select": select, "tokens": tokens, "time": time}
+        settings = {key: known(key, config[key], value) for key, value in given.items()}
+        settings |= {"layer": config["layer"], "guidance_scale": config["guidance_scale"], "call": config["call"]}
+        settings["call"] |= {k: known(f"call.{k}", config["call"][k], (call or {}).get(k)) for k in "xt"}
         try:
             settings["null"] = restored(config["null"], saved, null, asked)
         except CheckpointError as error:
@@ -242,7 +224,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             own = own_tensors(made)
             check_fit(made, own, saved, where)
             check_values(own, saved, where)
-            check_settings(made, **settings)
+            check_settings(made, **{key: settings[key] for key in ("layer", "guidance_scale", "null", "call")})
             dtypes = {value.dtype for value in saved.values() if value.is_floating_point()}
             if len(dtypes) == 1:
                 made.to(dtypes.pop())  # for what is in no state dict, such as a table of positions
@@ -255,35 +237,10 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             if not isinstance(error, CheckpointError):
                 origin = f"{where} does not fit {type(unwrap(made)).__name__}; nothing was loaded.\n{origin}"
             raise CheckpointError(origin) from error
-        teacher = cls(made, **settings, **rest, hidden_size=config["hidden_size"], compile=compile, truncate=truncate)
+        teacher = cls(made, **settings, hidden_size=config["hidden_size"], compile=compile, truncate=truncate)
         teacher.fingerprint = torch.tensor(list(bytes.fromhex(config["fingerprint"])), dtype=torch.uint8)
         teacher.provenance = {key: config[key] for key in Details.__annotations__ if config[key] is not None}
         return teacher
-
-    def save_pretrained(self, directory: str | PathLike[str], **details: Unpack[Details]) -> None:
-        """Save weights, settings and a model card, for :meth:`from_pretrained`.
-
-        What the first call has dropped is not saved; before it the whole model is. Functions (a null condition,
-        ``select``, ``tokens``, a time convention of your own) are saved by name only, and loading asks for them. An
-        older teacher in the folder is replaced, atomically; a ``README.md`` that is there stays. In a distributed run,
-        call this on one rank.
-
-        Args:
-            directory: The folder; made if there is none.
-            **details: What the teacher cannot know, all optional: ``source``, the run that it comes from, in words or
-                as an address; ``step``, at which the weights were taken; ``latent_scale`` and ``latent_shape``, the
-                factor on the VAE's latents and their (C, H, W); ``licence`` of the weights. They are kept in
-                ``teacher.provenance``.
-
-        Raises:
-            CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
-        """
-        folder = local_path(directory)
-        self._save(folder, folder.name, **details)
-
-    def _save(self, folder: Path, name: str, **details: Unpack[Details]) -> None:
-        config, tensors = self.plain(**details)
-        write_artefact(folder, config, tensors, name)
 
     def plain(self, **details: Unpack[Details]) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The teacher as plain values, functions by their names, and its tensors.
@@ -428,7 +385,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             cause, same = error, False
         if not same:
             raise self._rows_error(call, held) from cause
-        self._foreign = usage.foreign()
+        self._foreign = usage.foreign() and not self.is_placed
         if self._truncate:
             drop_unused(usage, run, features)
             self._touched = touched_in(self.model)
@@ -501,44 +458,16 @@ class CFGFeatureTeacher(Shareable, nn.Module):
     @property
     def is_placed(self) -> bool:
         """Whether hooks put the model's weights where they are needed, as offloading does: ``.to()`` leaves them."""
-        for module in self.model.modules():
-            registry = getattr(module, "_diffusers_hook", None)
-            if hasattr(module, "_hf_hook") or "group_offloading" in getattr(registry, "hooks", {}):
-                return True
-        return False
+        return placed_by_hooks(self.model)
 
-    def check_apart(self, student: nn.Module) -> None:
-        """Make sure that training ``student`` leaves this teacher as it is.
-
-        Raises:
-            TeacherError: If they share modules, or memory of what trains. The student is then as it was before the
-                teacher took over what they share.
-        """
-        student = unwrap(student)
-        modules = {module for module in student.modules() if next(module.parameters(), None) is not None}
-        trained = {identity(p) for p in student.parameters() if p.requires_grad}
-        inside = [name for name, module in self.model.named_modules() if module in modules]
-        tensors = (*self.model.named_parameters(), *self.model.named_buffers())
-        shared = inside or [name for name, tensor in tensors if identity(tensor) in trained]
-        if not shared:
-            return
+    def give_back(self) -> None:
+        """Leave the model in the mode, and with the parameters that train, in which it was taken over."""
         for module, training, parameters in self._taken:
             module.training = training
             module._parameters.update(parameters)
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
         self._taken = []
-        if unwrap(self.model) is student:
-            raise TeacherError(
-                "The teacher holds the student itself: build it from a copy of the model, copy.deepcopy(model), or "
-                "from share_frozen(model), which copies only what trains."
-            )
-        raise TeacherError(
-            f"The teacher shares {'modules' if inside else 'weights that train'} with the student, and would change "
-            f"with it: {some_of(shared)}.\n"
-            "Build it from a copy of its own: copy.deepcopy(model), or share_frozen(model), which copies only what "
-            "trains."
-        )
 
 
 def _freeze(model: nn.Module) -> list[tuple[nn.Module, bool, dict[str, nn.Parameter]]]:
@@ -564,26 +493,6 @@ def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:
     if first.shape != second.shape:
         return False
     return not ((first - second).flatten(1).norm(dim=1) > tolerance * second.flatten(1).norm(dim=1)).any()
-
-
-def share_frozen(model: M) -> M:
-    """A copy of ``model`` that shares its frozen parameters and buffers, and owns what trains.
-
-    With an adapter (LoRA) the copy takes the adapter's memory alone, so the base model can teach itself:
-
-    >>> import torch, selftrans_reg as st
-    >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2).requires_grad_(False), torch.nn.Linear(2, 2))
-    >>> other = st.share_frozen(model)
-    >>> other[0].weight is model[0].weight, other[1].weight is model[1].weight
-    (True, False)
-
-    It holds the weights that train as they are now: a snapshot. Statistics that a batch norm gathers are its own.
-    """
-    memo: dict[int, Any] = {id(p): p for p in model.parameters() if not p.requires_grad}
-    for module in model.modules():
-        if not getattr(module, "track_running_stats", False):
-            memo |= {id(buffer): buffer for buffer in module._buffers.values() if buffer is not None}
-    return copy.deepcopy(model, memo)
 
 
 def build_teacher(
