@@ -295,6 +295,7 @@ class RowTensors:
     Attributes:
         paths: Where the rows are, as one would type it.
         tensors: The rows: a tensor with N of them, or a list of N entries.
+        certain: Whether they are; of a single sample only what was said, and larger calls, tell what all samples share.
 
     Raises:
         CallError: If it is open where the samples are.
@@ -303,6 +304,7 @@ class RowTensors:
     def __init__(self, call: Call, known: dict[str, Way] | None = None, conditions: Container[str] = ()) -> None:
         self.paths: list[str] = []
         self.tensors: list[Rows] = []
+        self.certain = True
         self._arguments = call.arguments
         self._n = call.rows
         self._known = {} if known is None else known
@@ -404,8 +406,10 @@ class RowTensors:
     def _take(self, path: str, way: Way, rows: Rows) -> None:
         self.paths.append(path)
         self.tensors.append(rows)
-        if self._n > 1:  # with a single sample, whatever has a first axis of 1 looks like rows
+        if self._n > 1:
             self._known[path] = way
+        elif path not in self._ways:
+            self.certain = False
 
     def _ask(self, path: str, found: str, way: str = "axis") -> NoReturn:
         raise CallError(

@@ -114,7 +114,7 @@ class NullCondition(nn.Module):
                     ways.setdefault(name, "shared" if isinstance(argument, Tensor) else 0)
             fits = False
             others.append((path, new))
-        if fits and call.rows > 1:  # of a single sample nothing tells what is its own and what all samples share
+        if fits and held.certain:
             sides = [held.tensors, found]
             if rows is not None:
                 sides = [[take_rows(values, rows) for values in side] for side in sides]
