@@ -36,4 +36,6 @@ napoleon_custom_sections = [("Shape", "params_style")]
 # Names of other projects cannot be resolved without their inventories, which need a network: only ours are checked.
 nitpick_ignore_regex = [(r"py:.*", r"(?!selftrans_reg\b).*")]
 # Types that appear in signatures and are not public themselves.
-nitpick_ignore = [("py:class", "selftrans_reg.calls.Call"), ("py:class", "selftrans_reg.settings.Common")]
+nitpick_ignore = [
+    ("py:class", f"selftrans_reg.{name}") for name in ("calls.Call", "settings.Common", "hub.Source", "hub.Details")
+]

@@ -35,7 +35,19 @@ from selftrans_reg import errors
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-NOT_RUN = {"bash", "bibtex", "diff", "text", "{eval-rst}", "{figure}", "{image}", "{math}", "{note}", "{toctree}", "{warning}"}
+NOT_RUN = {
+    "bash",
+    "bibtex",
+    "diff",
+    "text",
+    "{eval-rst}",
+    "{figure}",
+    "{image}",
+    "{math}",
+    "{note}",
+    "{toctree}",
+    "{warning}",
+}
 SETUP = re.compile(r"<!--[ ]*setup[ ]*\n(.*?)-->", re.DOTALL)
 
 
