@@ -30,7 +30,7 @@ def test_two_processes_run_both_stages(tmp_path: Path) -> None:
         for step in range(2):  # one rank alone reports
             assert len(re.findall(f"{stage}, step {step}: {TERMS}", run.stdout)) == 1
         saved = torch.load(tmp_path / f"{stage}.pt")
-        assert {"_extra_state", "heads.0.head.0.weight"} <= saved["criterion"].keys()  # under plain names
+        assert {name.split(".")[0] for name in saved["criterion"]} == {"_extra_state", "heads"}  # as without DDP
         SiT(input_size=16, in_channels=1, hidden_size=64, depth=6, num_heads=2, num_classes=10).load_state_dict(
             saved["model"]
         )
