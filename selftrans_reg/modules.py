@@ -331,3 +331,21 @@ def share_frozen(model: M) -> M:
         if not getattr(module, "track_running_stats", False):
             memo |= {id(buffer): buffer for buffer in module._buffers.values() if buffer is not None}
     return copy.deepcopy(model, memo)
+
+
+def freeze(model: nn.Module) -> list[tuple[nn.Module, bool, dict[str, nn.Parameter]]]:
+    """Freeze every parameter, and return each module with its mode and the parameters that trained.
+
+    A plain one is replaced by one of the same memory that does not train: another model may hold it too.
+    """
+    frozen: dict[int, nn.Parameter] = {}
+    taken = []
+    for module in model.modules():
+        trained = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
+        for name, p in trained.items():
+            if type(p) is nn.Parameter and type(p.data) is Tensor:
+                module._parameters[name] = frozen.setdefault(id(p), nn.Parameter(p.detach(), requires_grad=False))
+            else:
+                p.requires_grad_(False)
+        taken.append((module, module.training, trained))
+    return taken

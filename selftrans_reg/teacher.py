@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .artefacts import read_artefact
-from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
+from .calls import Call, CallSpec, Rows, RowTensors, bracketed, in_precision_of
 from .errors import CallError, CheckpointError, SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Details, Shareable, Source, fetch
 from .modules import (
@@ -24,6 +24,7 @@ from .modules import (
     check_positive,
     find_layer,
     fingerprint,
+    freeze,
     infer_width,
     placed_by_hooks,
     quoted,
@@ -125,7 +126,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         settings |= {f"null {name}": value for name, _, value in self.null_condition.now()}
         self.fingerprint = fingerprint(model, settings)
         self.provenance: dict[str, Any] = {}  # where it comes from, for those with whom it is shared
-        self._taken = _freeze(model)
+        self._taken = freeze(model)
         self.eval()
         self._compile, self._truncate = compile, truncate
         self._foreign = False  # whether weights took part that are not the model's
@@ -397,17 +398,14 @@ class CFGFeatureTeacher(Shareable, nn.Module):
 
     def _rows_error(self, call: Call, held: RowTensors) -> CallError:
         rows = [path for path in held.paths if path not in (self.spec.x, self.spec.t)]
-        found = [item for name, value in call.arguments.items() for item in tensors_in(value, name)]
-        whole = {path: tuple(tensor.shape) for path, tensor in found if path not in held.paths}
-        doubtful = [path for path, shape in whole.items() if call.rows in shape] or rows or held.paths
+        whole = [path for path, tensor in _left_whole(held, call.arguments) if call.rows in tensor.shape]
         return CallError(
             f"A row that is taken from the batch of {call.rows} gives other features at the teacher's layer "
-            f"{self.layer!r} than it gives there: look at {quoted(doubtful)}.\n"
-            f"Taken for one row a sample: {quoted(held.paths)}. Left whole: "
-            f"{', '.join(f'{path!r} {shape}' for path, shape in whole.items()) or 'none'}.\n"
+            f"{self.layer!r} than it gives there: look at {quoted(whole or rows or held.paths)}.\n"
+            f"{_as_taken(held, call.arguments)}\n"
             "If all samples share one of the former, name it in call=dict(shared=[...]); one of the latter that holds "
-            "something by sample needs the samples on its first axis, and no place in shared. A model whose samples "
-            "see each other cannot teach some of them."
+            "something by sample must not be named there, and has its samples on the first axis, or on the one that "
+            "call=dict(rows={...}) says. A model whose samples see each other cannot teach some of them."
         )
 
     def _run(self, held: RowTensors, tensors: list[Rows], *, to_end: bool = False) -> Tensor:
@@ -423,8 +421,8 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             raise
         except Exception as error:
             error.add_note(
-                f"This was the teacher on {rows} rows. Taken for one row a sample: {quoted(held.paths)}. If all "
-                "samples share one of these, say so: build_teacher(..., call=dict(shared=[...]))."
+                f"This was the teacher on {rows} rows. {_as_taken(held, arguments)} If all samples share one of the "
+                "former, say so: build_teacher(..., call=dict(shared=[...]))."
             )
             raise
         tokens = as_tokens(
@@ -470,22 +468,15 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self._taken = []
 
 
-def _freeze(model: nn.Module) -> list[tuple[nn.Module, bool, dict[str, nn.Parameter]]]:
-    """Freeze every parameter, and return each module with its mode and the parameters that trained.
+def _left_whole(held: RowTensors, arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
+    inside = tuple(f"{path}[" for path in held.paths)
+    found = [(bracketed(p), t) for name, value in arguments.items() for p, t in tensors_in(value, name)]
+    return [(path, tensor) for path, tensor in found if not f"{path}[".startswith(inside)]
 
-    A plain one is replaced by one of the same memory that does not train: another model may hold it too.
-    """
-    frozen: dict[int, nn.Parameter] = {}
-    taken = []
-    for module in model.modules():
-        trained = {name: p for name, p in module._parameters.items() if p is not None and p.requires_grad}
-        for name, p in trained.items():
-            if type(p) is nn.Parameter and type(p.data) is Tensor:
-                module._parameters[name] = frozen.setdefault(id(p), nn.Parameter(p.detach(), requires_grad=False))
-            else:
-                p.requires_grad_(False)
-        taken.append((module, module.training, trained))
-    return taken
+
+def _as_taken(held: RowTensors, arguments: Mapping[str, Any]) -> str:
+    whole = [f"{path!r} {tuple(tensor.shape)}" for path, tensor in _left_whole(held, arguments)]
+    return f"Taken for one row a sample: {quoted(held.paths)}. Left whole: {', '.join(whole) or 'none'}."
 
 
 def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:

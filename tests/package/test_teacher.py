@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import plain
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from toys import ToyDiT, batch
 
 import selftrans_reg as st
-from selftrans_reg.errors import CaptureError, LayerNotFoundError, SettingError, ShapeError
+from selftrans_reg.errors import CallError, CaptureError, LayerNotFoundError, SettingError, ShapeError
 
 B = batch(6)
 CALL = (B["x"], B["t"], B["y"])
@@ -188,161 +189,12 @@ class TestFrozen:
         torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-3)
 
 
-class Conditioned(ToyDiT):
-    """Takes what a text model takes: an embedding, and a nested mapping with another one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.text = nn.Linear(5, 16)
-        nn.init.normal_(self.text.weight, generator=torch.Generator().manual_seed(3))
-        nn.init.zeros_(self.text.bias)
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, text: Tensor, more: dict[str, Any] | None = None) -> Tensor:
-        bias = self.text(text).mean(1)
-        if more is not None:
-            bias = bias + more["pooled"][0]
-        return super().forward(x + bias[:, :4, None, None], t, y)
-
-
-G = torch.Generator().manual_seed(5)
-TEXT, POOLED = torch.randn(6, 3, 5, generator=G), torch.randn(6, 16, generator=G)
-NO_TEXT, NO_POOLED = torch.randn(3, 5, generator=G), torch.randn(16, generator=G)
-
-
-class TestNull:
-    @pytest.mark.parametrize(
-        ("null", "text", "y"),
-        [
-            ({"y": 10}, TEXT, torch.full((6,), 10)),
-            ({"y": torch.tensor(10)}, TEXT, torch.full((6,), 10)),
-            ({"y": 10.0}, TEXT, torch.full((6,), 10)),
-            ({"text": 0}, torch.zeros_like(TEXT), B["y"]),
-            ({"text": NO_TEXT}, NO_TEXT.expand(6, 3, 5), B["y"]),
-            ({"text": NO_TEXT.double()}, NO_TEXT.expand(6, 3, 5), B["y"]),
-            ({"text": lambda call: call["text"] * call["t"][:, None, None]}, TEXT * B["t"][:, None, None], B["y"]),
-            ({"text": NO_TEXT, "y": lambda call: (call["y"] + 1) % 10}, NO_TEXT.expand(6, 3, 5), (B["y"] + 1) % 10),
-        ],
-    )
-    def test_each_kind_of_null_condition_is_what_the_second_half_sees(
-        self, null: dict[str, Any], text: Tensor, y: Tensor
-    ) -> None:
-        model = Conditioned()
-        args, null_args = (*CALL, TEXT), (B["x"], B["t"], y, text)
-        expected = plain.guided(model, "blocks.2", 3.0, args, null_args)
-        torch.testing.assert_close(teacher_of(model, null=null)(*args), expected, **TOLERANCE)
-
-    def test_a_callable_sees_the_whole_batch_though_only_some_rows_are_run(self) -> None:
-        model, args = Conditioned(), (*CALL, TEXT)
-        null = {"text": lambda call: call["text"].mean(0).expand(6, 3, 5)}
-        expected = plain.guided(model, "blocks.2", 3.0, args, (*CALL, TEXT.mean(0).expand(6, 3, 5)))
-        teacher, rows = teacher_of(model, null=null), torch.tensor([1, 4])
-        found = teacher.guide(*teacher.features(teacher.spec.bind(args, {}), rows))
-        torch.testing.assert_close(found, expected[rows], **TOLERANCE)
-
-    def test_a_nested_argument_takes_a_nested_mapping(self) -> None:
-        model, more = Conditioned(), {"pooled": [POOLED], "size": (64, 64)}
-        args = (*CALL, TEXT, more)
-        null_args = (*CALL, torch.zeros_like(TEXT), {"pooled": [NO_POOLED.expand(6, 16)]})
-        expected = plain.guided(model, "blocks.2", 3.0, args, null_args)
-        teacher = teacher_of(model, null={"text": 0, "more": {"pooled": {0: NO_POOLED}}})
-        torch.testing.assert_close(teacher(*args), expected, **TOLERANCE)
-
-    def test_a_flat_null_condition_for_a_nested_argument_is_told_how_to_nest(self) -> None:
-        with pytest.raises(SettingError) as error:
-            teacher_of(Conditioned(), null={"more": 0})(*CALL, TEXT, {"pooled": [POOLED], "size": (64, 64)})
-        for part in ("names 'more', but the call holds no tensor with 6 rows there", "takes a nested mapping: null={"):
-            assert part in str(error.value)
-
+class TestSettings:
     def test_it_prints_its_settings(self) -> None:
         teacher = teacher_of(ToyDiT(), time="sit", tokens=slice(1, None))
         for part in ("layer='blocks.2', guidance_scale=3, null: y = 10, time='sit'", "tokens=slice(1, None, None)"):
             assert part in repr(teacher)
 
-    @pytest.mark.parametrize("null", [None, {}, "y", 1000])
-    def test_no_null_condition_is_refused(self, null: Any) -> None:
-        with pytest.raises(SettingError) as error:
-            teacher_of(ToyDiT(), null=null)
-        assert f"null= maps argument names to the null condition, such as null={{'y': 1000}}; got {null!r}." in str(
-            error.value
-        )
-
-    @pytest.mark.parametrize(
-        ("null", "parts"),
-        [
-            ({"labels": 10}, ["null= names 'labels', which ToyDiT.forward does not take", "It takes 'x', 't', 'y'"]),
-            ({"yy": 10}, ["names 'yy'", "Nearest: 'y'", "takes a nested mapping: null={'cond': {'y': 1000}}"]),
-            ({"t": 0}, ["null= names 't', which is x_t or t, not a condition"]),
-            ({"y": [10]}, ["null condition for 'y' must be a number, None, a tensor without batch axis", "got [10]"]),
-            ({"y": {}}, ["null condition for 'y' must be a number", "got {}"]),
-        ],
-    )
-    def test_a_misnamed_or_meaningless_null_condition_is_refused_at_once(
-        self, null: dict[str, Any], parts: list[str]
-    ) -> None:
-        with pytest.raises(SettingError) as error:
-            teacher_of(ToyDiT(), null=null)
-        for part in parts:
-            assert part in str(error.value)
-
-    @pytest.mark.parametrize(
-        ("null", "more", "parts"),
-        [
-            (
-                {"more": 0},
-                None,
-                ["names 'more', but the call holds no tensor with 6 rows there", "'x', 't', 'y', 'text'"],
-            ),
-            (
-                {"more": {"poolde": 0}},
-                {"pooled": [POOLED]},
-                ["names \"more['poolde']\", but the call holds no tensor", "Nearest: \"more['pooled'][0]\""],
-            ),
-            (
-                {"y": 2.5},
-                None,
-                ["The null condition 2.5 for 'y' is no whole number, but the argument holds torch.int64"],
-            ),
-            ({"y": torch.tensor(2.5)}, None, ["for 'y' holds torch.float32, but the argument torch.int64", "cut off"]),
-            ({"y": lambda call: call["y"] / 2}, None, ["for 'y' holds torch.float32, but the argument torch.int64"]),
-            ({"y": torch.full((6,), 10)}, None, ["for 'y' has shape (6,); the argument is (6,), so without its batch"]),
-            ({"text": torch.zeros(1, 3, 5)}, None, ["for 'text' has shape (1, 3, 5)", "it should be (3, 5)"]),
-            ({"text": torch.zeros(5)}, None, ["for 'text' has shape (5,)", "it should be (3, 5)"]),
-            (
-                {"text": lambda call: call["text"][:1]},
-                None,
-                ["for 'text' returned (1, 3, 5)", "(6, 3, 5)"],
-            ),
-            ({"text": lambda call: 0}, None, ["for 'text' returned int; it gets the call's arguments by name"]),
-        ],
-    )
-    def test_a_null_condition_that_does_not_fit_the_call_is_refused(
-        self, null: dict[str, Any], more: Any, parts: list[str]
-    ) -> None:
-        with pytest.raises(SettingError) as error:
-            teacher_of(Conditioned(), null=null)(*CALL, TEXT, more)
-        for part in parts:
-            assert part in str(error.value)
-
-    @pytest.mark.parametrize(("null", "found"), [(10, 10), (1000, 1000), (-1, -1)])
-    @pytest.mark.parametrize("when", ["first call", "example"])
-    def test_an_index_outside_its_embedding_is_refused_before_it_is_looked_up(
-        self, null: int, found: int, when: str
-    ) -> None:
-        model = ToyDiT(dropout=0.0)  # ten classes and no null row
-        looked_up: list[int] = []
-        model.y_embedder.register_forward_hook(lambda module, args, output: looked_up.append(1))
-        with pytest.raises(SettingError) as error:
-            teacher_of(model, null={"y": null}, example=CALL if when == "example" else None)(*CALL)
-        for part in (
-            f"Index {found} would reach embedding 'y_embedder', which has 10 rows (0 to 9)",
-            f"The null condition: y = {null}",
-            "A model built without label dropout has no null row",
-        ):
-            assert part in str(error.value)
-        assert looked_up == []
-
-
-class TestSettings:
     @pytest.mark.parametrize("scale", [-1, float("nan"), float("inf"), "30", None, True])
     def test_a_guidance_scale_that_makes_no_sense_is_refused(self, scale: Any) -> None:
         with pytest.raises(SettingError) as error:
@@ -434,14 +286,6 @@ class TestFingerprint:
             flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0))
         assert not torch.equal(before, teacher_of(model, layer="blocks.0").fingerprint)
 
-    def test_tensor_nulls_count_by_value_and_shape(self) -> None:
-        prints = [
-            teacher_of(Conditioned(), null={"text": null}).fingerprint
-            for null in (torch.zeros(3, 5), torch.zeros(5, 3), torch.ones(3, 5), torch.zeros(3, 5))
-        ]
-        assert torch.equal(prints[0], prints[3])
-        assert len({tuple(p.tolist()) for p in prints}) == 3
-
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
     def test_any_precision_and_scalar_or_empty_buffers_can_be_hashed(self, dtype: torch.dtype) -> None:
         model = ToyDiT().to(dtype)
@@ -475,3 +319,87 @@ def test_keys_of_projection_heads_are_left_out_by_name(caplog: pytest.LogCapture
     assert record.levelname == "WARNING"
     assert "2 keys of" in record.message
     assert "left out: 'projectors.0.weight', 'projectors.0.bias'" in record.message
+
+
+class TestRowsAreProved:
+    """At the first call, by the features of a row alone beside those that it has in the whole batch."""
+
+    class Takes(ToyDiT):
+        """Reads its condition in a way that no shape shows."""
+
+        def __init__(self, how: str) -> None:
+            super().__init__()
+            self.how = how
+
+        def forward(self, x: Tensor, t: Tensor, y: Tensor, cond: Any = None) -> Tensor:
+            if self.how == "a table":  # as many entries as samples
+                t = t + cond[(torch.arange(len(t)) * 0 + y) % len(cond)] / 10
+            elif self.how == "by place":
+                t = t + torch.arange(len(t)) / 10
+            elif self.how == "a mean":
+                t = t + cond.mean()
+            elif self.how == "whole":  # said to be shared, and taken by sample
+                t = t + cond["size"][: len(t)] / 10
+            return super().forward(x, t, y)
+
+    @pytest.mark.parametrize(
+        ("how", "cond", "call", "named"),
+        [
+            ("a table", torch.arange(6.0), None, "look at 'y', 'cond'"),
+            ("by place", None, None, "look at 'y'"),
+            ("a mean", torch.arange(6.0), None, "look at 'y', 'cond'"),
+            ("whole", {"size": torch.arange(6.0)}, {"shared": ["cond"]}, "look at \"cond['size']\""),
+        ],
+    )
+    @pytest.mark.parametrize("rows", [None, [1, 4, 5]])
+    def test_rows_that_are_not_what_they_look_like_are_named(
+        self, how: str, cond: Any, call: Any, named: str, rows: list[int] | None
+    ) -> None:
+        teacher = teacher_of(self.Takes(how), call=call)
+        chosen = None if rows is None else torch.tensor(rows)
+        with pytest.raises((CallError, RuntimeError)) as error:
+            teacher.features(teacher.spec.bind((*CALL, cond), {}), chosen)
+        if how == "whole" and rows is None:  # 12 rows are too many for the model itself
+            assert "Left whole: \"cond['size']\" (6,)" in error.value.__notes__[0]
+            return
+        for part in (named, "gives other features at the teacher's layer 'blocks.2'", "call=dict(shared=[...])"):
+            assert part in str(error.value)
+
+    def test_a_table_that_is_named_is_shared(self) -> None:
+        table = torch.arange(6.0)
+        teacher = teacher_of(self.Takes("a table"), call={"shared": ["cond"]})
+        args = (B["x"], B["t"] + table[B["y"] % 6] / 10, B["y"]), (B["x"], B["t"] + table[10 % 6] / 10, NULL_CALL[2])
+        expected = plain.guided(ToyDiT(), "blocks.2", 3.0, *args)
+        torch.testing.assert_close(teacher(*CALL, table), expected, **TOLERANCE)
+
+
+class MixedDiT(ToyDiT):
+    """In bfloat16, but for a table in float32 that comes first, as in Wan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bfloat16().table = nn.Parameter(torch.ones(2))
+        assert next(self.parameters()) is self.table
+
+    def embed_t(self, t: Tensor) -> Tensor:
+        t = t * self.table.mean()
+        return self.t_embedder(torch.stack([torch.cos(3 * t), torch.sin(3 * t)], dim=1).bfloat16())
+
+
+@pytest.mark.parametrize("student", ["like the teacher", "in float32"])
+def test_nothing_is_cast_that_the_student_was_given(student: str) -> None:
+    x = B["x"].bfloat16() if student == "like the teacher" else B["x"]
+    model = MixedDiT() if student == "like the teacher" else MixedDiT().bfloat16()
+    seen: list[tuple[torch.dtype, ...]] = []
+    teacher = teacher_of(model)
+    teacher.model.register_forward_pre_hook(lambda module, args: seen.append((args[0].dtype, args[1].dtype)))
+    half = plain.guided(model, "blocks.2", 3.0, (x.bfloat16(), *CALL[1:]), (x.bfloat16(), *NULL_CALL[1:]))
+    torch.testing.assert_close(teacher(x, *CALL[1:]), half.float(), rtol=0.05, atol=0.5)
+    assert set(seen) == {(torch.bfloat16, torch.float32)}
+
+
+def test_two_threads_share_a_teacher_from_its_first_call_on() -> None:
+    teacher, expected = teacher_of(ToyDiT()), plain.guided(ToyDiT(), "blocks.2", 3.0, CALL, NULL_CALL)
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda i: teacher(*CALL), range(40)):
+            torch.testing.assert_close(found, expected, **TOLERANCE)
