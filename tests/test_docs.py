@@ -4,7 +4,8 @@ How a page is run, for those who write one:
 
 - Its blocks fenced as ``python`` run from top to bottom in one namespace, as one script would, with warnings as errors,
   the global seed set to 0 and an empty working directory. A page relies on no other page.
-- Blocks fenced as ``pycon`` are doctests in the same namespace: what they show is compared with what they print.
+- Blocks fenced as ``pycon`` are doctests in the same namespace: what they show is compared with what they print, where
+  ``...`` stands for anything.
 - What a reader has and the test has not, such as a model or a loader, is made in an HTML comment that no reader sees.
   It runs where it stands, and may import what ``tests/`` and ``examples/`` hold:
 
@@ -97,7 +98,9 @@ def run_doctest(page: Path, block: Block, namespace: dict[str, object]) -> None:
     assert test.examples, f"{page.name}:{block.line}: a pycon block without a >>> prompt runs nothing"
     test.globs = namespace  # the constructor would copy it, and later blocks would not see this one's names
     report: list[str] = []
-    failed, _ = doctest.DocTestRunner(verbose=False).run(test, out=report.append, clear_globs=False)
+    failed, _ = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(
+        test, out=report.append, clear_globs=False
+    )
     assert not failed, "".join(report)
 
 
@@ -124,6 +127,19 @@ def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest
 def test_no_block_of_a_page_escapes(page: Path) -> None:
     unknown = [b for b in blocks_of(page.read_text()) if b.kind not in NOT_RUN | {"python", "pycon", "setup"}]
     assert not unknown, "\n".join(f"{page.name}:{b.line}: a block fenced as {b.kind!r}" for b in unknown)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_code_fits_its_column(page: Path) -> None:
+    """79 columns, which is what a page shows without scrolling: what is cut off is often the marker of a new line."""
+    code = [
+        line
+        for block in blocks_of(page.read_text())
+        for line in block.code.splitlines()
+        if block.kind == "python" or (block.kind == "pycon" and line.startswith((">>>", "...")))  # not what is printed
+    ]
+    wide = [line for line in code if len(line) > 79]
+    assert not wide, f"{page.name}: {len(wide)} lines, such as {wide[0]!r}"
 
 
 def test_the_readme_runs_with_a_model_a_transport_and_a_loader() -> None:
