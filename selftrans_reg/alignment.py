@@ -30,21 +30,13 @@ ASYNCHRONOUS = ("cuda",)
 
 @dataclass(frozen=True)
 class Gated:
-    """A call and its rows inside the window.
-
-    Attributes:
-        call: The model's call by names.
-        inside: (N,), bool, on the batch's device; (N, T) where each token has a time of its own.
-        on_host: (N,), whether anything of a row is inside, once ``ready`` has happened; None for all rows.
-        ready: The end of the copy to the host; None where there was nothing to wait for.
-        in_ddp: Whether the model ran inside DDP.
-    """
+    """A call and its rows inside the window."""
 
     call: Call
-    inside: Tensor
-    on_host: Tensor | None
-    ready: torch.cuda.Event | None
-    in_ddp: bool
+    inside: Tensor  # (N,), bool, on the batch's device; (N, T) where each token has a time of its own
+    on_host: Tensor | None  # (N,), whether anything of a row is inside, once `ready` has happened; None for all rows
+    ready: torch.cuda.Event | None  # the end of the copy to the host; None where there was nothing to wait for
+    in_ddp: bool  # whether the model ran inside DDP
 
     def rows(self) -> Tensor:
         """(n,), the indices of the rows inside, on the host. Waits only for what was queued before the forward."""
@@ -61,9 +53,6 @@ def gate(spec: CallSpec, settings: Settings, record: Record[Gated]) -> Gated:
 
     On CUDA the mask is copied to the host asynchronously before the forward is queued; the number of rows, on which
     shapes depend, is then known while the forward still runs.
-
-    Raises:
-        CallError: If x_t or t cannot be told from the call.
     """
     call = spec.bind(record.args, record.kwargs)
     if settings.window is None:
@@ -114,25 +103,7 @@ def align(
     checking: bool,
     look: Look | None,
 ) -> Tensor:
-    """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32.
-
-    Args:
-        settings: The criterion's.
-        heads: One for each layer.
-        teacher: In stage 2.
-        spec: How the student is called.
-        layouts: Of its layers' outputs.
-        record: The student's forward.
-        gated: Its call, and which rows are inside.
-        latents: The clean latents; needed in stage 1.
-        seed: What the choice of ``teacher_rows`` depends on.
-        checking: Whether the teacher's indices are checked, which waits for the device.
-        look: What is to see this call, if it is measured.
-
-    Raises:
-        CaptureError: If a layer was not captured as it is, or its tokens carry no gradient.
-        ShapeError: If tokens, head, teacher, times and latents do not fit each other.
-    """
+    """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32."""
     call, heads = gated.call, list(heads)
     captures = [record.capture(layer) for layer in settings.layers]
     tokens = []
@@ -214,17 +185,8 @@ def velocity_target(x_t: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor) 
 
     The released code's stage-1 target on the linear path; off it that code regresses dα/dt x + dσ/dt ε.
 
-    Args:
-        x_t: (N, C, H, W), the noisy latents.
-        latents: (N, C, H, W), the clean ones.
-        alpha: (N,), α of each sample.
-        sigma: (N,), σ of each sample; where x_t has no noise ε cannot be recovered, so σ is kept above 1e-4.
-
     Shape:
         returns: (N, C, H, W), float32
-
-    Raises:
-        ShapeError: If samples have several times.
     """
     if alpha.ndim != 1:
         raise ShapeError(
@@ -239,11 +201,6 @@ def velocity_target(x_t: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor) 
 
 def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Tensor:
     """A random part of ``rows``: at most a count, or a share (rounded up), each subset as likely as any other.
-
-    Args:
-        rows: (n,), indices on the host.
-        teacher_rows: The count or the share; None for all.
-        seed: What the choice depends on, and nothing else: no random number generator is advanced.
 
     Shape:
         returns: (k,), in ascending order
@@ -264,13 +221,7 @@ def _to_device(rows: Tensor, device: torch.device) -> Tensor:
 
 
 def check_teacher(teacher: object, model: nn.Module, time: TimeConvention) -> None:
-    """Make sure that ``teacher`` can teach ``model``.
-
-    Raises:
-        SettingError: If it is no teacher.
-        TeacherError: If it is the model itself, or shares modules with it, or weights that train.
-        TimeConventionError: If it was built for another time convention.
-    """
+    """Make sure that ``teacher`` can teach ``model``."""
     if not isinstance(teacher, CFGFeatureTeacher):
         raise SettingError(
             f"teacher must be what build_teacher returns, or CFGFeatureTeacher.from_pretrained; got "
@@ -310,12 +261,7 @@ def check_denoising(denoising: object) -> None:
 
 
 def check_batch(call: Call, denoising: Tensor, latents: object, stage: int) -> None:
-    """Make sure that loss and latents are those of the captured call.
-
-    Raises:
-        ShapeError: If they have another number of samples or lie elsewhere, or if the latents are no tensor, or missing
-            in stage 1.
-    """
+    """Make sure that loss and latents are those of the captured call."""
     if denoising.ndim == 1 and len(denoising) != call.rows:
         raise ShapeError(
             f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
@@ -351,13 +297,7 @@ def check_same_shape(call: Call, latents: Tensor) -> None:
 
 
 def _check_captured(tokens: Tensor, gated: Gated, layer: str, head: Head, record: Record[Gated]) -> None:
-    """Make sure that a head can be trained on the tokens.
-
-    Raises:
-        ShapeError: If there is not one row for each sample, or one time for each token where tokens have times.
-        ShapeError: If the head reads another width, or lies elsewhere.
-        CaptureError: If the tokens carry no gradient although gradients are enabled.
-    """
+    """Make sure that a head can be trained on the tokens."""
     rows = gated.call.rows
     if len(tokens) != rows:
         raise ShapeError(

@@ -576,11 +576,7 @@ def _widths(model: nn.Module, layer: str | Sequence[str], hidden_size: int | Non
 
 
 def checked_step(step: object) -> int:
-    """An integer, such as NumPy's too, as Python's.
-
-    Raises:
-        SettingError: If it is none, or negative, or beyond 64 bits.
-    """
+    """An integer, such as NumPy's too, as Python's."""
     if isinstance(step, SupportsIndex) and not isinstance(step, bool | Tensor):
         number = operator.index(step)
         if 0 <= number <= MAX_STEP:

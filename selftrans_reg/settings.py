@@ -54,11 +54,7 @@ class Common(TypedDict, total=False):
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """A criterion's settings, checked once: here. :class:`SelfTransLoss` and its two stages describe each.
-
-    Raises:
-        SettingError: If one makes no sense, or two do not go together.
-    """
+    """A criterion's settings, checked once: here. :class:`SelfTransLoss` and its two stages describe each."""
 
     stage: int
     layers: tuple[str, ...]
@@ -120,9 +116,6 @@ class Settings:
         """What the weight is multiplied with at ``step``: in [0, 1], and 0 from ``stop_step`` on.
 
         With s = step / stop_step: ``constant`` 1, ``linear`` 1 − s, ``cosine`` (1 + cos πs) / 2.
-
-        Raises:
-            SettingError: If there is a ``stop_step`` and no ``step``.
         """
         stop = self.stop_step
         if stop is None:
@@ -170,25 +163,15 @@ def shown(settings: Mapping[str, Any], names: Iterable[str] | None = None) -> st
 
 
 class RunState(NamedTuple):
-    """Where a run is, for the next to go on from: what a criterion saves beside its heads.
+    """Where a run is, for the next to go on from: what a criterion saves beside its heads."""
 
-    Attributes:
-        step: The last step, -1 before the first.
-        calls: Of the criterion.
-        weight: As it is: the settings have the one that the criterion was built with.
-        teacher: Its fingerprint, in hexadecimal; None where there never was one.
-        health: What the run's health has seen.
-        plateau: What ``stop_when`` has seen; None without.
-        settings: As :meth:`Settings.to_json` gives them.
-    """
-
-    step: int
-    calls: int
-    weight: float
-    teacher: str | None
-    health: Sequence[float]
-    plateau: Sequence[float] | None
-    settings: Mapping[str, Any]
+    step: int  # the last, -1 before the first
+    calls: int  # of the criterion
+    weight: float  # as it is: the settings have the one that the criterion was built with
+    teacher: str | None  # its fingerprint, in hexadecimal; None where there never was one
+    health: Sequence[float]  # what the run's health has seen
+    plateau: Sequence[float] | None  # what `stop_when` has seen; None without
+    settings: Mapping[str, Any]  # as Settings.to_json gives them
 
     def to_tensor(self) -> Tensor:
         """JSON in a uint8 tensor: it survives ``.half()``, safetensors and sharded checkpoints."""
@@ -200,11 +183,7 @@ class RunState(NamedTuple):
 
     @classmethod
     def from_tensor(cls, tensor: Any) -> RunState:
-        """What :meth:`to_tensor` was given.
-
-        Raises:
-            CheckpointError: If ``tensor`` is something else.
-        """
+        """What :meth:`to_tensor` was given."""
         try:
             entries = json.loads(bytes(tensor.tolist()))
             version = entries.pop("format")
@@ -221,12 +200,7 @@ class RunState(NamedTuple):
         return state
 
     def check_continued_by(self, own: RunState, *, taught: bool) -> None:
-        """Make sure that a criterion whose state is ``own``, and that has a teacher if ``taught``, goes on with this.
-
-        Raises:
-            SettingError: If its settings are others, or it lacks the rule that stopped the run.
-            TeacherError: If its teacher is another.
-        """
+        """Refuse to go on from this where ``own`` is another run's state: other settings, rule or, if ``taught``, teacher."""
         other = [k for k, value in own.settings.items() if k != "stop_when" and self.settings.get(k) != value]
         if self.weight == own.weight and "weight" in other:
             other.remove("weight")  # it was changed to that while the run went on
