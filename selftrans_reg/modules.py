@@ -13,6 +13,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
 from .errors import LayerNotFoundError, SettingError
@@ -23,27 +25,24 @@ M = TypeVar("M", bound=nn.Module)
 # name alone tells nothing: blocks have parts that are called `module`.
 _WRAPPERS = {
     "module": {
-        "torch": {"DataParallel", "DistributedDataParallel", "AveragedModel"},
-        "deepspeed": {"DeepSpeedEngine"},
-        "apex": {"DistributedDataParallel"},
-        "fairscale": {"ShardedDataParallel"},
-        "torch_xla": {"XlaFullyShardedDataParallel"},
-        "timm": {"ModelEmaV2", "ModelEmaV3"},
+        "torch.DataParallel", "torch.DistributedDataParallel", "torch.AveragedModel", "timm.ModelEmaV2",
+        "timm.ModelEmaV3", "apex.DistributedDataParallel", "fairscale.ShardedDataParallel",
+        "deepspeed.DeepSpeedEngine", "torch_xla.XlaFullyShardedDataParallel",
     },
-    "_orig_mod": {"torch": {"OptimizedModule"}},
-    "_checkpoint_wrapped_module": {"torch": {"ActivationWrapper"}},  # CheckpointWrapper and OffloadWrapper
-    "_fsdp_wrapped_module": {"torch": {"FullyShardedDataParallel"}, "fairscale": {"FullyShardedDataParallel"}},
-    "_forward_module": {"lightning": {"_FabricModule"}, "lightning_fabric": {"_FabricModule"}},
-    "base_model": {"peft": {"PeftModel", "PeftMixedModel"}},
-    "model": {"peft": {"BaseTuner", "LoraModel"}},
-}
+    "_orig_mod": {"torch.OptimizedModule"},
+    "_checkpoint_wrapped_module": {"torch.ActivationWrapper"},  # CheckpointWrapper and OffloadWrapper
+    "_fsdp_wrapped_module": {"torch.FullyShardedDataParallel", "fairscale.FullyShardedDataParallel"},
+    "_forward_module": {"lightning._FabricModule", "lightning_fabric._FabricModule"},
+    "base_model": {"peft.PeftModel", "peft.PeftMixedModel"},
+    "model": {"peft.BaseTuner", "peft.LoraModel"},
+}  # fmt: skip
 
 
 def _wrapped_child(module: nn.Module) -> str | None:
     """What a wrapper calls the module that it wraps; None if ``module`` is no wrapper."""
-    for child, packages in _WRAPPERS.items():
+    for child, wrappers in _WRAPPERS.items():
         if module._modules.get(child) is not None and any(
-            base.__name__ in packages.get(base.__module__.partition(".")[0], ()) for base in type(module).__mro__
+            f"{base.__module__.partition('.')[0]}.{base.__name__}" in wrappers for base in type(module).__mro__
         ):
             return child
     return None
@@ -80,8 +79,8 @@ def sharded_parts(model: nn.Module) -> list[nn.Module]:
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of the unwrapped model by the name that it prints, wrappers' prefixes left out.
 
-    Where a wrapper and what it wraps share a name, the wrapper is meant: its output is the one that the model goes on
-    with, and under reentrant checkpointing the only one that carries a gradient.
+    A wrapper takes the name of what it wraps: the model goes on with its output, which alone carries a gradient under
+    reentrant checkpointing.
     """
     found: dict[str, nn.Module] = {}
 
@@ -108,12 +107,7 @@ def numbered_groups(layers: dict[str, nn.Module]) -> dict[str, list[nn.Module]]:
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
-    """The module that ``name`` means.
-
-    Raises:
-        LayerNotFoundError: If there is none; it lists the numbered groups and the nearest names.
-        SettingError: If ``name`` is not a string.
-    """
+    """The module that ``name`` means, or a ``LayerNotFoundError`` with the numbered groups and the nearest names."""
     if not isinstance(name, str):
         raise SettingError(
             f"A layer is named by its dotted module name, such as 'blocks.7'; got {name!r}.\n"
@@ -130,11 +124,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def layer_names(layer: str | Sequence[str]) -> tuple[str, ...]:
-    """One name or several as a tuple.
-
-    Raises:
-        SettingError: If there is none, or one twice.
-    """
+    """One name or several as a tuple."""
     names = (layer,) if isinstance(layer, str) or not isinstance(layer, Sequence) else tuple(layer)
     if not names or len(set(names)) != len(names):
         raise SettingError(f"Name at least one layer, and none twice; got {quoted(names) or 'none'}.")
@@ -145,10 +135,9 @@ def _summary(layers: dict[str, nn.Module]) -> str:
     parts = []
     for group, members in numbered_groups(layers).items():
         kinds = sorted({type(m).__name__ for m in members})
-        if len(kinds) > 1 and group and not isinstance(layers[group], nn.ModuleList):
-            continue  # the parts of a small Sequential, such as an embedder's: no blocks
-        prefix = f"{group}." if group else ""
-        parts.append(f"{prefix}0 … {prefix}{len(members) - 1} ({len(members)} {' / '.join(kinds)})")
+        if len(kinds) == 1 or not group or isinstance(layers[group], nn.ModuleList):  # or parts of a small Sequential
+            prefix = f"{group}." if group else ""
+            parts.append(f"{prefix}0 … {prefix}{len(members) - 1} ({len(members)} {' / '.join(kinds)})")
     return ", ".join(parts or [name for name in layers if "." not in name] or ["no layers at all"])
 
 
@@ -169,11 +158,9 @@ def some_of(names: Sequence[str], *, quote: bool = True) -> str:
 
 
 def fingerprint(model: nn.Module, settings: Mapping[str, Any]) -> Tensor:
-    """SHA-256 of a model's weights and of what its features depend on besides, as 32 bytes in a uint8 tensor.
+    """SHA-256 of a model's weights, and of settings on which its features depend, as 32 bytes in a uint8 tensor.
 
-    Args:
-        model: The model, whole.
-        settings: By name, numbers, strings, slices, tensors, and functions, which count by their names.
+    Functions among the settings count by their names.
     """
     digest = hashlib.sha256()
     digest.update("\n".join(f"{name}={_plain(value)}" for name, value in sorted(settings.items())).encode())
@@ -203,41 +190,33 @@ def check_positive(name: str, value: object) -> None:
         raise SettingError(f"{name} must be a positive integer; got {value!r}.")
 
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-_CHANNELS_FIRST = (*_CONVOLUTIONS, nn.GroupNorm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_CHANNELS_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Which axis of a layer's output holds its width D, as far as the layer tells.
+    """Which axis of a layer's output holds its width D, as far as the layer tells."""
 
-    Attributes:
-        axis: 1 or -1 where the layer's class leaves no doubt, else None.
-        widths: Every width that the layer may have; a single one where that is certain.
-    """
-
-    axis: int | None
-    widths: frozenset[int]
+    axis: int | None  # 1 or -1 where the layer's class leaves no doubt
+    widths: frozenset[int]  # every width that it may be, a single one where that is certain
 
     @classmethod
     def of(cls, layer: nn.Module, hidden_size: int | None = None) -> Layout:
         """The layout of a layer's output, of width ``hidden_size`` if given."""
         width = hidden_size or infer_width(layer)
+        widths = frozenset([width]) if width else _possible_widths(layer)
         last = _last(layer)
-        axis = -1 if isinstance(last, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding) else None
-        return cls(
-            1 if isinstance(last, _CHANNELS_FIRST) else axis,
-            frozenset([width]) if width else frozenset(_possible_widths(layer)),
-        )
+        if isinstance(last, _CHANNELS_FIRST):
+            return cls(1, widths)
+        return cls(-1 if isinstance(last, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding) else None, widths)
 
 
 def infer_width(layer: nn.Module) -> int | None:
     """The width of a layer's output tokens where its parts leave no doubt, else None.
 
-    A Linear or a norm tells by itself, a Sequential by its last module. In a transformer block the
-    residual width is the one that is normalised, enters a Linear and leaves at least two, the attention's last and the
-    MLP's; the MLP's inner width is not normalised, a head's width (qk-norm) enters no Linear, and in a final layer at
-    most one Linear gives it, that of the condition.
+    In a transformer block the residual width is the one that is normalised, enters a Linear and leaves at least two,
+    the attention's last and the MLP's. The MLP's inner width is not normalised, a head's width (qk-norm) enters no
+    Linear, and in a final layer at most one Linear gives it, that of the condition.
     """
     last = _last(layer)
     if isinstance(last, nn.Linear):
@@ -270,47 +249,42 @@ def _norm_width(module: nn.Module) -> int | None:
     return lengths.pop() if len(lengths) == 1 and max(lengths) > 1 else None
 
 
-def _possible_widths(layer: nn.Module) -> set[int]:
+def _possible_widths(layer: nn.Module) -> frozenset[int]:
     found = {_norm_width(module) for module in layer.modules()}
     found |= {getattr(m, name, None) for m in layer.modules() for name in ("out_features", "out_channels", "embed_dim")}
     found |= {p.shape[0] for p in layer.parameters() if not is_lazy(p) and p.ndim > 1}  # of classes of one's own
-    return {width for width in found if isinstance(width, int) and width > 1}
+    return frozenset(width for width in found if isinstance(width, int) and width > 1)
 
 
 def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
-    """``hidden_size`` if given, else the layer's width.
-
-    Raises:
-        SettingError: If it was not given and the layer does not tell.
-    """
+    """``hidden_size`` if given, else the layer's width; a ``SettingError`` if that is not certain."""
     if hidden_size is not None:
         check_positive("hidden_size", hidden_size)
         return hidden_size
     width = infer_width(layer)
     if width is None:
         lazy = any(is_lazy(parameter) for parameter in layer.parameters())
+        more = "; or run the model once, as some of its parameters are not initialised yet" if lazy else ""
         raise SettingError(
             f"The width of layer {name!r} ({type(layer).__name__}) cannot be read off with certainty.\n"
-            "Pass hidden_size=, the last axis of that layer's tokens"
-            + ("; or run the model once, as some of its parameters are not initialised yet." if lazy else ".")
+            f"Pass hidden_size=, the last axis of that layer's tokens{more}."
         )
     return width
 
 
 def device_of(module: nn.Module) -> torch.device:
     """Where a module's parameters lie; the CPU for one without, or one on the meta device."""
-    for parameter in module.parameters():
-        return torch.device("cpu") if parameter.is_meta else parameter.device
-    return torch.device("cpu")
+    parameter = next(module.parameters(), None)
+    return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
 
 
 def placed_by_hooks(model: nn.Module) -> bool:
     """Whether hooks put the model's weights where they are needed, as accelerate's and diffusers' offloading do."""
-    for module in model.modules():
-        registry = getattr(module, "_diffusers_hook", None)
-        if hasattr(module, "_hf_hook") or "group_offloading" in getattr(registry, "hooks", {}):
-            return True
-    return False
+    return any(
+        hasattr(module, "_hf_hook")
+        or "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+        for module in model.modules()
+    )
 
 
 def share_frozen(model: M) -> M:

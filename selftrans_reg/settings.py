@@ -18,7 +18,7 @@ from .modules import check_positive, quoted
 from .plateau import Plateau, PlateauRule
 from .taps import WhichForward
 from .time import TimeConvention, check_window
-from .tokens import Select, Tokens, check_select, check_tokens
+from .tokens import Select, Tokens, check_choice
 
 Target: TypeAlias = Literal["latents", "velocity"]
 Gating: TypeAlias = Literal["per-sample", "released"]
@@ -82,8 +82,7 @@ class Settings:
             if getattr(self, name) not in choices:
                 raise SettingError(f"{name} must be one of {quoted(choices)}; got {getattr(self, name)!r}.")
         check_distance(self.distance)
-        check_select(self.select)
-        check_tokens(self.tokens)
+        check_choice(self.select, self.tokens)
         for name in ("check_interval", "health_interval", "teacher_chunk"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))

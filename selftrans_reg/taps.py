@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 from .calls import by_name
 from .errors import CaptureError, SelfTransError, SettingError
 from .modules import Layout, find_layer, layer_names, sharded_parts, unwrap
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, tensors_in, walk
+from .tokens import Select, Tokens, as_tokens, check_choice, tensors_in, walk
 
 WhichForward: TypeAlias = Literal["first", "last"] | None
 Versions: TypeAlias = list[tuple[Tensor, int]]
@@ -520,8 +520,7 @@ class FeatureTap:
     def __init__(
         self, model: nn.Module, layer: str | Sequence[str], *, select: Select = None, tokens: Tokens = None
     ) -> None:
-        check_select(select)
-        check_tokens(tokens)
+        check_choice(select, tokens)
         self.layer = layer
         self.select = select
         self.tokens = tokens

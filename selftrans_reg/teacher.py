@@ -34,7 +34,7 @@ from .modules import (
 from .null import PREFIX, Null, NullCondition, checked_indices, restored, unsaved
 from .taps import EarlyExit
 from .time import TimeConvention, resolve
-from .tokens import Select, Tokens, as_tokens, check_select, check_tokens, tensors_in
+from .tokens import Select, Tokens, as_tokens, check_choice, tensors_in
 from .truncate import (
     Usage,
     blocks_of,
@@ -94,8 +94,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
     ) -> None:
         super().__init__()
         check_guidance_scale(guidance_scale)
-        check_select(select)
-        check_tokens(tokens)
+        check_choice(select, tokens)
         tapped = find_layer(model, layer)
         if hidden_size is not None:
             check_positive("hidden_size", hidden_size)

@@ -19,14 +19,10 @@ Select: TypeAlias = int | str | Callable[[Any], Any] | None
 Tokens: TypeAlias = slice | Callable[..., Tensor] | None  # of the tensor, or of the tensor and the call's arguments
 
 
-def check_select(select: object) -> None:
-    """Raise ``SettingError`` unless ``select`` is an index, a key, a callable or None."""
+def check_choice(select: object, tokens: object) -> None:
+    """Raise ``SettingError`` unless these are a ``Select`` and a ``Tokens``."""
     if isinstance(select, bool) or not (select is None or isinstance(select, int | str) or callable(select)):
         raise SettingError(f"select must be an index, a key or a callable; got {select!r}.")
-
-
-def check_tokens(tokens: object) -> None:
-    """Raise ``SettingError`` unless ``tokens`` is a slice, a callable or None."""
     if not (tokens is None or isinstance(tokens, slice) or callable(tokens)):
         raise SettingError(f"tokens must be a slice, such as slice(1, None), or a callable; got {tokens!r}.")
 
@@ -40,20 +36,11 @@ def as_tokens(
     layout: Layout,
     arguments: Callable[[], Mapping[str, Any]],
 ) -> Tensor:
-    """The tokens in a layer's raw output.
+    """(N, T, D), the tokens in a layer's raw output.
 
-    ``select`` picks a tensor out of a tuple, dict or dataclass; an output with a single tensor needs none. A tensor of
-    four or five axes is flattened row by row; its width is on axis 1, on axis 2 of a video's maps, or last, where the
-    layer's own width says. ``tokens`` then picks the image's tokens along the second axis; a callable gets the selected
-    tensor as it is and returns (N, T, D). Where the image's place depends on the call, as behind captions of different
-    lengths, the callable takes the call's arguments by name as its second parameter.
-
-    Shape:
-        returns: (N, T, D)
-
-    Raises:
-        CallError: If the output holds several tensors and no ``select`` was given, or ``select`` picks no tensor.
-        ShapeError: If what is left is not (N, T, D), or ``tokens`` leaves none; or if it is open which axis is D.
+    A tensor of four or five axes is flattened row by row; its width is on axis 1, on axis 2 of a video's maps, or last,
+    where the layer's own width says. ``tokens`` is given the selected tensor, and the call's arguments by name if it
+    has a second parameter.
     """
     tensor = select_tensor(output, select, layer)
     if callable(tokens):
@@ -70,10 +57,9 @@ def as_tokens(
             "Tap a block, or pass tokens= a callable that turns the tensor into (N, T, D)."
         )
     if isinstance(tokens, slice):
-        sliced = tensor[:, tokens]
-        if sliced.shape[1] == 0:
-            raise ShapeError(f"tokens={tokens} leaves none of the {tensor.shape[1]} tokens of layer {layer!r}.")
-        tensor = sliced
+        count, tensor = tensor.shape[1], tensor[:, tokens]
+        if tensor.shape[1] == 0:
+            raise ShapeError(f"tokens={tokens} leaves none of the {count} tokens of layer {layer!r}.")
     return tensor
 
 
@@ -92,9 +78,8 @@ def _width_axis(tensor: Tensor, layout: Layout, layer: str) -> int:
     raise ShapeError(
         f"Layer {layer!r} gives a tensor of shape {tuple(shape)}, and which axis is D is open: {known} "
         f"{', '.join(map(str, sorted(layout.widths))) or 'not known'}, and {fit}.\n"
-        "Say how it becomes (N, T, D) with tokens= a callable: lambda x: x.flatten(1, -2) if D comes last, "
-        "lambda x: x.flatten(2).transpose(1, 2) if it is axis 1. If this is not the image's tensor, pick that one with "
-        "select=."
+        "Pass tokens=lambda x: x.flatten(1, -2) if D comes last, tokens=lambda x: x.flatten(2).transpose(1, 2) if it "
+        "is axis 1; if this is not the image's tensor, pick that one with select=."
     )
 
 
@@ -109,11 +94,7 @@ def _takes_arguments(tokens: Callable[..., Tensor]) -> bool:
 
 
 def select_tensor(output: Any, select: Select, layer: str) -> Tensor:
-    """The tensor of a layer's raw output that ``select`` means.
-
-    Raises:
-        CallError: If the output holds several and no ``select`` was given, or ``select`` picks no tensor.
-    """
+    """The tensor of a layer's raw output that ``select`` means; without one, the only tensor."""
     if select is None:
         if isinstance(output, Tensor):
             return output
@@ -121,10 +102,11 @@ def select_tensor(output: Any, select: Select, layer: str) -> Tensor:
         if len(found) == 1:
             return found[0]
         raise CallError(
-            f"Layer {layer!r} returns {_kind(output)} with {len(found)} tensors, and nothing is guessed:\n"
+            f"Layer {layer!r} returns {described(output)} with {len(found)} tensors, and nothing is guessed:\n"
             f"{_listing(output)}\n"
             "Say which with select= (an index, a key, or a callable)."
         )
+    shown = getattr(select, "__name__", repr(select))
     try:
         if callable(select):
             picked = select(output)
@@ -134,13 +116,11 @@ def select_tensor(output: Any, select: Select, layer: str) -> Tensor:
             picked = output[select]
     except (LookupError, AttributeError, TypeError) as error:
         raise CallError(
-            f"select={_show(select)} does not fit the output of layer {layer!r}, {_kind(output)}: {error}.\n"
+            f"select={shown} does not fit the output of layer {layer!r}, {described(output)}: {error}.\n"
             f"It holds:\n{_listing(output)}"
         ) from error
     if not isinstance(picked, Tensor):
-        raise CallError(
-            f"select={_show(select)} picks {_kind(picked)} from the output of layer {layer!r}, not a tensor."
-        )
+        raise CallError(f"select={shown} picks {described(picked)} from the output of layer {layer!r}, not a tensor.")
     return picked
 
 
@@ -166,15 +146,9 @@ def walk(
 ) -> Any:
     """A nested value with ``put(tensor, path)`` in the place of every tensor: the one walk over lists, dicts and so on.
 
-    Containers in which nothing changes are not copied, unless they shall be ``fresh``: then none in which others could
-    put something is shared with ``value``. A copy is of the container's own kind.
-
-    Args:
-        value: Tensors, lists, tuples, mappings and dataclasses, nested; anything else is left alone.
-        put: What takes a tensor's place.
-        path: To ``value``, as one would type it.
-        enter: Asked at every container; what it returns takes the container's place, and ``...`` goes on into it.
-        fresh: Whether to copy lists, dicts and what holds a tensor in any case.
+    ``enter(container, path)`` may return what takes the container's place; ``...`` goes on into it. Containers in which
+    nothing changes are not copied, unless they shall be ``fresh``: then none in which others could put something is
+    shared with ``value``.
     """
     if isinstance(value, Tensor):
         return put(value, path)
@@ -199,19 +173,22 @@ def walk(
             changed[key] = new
     if not changed:
         return value.copy() if fresh and type(value) in (dict, list) else value
-    if isinstance(value, list | tuple):
-        listed = list(value)
-        for index, item in changed.items():
-            listed[index] = item
-        return type(value)(*listed) if hasattr(value, "_fields") else type(value)(listed)
-    if isinstance(value, Mapping) and not isinstance(value, MutableMapping):
-        return {**value, **changed}
-    copied = copy.copy(value)  # a model may ask it for attributes
-    for key, item in changed.items():
+    return replaced(value, changed)
+
+
+def replaced(container: Any, items: Mapping[Any, Any]) -> Any:
+    """A copy of a list, tuple, mapping or dataclass, of its own kind, with other items."""
+    if isinstance(container, list | tuple):
+        listed = [items.get(index, item) for index, item in enumerate(container)]
+        return type(container)(*listed) if hasattr(container, "_fields") else type(container)(listed)
+    if isinstance(container, Mapping) and not isinstance(container, MutableMapping):
+        return {**container, **items}
+    copied = copy.copy(container)  # a model may ask it for attributes
+    for key, item in items.items():
         if isinstance(copied, MutableMapping):
             copied[key] = item
         else:
-            object.__setattr__(copied, str(key), item)
+            object.__setattr__(copied, key, item)
     return copied
 
 
@@ -219,47 +196,24 @@ def described(value: Any) -> str:
     """What a value is, in a few words: numbers and strings as they are, anything else by type and shape."""
     if isinstance(value, bool | int | float | str | None):
         return f"{value!r}"[:80]
-    dtype = str(value.dtype).removeprefix("torch.") if isinstance(value, Tensor) else ""
-    kind = f"{dtype} tensor" if dtype else type(value).__name__
+    kind = f"{value.dtype} tensor".removeprefix("torch.") if isinstance(value, Tensor) else type(value).__name__
     shape = f" of shape {tuple(value.shape)}" if hasattr(value, "shape") else ""
-    return f"{_with_article(kind)}{shape}"
+    return f"{'an' if re.match('[aeio]|nd', kind, re.IGNORECASE) else 'a'} {kind}{shape}"  # an ndarray, a uint8 tensor
 
 
 def _listing(output: Any) -> str:
-    return (
-        "\n".join(f"  {path or 'output'}: {tuple(t.shape)}" for path, t in tensors_in(output)) or "  no tensor at all"
-    )
-
-
-def _kind(value: Any) -> str:
-    return _with_article(type(value).__name__)
-
-
-def _with_article(name: str) -> str:
-    return f"{'an' if re.match('[aeio]|nd', name, re.IGNORECASE) else 'a'} {name}"  # an ndarray, a uint8 tensor
-
-
-def _show(select: Select) -> str:
-    return getattr(select, "__name__", repr(select)) if inspect.isroutine(select) else repr(select)
+    found = [f"  {path or 'output'}: {tuple(tensor.shape)}" for path, tensor in tensors_in(output)]
+    return "\n".join(found) or "  no tensor at all"
 
 
 def grid_of(latents: Tensor, patch_size: tuple[int, ...], channel_axis: int = 1) -> tuple[int, ...]:
-    """Tokens along each axis of the latents' grid.
-
-    Args:
-        latents: (N, C, *spatial), one to three spatial axes.
-        patch_size: Latent pixels per token along each spatial axis.
-        channel_axis: Where C is instead.
-
-    Raises:
-        ShapeError: If the latents have another number of axes, or do not divide into patches.
-    """
+    """Tokens along each spatial axis of latents (N, C, *spatial), or with C on ``channel_axis``."""
     spatial = [size for axis, size in enumerate(latents.shape) if axis not in (0, channel_axis)]
     if len(spatial) != len(patch_size) or any(s % p for s, p in zip(spatial, patch_size, strict=True)):
         raise ShapeError(
             f"Latents of shape {tuple(latents.shape)} do not divide into patches of {patch_size}.\n"
-            "Latents are (N, C, L), (N, C, H, W) or (N, C, F, H, W), or have C where channel_axis says; patch_size "
-            "counts latent pixels per token along each of the other axes (an int for square patches of two)."
+            "Latents are (N, C, L), (N, C, H, W) or (N, C, F, H, W), with C where channel_axis= says; patch_size "
+            "counts latent pixels per token along each of the other axes (an int for square patches)."
         )
     return tuple(s // p for s, p in zip(spatial, patch_size, strict=True))
 
@@ -269,20 +223,17 @@ def check_grid(tokens: Tensor, grid: tuple[int, ...]) -> None:
     count, wanted = tokens.shape[1], math.prod(grid)
     if count == wanted:
         return
-    shown = "×".join(map(str, grid))
-    message = f"{count} tokens do not fit the latent grid {shown}, which has {wanted}.\n"
-    if count > wanted:
-        extra = count - wanted
-        message += (
-            f"If {extra} extra tokens precede the image's, pass tokens=slice({extra}, None); "
-            f"if they follow them, tokens=slice(None, {wanted}); if k precede and the rest follow, "
-            f"tokens=slice(k, k + {wanted}); if their place differs by sample, a callable that also takes the call's "
-            "arguments.\n"
-            "Otherwise this may be another stream, such as the text's (select=), or another patch_size."
+    shown, extra = "×".join(map(str, grid)), count - wanted
+    stream = "another stream, such as the text's (select=), "
+    if extra > 0:
+        message = (
+            f"If {extra} extra tokens precede the image's, pass tokens=slice({extra}, None); if they follow them, "
+            f"tokens=slice(None, {wanted}); if k precede and the rest follow, tokens=slice(k, k + {wanted}); if their "
+            "place differs by sample, a callable that also takes the call's arguments.\n"
+            f"Otherwise this may be {stream}or another patch_size."
         )
     else:
-        message += (
-            "This may be another stream, such as the text's (select=); a masked encoder's layer, which sees a part of "
-            "the image; or another patch_size."
+        message = (
+            f"This may be {stream}a masked encoder's layer, which sees a part of the image, or another patch_size."
         )
-    raise ShapeError(message)
+    raise ShapeError(f"{count} tokens do not fit the latent grid {shown}, which has {wanted}.\n{message}")

@@ -16,7 +16,7 @@ from ..null import Null
 from ..recipes import Recipe, find_blocks, recipe
 from ..teacher import check_guidance_scale
 from ..time import TimeConvention, resolve
-from ..tokens import Select, Tokens, check_select, check_tokens
+from ..tokens import Select, Tokens, check_choice
 from .proposal import NO_CONTRAST, propose
 from .report import LayerMeasures, LayerReport
 from .scores import effective_rank, knn_accuracy, probe_accuracy, similarities
@@ -82,8 +82,7 @@ def layer_report(
         CallError: If a layer's output holds several tensors and ``select`` was not given.
     """
     convention = resolve(time)
-    check_select(select)
-    check_tokens(tokens)
+    check_choice(select, tokens)
     for scale in guidance_scales:
         check_guidance_scale(scale)
     fractions = tuple(sorted({float(fraction) for fraction in noise_fractions}))
