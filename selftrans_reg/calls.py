@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from typing import Any, NoReturn, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from .errors import CallError, SettingError, ShapeError
+from .errors import CallError, SelfTransError, SettingError, ShapeError
 from .modules import nearest, quoted, unwrap
 from .tokens import described, tensors_in, walk
 
@@ -25,68 +26,39 @@ _TIMES = frozenset({
 })  # fmt: skip
 
 Read: TypeAlias = Callable[[Mapping[str, Any]], Any]  # from a call's arguments by name to x_t or t
+ABSENT = object()
 Rows: TypeAlias = Tensor | list[Any]  # one entry a sample: along the first axis, or in the list
 Way: TypeAlias = int | str  # how an argument holds the samples: along an axis, as a "list", or not at all ("shared")
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The arguments of one call by name; ``x_t`` and ``t`` among them.
-
-    Attributes:
-        arguments: Every argument that was passed, by the name in the model's signature.
-        x_t: (N, ...), the noisy latents.
-        times: (N,), the time as the model was given it, a scalar repeated for every row; or (N, T), one a token. None
-            where the call has no t that is needed.
-        time_from: What t was read from, for messages: ``"argument 't' of SiT"``.
-        ways: By path, what the user says of how arguments hold the samples.
-        rows: N, the number of samples.
-    """
+    """The arguments of one call by name; ``x_t`` and the time among them."""
 
     arguments: Mapping[str, Any]
-    x_t: Tensor
-    times: Tensor | None
-    time_from: str = "argument 't'"
-    ways: Mapping[str, Way] = dataclasses.field(default_factory=dict)
-    rows: int = dataclasses.field(init=False)
+    x_t: Tensor  # (N, ...), the noisy latents
+    times: Tensor | None  # (N,), or (N, T), one a token; None where the call has none that is needed
+    time_from: str = "argument 't'"  # where t was read, or why there is none
+    ways: Mapping[str, Way] = dataclasses.field(default_factory=dict)  # by path, what the user says of the samples
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", len(self.x_t))
+    @functools.cached_property
+    def rows(self) -> int:
+        """N, the number of samples."""
+        return len(self.x_t)
 
     @property
     def t(self) -> Tensor:
-        """(N,) or (N, T), the time.
-
-        Raises:
-            CallError: If the call has none.
-        """
+        """(N,) or (N, T), the time that is needed."""
         if self.times is None:
-            raise CallError(f"The model's call has no time t: {self.time_from}.")
+            raise CallError(f"The model's call has no time t: {self.time_from}")
         return self.times
 
 
 class CallSpec:
-    """How a model is called: its signature, and which arguments are x_t and t.
+    """How a model is called: its signature, and which arguments are x_t and t, as the user's ``call=`` says.
 
-    x_t is the first argument. t is the one that has a name of the field's, if exactly one has, else the second.
-
-    Args:
-        model: The model, wrapped or not.
-        call: Optional: ``x`` and ``t``, the names of other arguments, or callables that make (N, ...) and (N,) or
-            (N, T) of the call's arguments by name; ``shared``, a sequence of arguments that hold nothing by sample
-            although they look like it; ``rows``, how arguments hold the samples, by name: the axis, or ``"list"``; and
-            ``fixed``, values that replace those of a call, such as ``dict(mask_ratio=0.0)``. What lies inside of an
-            argument is named as messages name it: ``"data_info['mask_type']"``.
-        needs_t: Whether t is needed; if not, a model without any will do.
-
-    Attributes:
-        x: The argument that is x_t; None if a callable makes it.
-        t: The argument that is t; None if a callable makes it, or there is none.
-        known: By path, how earlier calls held the samples, where these left no doubt.
-
-    Raises:
-        SettingError: If ``call`` has other keys, or names that the signature does not have.
-        CallError: If the signature names fewer than two arguments and ``call`` does not help.
+    The arguments are ``x`` and ``t``, or None where a callable makes them; ``known`` is what earlier calls have told
+    beyond doubt of how arguments hold the samples, by path.
     """
 
     def __init__(self, model: nn.Module, call: Mapping[str, Any] | None, *, needs_t: bool = True) -> None:
@@ -103,25 +75,21 @@ class CallSpec:
         if unknown := set(call) - set(_KEYS):
             raise SettingError(f"call= takes {quoted(_KEYS)}; got {quoted(sorted(unknown))}.")
         self._read: dict[str, Read | None] = {}
+        self._sources: dict[str, str] = {}
         self.x = self._name_of("x", call, self.names[:1])
         named = [name for name in self.names if name in _TIMES and name != self.x]
         self.t = self._name_of("t", call, named if len(named) == 1 else self.names[1:2] if needs_t else [])
         if self.x is not None and self.x == self.t:
             raise SettingError(f"x_t and t cannot both be the argument {self.x!r}: name the other one in call=.")
         shared = call.get("shared", ())
-        ways: dict[str, Any] = dict.fromkeys([shared] if isinstance(shared, str) else shared, "shared") | dict(
-            call.get("rows", {})
-        )
+        shared = [shared] if isinstance(shared, str) else shared
+        ways: dict[str, Any] = dict.fromkeys(shared, "shared") | dict(call.get("rows", {}))
         for path, way in ways.items():
-            key = "shared" if way == "shared" else "rows"
-            self._check_condition(path, key, "which are never shared" if key == "shared" else "whose axis is the first")
+            key, why = ("shared", "which are never shared") if way == "shared" else ("rows", "whose axis is the first")
+            self._check_condition(path, key, why)
             if way not in ("shared", "list") and (type(way) is not int or way < 0):
                 raise SettingError(f"call=dict(rows=...) takes an axis or 'list'; got {way!r} for {path!r}.")
         self.ways = {bracketed(path): way for path, way in ways.items()}
-        self._sources = {
-            key: f"value of call=dict({key}=...)" if name is None else f"argument {name!r} of {self.model_name}"
-            for key, name in (("x", self.x), ("t", self.t))
-        }
         self.fixed = dict(call.get("fixed", {}))
         for name in self.fixed:
             self._check_condition(name, "fixed", "which differ by call")
@@ -137,17 +105,20 @@ class CallSpec:
     def _name_of(self, key: str, call: Mapping[str, Any], names: list[str]) -> str | None:
         given = call.get(key)
         self._read[key] = given if callable(given) else None
+        self._sources[key] = f"value of call=dict({key}=...)"
         if callable(given):
             return None
         if given is not None:
             self.check_name(given, f"call=dict({key}=...)")
-            return str(given)
-        if not names and (key == "x" or self.needs_t):
+            names = [str(given)]
+        elif not names and (key == "x" or self.needs_t):
             raise CallError(
                 f"{self.model_name}.forward{self.signature} does not name its arguments, so x_t and t cannot be told.\n"
                 "Attach to the module that names them, or pass call=dict(x=..., t=...) if they are keywords."
             )
-        return names[0] if names else None
+        name = names[0] if names else None
+        self._sources[key] = f"argument {name!r} of {self.model_name}"
+        return name
 
     def _check_condition(self, path: object, key: str, why: str) -> None:
         root = re.split(r"[.\[]", path)[0] if isinstance(path, str) and key != "fixed" else path
@@ -164,21 +135,11 @@ class CallSpec:
             )
 
     def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """The call ``model(*args, **kwargs)`` by names.
-
-        Raises:
-            CallError: If the signature does not take these arguments, or x_t or t is missing or no tensor.
-            ShapeError: If t is neither a scalar nor one value for each row of x_t, or for each of its tokens; or if
-                x_t has no rows, or no values.
-        """
+        """The call ``model(*args, **kwargs)`` by names; a ``CallError`` or ``ShapeError`` if it has no x_t or t."""
         return self._call(by_name(self.signature, args, kwargs, self.model_name), self.ways)
 
     def adopt(self, call: Call, source: CallSpec) -> Call:
-        """The call of another model, made ready for this one: x_t and t by their names here, the rest by theirs.
-
-        Raises:
-            CallError: If an argument of the other model is unknown here.
-        """
+        """The call of another model, made ready for this one: x_t and t by their names here, the rest by theirs."""
         arguments = dict(call.arguments)
         if (source.x, source.t) != (self.x, self.t):
             names = {source.x or self.x: self.x, source.t or self.t: self.t}
@@ -193,8 +154,7 @@ class CallSpec:
 
     def _call(self, arguments: dict[str, Any], ways: Mapping[str, Way]) -> Call:
         arguments.update(self.fixed)
-        x_t = arguments[self.x] if self.x in arguments else self._found("x", self.x, arguments)
-        source = self._sources["x"]
+        x_t, source = arguments[self.x] if self.x in arguments else self._made("x", arguments), self._sources["x"]
         if not isinstance(x_t, Tensor) or not x_t.is_floating_point() or x_t.ndim < 2:
             raise CallError(
                 f"{_capital(source)} should be x_t, a floating tensor (N, ...); got {described(x_t)}.\n"
@@ -204,36 +164,36 @@ class CallSpec:
         if x_t.is_meta or not len(x_t):
             nothing = "lies on the meta device, without values" if x_t.is_meta else "has no rows"
             raise ShapeError(f"x_t {tuple(x_t.shape)} {nothing}: run the model on a batch of real samples.")
-        source = self._sources["t"]
-        if self.t is None and self._read["t"] is None:
-            return Call(arguments, x_t, None, f"{self.model_name}.forward{self.signature} names none", ways)
-        t = arguments[self.t] if self.t in arguments else self._found("t", self.t, arguments)
-        if isinstance(t, bool) or not isinstance(t, Tensor | float | int):
-            if not self.needs_t:
-                return Call(arguments, x_t, None, f"{source} is {described(t)}", ways)
-            raise CallError(
+        t, source = arguments[self.t] if self.t in arguments else self._made("t", arguments), self._sources["t"]
+        error: SelfTransError | None = None
+        rows = len(x_t)
+        times = t if isinstance(t, Tensor) else None
+        if isinstance(t, float | int) and not isinstance(t, bool):
+            times = torch.full((), float(t), device=x_t.device)
+        if times is None:
+            error = CallError(
                 f"{_capital(source)} should be the time t; got {described(t)}.\n"
                 "Say which argument is t: call=dict(t=...)."
             )
-        rows = len(x_t)
-        times = t if isinstance(t, Tensor) else torch.full((), float(t), device=x_t.device)
-        if times.numel() == 1:
+        elif times.numel() == 1:
             times = times.reshape(1).expand(rows)
         elif len(times) == rows:
             times = times.reshape(rows) if times.numel() == rows else times.reshape(rows, -1)
-        elif self.needs_t:
-            raise ShapeError(
+        else:
+            error = ShapeError(
                 f"{_capital(source)} has shape {tuple(times.shape)}; the time is a scalar, one value for each of the "
                 f"{rows} rows of x_t {tuple(x_t.shape)}, or one for each of their tokens, (N, T).\n"
                 "If t is another argument, name it: call=dict(t=...); or pass a callable that makes t of the arguments."
             )
-        else:
-            return Call(arguments, x_t, None, f"the {source} has shape {tuple(times.shape)}", ways)
+        if error is not None and self.needs_t:
+            raise error
+        if error is not None:
+            times, source = None, str(error)
         return Call(arguments, x_t, times, source, ways)
 
-    def _found(self, key: str, name: str | None, arguments: Mapping[str, Any]) -> Any:
-        read = self._read[key]
-        if read is not None:
+    def _made(self, key: str, arguments: Mapping[str, Any]) -> Any:
+        """What a callable makes of the arguments for x_t or t; None for a t that is neither there nor needed."""
+        if (read := self._read[key]) is not None:
             try:
                 return read(arguments)
             except Exception as error:
@@ -243,28 +203,22 @@ class CallSpec:
         if key == "t" and not self.needs_t:
             return None
         raise CallError(
-            f"The call of {self.model_name} has no argument {name!r}; it has {quoted(arguments)}.\n"
+            f"The call has no {self._sources[key]}; it has {quoted(arguments)}.\n"
             f"Say which holds {'x_t' if key == 'x' else 't'}: call=dict({key}=...)."
         )
 
     def arguments(self, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments by name as ``(args, kwargs)`` of a call."""
-        known: OrderedDict[str, Any] = OrderedDict()
-        more: dict[str, Any] = {}
-        for name, value in arguments.items():
-            (known if name in self.signature.parameters else more)[name] = value
+        parameters = self.signature.parameters
+        known = OrderedDict([(name, value) for name, value in arguments.items() if name in parameters])
         bound = inspect.BoundArguments(self.signature, known)
-        return bound.args, {**bound.kwargs, **more}
+        return bound.args, bound.kwargs | {name: value for name, value in arguments.items() if name not in known}
 
 
 def by_name(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any], model_name: str
 ) -> dict[str, Any]:
-    """The arguments of ``model(*args, **kwargs)`` by the names in its signature, those in its ``**kwargs`` too.
-
-    Raises:
-        CallError: If the signature does not take them.
-    """
+    """The arguments of ``model(*args, **kwargs)`` by the names in its signature, those in its ``**kwargs`` too."""
     try:
         arguments = dict(signature.bind(*args, **kwargs).arguments)
     except TypeError as error:
@@ -287,18 +241,13 @@ class RowTensors:
     Other tensors are shared by all samples. What may be either is asked about: a first axis of 2N, 3N, ..., as of a
     doubled or packed batch; N on a later axis; a mapping by numbers; N entries that are no tensors.
 
+    ``tensors`` are the rows, ``paths`` where they are, as one would type it. They are ``certain`` unless the call is of
+    a single sample: then only what was said, and what larger calls have told, tells what all samples share.
+
     Args:
         call: The call.
         known: By path, what earlier calls told; what this one tells is added.
         conditions: Paths of what is known to differ by sample, as the null condition's.
-
-    Attributes:
-        paths: Where the rows are, as one would type it.
-        tensors: The rows: a tensor with N of them, or a list of N entries.
-        certain: Whether they are; of a single sample only what was said, and larger calls, tell what all samples share.
-
-    Raises:
-        CallError: If it is open where the samples are.
     """
 
     def __init__(self, call: Call, known: dict[str, Way] | None = None, conditions: Container[str] = ()) -> None:
@@ -433,9 +382,16 @@ def join_rows(parts: Sequence[Rows]) -> Rows:
     return [row for part in parts for row in part]
 
 
-def nested_path(path: str, key: object) -> str:
-    """Where ``path[key]`` is, as one would type it."""
-    return f"{path}[{key!r}]"
+def at(value: Any, path: Iterable[object]) -> Any:
+    """What stands at a path of nested arguments; ``ABSENT`` if nothing does."""
+    for key in path:
+        if isinstance(value, Mapping):
+            value = value.get(key, ABSENT)
+        elif isinstance(value, list | tuple):
+            value = value[key] if isinstance(key, int) and 0 <= key < len(value) else ABSENT
+        else:
+            value = getattr(value, str(key), ABSENT) if dataclasses.is_dataclass(value) else ABSENT
+    return value
 
 
 def bracketed(path: str) -> str:
@@ -448,14 +404,9 @@ def _reaches(path: str, arguments: Mapping[str, Any]) -> bool:
     name, *keys = re.split(r"\[(.*?)\]", path)
     value = arguments.get(name)
     for key in keys[::2]:
-        if value is None:
-            return True
-        try:
-            plain = key.strip("'") if "'" in key else int(key)
-            value = getattr(value, str(plain)) if dataclasses.is_dataclass(value) else value[plain]
-        except (LookupError, AttributeError, TypeError, ValueError):
-            return False
-    return True
+        if value is not None:
+            value = at(value, [key.strip("'") if "'" in key else int(key) if key.isdecimal() else ABSENT])
+    return value is not ABSENT
 
 
 def in_precision_of(model: nn.Module, x_t: Tensor, rows: Sequence[Rows]) -> list[Rows]:

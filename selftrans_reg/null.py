@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -12,28 +11,23 @@ import torch
 from torch import Tensor, nn
 
 from .artefacts import nested
-from .calls import Call, CallSpec, Rows, RowTensors, Way, join_rows, nested_path, take_rows
+from .calls import ABSENT, Call, CallSpec, Rows, RowTensors, Way, at, join_rows, take_rows
 from .errors import CheckpointError, SettingError
 from .modules import nearest, quoted
 from .taps import watched
+from .tokens import described, replaced
 
 Null: TypeAlias = Mapping[Any, Any]
 Path: TypeAlias = tuple[Any, ...]
 
 _NESTED = "A condition inside an argument takes a nested mapping: null={'cond': {'y': 1000}} for cond['y']."
 PREFIX = "null_condition."  # of the keys under which its tensors are saved
-_ABSENT = object()
 
 
 class NullCondition(nn.Module):
-    """The null condition of a model's calls. Its tensors are buffers, so that they move with whoever holds it.
+    """The null condition of a model's calls, as :func:`build_teacher` describes it.
 
-    Args:
-        null: As :func:`build_teacher` describes it.
-        spec: How the model is called.
-
-    Raises:
-        SettingError: If it is empty, names x_t, t or what the model does not take, or holds what can be no condition.
+    Its tensors are buffers, so that they move with whoever holds it.
     """
 
     def __init__(self, null: object, spec: CallSpec) -> None:
@@ -71,7 +65,7 @@ class NullCondition(nn.Module):
             entry: dict[str, Any] = {"path": list(path)}
             if isinstance(value, Tensor):
                 entry["tensor"] = f"{PREFIX}{index}"
-                tensors[f"{PREFIX}{index}"] = value
+                tensors[entry["tensor"]] = value
             else:
                 entry |= unsaved(value) if callable(value) else {"value": value}
             entries.append(entry)
@@ -87,18 +81,11 @@ class NullCondition(nn.Module):
     def passes(self, call: Call, held: RowTensors, rows: Tensor | None = None) -> list[tuple[RowTensors, list[Rows]]]:
         """What to run: one doubled batch, the condition first; or, where shapes differ, condition and null condition.
 
-        Args:
-            call: The whole batch's call.
-            held: Its rows.
-            rows: (n,), indices of the rows to run; None for all.
-
-        Raises:
-            SettingError: If the null condition does not fit the call.
+        ``held`` are the rows of the whole batch's call, ``rows`` (n,) the indices of those to run.
         """
-        found, others, ways = list(held.tensors), [], dict(call.ways)
-        fits = True
+        found, others, ways, fits = list(held.tensors), [], dict(call.ways), held.certain
         for name, path, value in self.now():
-            argument = _at(call.arguments, path)
+            argument = at(call.arguments, path)
             if name in held.paths:
                 place = held.paths.index(name)
                 new = self._rows(name, value, held.tensors[place], call)
@@ -107,67 +94,61 @@ class NullCondition(nn.Module):
                     found[place] = new
                     continue
             else:
-                new = self._whole(name, path, value, argument, call, held)
-                if new is None and argument in (None, _ABSENT):
+                new = self._whole(name, value, argument, call, held)
+                if new is None and argument in (None, ABSENT):
                     continue
                 if isinstance(new, Tensor):  # what held no rows holds none now, however long it is
                     ways.setdefault(name, "shared" if isinstance(argument, Tensor) else 0)
             fits = False
             others.append((path, new))
-        if fits and held.certain:
-            sides = [held.tensors, found]
-            if rows is not None:
-                sides = [[take_rows(values, rows) for values in side] for side in sides]
-            return [(held, [join_rows(pair) for pair in zip(*sides, strict=True)])]
+
+        def chosen(side: Sequence[Rows]) -> list[Rows]:
+            return list(side) if rows is None else [take_rows(values, rows) for values in side]
+
+        if fits:
+            pairs = zip(chosen(held.tensors), chosen(found), strict=True)
+            return [(held, [join_rows(pair) for pair in pairs])]
         arguments: Any = held.rebuild(found)
         for path, new in others:
             arguments = _put(arguments, path, new)
         other = RowTensors(dataclasses.replace(call, arguments=arguments, ways=ways), self.known, self.values)
-        return [
-            (side, side.tensors if rows is None else [take_rows(values, rows) for values in side.tensors])
-            for side in (held, other)
-        ]
+        return [(side, chosen(side.tensors)) for side in (held, other)]
 
     def _rows(self, name: str, value: Any, argument: Rows, call: Call) -> Rows | None:
         """The null condition of an argument that holds rows."""
         if callable(value):
             value = value(call.arguments)
-            if value is None:
-                return None
-            if isinstance(value, list | tuple) and not isinstance(argument, Tensor) and len(value) == call.rows:
+            if isinstance(value, list | tuple) and isinstance(argument, list) and len(value) == call.rows:
                 return list(value)
-            if not isinstance(value, Tensor) or value.shape[:1] != (call.rows,):
+            if value is not None and (not isinstance(value, Tensor) or value.shape[:1] != (call.rows,)):
                 found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
                 wanted = tuple(argument.shape) if isinstance(argument, Tensor) else f"a list of {len(argument)}"
                 raise SettingError(
                     f"The callable null condition for {name!r} returned {found}; it gets the call's arguments by name "
                     f"and must return {call.rows} rows, as the argument has them: {wanted}."
                 )
-            return _cast(name, value, argument)
-        if value is None:
-            return None
-        if isinstance(argument, list):
+        elif isinstance(argument, list) and value is not None:
             return [_filled(name, value, entry) for entry in argument]
-        if not isinstance(value, Tensor):
-            filled: Tensor = _filled(name, value, argument)
-            return filled
-        if value.ndim != argument.ndim - 1:
-            raise SettingError(
-                f"The null condition for {name!r} has shape {tuple(value.shape)}; the argument is "
-                f"{tuple(argument.shape)}, so without its batch axis it should be {tuple(argument.shape[1:])}."
-            )
-        return _cast(name, value, argument).expand(call.rows, *value.shape)
+        elif isinstance(value, Tensor) and isinstance(argument, Tensor):
+            if value.ndim != argument.ndim - 1:
+                raise SettingError(
+                    f"The null condition for {name!r} has shape {tuple(value.shape)}; the argument is "
+                    f"{tuple(argument.shape)}, so without its batch axis it should be {tuple(argument.shape[1:])}."
+                )
+            value = value.expand(call.rows, *value.shape)
+        filled: Rows | None = None if value is None else _filled(name, value, argument)
+        return filled
 
-    def _whole(self, name: str, path: Path, value: Any, argument: Any, call: Call, held: RowTensors) -> Any:
+    def _whole(self, name: str, value: Any, argument: Any, call: Call, held: RowTensors) -> Any:
         """The null condition of an argument that holds no rows, or that the call does not have."""
         if callable(value):
             return value(call.arguments)
         if value is None:
             return None
         if isinstance(argument, Tensor):
-            return _cast(name, value, argument) if isinstance(value, Tensor) else _filled(name, value, argument)
+            return _filled(name, value, argument)
         if isinstance(value, Tensor):
-            if argument is None or (argument is _ABSENT and name in self._known):
+            if argument is None or (argument is ABSENT and name in self._known):
                 value = value.to(call.x_t.device)
                 return value if call.ways.get(name) == "shared" else value.expand(call.rows, *value.shape)
         elif isinstance(argument, bool | int | float | str):
@@ -185,15 +166,7 @@ def restored(
 ) -> Null:
     """What :meth:`NullCondition.plain` gave as ``null=``; its tensors are taken out of ``tensors``.
 
-    Args:
-        entries: As JSON has them.
-        tensors: Everything that was saved beside.
-        functions: What could not be saved.
-        asked: Where to say which of these are missing.
-
-    Raises:
-        CheckpointError: If a tensor is missing, or two entries contradict each other.
-        SettingError: If functions are given for what was saved.
+    ``functions`` are what could not be saved; which of these are missing is added to ``asked``.
     """
     if functions is not None and not isinstance(functions, Mapping):
         raise SettingError(f"null= maps argument names to functions that could not be saved; got {functions!r}.")
@@ -237,72 +210,28 @@ def _leaves(null: Mapping[Any, Any], above: Path = ()) -> dict[Path, Any]:
 
 def _typed(path: Path) -> str:
     """A path as one would type it."""
-    name = str(path[0])
-    for key in path[1:]:
-        name = nested_path(name, key)
-    return name
-
-
-def _at(value: Any, path: Path) -> Any:
-    """What stands at a path of nested arguments, if anything does."""
-    for key in path:
-        if isinstance(value, Mapping):
-            value = value.get(key, _ABSENT)
-        elif isinstance(value, list | tuple) and isinstance(key, int) and key < len(value):
-            value = value[key]
-        else:
-            value = getattr(value, str(key), _ABSENT) if dataclasses.is_dataclass(value) else _ABSENT
-    return value
+    return "".join([str(path[0]), *(f"[{key!r}]" for key in path[1:])])
 
 
 def _put(value: Any, path: Path, new: Any) -> Any:
     """Nested arguments with ``new`` at a path; what lies on the way is copied."""
-    if not path:
-        return new
-    key, *rest = path
-    inner = _put(_at(value, (key,)), tuple(rest), new)
-    if isinstance(value, list | tuple):
-        items = [inner if index == key else item for index, item in enumerate(value)]
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    value = copy.copy(value) if not isinstance(value, Mapping) or hasattr(value, "__setitem__") else dict(value)
-    if isinstance(value, Mapping):
-        value[key] = inner  # type: ignore[index]
-    else:
-        object.__setattr__(value, key, inner)
-    return value
+    return replaced(value, {path[0]: _put(at(value, path[:1]), path[1:], new)}) if path else new
 
 
 def _filled(name: str, value: Any, argument: Any) -> Any:
-    """A value in the place of a tensor, or of a list's entry."""
-    if isinstance(value, Tensor):
-        return _cast(name, value, argument)
-    if not isinstance(argument, Tensor) or isinstance(value, str):
-        return value
-    if not argument.is_floating_point() and not float(value).is_integer():
-        raise SettingError(
-            f"The null condition {value!r} for {name!r} is no whole number, but the argument holds {argument.dtype}."
-        )
-    return torch.full_like(argument, value)
-
-
-def _cast(name: str, null: Tensor, argument: Any) -> Tensor:
-    """The null condition in the argument's dtype and place."""
+    """A value in the place of a list's entry, or of a tensor: a number in its shape, all in its dtype and place."""
     if not isinstance(argument, Tensor):
-        return null
-    if null.is_floating_point() and not argument.is_floating_point():
+        return value
+    whole = not (value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float) and value % 1)
+    if isinstance(value, str) or not (whole or argument.is_floating_point()):
         raise SettingError(
-            f"The null condition for {name!r} holds {null.dtype}, but the argument {argument.dtype}: it would be cut "
-            "off."
+            f"The null condition for {name!r} is {described(value)}, which the argument's {argument.dtype} cannot hold."
         )
-    return null.to(argument)
+    return value.to(argument) if isinstance(value, Tensor) else torch.full_like(argument, value)
 
 
 def checked_indices(model: nn.Module, null: NullCondition | None) -> AbstractContextManager[None]:
-    """While inside, every index is compared with the embedding that it reaches. It waits for the device.
-
-    Raises:
-        SettingError: In the forward, before the embedding sees an index that it does not have.
-    """
+    """While inside, every index is compared with the embedding before it reaches it. It waits for the device."""
 
     def check(module: nn.Module, args: tuple[Any, ...]) -> None:
         assert isinstance(module, nn.Embedding)

@@ -144,7 +144,7 @@ def test_a_call_that_cannot_be_read_is_refused(args: tuple[Any, ...], error: typ
 def test_a_missing_time_names_the_arguments_that_are_there() -> None:
     with pytest.raises(CallError) as error:
         CallSpec(Diffusers(), {"t": "timestep"}).bind((X, Y), {})
-    assert "has no argument 'timestep'; it has 'hidden_states', 'cond'" in str(error.value)
+    assert "The call has no argument 'timestep' of Diffusers; it has 'hidden_states', 'cond'" in str(error.value)
     assert "Say which holds t: call=dict(t=...)" in str(error.value)
 
 
