@@ -234,9 +234,7 @@ def _new_figure(width: float, height: float) -> Any:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingDependencyError(
-            "Pictures need matplotlib, which is not installed.\n"
-            "Install it alone (pip install matplotlib), or all that the examples use: "
-            "pip install 'selftrans-reg[examples]'."
+            "Pictures need matplotlib, which is not installed. Install it: pip install matplotlib."
         ) from error
     return Figure(figsize=(width, height), layout="constrained")
 
