@@ -227,6 +227,7 @@ def check_teacher(teacher: object, model: nn.Module, time: TimeConvention) -> No
             f"teacher must be what build_teacher returns, or CFGFeatureTeacher.from_pretrained; got "
             f"{described(teacher)}.\nA model becomes one by st.build_teacher(model, checkpoint, layer=..., null=...)."
         )
+    teacher.check_model()
     student = unwrap(model)
     modules = {module for module in student.modules() if next(module.parameters(), None) is not None}
     trained = {identity(p) for p in student.parameters() if p.requires_grad}

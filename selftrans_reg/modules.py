@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from .errors import LayerNotFoundError, SettingError
 
 M = TypeVar("M", bound=nn.Module)
+SHARED = "_selftrans_shared"  # where a copy keeps the ids of the tensors that are another model's too
 
 # What wrappers call the module that they hold, by package and class, so that none of them has to be imported. A child's
 # name alone tells nothing: blocks have parts that are called `module`.
@@ -304,7 +305,9 @@ def share_frozen(model: M) -> M:
     for module in model.modules():
         if not getattr(module, "track_running_stats", False):
             memo |= {id(buffer): buffer for buffer in module._buffers.values() if buffer is not None}
-    return copy.deepcopy(model, memo)
+    other = copy.deepcopy(model, dict(memo))
+    other.__dict__[SHARED] = frozenset(memo)  # nothing may be loaded into these
+    return other
 
 
 def freeze(model: nn.Module) -> list[tuple[nn.Module, bool, dict[str, nn.Parameter]]]:

@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 
 from .checkpoints import local_path, read_checkpoint, read_json
 from .errors import CheckpointError, SettingError
-from .modules import nearest, plain_key, quoted, some_of
+from .modules import SHARED, nearest, plain_key, quoted, some_of
 
 # What wrappers put into a parameter's name: DDP, torch.compile, checkpoint_wrapper, FSDP1.
 _WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
@@ -104,6 +104,13 @@ def load_weights(
         raise CheckpointError(f"{where} does not fit {type(model).__name__}; nothing was loaded.\n{advice}")
     check_fit(model, own, saved, where)
     check_values(own, saved, where)
+    shared = vars(model).get(SHARED, ())
+    clash = [k for k, v in saved.items() if id(own[k]) in shared and not torch.equal(own[k].cpu(), v.to(own[k].dtype))]
+    if clash:
+        raise CheckpointError(
+            f"{where} has other values than the model under {some_of(clash)}, which share_frozen() has left to another "
+            "model: that one would change too. Load the weights that train alone, or into copy.deepcopy(model)."
+        )
     with torch.no_grad():
         for key, value in saved.items():
             if _overlaps(own[key]):  # as a buffer made by expand(), into which nothing can be copied

@@ -110,6 +110,14 @@ class TestSharedBase:
         with pytest.raises(CheckpointError, match="weights that are no part of its model"):
             teacher.save_pretrained(tmp_path / "teacher")
 
+    def test_nothing_is_loaded_into_what_another_model_shares(self) -> None:
+        student = with_adapter(1)
+        before = {name: tensor.clone() for name, tensor in st.strip(student).items()}
+        teacher_of(st.share_frozen(student), dict(before))  # the same values are harmless
+        with pytest.raises(CheckpointError, match=r"share_frozen\(\) has left to another model"):
+            teacher_of(st.share_frozen(student), {name: tensor + 1 for name, tensor in before.items()})
+        assert all(torch.equal(tensor, before[name]) for name, tensor in st.strip(student).items())
+
     def test_a_copy_owns_what_trains_and_what_batches_change(self) -> None:
         model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)).requires_grad_(False)
         model[2].requires_grad_(True)
@@ -204,6 +212,24 @@ def test_an_offloaded_teacher_stays_where_hooks_place_it(how: str, truncate: boo
     if how != "group_offload":
         with pytest.raises(CheckpointError, match="cannot be saved"):
             teacher.save_pretrained(tmp_path / "teacher")
+
+
+def test_fsdp1_is_refused_by_name_however_it_comes_in() -> None:
+    class FullyShardedDataParallel(nn.Module):  # known by its name
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+    model = ToyDiT()
+    teacher = teacher_of(model)
+    model.blocks[1] = FullyShardedDataParallel(model.blocks[1])
+    for refused in (
+        lambda: teacher_of(model),
+        lambda: teacher(*CALL),
+        lambda: st.SelfTransLoss.stage2(ToyDiT(), layer="blocks.1", teacher=teacher, time="sit"),
+    ):
+        with pytest.raises(TeacherError, match=r"FullyShardedDataParallel \(FSDP1\)"):
+            refused()
 
 
 @pytest.mark.parametrize("how", ["meta", "lazy"])
