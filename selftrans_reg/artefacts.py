@@ -14,25 +14,16 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import (
-    DTYPES,
-    MAX_JSON,
-    opened,
-    parsed,
-    read_header,
-    read_json,
-    read_safetensors,
-    wrapped_errors,
-)
+from .checkpoints import MAX_JSON, opened, parsed, read_json, read_metadata, read_safetensors, wrapped_errors
 from .errors import CheckpointError, SettingError
 from .modules import plain_key, quoted, some_of, unwrap
 from .time import TimeConvention
@@ -44,6 +35,10 @@ FORMAT_VERSION = 1
 _METADATA = "selftrans_reg"  # the settings' key in the header of the weights
 _STAGING = ".selftrans_reg-"  # begins the name of a folder in which a save is under way, or was interrupted
 _LONGEST = 2000  # characters of a line of text
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8),
+)
 
 
 def strip(model: nn.Module) -> dict[str, Tensor]:
@@ -161,12 +156,7 @@ def _check(config: Mapping[str, Any], schema: Mapping[str, Schema], where: str) 
 
 
 def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The settings and the weights of a saved teacher, from one reading of one file.
-
-    Raises:
-        CheckpointError: If a file is missing, damaged, of another format or edited; if a setting is unknown, missing or
-            of the wrong type; or if the weights are not those that were saved with the settings.
-    """
+    """The settings and the weights of a saved teacher, from one reading of one file."""
     for name in (CONFIG, WEIGHTS):
         with wrapped_errors(folder):
             if not (folder / name).is_file():  # opening a pipe would wait for ever
@@ -175,8 +165,10 @@ def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                     f"There is no saved teacher in {str(folder)!r}: it has no {name}.\nFound: {some_of(there)}."
                 )
     tensors, metadata = read_safetensors(folder / WEIGHTS)
-    config = _config(metadata.get(_METADATA), folder / WEIGHTS)
-    beside = _config(json.dumps(read_json(folder / CONFIG)), folder / CONFIG)
+    with wrapped_errors(folder / WEIGHTS):
+        stated = parsed(metadata.get(_METADATA, "null"))
+    config = _config(stated, folder / WEIGHTS)
+    beside = _config(read_json(folder / CONFIG), folder / CONFIG)
     # It is another save's for a moment while a teacher is replaced, and for longer if that was interrupted.
     if beside["sha256"] == config["sha256"] and beside != config:
         edited = quoted(key for key in config if config[key] != beside[key])
@@ -193,10 +185,8 @@ def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {name: config[name] for name in TEACHER}, tensors
 
 
-def _config(text: str | None, path: Path) -> dict[str, Any]:
-    """The settings in JSON, once they are known to be those of a teacher in this format."""
-    with wrapped_errors(path):
-        config = None if text is None else parsed(text)
+def _config(config: Any, path: Path) -> dict[str, Any]:
+    """The settings, once they are known to be those of a teacher in this format."""
     if not isinstance(config, dict) or not config.keys() >= _COMMON.keys():
         raise CheckpointError(
             f"{path} was not written by selftrans-reg: it lacks its settings {quoted(_COMMON)}.\n"
@@ -236,13 +226,9 @@ def _digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for key, value in sorted(tensors.items()):
         digest.update(f"\n{key} {value.dtype} {tuple(value.shape)}\n".encode())
-        digest.update(_bytes(value))
+        flat = value.detach().cpu().contiguous().reshape(-1)
+        digest.update(memoryview(flat.view(torch.uint8).numpy().data))
     return digest.hexdigest()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 # --- Writing ---------------------------------------------------------------------------------------------------------
@@ -253,26 +239,14 @@ def write_artefact(folder: Path, settings: Mapping[str, Any], tensors: Mapping[s
 
     All that reading would refuse is refused before anything is written. Until the new weights are whole and on the
     disk, an older teacher stays as it is, whatever happens to the process or the disk. Of several writers each has its
-    own place to write, and the last one's teacher stays.
-
-    Args:
-        folder: Made if there is none.
-        settings: By the names of the schema.
-        tensors: The weights, in the dtypes of safetensors.
-        name: What the model card calls the teacher.
-
-    Raises:
-        CheckpointError: If a setting or a tensor cannot be saved, if the folder holds other files under these names, or
-            if they cannot be written.
-        SettingError: If a setting is not one of the schema.
+    own place to write, and the last one's teacher stays. ``name`` is what the model card calls it.
     """
     if unknown := sorted(settings.keys() - TEACHER.keys()):
         raise SettingError(f"A saved teacher has no {quoted(unknown)}; it has {quoted(sorted(TEACHER))}.")
     config = {"kind": "teacher", "format_version": FORMAT_VERSION, "library_version": library_version(), **settings}
     _check(config, TEACHER, "This teacher cannot be saved")
-    names = {dtype: name for name, dtype in DTYPES.items() if not name.startswith("F8")}
     for key, value in tensors.items():
-        if problem := defect(value) or (f"a tensor of {value.dtype}" if value.dtype not in names else None):
+        if problem := defect(value) or (f"a tensor of {value.dtype}" if value.dtype not in _DTYPES else None):
             raise CheckpointError(
                 f"This teacher cannot be saved: its {key!r} is {problem}, which could not be loaded again.\n"
                 "Save it before it is sharded, quantised or offloaded, or gather the whole weights first."
@@ -280,17 +254,10 @@ def write_artefact(folder: Path, settings: Mapping[str, Any], tensors: Mapping[s
     _check_sizes(config, tensors, "This teacher cannot be saved")
     config["sha256"] = _digest(config, tensors)
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", _METADATA: text}}
-    end = 0
-    # Large elements first, so that each tensor's bytes begin at a multiple of its element's size.
-    ordered = sorted(tensors, key=lambda key: (-tensors[key].dtype.itemsize, key))
-    for key in ordered:
-        start, end = end, end + tensors[key].nbytes
-        header[key] = {"dtype": names[tensors[key].dtype], "shape": list(tensors[key].shape)}
-        header[key]["data_offsets"] = [start, end]
-    head = json.dumps(header).encode()
-    head += b" " * (-len(head) % 8)
-    if len(head) > MAX_JSON:
+    # Copies, as safetensors takes no tensors that share memory.
+    own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
+    weights = safetensors.torch.save(own, metadata={"format": "pt", _METADATA: text})
+    if int.from_bytes(weights[:8], "little") > MAX_JSON:
         raise CheckpointError(f"This teacher cannot be saved: its names and settings take over {MAX_JSON} bytes.")
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -298,12 +265,11 @@ def write_artefact(folder: Path, settings: Mapping[str, Any], tensors: Mapping[s
             _check_place(folder)
             with tempfile.TemporaryDirectory(prefix=_STAGING, dir=folder) as staging:
                 new = Path(staging)
-                _write(new / CARD, [card(config, name).encode()])
-                _write(new / CONFIG, [text.encode()])
-                _write(
-                    new / WEIGHTS,
-                    chain([len(head).to_bytes(8, "little"), head], (_bytes(tensors[key]) for key in ordered)),
-                )
+                for file, data in ((CARD, card(config, name).encode()), (CONFIG, text.encode()), (WEIGHTS, weights)):
+                    with (new / file).open("wb") as stream:
+                        stream.write(data)
+                        stream.flush()
+                        os.fsync(stream.fileno())  # its bytes are on the disk
                 if not os.path.lexists(folder / CARD):
                     (new / CARD).replace(folder / CARD)
                 (new / CONFIG).replace(folder / CONFIG)
@@ -315,14 +281,6 @@ def write_artefact(folder: Path, settings: Mapping[str, Any], tensors: Mapping[s
             f"The teacher could not be written to {str(folder)[:300]!r}: {error.strerror}.\n"
             "What was saved there before, if anything, is still whole."
         ) from error
-
-
-def _write(path: Path, parts: Iterable[bytes | memoryview]) -> None:
-    """A file whose bytes are on the disk."""
-    with path.open("wb") as stream:
-        stream.writelines(parts)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 @contextmanager
@@ -352,10 +310,8 @@ def _check_place(folder: Path) -> None:
             continue
         try:
             with opened(path) as stream:
-                if path.name == CONFIG:
-                    _config(json.dumps(read_json(path)), path)
-                else:
-                    _config(read_header(stream).get("__metadata__", {}).get(_METADATA), path)
+                text = stream.read(MAX_JSON) if path.name == CONFIG else read_metadata(stream).get(_METADATA, "null")
+                _config(parsed(text), path)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{str(folder)!r} holds a {path.name} that is no saved teacher's; it was not touched. Save elsewhere.\n"
@@ -389,14 +345,6 @@ teacher = st.CFGFeatureTeacher.from_pretrained({name}, model={backbone}{argument
 `{backbone}` is the class that the weights were trained with, or a function that builds the model with the same
 settings; the class is not part of this repository. `st.SelfTransLoss.stage2(model, teacher=teacher, ...)` then runs it.
 
-## Source
-
-{source}
-
-## Licence
-
-{licence}
-
 ## Citation
 
 ```bibtex
@@ -428,32 +376,25 @@ def card(config: Mapping[str, Any], name: str) -> str:
     )
     null = {".".join(map(str, entry["path"])): entry for entry in config["null"]}
     rows = {
-        "backbone": config["backbone"],
-        "layer": config["layer"],
-        "guidance scale": config["guidance_scale"],
+        **{row: config[row.replace(" ", "_")] for row in ("backbone", "layer", "guidance scale")},
         "null condition": ", ".join(f"{path}: {_value(entry)}" for path, entry in null.items()),
         "feature width": config["hidden_size"],
         "time convention": _value(config["time"]) if isinstance(config["time"], dict) else config["time"],
-        "latent scale": config["latent_scale"],
-        "latent shape": config["latent_shape"],
+        **{row: config[row.replace(" ", "_")] for row in ("latent scale", "latent shape")},
         "training step": config["step"],
         "whole": "no, up to the layer only" if config["dropped"] else "yes",
+        "trained in": source,
+        "licence": licence,
     }
-    asked = [f"null={nested(entry['path'])}" for entry in config["null"] if "unsaved" in entry]
-    asked += [
-        f"{key}=..."
-        for key in ("select", "tokens", "time")
-        if isinstance(config[key], dict) and "unsaved" in config[key]
-    ]
+    asked = [f", null={nested(entry['path'])}" for entry in config["null"] if "unsaved" in entry]
+    asked += [f", {key}=..." for key in ("select", "tokens", "time") if fits(config[key], _UNSAVED)]
     text = _CARD.format(
         header=header.to_yaml(),
         layer=_escaped(config["layer"]),
         backbone=_escaped(config["backbone"]),
         table="\n".join(f"| {key} | {'not stated' if v is None else _escaped(v)} |" for key, v in rows.items()),
         name=json.dumps(os.fsencode(name).decode("utf-8", "replace")),
-        arguments="".join(f", {argument}" for argument in asked),
-        source=f"Trained in: {_escaped(source).rstrip('.')}." if source else "The source run was not stated.",
-        licence=f"{_escaped(licence).rstrip('.')}." if licence else "The licence of these weights was not stated.",
+        arguments="".join(asked),
     )
     return str(ModelCard(text))  # which reads the header back
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import math
 import os
 import pathlib
 import pickle
@@ -19,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -29,16 +29,6 @@ from .modules import nearest, quoted, some_of
 # tensors needs.
 MAX_JSON = 2 << 20  # of a safetensors header too
 _MAX_SHARDS = 1024  # of the largest models on the hub, under 300
-_MAX_AXES = 64  # more than torch computes with
-
-# By the names of safetensors.
-DTYPES = {
-    **{f"F{size}": getattr(torch, f"float{size}") for size in (64, 32, 16)},
-    "BF16": torch.bfloat16,
-    **{f"I{size}": getattr(torch, f"int{size}") for size in (64, 32, 16, 8)},
-    **{f"U{size}": getattr(torch, f"uint{size}") for size in (64, 32, 16, 8)},
-    **{"BOOL": torch.bool, "C64": torch.complex64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
-}
 
 # --- Reading files ---------------------------------------------------------------------------------------------------
 
@@ -75,22 +65,14 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def local_path(path: object) -> Path:
-    """``path`` as a Path.
-
-    Raises:
-        CheckpointError: If it is none.
-    """
+    """``path`` as a Path, if it is one."""
     if not isinstance(path, str | os.PathLike) or not isinstance(os.fspath(path), str) or "\0" in os.fspath(path):
         raise CheckpointError(f"A path is a string or a pathlib.Path; got {type(path).__name__}.")
     return Path(path)
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """The content of a small JSON file, in which no key may occur twice.
-
-    Raises:
-        CheckpointError: If it is longer than 2 MiB, is not JSON, or repeats a key.
-    """
+    """The content of a small JSON file, in which no key may occur twice."""
     with opened(path) as stream:
         text = stream.read(MAX_JSON + 1)
         if len(text) > MAX_JSON:
@@ -99,12 +81,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def parsed(text: bytes | str) -> Any:
-    """The value that JSON text holds.
-
-    Raises:
-        CheckpointError: If an object in it has a key twice.
-        ValueError: If it is no JSON.
-    """
+    """The value that JSON text holds, in which no key may occur twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -117,58 +94,26 @@ def parsed(text: bytes | str) -> Any:
 
 
 def read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata of one safetensors file.
+    """The tensors and the metadata of one safetensors file, opened and read once.
 
-    The file is opened once and read into memory once. It is not mapped: a training loop that writes its file anew in
-    place would end a process that has it mapped.
-
-    Raises:
-        CheckpointError: If the header is too long, or anything in it contradicts the file.
+    It is not mapped: a training loop that writes its file anew in place would end a process that has it mapped.
     """
     with opened(path) as stream:
-        header = read_header(stream)
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("the metadata is no mapping to strings")
-        size = os.fstat(stream.fileno()).st_size - stream.tell()
-        data = memoryview(bytearray(size))
-        if stream.readinto(data) != size:  # type: ignore[attr-defined]
-            raise ValueError("the file ends before its tensors do")
-        end = 0
-        tensors: dict[str, Tensor] = {}
-        for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
-            dtype, shape, (start, stop) = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
-            sizes_fit = len(shape) <= _MAX_AXES and all(type(n) is int and n >= 0 for n in (*shape, start, stop))
-            if not sizes_fit or start != end or stop - start != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"the bytes of {key[:100]!r} are not those of its dtype and shape")
-            end = stop
-            if stop > size:
-                raise ValueError(f"{key[:100]!r} lies beyond the end of the file")
-            own = data[start:stop] if start % dtype.itemsize == 0 else bytearray(data[start:stop])
-            flat = torch.frombuffer(own, dtype=dtype) if len(own) else torch.empty(0, dtype=dtype)
-            tensors[key] = flat.reshape(shape)
-        if end != size:
-            raise ValueError(f"{size - end} bytes belong to no tensor")
-        return tensors, metadata
+        metadata = read_metadata(stream)
+        stream.seek(0)
+        return safetensors.torch.load(stream.read()), metadata
 
 
-def read_header(stream: BinaryIO) -> dict[str, Any]:
-    """The header of a safetensors file; the stream then stands at the first tensor's bytes."""
-    size, length = os.fstat(stream.fileno()).st_size, int.from_bytes(stream.read(8), "little")
-    if length > size - 8:
-        raise CheckpointError(
-            f"{stream.name} is no whole safetensors file: it has {size} bytes and announces a header of {length}. "
-            "Copy or download it again."
-        )
+def read_metadata(stream: BinaryIO) -> dict[str, str]:
+    """The metadata of a safetensors file, whose header is known to be short from then on."""
+    length = int.from_bytes(stream.read(8), "little")
     if length > MAX_JSON:
         raise CheckpointError(
-            f"{stream.name} has a header of {length} bytes; at most {MAX_JSON} are read. "
-            "Save the weights alone, without long metadata."
+            f"{stream.name} announces a header of {length} bytes; at most {MAX_JSON} are read.\n"
+            "It is damaged: copy or download it again. Or it has long metadata: save the weights alone."
         )
-    header = parsed(stream.read(length))
-    if not isinstance(header, dict):
-        raise CheckpointError(f"{stream.name} has a header that is no mapping.")
-    return header
+    metadata: dict[str, str] = parsed(stream.read(length)).get("__metadata__", {})
+    return metadata
 
 
 def _read_shards(index: Path) -> dict[str, Any]:
@@ -187,10 +132,9 @@ def _read_shards(index: Path) -> dict[str, Any]:
         tensors, _ = read_safetensors(_shard(index.parent, name))
         if tensors.keys() != keys:
             raise CheckpointError(
-                f"{index} and its shard {name!r} disagree.\n"
+                f"{index} and its shard {name!r} disagree. Download or convert the whole set again.\n"
                 f"In the index only: {some_of(sorted(keys - tensors.keys()))}.\n"
-                f"In the shard only: {some_of(sorted(tensors.keys() - keys))}.\n"
-                "Download or convert the whole set again."
+                f"In the shard only: {some_of(sorted(tensors.keys() - keys))}."
             )
         merged.update(tensors)
     return merged
@@ -198,23 +142,20 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 def _shard(folder: Path, name: str) -> Path:
     """The file of a shard, which neither its name nor a link may move out of the folder."""
-    if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or "\0" in name:
-        raise CheckpointError(
-            f"The index in {folder} names the shard {name[:100]!r}, which is no plain name of a .safetensors file."
-        )
+    problem = None
     with wrapped_errors(folder):
-        if not (folder / name).is_file():
-            raise CheckpointError(
-                f"The index in {folder} names the shard {name[:100]!r}, which is not there. Download it too."
-            )
-        target = (folder / name).resolve()
-    # In the hub's cache, snapshots/<revision>/ is a folder of links to the files in blobs/.
-    blobs = [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
-    if target.parent not in (folder.resolve(), *blobs):
-        raise CheckpointError(
-            f"The shard {name!r} in {folder} is a link out of its folder. Copy the file itself there."
-        )
-    return target
+        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or "\0" in name:
+            problem = "is no plain name of a .safetensors file"
+        elif not (folder / name).is_file():
+            problem = "is not there: download it too"
+        else:
+            # In the hub's cache, snapshots/<revision>/ is a folder of links to the files in blobs/.
+            blobs = [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
+            if (folder / name).resolve().parent not in (folder.resolve(), *blobs):
+                problem = "is a link out of its folder: copy the file itself there"
+    if problem:
+        raise CheckpointError(f"The index in {folder} names the shard {name[:100]!r}, which {problem}.")
+    return folder / name
 
 
 _FOLDER_NAMES = (
@@ -307,82 +248,63 @@ def _read_torch(file: Path) -> dict[str, Any]:
         return content
 
 
-class _Inert:
-    """Stands for whatever a pickle asks for: keeps what it is given, and does nothing."""
+class _Inert(dict[Any, Any]):
+    """Stands for whatever a pickle asks for, and does nothing."""
 
-    def __new__(cls, *given: Any, **_: Any) -> _Inert:
-        self = object.__new__(cls)
-        self.given = given
-        return self
+    def __new__(cls, *_: Any, **__: Any) -> _Inert:
+        return dict.__new__(cls)
 
-    def __setstate__(self, state: Any) -> None:
-        self.given = (*self.given, state)
+    def __init__(self, *_: Any, **__: Any) -> None: ...
 
-    def append(self, *item: Any) -> None: ...
+    def __setstate__(self, _: Any) -> None: ...
 
-    extend = add = __setitem__ = append
-    given: tuple[Any, ...]
-
-
-class _Dict(dict[Any, Any]):
-    """A dictionary that may have attributes, as the one of a state dict has."""
+    append = extend = add = __setstate__
 
 
 class _Outline(pickle.Unpickler):
-    """What a pickle holds by its keys, with every class replaced by an inert one: no code runs."""
+    """Lists what a pickle asks for, with every class replaced by an inert one: no code runs."""
 
     asked: tuple[str, ...] = ()
 
     def find_class(self, module: str, name: str) -> Any:
-        if not name.startswith("_rebuild") and not name.endswith("Storage"):
+        if not name.startswith("_rebuild") and not name.endswith("Storage") and name != "OrderedDict":
             self.asked += (f"{module}.{name}"[:100],)
-        return _Dict if name in ("OrderedDict", "dict") else type(name, (_Inert,), {})
+        return _Inert
 
     def persistent_load(self, pid: Any) -> Any:
         return pid[1] if isinstance(pid, tuple) and pid[0] == "module" else None  # a class, as torch wrote before 1.6
 
 
+_REMEDY = """\
+If you trust the file, save its weights alone, in the repository that it was made with:
+    import pathlib, pickle, torch
+    content = {read}  # runs its code
+    def weights(entry):
+        entry = entry.state_dict() if hasattr(entry, 'state_dict') else entry
+        if isinstance(entry, dict):
+            return {{key: kept for key, value in entry.items() if (kept := weights(value)) is not None}} or None
+        return entry if isinstance(entry, torch.Tensor) else None
+    torch.save(weights(content), 'weights.pt')"""
+
+
 def _refusal(file: Path, stream: BinaryIO) -> str:
     """What a file that torch refuses asks for, and the lines that save its weights anew; empty if it is damaged."""
     read = f"torch.load({str(file)!r}, map_location='cpu', weights_only=False)"
-    stream.seek(0)
     try:
-        if zipfile.is_zipfile(stream):
-            archive = zipfile.ZipFile(stream)
-            content = _Outline(archive.open(next(n for n in archive.namelist() if n.endswith("/data.pkl")))).load()
-            stream.seek(0)
-            asked = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(stream))
+        stream.seek(0)
+        is_zip = zipfile.is_zipfile(stream)
+        stream.seek(0)
+        if is_zip:
+            asked = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
         else:
-            stream.seek(0)
             outline = _Outline(stream)
-            content = outline.load()
-            if isinstance(content, int):  # as torch wrote before 1.6: a number, a version, the system, the content
-                content = [outline.load() for _ in range(3)][-1]
+            if isinstance(outline.load(), int):  # torch before 1.6: a number, a version, the system, the content
+                for _ in range(3):
+                    outline.load()
             else:
                 read = f"pickle.loads(pathlib.Path({str(file)!r}).read_bytes())"
-            asked = sorted({*outline.asked} - {"collections.OrderedDict"})
+            asked = [*outline.asked]
     except Exception:
         return ""
-
-    def is_weights(value: Any) -> bool:  # a state dict, an nn.Module, or what a repository saves in the place of one
-        given = [v for v in getattr(value, "given", ()) if isinstance(v, dict)]
-        given += [v for outer in given for v in outer.values() if isinstance(v, dict)]
-        tensors = isinstance(value, dict) and any(type(v).__name__.startswith("_rebuild") for v in value.values())
-        return tensors or any("_parameters" in v for v in given)
-
-    names = ["content"] if is_weights(content) else []
-    if not names and isinstance(content, dict):
-        names = [f"content[{k!r}]" for k, value in content.items() if isinstance(k, str) and is_weights(value)]
-    kept = ", ".join(f"{name[8:-1]}: weights({name})" for name in names)
-    kept = f"{{{kept}}}" if len(names) > 1 else f"weights({names[0]})" if names else ""
-    what = f"{file} is refused, and nothing of it was run: it asks for {some_of(asked, quote=False)}, not plain data.\n"
-    how = "Save the model's state_dict() alone, where the file was made: torch.save(model.state_dict(), path)."
-    if names:
-        how = (
-            "If you trust the file, save its weights alone, in the repository that it was made with:\n"
-            f"    import pathlib, pickle, torch\n    content = {read}  # runs its code\n"
-            "    def weights(entry):\n        state = entry.state_dict() if hasattr(entry, 'state_dict') else entry\n"
-            "        return {key: value for key, value in state.items() if isinstance(value, torch.Tensor)}\n"
-            f"    torch.save({kept}, 'weights.pt')"
-        )
-    return what + how if asked else ""
+    what = f"{file} is refused, and nothing of it was run: it asks for {some_of(sorted({*asked}), quote=False)}"
+    return f"{what}, not plain data.\n{_REMEDY.format(read=read)}" if asked else ""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from torch import Tensor
 
@@ -16,36 +16,25 @@ from .artefacts import CARD, CONFIG, WEIGHTS, library_version, write_artefact
 from .checkpoints import local_path, wrapped_errors
 from .errors import CheckpointError
 
-_LIBRARY = "selftrans-reg"
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi  # imported late: it takes a second
 
 
 class Source(TypedDict, total=False):
-    """Where on the hub, and how to get there.
+    """Where on the hub, and how to get there."""
 
-    Attributes:
-        revision: The repository's branch, tag or commit.
-        token: An access token for private repositories; True for the stored one, False for none.
-        cache_dir: Where copies are kept.
-        local_files_only: Take the copy that is there, and ask nobody.
-    """
-
-    revision: str | None
-    token: str | bool | None
-    cache_dir: str | PathLike[str] | None
-    local_files_only: bool
+    revision: str | None  # branch, tag or commit
+    token: str | bool | None  # for private repositories; True for the stored one, False for none
+    cache_dir: str | Path | None
+    local_files_only: bool  # take the copy that is there, and ask nobody
 
 
 def fetch(name: str | PathLike[str], **source: Unpack[Source]) -> Path:
-    """The folder of an artefact: a local one, or a copy in the cache of a repository ``"owner/name"`` on the hub.
+    """The folder of an artefact: a local one first, else a copy in the cache of the repository ``"owner/name"``.
 
-    A local folder of that name comes first. ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_TOKEN`` mean what
-    huggingface_hub says.
-
-    Raises:
-        CheckpointError: If there is no such folder, or the repository cannot be read.
+    ``HF_HUB_OFFLINE``, ``HF_ENDPOINT``, ``HF_HOME`` and ``HF_TOKEN`` mean what huggingface_hub says.
     """
-    revision, cache = source.get("revision"), source.get("cache_dir")
-    folder = local_path(name)
+    revision, folder = source.get("revision"), local_path(name)
     with wrapped_errors(folder):  # such as of a name that is too long, or a folder that may not be read
         is_local, in_local = folder.is_dir(), folder.parent.is_dir()
     if is_local:
@@ -61,77 +50,24 @@ def fetch(name: str | PathLike[str], **source: Unpack[Source]) -> Path:
             "A repository on the hub is named 'owner/name'; if there is a folder called like its owner here, name a "
             "revision too, such as revision='main'."
         )
-    with _hub_errors(f"{str(name)!r} cannot be read from the hub"):
-        from huggingface_hub import snapshot_download
-
-        copy = snapshot_download(
-            str(name),
-            revision=revision,
-            token=_plain(source.get("token")),
-            cache_dir=None if cache is None else Path(cache),
-            local_files_only=source.get("local_files_only", False),
-            allow_patterns=[CONFIG, WEIGHTS],
-            library_name=_LIBRARY,
-            library_version=library_version(),
-        )
-    return Path(copy)
-
-
-def _plain(token: str | bool | None) -> str | bool | None:
-    """The token as a header can carry it: one that was read from a file ends with a newline."""
-    token = token.strip() if isinstance(token, str) else token
-    if isinstance(token, str) and re.fullmatch(r"[!-~]+", token) is None:
-        raise CheckpointError("The token that was given is empty or has characters that no token has: copy it again.")
-    return token
+    with _hub(f"{str(name)!r} cannot be read from the hub", source.pop("token", None)) as api:
+        return Path(api.snapshot_download(str(name), **source, allow_patterns=[CONFIG, WEIGHTS]))
 
 
 @contextmanager
-def _hub_errors(what: str) -> Iterator[None]:
-    """Turn what huggingface_hub, its HTTP library and the system raise into ours, without any token."""
+def _hub(what: str, token: str | bool | None) -> Iterator[HfApi]:
+    """The hub's functions; whatever they, their HTTP library and the system raise is ours, without any token."""
+    from huggingface_hub import HfApi
+
+    token = token.strip() if isinstance(token, str) else token  # one that was read from a file ends with a newline
+    if isinstance(token, str) and re.fullmatch(r"[!-~]+", token) is None:
+        raise CheckpointError("The token that was given is empty or has characters that no token has: copy it again.")
     try:
-        yield
-    except CheckpointError:
-        raise
+        yield HfApi(token=token, library_name="selftrans-reg", library_version=library_version())
     except Exception as error:
         text = re.sub(r"(hf_|Bearer |api_org_)[^\s'\"]+", r"\1…", f"{type(error).__name__}: {error}")[:2000]
         # What the error was made from may show the token in a traceback.
         raise CheckpointError(f"{what}: {text}") from (error if "…" not in text else None)
-
-
-def push(
-    repository: str,
-    save: Callable[[Path], None],
-    *,
-    private: bool | None,
-    token: str | bool | None,
-    revision: str | None,
-    commit_message: str,
-) -> str:
-    """Upload what ``save`` writes, creating the repository if there is none; the address of the commit.
-
-    A ``README.md`` that the repository already has stays.
-
-    Raises:
-        CheckpointError: If the hub refuses, or cannot be reached.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder))
-        with _hub_errors(f"The upload to {repository!r} failed"):
-            from huggingface_hub import HfApi
-
-            api = HfApi(token=_plain(token), library_name=_LIBRARY, library_version=library_version())
-            created = api.create_repo(repository, private=private, exist_ok=True)
-            if revision is not None:
-                api.create_branch(created.repo_id, branch=revision, exist_ok=True)
-            has_card = api.file_exists(created.repo_id, CARD, revision=revision)
-            commit = api.upload_folder(
-                repo_id=created.repo_id,
-                folder_path=folder,
-                revision=revision,
-                commit_message=commit_message,
-                ignore_patterns=[CARD] if has_card else None,
-            )
-    return commit.commit_url
 
 
 class Details(TypedDict, total=False):
@@ -168,10 +104,7 @@ class Shareable:
             CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
         """
         folder = local_path(directory)
-        self._save(folder, folder.name, **details)
-
-    def _save(self, folder: Path, name: str, **details: Unpack[Details]) -> None:
-        write_artefact(folder, *self.plain(**details), name)
+        write_artefact(folder, *self.plain(**details), folder.name)
 
     def push_to_hub(
         self,
@@ -183,7 +116,7 @@ class Shareable:
         commit_message: str = "Upload by selftrans_reg",
         **details: Any,
     ) -> str:
-        """Save as ``save_pretrained`` does and upload that to the hub.
+        """Save as ``save_pretrained`` does and upload that to the hub; a ``README.md`` that is there stays.
 
         Args:
             repository: ``"owner/name"``; created if there is none.
@@ -197,13 +130,20 @@ class Shareable:
             The address of the commit.
 
         Raises:
-            CheckpointError: If something cannot be saved, or the hub refuses.
+            CheckpointError: If something cannot be saved, or the hub refuses or cannot be reached.
         """
-        return push(
-            repository,
-            lambda folder: self._save(folder, repository, **details),
-            private=private,
-            token=token,
-            revision=revision,
-            commit_message=commit_message,
-        )
+        with tempfile.TemporaryDirectory() as folder:
+            write_artefact(Path(folder), *self.plain(**details), repository)
+            with _hub(f"The upload to {repository!r} failed", token) as api:
+                name = api.create_repo(repository, private=private, exist_ok=True).repo_id
+                if revision is not None:
+                    api.create_branch(name, branch=revision, exist_ok=True)
+                kept = [CARD] if api.file_exists(name, CARD, revision=revision) else None
+                commit = api.upload_folder(
+                    repo_id=name,
+                    folder_path=folder,
+                    revision=revision,
+                    commit_message=commit_message,
+                    ignore_patterns=kept,
+                )
+        return commit.commit_url

@@ -7,7 +7,7 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,19 +38,12 @@ _LISTED = 8  # keys that one section of an error message names
 
 
 class LoadReport(NamedTuple):
-    """What ``load_weights`` read.
+    """What ``load_weights`` read."""
 
-    Attributes:
-        source: The path as given, or None if the weights did not come from a file.
-        entry: The entry that was taken (``"ema"``, ``"model"``, ``"state_dict.net"``), or None for a bare state dict.
-        left_out: Keys of the file that belong to a projection head which the model does not have.
-        step: The training step that the file names (``steps``, ``step`` or ``global_step``), if it does.
-    """
-
-    source: str | None = None
-    entry: str | None = None
-    left_out: tuple[str, ...] = ()
-    step: int | None = None
+    source: str | None = None  # the path as given, or None if the weights did not come from a file
+    entry: str | None = None  # the entry that was taken ("ema", "state_dict.net"), or None for a bare state dict
+    left_out: tuple[str, ...] = ()  # keys of the file that belong to a projection head which the model does not have
+    step: int | None = None  # the training step that the file names (steps, step or global_step), if it does
 
 
 def load_weights(
@@ -61,23 +54,21 @@ def load_weights(
 ) -> LoadReport:
     """Load a checkpoint into ``model``, strictly: everything fits and is copied, or nothing is touched.
 
-    The prefixes that DDP, ``torch.compile``, checkpointing and ``AveragedModel`` put into the file's keys are taken off
-    where that makes them keys of the model; the model may be wrapped too. Floating-point weights take the model's dtype
-    and device; every other dtype has to be the model's own. Of weights that are tied in the model, the file may hold
-    one. Keys of the projection heads that REPA and the released Self-Transcendence code keep inside the backbone are
-    left out, and reported, if the model has no such keys.
+    Prefixes that DDP, ``torch.compile``, checkpointing and ``AveragedModel`` put into keys are taken off; the model may
+    be wrapped too. Floating-point weights take the model's dtype and device; every other dtype has to be the model's
+    own. Of weights that are tied in the model, the file may hold one. Projection heads that REPA and the released
+    Self-Transcendence code keep inside the backbone are left out, and reported, if the model has none.
 
-    The folder or file of a PEFT adapter is loaded into the adapter of a model that has one: all of it, or none; the
-    model's other weights stay.
+    A PEFT adapter's folder or file is loaded into the adapter of a model that has one: all of it, or none; the model's
+    other weights stay.
 
     Args:
         model: The model that the weights are for, with real (not meta) tensors and before any sharding.
-        checkpoint: What :func:`read_checkpoint` reads; the dictionary itself; or None for the weights that the model
-            already has.
-        weights: Which weights to take: the name of an entry, and after a dot what is below it, an entry or a common
-            prefix of the keys. ``"state_dict.net"`` are the weights of ``self.net`` in a Lightning checkpoint,
-            ``"net"`` those in a bare state dict. ``"model"`` also takes ``state_dict``. A bare state dict is taken
-            whole for ``"ema"`` and ``"model"``; below a prefix of that name are ``"ema."`` and ``"model."``.
+        checkpoint: What :func:`read_checkpoint` reads; the dictionary itself; or None for the model's own weights.
+        weights: The name of an entry, and after a dot what is below it, an entry or a common prefix of the keys.
+            ``"state_dict.net"`` are the weights of ``self.net`` in a Lightning checkpoint, ``"net"`` those in a bare
+            state dict. ``"model"`` also takes ``state_dict``. A bare state dict is taken whole for ``"ema"`` and
+            ``"model"``; below a prefix of that name are ``"ema."`` and ``"model."``.
 
     Raises:
         CheckpointError: If the file cannot be read, would run code, holds weights that are not finite, or does not fit.
@@ -92,7 +83,8 @@ def load_weights(
     else:
         where = str(local_path(checkpoint))
         source, content = os.fspath(checkpoint), read_checkpoint(checkpoint)
-    entry, chosen = choose_entry(content, weights, where)
+    keys = {_bare(key) for key in model.state_dict()}
+    entry, chosen = _choose_entry(content, weights, where, keys)
     where = where if entry is None else f"{where}, entry {entry!r},"
     own = _adapter(model, chosen, source) or own_tensors(model)
     saved = matched(own, chosen, where)
@@ -100,8 +92,17 @@ def load_weights(
     left_out = tuple(key for key in saved if any(head.fullmatch(key) for head in heads))
     for key in left_out:
         del saved[key]
-    if not own.keys() & saved.keys() and (advice := _advice(own, saved, entry)):
-        raise CheckpointError(f"{where} does not fit {type(model).__name__}; nothing was loaded.\n{advice}")
+    if not own.keys() & saved.keys():
+        advice = ""
+        if paths := [path for path in _paths(chosen, keys, f"{entry}." if entry else "") if path != entry]:
+            advice = f"The model's keys are there below a prefix: {_pass(paths)}"
+        elif any(".lora_" in key for key in saved):
+            advice = (
+                "These are the weights of an adapter: give the model one first, "
+                "model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
+            )
+        if advice:
+            raise CheckpointError(f"{where} does not fit {type(model).__name__}; nothing was loaded.\n{advice}")
     check_fit(model, own, saved, where)
     check_values(own, saved, where)
     shared = vars(model).get(SHARED, ())
@@ -121,7 +122,9 @@ def load_weights(
     return LoadReport(source, entry, left_out, step)
 
 
-def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[str | None, Mapping[str, Any]]:
+def _choose_entry(
+    content: Mapping[str, Any], weights: str, where: str, keys: Collection[str]
+) -> tuple[str | None, Mapping[str, Any]]:
     """The name of the entry that holds the asked weights, None if ``content`` is a state dict itself, and the entry."""
     if weights in ("ema", "model"):
         if content and all(isinstance(value, Tensor) for value in content.values()):
@@ -133,27 +136,20 @@ def choose_entry(content: Mapping[str, Any], weights: str, where: str) -> tuple[
         found = {} if below is None else {weights: below}
     if len(found) == 1:
         return next(iter(found.items()))
-    there = f"{where} has {some_of([_shown(key) for key in content], quote=False)}"
+    there = some_of([_shown(key) for key in content], quote=False)
     if found:
-        raise CheckpointError(
-            f"{there}, and it is open which is meant: pass weights='state_dict', or the entry 'model' itself."
-        )
-    sets = _sets(content)
-    if not sets:
+        advice = "it is open which is meant: pass weights='state_dict', or the entry 'model' itself."
+        raise CheckpointError(f"{where} has {there}, and {advice}")
+    if not (paths := _paths(content, keys)):
         others = [f"{_shown(key)} ({type(v).__name__})" for key, v in content.items() if not isinstance(v, Tensor)]
         raise CheckpointError(
             f"{where} is no state dict and has no entry {weights!r} that is one.\n"
             f"Not tensors: {some_of(others, quote=False)}.\n"
             "Pass the dictionary of the weights itself as the checkpoint."
         )
-    averages = [name for name in sets if _AVERAGE.search(name)]
-    others = [name for name in sets if name not in averages]
-    if averages and weights != "model":
-        seem = f"{some_of(averages)} looks like an average of the weights: pass weights={averages[0]!r}"
-        advice = seem + (f", or for the raw weights weights={others[0]!r}." if others else ".")
-    else:
-        advice = "pass " + " or ".join(f"weights={name!r}" for name in [*others, *averages][:_LISTED]) + "."
-    raise CheckpointError(f"{there} but no {weights!r}: {advice}")
+    paths.sort(key=lambda path: (_AVERAGE.search(path) is None) != (weights == "model"))
+    seems = f", and {paths[0]!r} looks like an average of the weights" if _AVERAGE.search(paths[0]) else ""
+    raise CheckpointError(f"{where} has {there} but no {weights!r}{seems}: {_pass(paths)}")
 
 
 def _below(content: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -169,17 +165,25 @@ def _below(content: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     return cut or None
 
 
-def _sets(content: Mapping[str, Any], above: str = "", depth: int = 4) -> list[str]:
-    """What ``weights`` can name: entries that hold tensors, at any depth, and in them what looks like an average."""
-    holds = any(isinstance(value, Tensor) and value.is_floating_point() for value in content.values())
-    names = [above[:-1]] if above and holds else []
-    if names and not _AVERAGE.search(above):
-        first = {key.partition(".")[0] for key in content if isinstance(key, str) and "." in key}
-        names += [above + prefix for prefix in sorted(first) if _AVERAGE.search(prefix)]
+def _paths(content: Mapping[str, Any], keys: Collection[str], above: str = "", depth: int = 4) -> list[str]:
+    """What ``weights`` can name: of each entry, prefixes below which it has the model's keys, or the entry itself."""
+    counts: Counter[str] = Counter()
+    tensors = [k for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor) and v.is_floating_point()]
+    for parts in (key[:500].split(".") for key in tensors):
+        fits = (".".join(parts[:i]) for i in range(len(parts)) if _bare(".".join(parts[i:])) in keys)
+        counts.update([next(fits, None) or ""])
+    most = [prefix for prefix, count in counts.most_common(_LISTED) if 2 * count >= min(len(keys), len(tensors))]
+    most = most or [""] * bool(tensors)
+    paths = [(above + prefix).rstrip(".") for prefix in most if above or prefix]
+    paths = [path + "." * (path in ("ema", "model") and not above) for path in paths]
     for key, value in content.items():
         if depth and isinstance(key, str) and isinstance(value, Mapping):
-            names += _sets(value, f"{above}{key[:100]}.", depth - 1)
-    return names
+            paths += _paths(value, keys, f"{above}{key[:100]}.", depth - 1)
+    return paths
+
+
+def _pass(paths: Sequence[str]) -> str:
+    return f"pass {' or '.join(f'weights={path!r}' for path in paths[:_LISTED])}."
 
 
 def _shown(key: object) -> str:
@@ -315,32 +319,6 @@ def _adapter(model: nn.Module, state: Mapping[str, Any], source: str | None) -> 
                 "peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
             )
     return own
-
-
-def _advice(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], entry: str | None) -> str:
-    """What to do about weights of which no key fits: a prefix that all have in common, an adapter; else nothing."""
-
-    def prefixes(keys: Mapping[str, Any], others: Mapping[str, Any]) -> list[str]:
-        counts: Counter[str] = Counter()
-        for key in keys:
-            parts = key[:1000].split(".")
-            counts.update(".".join(parts[:i]) for i in range(1, len(parts)) if ".".join(parts[i:]) in others)
-        found = [prefix for prefix, count in counts.most_common() if 2 * count >= min(len(own), len(saved))]
-        return sorted(found, key=lambda prefix: not _AVERAGE.search(prefix))[:3]
-
-    if found := prefixes(saved, own):
-        paths = [f"{entry}.{prefix}" if entry else prefix + "." * (prefix in ("ema", "model")) for prefix in found]
-        names = " or ".join(f"weights={path!r}" for path in paths)
-        listed = " and ".join(repr(f"{prefix}.") for prefix in found)
-        return f"The model's keys are there below the prefix {listed}: pass {names}."
-    if found := prefixes(own, saved):
-        return f"The model has the file's keys below {found[0]!r}: load the weights into that part of it alone."
-    if any(".lora_" in key for key in saved):
-        return (
-            "These are the weights of an adapter, and the model has none of these keys: give it one first, "
-            "model = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
-        )
-    return ""
 
 
 def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: str) -> None:

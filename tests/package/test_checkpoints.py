@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import selftrans_reg as st
-from selftrans_reg.checkpoints import DTYPES, read_checkpoint, read_json
+from selftrans_reg.checkpoints import read_checkpoint, read_json
 from selftrans_reg.errors import CheckpointError, SelfTransError, SettingError
 from selftrans_reg.weights import LoadReport, load_weights
 
@@ -515,7 +515,7 @@ def test_what_looks_like_an_average_is_named_and_taken_by_its_name(
 ) -> None:
     content = {"model": raw, name: ema, "schema": {"a": torch.ones(1)}}
     message = refusal(model, content)
-    assert_says(message, f"{name!r} looks like an average", f"pass weights={name!r}, or for the raw weights", "'model'")
+    assert_says(message, f"and {name!r} looks like an average", f"pass weights={name!r} or weights='model'")
     assert load_weights(model, content, weights=name).entry == name
     assert_equal(model, ema)
 
@@ -537,16 +537,9 @@ def test_weights_reaches_below_entries_and_prefixes_and_the_error_says_so(
 ) -> None:
     made = content(raw, ema)
     message = refusal(model, made)
-    if message.endswith("pass weights='state_dict'."):
-        message = refusal(model, made, weights="state_dict")
     assert_says(message, f"weights={weights!r}")
     load_weights(model, made, weights=weights)
     assert_equal(model, ema)
-
-
-def test_a_model_that_wraps_the_files_is_told(model: ToyDiT, ema: State) -> None:
-    message = refusal(nn.ModuleDict({"net": model}), ema)
-    assert_says(message, "The model has the file's keys below 'net': load the weights into that part of it alone.")
 
 
 # --- What a model's tensors can be -----------------------------------------------------------------------------------
@@ -751,13 +744,13 @@ def test_the_remedy_of_a_refused_file_works_on_it(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    net, model = kind(2, 2), nn.Linear(2, 2)
+    net, model, entry = kind(2, 2), nn.Linear(2, 2), "module" if which.startswith("one entry") else "ema"
     write(CONTENTS[which](net), tmp_path / "a.pt")
     message = refusal(model, tmp_path / "a.pt")
     assert_says(message, "is refused, and nothing of it was run: it asks for ", "If you trust the file")
     monkeypatch.chdir(tmp_path)
     exec(textwrap.dedent(message.split("made with:\n")[1]), {})
-    load_weights(model, "weights.pt")
+    load_weights(model, "weights.pt", weights=entry)
     assert_equal(model, net.state_dict())
 
 
@@ -864,34 +857,28 @@ def test_a_truncated_file_is_refused_at_every_length(model: ToyDiT, ema: State, 
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change",
     [
-        ({"dtype": "F99"}, "KeyError: 'F99'"),
-        *(
-            (change, "the bytes of 'a' are not those of its dtype and shape")
-            for change in (
-                {"shape": [17]},
-                {"shape": [2**40, 2**40]},
-                {"shape": [1] * 3000 + [16]},
-                {"shape": [16.0]},
-                {"shape": [-4, -4]},
-                {"data_offsets": [0, 2**40]},
-                {"data_offsets": [4, 68]},
-            )
-        ),
-        ({"shape": [32], "data_offsets": [0, 128]}, "'a' lies beyond the end of the file"),
-        ({"shape": [8], "data_offsets": [0, 32]}, "32 bytes belong to no tensor"),
+        {"dtype": "F99"},
+        {"shape": [17]},
+        {"shape": [2**40, 2**40]},
+        {"shape": [16.0]},
+        {"shape": [-4, -4]},
+        {"data_offsets": [0, 2**40]},
+        {"data_offsets": [4, 68]},
+        {"shape": [32], "data_offsets": [0, 128]},
+        {"shape": [8], "data_offsets": [0, 32]},
     ],
 )
 def test_a_safetensors_header_that_contradicts_the_file_is_refused(
-    model: ToyDiT, tmp_path: Path, change: dict[str, Any], said: str
+    model: ToyDiT, tmp_path: Path, change: dict[str, Any]
 ) -> None:
     header = json.dumps({"a": {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} | change}).encode()
     path = tmp_path / "a.safetensors"
     path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(64))
-    assert_says(refusal(model, path), said)
+    assert_says(refusal(model, path), "cannot be read as a checkpoint: SafetensorError")
     path.write_bytes(struct.pack("<Q", 2**63))
-    assert_says(refusal(model, path), "no whole safetensors file: it has 8 bytes and announces a header of", str(2**63))
+    assert_says(refusal(model, path), f"announces a header of {2**63} bytes; at most {2 << 20} are read")
 
 
 # --- Shards and folders ----------------------------------------------------------------------------------------------
@@ -996,25 +983,3 @@ def test_json_is_read_and_what_went_wrong_is_chained(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text(" " * (3 << 20))
     with pytest.raises(CheckpointError, match="is longer than 2097152 bytes"):
         read_json(tmp_path / "c.json")
-
-
-def test_safetensors_of_every_dtype_and_alignment_are_read_as_safetensors_reads_them(tmp_path: Path) -> None:
-    g = torch.Generator().manual_seed(0)
-    state = {
-        str(dtype): (torch.rand(3, 5, generator=g) * 9).to(dtype)
-        for dtype in (*DTYPES.values(),)
-    } | {"scalar": torch.tensor(3.0), "empty": torch.zeros(0, 4)}  # fmt: skip
-    save_file(state, tmp_path / "a.safetensors")
-    tensors = read_checkpoint(tmp_path / "a.safetensors")
-    assert tensors.keys() == state.keys()
-    assert all(v.dtype == state[k].dtype and v.shape == state[k].shape for k, v in tensors.items())
-    assert all(
-        torch.equal(v.view(-1).view(torch.uint8), state[k].view(-1).view(torch.uint8)) for k, v in tensors.items()
-    )
-    header = {
-        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
-        "b": {"dtype": "F32", "shape": [], "data_offsets": [1, 5]},
-    }
-    text = json.dumps(header).encode()
-    (tmp_path / "b.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + b"\7" + struct.pack("<f", 0.5))
-    assert read_checkpoint(tmp_path / "b.safetensors") == {"a": torch.tensor([7]), "b": torch.tensor(0.5)}

@@ -116,7 +116,7 @@ def test_no_message_carries_a_token(hub: Hub, tmp_path: Path, monkeypatch: pytes
     def leaks(*args: object, **kwargs: object) -> None:
         raise ValueError(f"Illegal header value b'Bearer {TOKEN}\\n'")
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", leaks)
+    monkeypatch.setattr("huggingface_hub.HfApi.snapshot_download", leaks)
     with pytest.raises(CheckpointError, match="Illegal header value b'Bearer …") as error:
         load_teacher("me/secret")
     assert TOKEN not in "".join(traceback.format_exception(error.value))

@@ -113,7 +113,12 @@ def test_the_card_says_what_it_is_and_its_code_loads_it(
             "| guidance scale | 3.0 |",
         ),
         *("| null condition | y: 5, text: a tensor |", "| time convention | repa |", "| training step | 9 |"),
-        *("Trained in: https://example.org/17.", "CC BY-NC 4.0.", "@misc{sun2026selftranscendence", "2601.07773"),
+        *(
+            "| trained in | https://example.org/17 |",
+            "| licence | CC BY-NC 4.0 |",
+            "@misc{sun2026selftranscendence",
+            "2601.07773",
+        ),
     ):
         assert part in card, part
     code = card.split("```python\n")[1].split("```")[0]

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 import selftrans_reg as st
 
 N, C, SIZE, PATCH, WIDTH, CLASSES = 4, 4, 8, 2, 16, 5
-CORE = {"torch", "einops", "numpy", "huggingface-hub"}
-NOT_CORE = ["accelerate", "diffusers", "matplotlib", "pytest", "safetensors", "scipy", "sklearn", "transformers"]
+CORE = {"torch", "einops", "safetensors", "huggingface-hub"}
+NOT_CORE = ["accelerate", "diffusers", "matplotlib", "pytest", "scipy", "sklearn", "transformers"]
 
 
 class ToyTransformer(nn.Module):
