@@ -374,7 +374,10 @@ STUDIES: dict[str, list[str]] = {
     "controls": ["none share=2.2", "stage1 share=2.2"],
     "old": OLD,
     "young": [text + more for text in YOUNG for more in ("", " distance=cosine", " normalised=True")],
-    "own": [f"own start={start} refresh={refresh}" for start in (0.1, 0.2) for refresh in (0, 250)],
+    "own": [
+        *(f"own start={start} refresh={refresh}" for start in (0.1, 0.2) for refresh in (0, 250)),
+        "own refresh=250 schedule=linear", "own refresh=250 stop=0.8",
+    ],
     "whole": ["self teacher_share=0.4", "self teacher_share=0.4 rows=0.25", "self", "self same_seed=True"],
     "variants": [OLD[1] + more for more in (" rows=0.25", " rows=0.5", " weight=1.0", " schedule=linear")],
     "peers": [
