@@ -567,10 +567,8 @@ def build_teacher(
     settings: dict[str, Any] = {"layer": layer, "guidance_scale": guidance_scale, "null": null, "call": call}
     settings |= {"select": select, "tokens": tokens, "hidden_size": hidden_size, "time": time}
     teacher = CFGFeatureTeacher(model, **settings, compile=compile, truncate=truncate)
-    if report.source is not None:
-        teacher.provenance["source"] = Path(report.source).name  # no paths: they would tell of the machine
-    if report.step is not None:
-        teacher.provenance["step"] = report.step
+    source = None if report.source is None else Path(report.source).name  # no paths: they would tell of the machine
+    teacher.provenance = {k: v for k, v in (("source", source), ("step", report.step)) if v is not None}
     if example is not None:
         features = teacher(**example) if isinstance(example, Mapping) else teacher(*example)
         if hidden_size is not None and hidden_size != features.shape[-1]:

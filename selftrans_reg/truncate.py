@@ -213,27 +213,16 @@ def compile_blocks(model: nn.Module) -> None:
         block.forward = functools.partial(compiled[kind], block)
 
 
-def blocks_of(model: nn.Module) -> list[nn.Module]:
+def blocks_of(model: nn.Module, inside: bool = False) -> list[nn.Module]:
     """The outermost members of lists and dicts of modules, and of Sequentials of one class, as timm has them."""
     found: dict[nn.Module, None] = {}  # a dict keeps the order, and a shared block once
     for child in model.children():
-        for block in _members(child) if _is_container(child) else blocks_of(child):
-            found[block] = None
+        kinds = {type(member) for member in child.children()}
+        is_container = isinstance(child, nn.ModuleList | nn.ModuleDict) or (
+            isinstance(child, nn.Sequential) and len(child) > 1 and len(kinds) == 1
+        )
+        found |= {child: None} if inside and not is_container else dict.fromkeys(blocks_of(child, is_container))
     return list(found)
-
-
-def _members(container: nn.Module) -> Iterator[nn.Module]:
-    for member in container.children():
-        if _is_container(member):
-            yield from _members(member)
-        else:
-            yield member
-
-
-def _is_container(module: nn.Module) -> bool:
-    if isinstance(module, nn.Sequential):
-        return len(module) > 1 and len({type(member) for member in module}) == 1
-    return isinstance(module, nn.ModuleList | nn.ModuleDict)
 
 
 def pad_rows(tensor: Tensor) -> Tensor:
