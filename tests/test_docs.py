@@ -155,7 +155,7 @@ def test_the_readme_runs_with_a_model_a_transport_and_a_loader() -> None:
 def test_what_a_page_points_to_exists(page: Path) -> None:
     text = page.read_text()
     local = {link.partition("#")[0] for link in links_of(text) if not re.match(r"[a-z]+:|#", link)}
-    ours = set(re.findall(r"(?<![\w/.-])(?:docs|examples|selftrans_reg|tests)/[\w/-]+\.(?:md|png|py|txt)\b", text))
+    ours = set(re.findall(r"(?<![\w/.-])(?:docs|examples|selftrans_reg|tests)/[\w/-]+\.(?:md|png|py|sh|txt)\b", text))
     missing = {link for link in local if not (page.parent / link).exists()} | {
         p for p in ours if not (ROOT / p).exists()
     }
