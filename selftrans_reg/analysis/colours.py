@@ -10,6 +10,7 @@ from torch import Tensor
 from ..errors import SettingError, ShapeError
 
 _MOST_VALUES = 1 << 23  # that a basis is taken from: its directions are settled long before
+_OUTLIERS = 0.01  # this fraction at each end of a component is cut off, or a few tokens would take all the contrast
 
 
 class ColourBasis:
@@ -19,7 +20,7 @@ class ColourBasis:
     what tokens differ in most, and it is the same in every image.
 
     Args:
-        groups: Each (N, T, D), of one D: what the basis is taken from, such as a layer's tokens, or several layers'.
+        groups: Each (N, T, D), of one D, 3 or more: what the basis is taken from, such as some layers' tokens.
         unit: Divide each group by the root mean square of its values, so that colours tell directions and not sizes:
             for groups that differ in size, as layers and guidance scales do.
 
@@ -27,8 +28,6 @@ class ColourBasis:
         ShapeError: If a group is not (N, T, D), or the groups differ in D.
         SettingError: If there are fewer than 3 directions to show.
     """
-
-    _OUTLIERS = 0.01  # this fraction at each end of a component is cut off, or a few tokens would take all the contrast
 
     def __init__(self, *groups: Tensor, unit: bool = False) -> None:
         shapes = [tuple(group.shape) for group in groups]
@@ -39,40 +38,35 @@ class ColourBasis:
         self.unit = unit
         step = math.ceil(sum(group.numel() for group in groups) / _MOST_VALUES)
         centred = torch.cat([self._prepared(group).flatten(0, 1)[::step] for group in groups])
-        _, _, directions = torch.linalg.svd(centred, full_matrices=False)
-        self.directions = directions[:3].T  # (D, 3)
-        quantiles = torch.tensor([self._OUTLIERS, 1 - self._OUTLIERS], dtype=torch.float64, device=centred.device)
+        self.directions = torch.linalg.svd(centred, full_matrices=False).Vh[:3].T  # (D, 3)
+        quantiles = torch.tensor([_OUTLIERS, 1 - _OUTLIERS], dtype=torch.float64, device=centred.device)
         self.low, self.high = torch.quantile(centred @ self.directions, quantiles, dim=0)
 
     def colours(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Red, green and blue from the three components, clipped to the basis's range.
-
-        Args:
-            tokens: (N, T, D).
-            grid: Rows and columns of the T tokens; by default they are as many.
+        """Red, green and blue from the three components of tokens (N, T, D), clipped to the basis's range.
 
         Shape:
-            returns: (N, rows, columns, 3), values in [0, 1], on the CPU
+            returns: (N, rows, columns, 3), values in [0, 1], on the CPU; without a grid there are as many rows as
+                columns
 
         Raises:
             ShapeError: If T tokens do not make the grid, or a square without one.
         """
         components = self._prepared(tokens) @ self.directions
-        rows, columns = grid or (math.isqrt(components.shape[1]),) * 2
-        if rows * columns != components.shape[1]:
+        n, count, _ = components.shape
+        rows, columns = grid or (math.isqrt(count),) * 2
+        if rows * columns != count:
             raise ShapeError(
-                f"{components.shape[1]} tokens are no grid of {rows} x {columns}: pass grid=(rows, columns), and "
+                f"{count} tokens are no grid of {rows} x {columns}: pass grid=(rows, columns), and "
                 "tokens= where class or text tokens are among them."
             )
         colours: Tensor = ((components - self.low) / (self.high - self.low)).clamp(0, 1)
-        return colours.reshape(len(colours), rows, columns, 3).float().cpu()
+        return colours.reshape(n, rows, columns, 3).float().cpu()
 
     def _prepared(self, tokens: Tensor) -> Tensor:
         centred = tokens.double() - tokens.double().mean(0)
-        if not self.unit:
-            return centred
-        size = float(centred.square().mean()) ** 0.5
-        return centred / size if size > 0 else centred
+        size = centred.square().mean().sqrt()
+        return centred / size if self.unit and size > 0 else centred
 
 
 def tile(images: Tensor, columns: int, *, gap: int = 1) -> Tensor:
@@ -91,11 +85,7 @@ def tile(images: Tensor, columns: int, *, gap: int = 1) -> Tensor:
 
 
 def image_colours(images: Tensor) -> Tensor:
-    """Images (N, 1 or 3, H, W) in [-1, 1] as (N, H, W, 3) in [0, 1], on the CPU.
-
-    Raises:
-        ShapeError: If they are of another shape.
-    """
+    """Images (N, 1 or 3, H, W) in [-1, 1] as (N, H, W, 3) in [0, 1], on the CPU."""
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ShapeError(f"Images to draw are (N, 1, H, W) or (N, 3, H, W) in [-1, 1]; got {tuple(images.shape)}.")
     return (0.5 + images.detach().float().permute(0, 2, 3, 1).expand(-1, -1, -1, 3) / 2).clamp(0, 1).cpu()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -13,16 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import MissingDependencyError, SettingError, ShapeError
-from ..modules import layer_names, quoted
-from ..null import Null
-from ..recipes import find_blocks
+from ..modules import quoted
 from ..teacher import check_guidance_scale
-from ..time import TimeConvention, resolve
-from ..tokens import Select, Tokens
 from .colours import ColourBasis, image_colours, tile
-from .report import LayerReport, Measure
+from .report import LayerReport, Measure, replaced
 from .scores import standard_error
-from .survey import LayerReader, add_noise, noise_generator, times_at, undisturbed
+from .survey import LayerReader, guided, noise_generator, undisturbed
 
 __all__ = ["ColourBasis", "draw_curves", "draw_features", "draw_report", "save_panels", "tile"]
 
@@ -39,16 +35,12 @@ def draw_features(
     layers: Sequence[str] | None = None,
     guidance_scales: Sequence[float] = (0, 1, 4, 30),
     *,
-    time: str | TimeConvention,
-    null: Null | None = None,
     noise_fraction: float = 0.5,
-    call: Mapping[str, Any] | None = None,
-    select: Select = None,
-    tokens: Tokens = None,
     decode: Callable[[Tensor], Tensor] | None = None,
     shown: int = 4,
     grid: tuple[int, int] | None = None,
     seed: int = 0,
+    **reading: Any,
 ) -> None:
     """Draw the tokens of layers as colours, for every guidance scale, beside the clean and the noisy input.
 
@@ -62,16 +54,13 @@ def draw_features(
         path: The picture; its ending names the format.
         layers: Names, of one width; by default all blocks.
         guidance_scales: w, a column each; 0 is the null condition alone. Without ``null`` there is the condition alone.
-        time: What the model's t means.
-        null: The null condition, as :func:`build_teacher` takes it.
         noise_fraction: Of the noisy input.
-        call: Where x_t and t are, as for :func:`build_teacher`.
-        select: Which tensor of a layer's output.
-        tokens: Which tokens are the image's.
         decode: From latents to images (N, 1 or 3, H, W) in [-1, 1]; without it the latents' own components are drawn.
         shown: How many samples of the batch are drawn, from its first on.
         grid: Rows and columns of the tokens, where they are not those of square patches of the latents.
         seed: Of the noise.
+        reading: ``time=`` and, where they are needed, ``null=``, ``call=``, ``select=`` and ``tokens=``, as for
+            :func:`layer_report`.
 
     Raises:
         MissingDependencyError: If matplotlib is not installed.
@@ -81,24 +70,20 @@ def draw_features(
     _new_figure(1, 1)  # no forward for nothing
     for scale in guidance_scales:
         check_guidance_scale(scale)
-    scales = [float(scale) for scale in guidance_scales] if null is not None else [1.0]
+    scales = [float(scale) for scale in guidance_scales] if reading.get("null") is not None else [1.0]
     if not scales or type(shown) is not int or shown < 1:
         raise SettingError(f"Name guidance scales, and show one sample or more; got {guidance_scales!r}, {shown!r}.")
-    names = find_blocks(model, None) if layers is None else layer_names(layers)
-    reader = LayerReader(model, names, time=resolve(time), null=null, call=call, select=select, tokens=tokens)
+    reader = LayerReader(model, layers, **reading)
     with undisturbed(model), torch.no_grad():
-        read = reader.read(batch)
-        latents = read.latents
+        latents, _, arguments = reader.read(batch)
         if latents.ndim != 4 or len(latents) < 2:
             raise ShapeError(f"Drawn are latents (N, C, H, W), 2 or more; got {tuple(latents.shape)}.")
-        noise = torch.randn(latents.shape, generator=noise_generator(seed), device="cpu").to(latents)
-        found = reader.run(read, noise, noise_fraction)
-        t = times_at(reader.time, noise_fraction, len(latents), latents.device)
-        pictures = _latent_pictures(latents, add_noise(reader.time, latents, noise, t), decode, shown)
-    maps = {
-        (name, scale): c if u is None else u + scale * (c - u) for name, (c, u) in found.items() for scale in scales
-    }
-    if broken := [name for name in names if not all(maps[name, scale].isfinite().all() for scale in scales)]:
+        noise = torch.randn(latents.shape, generator=noise_generator(seed), device="cpu")
+        x_t, found = reader.run(latents, arguments, noise, noise_fraction)
+        pictures = _latent_pictures(latents, x_t, decode, shown)
+    names = list(found)
+    maps = {(name, scale): guided(found[name], scale) for name in names for scale in scales}
+    if broken := [name for (name, _), tokens_of in maps.items() if not tokens_of.isfinite().all()]:
         raise SettingError(f"Features that are not finite cannot be drawn; layer {broken[0]!r} has some.")
     basis = ColourBasis(*maps.values(), unit=True)
     columns = math.isqrt(shown - 1) + 1
@@ -115,14 +100,12 @@ def draw_features(
     for axes, (title, picture) in zip(inputs, pictures.items(), strict=False):  # beside the first two layers
         _show(axes, tile(picture, columns, gap=max(1, picture.shape[1] // 8)), title)
     figure.get_layout_engine().set(wspace=0.1, hspace=0.12)  # or samples of one layer and the next run together
-    cells = right.subplots(len(names), len(scales), squeeze=False)
+    cells = right.subplots(len(names), len(scales), squeeze=False).flatten()
     titles = {0.0: "$f_u$ (w = 0)", 1.0: "$f_c$ (w = 1)"}
-    for row, name in enumerate(names):
-        for column, scale in enumerate(scales):
-            tokens_of = maps[name, scale]
-            colours = basis.colours(tokens_of, grid or _grid_of(latents, tokens_of))[:shown]
-            title = "" if row else titles.get(scale, f"w = {scale:g}")
-            _show(cells[row, column], tile(colours, columns), title, "" if column else name)
+    for axes, ((name, scale), tokens_of) in zip(cells, maps.items(), strict=True):
+        colours = basis.colours(tokens_of, grid or _grid_of(latents, tokens_of.shape[1]))[:shown]
+        title = titles.get(scale, f"w = {scale:g}") if name == names[0] else ""
+        _show(axes, tile(colours, columns), title, name if scale == scales[0] else "")
     save_figure(figure, path)
 
 
@@ -135,16 +118,16 @@ def draw_report(report: LayerReport, path: str | PathLike[str]) -> None:
     Raises:
         MissingDependencyError: If matplotlib is not installed.
     """
-    first, guided = report.guidance_scales[0], len(report.guidance_scales) > 1
+    first, many = report.guidance_scales[0], report.labelled or len(report.guidance_scales) > 1
     own = "of the null condition alone" if first == 0 else ""
-    figure = _new_figure(13, 7.2 if report.labelled or guided else 3.8)
-    all_panels = figure.subplots(2 if report.labelled or guided else 1, 3).flatten()
+    figure = _new_figure(13, 7.2 if many else 3.8)
+    all_panels = figure.subplots(2 if many else 1, 3).flatten()
     panels = iter(all_panels)
     if report.labelled:
         _profile(next(panels), report, "probe", f"Linear probe {own}, %", first, 100)
         _profile(next(panels), report, "knn", f"k-NN {own}, %", first, 100)
     _profile(next(panels), report, "effective_rank", f"Effective rank {own}", first)
-    if guided:
+    if len(report.guidance_scales) > 1:
         _profile(next(panels), report, "contrast", "Contrast $|f_c - f_u|\\,/\\,|f_c|$", 1.0)
         _scale_panel(next(panels), report)
     _alignment_panel(next(panels), report)
@@ -170,7 +153,7 @@ def draw_curves(log: Log | Mapping[str, Log], path: str | PathLike[str]) -> None
         SettingError: If a line is not JSON, names no step, or nothing was logged.
     """
     logs = dict(log) if isinstance(log, Mapping) else {"": log}
-    lines = {name: [(_step(entry, name), _numbers(entry)) for entry in _lines(one)] for name, one in logs.items()}
+    lines = {name: list(_entries(one, name)) for name, one in logs.items()}
     terms = list(dict.fromkeys(key for entries in lines.values() for _, entry in entries for key in entry))
     if not terms:
         raise SettingError(f"There is no curve to draw: no number was logged in {quoted(map(str, logs))}.")
@@ -220,12 +203,9 @@ def save_panels(rows: Mapping[str, Mapping[str, Any]], path: str | PathLike[str]
 
 
 def save_figure(figure: Any, path: str | PathLike[str]) -> None:
-    """Write under another name of the same ending, then rename: always whole. The folder is made if there is none."""
-    file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f"{file.stem}.partial{file.suffix}")
-    figure.savefig(partial, dpi=_DPI)
-    partial.replace(file)
+    """Write a figure, always whole."""
+    with replaced(path) as partial:
+        figure.savefig(partial, dpi=_DPI)
 
 
 def _new_figure(width: float, height: float) -> Any:
@@ -248,29 +228,29 @@ def _show(axes: Any, picture: Any, title: str = "", label: str = "") -> None:
     axes.spines[:].set_visible(False)
 
 
-def _grid_of(latents: Tensor, tokens: Tensor) -> tuple[int, int] | None:
+def _grid_of(latents: Tensor, count: int) -> tuple[int, int] | None:
     """Rows and columns of square patches that give so many tokens; None if none do."""
     height, width = latents.shape[2:]
-    side = math.isqrt(max(1, height * width // tokens.shape[1]))
-    fits = height % side == width % side == 0 and height * width == side * side * tokens.shape[1]
-    return (height // side, width // side) if fits else None
+    side = math.isqrt(max(1, height * width // count))
+    rows, columns = height // side, width // side
+    return (rows, columns) if rows * columns == count else None
 
 
 def _latent_pictures(
-    latents: Tensor, noisy: Tensor, decode: Callable[[Tensor], Tensor] | None, shown: int
+    latents: Tensor, x_t: Tensor, decode: Callable[[Tensor], Tensor] | None, shown: int
 ) -> dict[str, Tensor]:
-    both = {"clean": latents, "$x_t$": noisy}
+    """The clean and the noisy input by title, (shown, H, W, 3): decoded, or the latents' own components."""
+    both, kind = (latents, x_t), ""
     if decode is not None:
-        return {title: image_colours(decode(x[:shown])) for title, x in both.items()}
-    if latents.shape[1] < 3:
+        pictures = [image_colours(decode(x[:shown])) for x in both]
+    elif latents.shape[1] < 3:
         middle, size = latents.mean(), 2 * latents.std()
-        return {t: image_colours((x[:shown].mean(1, keepdim=True) - middle) / size) for t, x in both.items()}
-    height, width = latents.shape[2:]
-    basis = ColourBasis(latents.flatten(2).mT)
-    return {
-        f"{title}: latents' components": basis.colours(x.flatten(2).mT, (height, width))[:shown]
-        for title, x in both.items()
-    }
+        pictures = [image_colours((x[:shown].mean(1, keepdim=True) - middle) / size) for x in both]
+    else:
+        kind, basis = ": latents' components", ColourBasis(latents.flatten(2).mT)
+        height, width = latents.shape[2:]
+        pictures = [basis.colours(x.flatten(2).mT, (height, width))[:shown] for x in both]
+    return {f"clean{kind}": pictures[0], f"$x_t${kind}": pictures[1]}
 
 
 def _plain(text: str) -> str:
@@ -278,51 +258,44 @@ def _plain(text: str) -> str:
     return text.replace("$", r"\$")
 
 
-def _layer_axis(axes: Any, layers: Sequence[str], *, which: str = "x") -> None:
-    shown = [_plain(name if len(name) <= 24 else f"…{name[-23:]}") for name in layers]
-    step = math.ceil(len(layers) / 28)
-    setter, rotation = (axes.set_xticks, 90.0) if which == "x" else (axes.set_yticks, 0.0)
-    setter(range(0, len(layers), step), shown[::step], fontsize=7, rotation=rotation)
+def _label(axis: Any, names: Sequence[str], rotation: int = 0) -> None:
+    """Layers, or as many as there is room for, along an axis."""
+    shown = [_plain(name if len(name) <= 24 else f"…{name[-23:]}") for name in names]
+    step = math.ceil(len(names) / 28)
+    axis.set_ticks(range(0, len(names), step), shown[::step], fontsize=7, rotation=rotation)
 
 
 def _profile(axes: Any, report: LayerReport, measure: Measure, title: str, scale: float, factor: int = 1) -> None:
     """A measure over the layers, one line for each noise fraction, proposed layers marked."""
-    count = len(report.noise_fractions)
-    for index, fraction in enumerate(report.noise_fractions):
+    count, plan = len(report.noise_fractions), report.recipe
+    for index, fraction in enumerate(report.noise_fractions, 1):
         rows = {r.layer: r for r in report.rows if r.noise_fraction == fraction and r.guidance_scale == scale}
         y = _or_nan([getattr(rows[layer], measure) for layer in report.layers], factor)
-        shade = str(0.6 * (1 - (index + 1) / count) + 0.1)
-        label = f"noise fraction {fraction:g}"
+        shade, label = str(0.7 - 0.6 * index / count), f"noise fraction {fraction:g}"
         axes.plot(range(len(y)), y, marker="o", markersize=3, color=shade, linewidth=1.2, label=label)
     if factor == 100 and report.chance is not None:
         axes.axhline(100 * report.chance, color="grey", linestyle=":", linewidth=1, label="chance")
-    plan = report.recipe
-    proposed = (
-        {"student": (plan.student_layer, "tab:blue"), "teacher": (plan.teacher_layer, "tab:orange")} if plan else {}
-    )
-    for what, (name, colour) in proposed.items():
-        if name in report.layers:
+    for what, colour in [("student", "tab:blue"), ("teacher", "tab:orange")] if plan is not None else []:
+        if (name := getattr(plan, f"{what}_layer")) in report.layers:
             axes.axvline(report.layers.index(name), color=colour, alpha=0.4, linewidth=5, label=f"{what} layer")
     axes.set_title(title, fontsize=10)
     axes.tick_params(labelsize=8)
-    _layer_axis(axes, report.layers)
+    _label(axes.xaxis, report.layers, 90)
     axes.grid(alpha=0.3)
     axes.set_ylim(bottom=0)  # or differences of chance would fill the panel
 
 
 def _scale_panel(axes: Any, report: LayerReport) -> None:
-    """A measure of the guided features over layers and scales, the proposed pair framed."""
+    """k-NN of the guided features over layers and scales or, where it is the same for all, their norm."""
+    layers, plan = report.layers, report.recipe
     scales = [scale for scale in report.guidance_scales if scale >= 1]
-    found = [report.mean("knn", layer, scale) for layer in report.layers for scale in scales]
-    known = [value for value in found if value is not None]
+    known = [knn for layer in layers for w in scales if (knn := report.mean("knn", layer, w)) is not None]
     tells = bool(known) and max(known) - min(known) > 2 * standard_error(max(known), report.held_out)
     measure: Measure = "knn" if tells else "norm"
-    rows = [[report.mean(measure, layer, scale) for scale in scales] for layer in report.layers]
-    image = [_or_nan(row, 100 if tells else 1) for row in rows]
-    plan = report.recipe
-    proposed = (plan.guidance_scale, plan.teacher_layer) if plan is not None else None
-    _map(axes, image, scales, report.layers, proposed, ".0f" if tells else ".3g", 100 if tells else None, "viridis")
-    axes.set_aspect("auto")
+    image = [_or_nan([report.mean(measure, layer, w) for w in scales], 100 if tells else 1) for layer in layers]
+    proposed = (plan.teacher_layer, plan.guidance_scale) if plan is not None else None
+    look = {"vmax": 100 if tells else None, "cmap": "viridis", "aspect": "auto"}
+    _map(axes, image, layers, scales, proposed, ".0f" if tells else ".3g", **look)
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales], fontsize=8)
     axes.set_xlabel("guidance scale w", fontsize=8)
     axes.set_title("k-NN of $f_g$, %" if tells else "Norm of a token of $f_g$", fontsize=10)
@@ -330,37 +303,30 @@ def _scale_panel(axes: Any, report: LayerReport) -> None:
 
 def _alignment_panel(axes: Any, report: LayerReport) -> None:
     """How alike the layers are: f_c of one with f_g of another, at the proposed scale if it was measured."""
-    plan = report.recipe
+    layers, plan = report.layers, report.recipe
     scale = plan.guidance_scale if plan is not None and plan.guidance_scale in report.guidance_scales else 1.0
     image = [_or_nan(row) for row in report.alignment[report.guidance_scales.index(scale)]]
-    proposed = (plan.teacher_layer, plan.student_layer) if plan is not None else None
-    _map(axes, image, report.layers, report.layers, proposed, ".2f", 1, "magma")
-    _layer_axis(axes, report.layers)
+    proposed = (plan.student_layer, plan.teacher_layer) if plan is not None else None
+    _map(axes, image, layers, layers, proposed, ".2f", vmax=1, cmap="magma")
+    _label(axes.xaxis, layers, 90)
     axes.set_title(f"CKA: $f_c$ (row) with $f_g$ (column), w = {scale:g}", fontsize=10)
 
 
 def _map(
-    axes: Any,
-    image: Sequence[Sequence[float]],
-    columns: Sequence[object],
-    layers: Sequence[str],
-    proposed: tuple[object, str] | None,
-    form: str,
-    highest: float | None,
-    colours: str,
+    axes: Any, image: Any, layers: Sequence[Any], columns: Sequence[Any], proposed: Any, form: str, **look: Any
 ) -> None:
-    """An image over columns and layers, where there is room with its numbers; the proposed column and row framed."""
-    shown = axes.imshow(image, vmin=0, vmax=highest, cmap=colours)
+    """An image over layers and columns, where there is room with its numbers; the proposed row and column framed."""
+    shown = axes.imshow(image, vmin=0, **look)
     axes.figure.colorbar(shown, ax=axes)
-    _layer_axis(axes, layers, which="y")
+    _label(axes.yaxis, layers)
     cells = [(row, column, value) for row, line in enumerate(image) for column, value in enumerate(line)]
     for row, column, value in cells if len(layers) <= _MOST_NUMBERED else ():
         if not math.isnan(value):
             red, green, blue, _ = shown.to_rgba(value)
             colour = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
             axes.text(column, row, f"{value:{form}}", color=colour, fontsize=7, ha="center", va="center")
-    if proposed is not None and proposed[0] in columns and proposed[1] in layers:
-        x, y = columns.index(proposed[0]) - 0.5, layers.index(proposed[1]) - 0.5
+    if proposed is not None and proposed[0] in layers and proposed[1] in columns:
+        x, y = columns.index(proposed[1]) - 0.5, layers.index(proposed[0]) - 0.5
         corners = [x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y]
         axes.plot(*corners, color="red", linewidth=1.5, clip_on=False, label="proposed")
 
@@ -369,27 +335,19 @@ def _or_nan(values: Sequence[float | None], factor: float = 1) -> list[float]:
     return [math.nan if value is None else factor * value for value in values]
 
 
-def _lines(log: Log) -> list[Mapping[str, Any]]:
-    if not isinstance(log, str | PathLike):
-        return list(log)
-    entries: list[Mapping[str, Any]] = []
-    for number, line in enumerate(Path(log).read_text("utf-8").split("\n")[:-1], 1):
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise SettingError(f"Line {number} of {log} is not JSON: {line[:80]!r}.") from error
-        if not isinstance(entry, dict):
-            raise SettingError(f"Line {number} of {log} is no JSON object: {line[:80]!r}.")
-        entries.append(entry)
-    return entries
-
-
-def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
-    return {k: v for k, v in entry.items() if type(v) in (int, float) and k not in ("step", "steps")}
-
-
-def _step(entry: Mapping[str, Any], name: str) -> float:
-    for key in ("step", "steps"):
-        if type(entry.get(key)) in (int, float):
-            return float(entry[key])
-    raise SettingError(f"An entry of the log {name!r} has no step: {dict(entry)!r:.120}.")
+def _entries(log: Log, name: str) -> Iterator[tuple[float, dict[str, float]]]:
+    """The step of each entry and the other numbers in it; a last line without its end is left out."""
+    entries: Sequence[Any] = Path(log).read_text("utf-8").split("\n")[:-1] if isinstance(log, str | PathLike) else log
+    for number, entry in enumerate(entries, 1):
+        if isinstance(entry, str):
+            try:
+                entry = json.loads(line := entry)
+            except ValueError as error:
+                raise SettingError(f"Line {number} of {log} is not JSON: {line[:80]!r}.") from error
+        if not isinstance(entry, Mapping):
+            raise SettingError(f"Line {number} of {name or log} is no JSON object: {entry!r:.80}.")
+        numbers = {key: value for key, value in entry.items() if type(value) in (int, float)}
+        steps = [numbers.pop(key) for key in ("step", "steps") if key in numbers]
+        if not steps:
+            raise SettingError(f"An entry of the log {name!r} has no step: {dict(entry)!r:.120}.")
+        yield float(steps[0]), numbers

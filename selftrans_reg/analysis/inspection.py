@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SettingError
-from ..modules import check_positive, layer_names, unwrap
+from ..modules import check_positive, unwrap
 from ..null import Null
-from ..recipes import Recipe, find_blocks, recipe
+from ..recipes import Recipe, recipe
 from ..teacher import check_guidance_scale
-from ..time import TimeConvention, resolve
-from ..tokens import Select, Tokens, check_choice
+from ..time import TimeConvention
+from ..tokens import Select, Tokens
 from .proposal import NO_CONTRAST, propose
 from .report import LayerMeasures, LayerReport
 from .scores import effective_rank, knn_accuracy, probe_accuracy, similarities
@@ -74,36 +74,34 @@ def layer_report(
         progress: ``progress(items, title)`` iterates over the items and shows how far it is.
 
     Raises:
-        SettingError: If an argument makes no sense, or there are too few samples.
-        SettingError: If ``layers`` is None and the model's blocks are not certain.
+        SettingError: If an argument makes no sense, there are too few samples, or the null condition does not fit the
+            call; or if ``layers`` is None and the model's blocks are not certain.
         LayerNotFoundError: If the model has no such layer.
-        SettingError: If the null condition does not fit the call.
         CaptureError: If a layer does not run in every forward, or runs more than once.
         CallError: If a layer's output holds several tensors and ``select`` was not given.
     """
-    convention = resolve(time)
-    check_choice(select, tokens)
+    reader = LayerReader(model, layers, time=time, null=null, call=call, select=select, tokens=tokens)
     for scale in guidance_scales:
         check_guidance_scale(scale)
     fractions = tuple(sorted({float(fraction) for fraction in noise_fractions}))
     if not fractions:
         raise SettingError("noise_fractions is empty: name at least one, such as 0.5.")
     for fraction in fractions:
-        time_at(convention, fraction)
+        time_at(reader.time, fraction)
     check_positive("samples", samples)
     check_positive("k", k)
     split = noise_generator(seed)
-    names = find_blocks(model, None) if layers is None else layer_names(layers)
     scales = {1.0}
     if null is not None:
-        published = _published(model, names)
+        published = _published(model, list(reader.modules))
         scales |= {0.0, *map(float, guidance_scales), *([published.guidance_scale] if published else [])}
-    reader = LayerReader(model, names, time=convention, null=null, call=call, select=select, tokens=tokens)
-    found = survey(reader, batches, fractions, samples=samples, seed=seed, progress=progress)
+    found = survey(reader, batches, fractions, samples, seed, progress)
     if found.samples < max(_FEWEST, k / (1 - _HELD_OUT) + 1):
         raise SettingError(f"{found.samples} samples are too few for k = {k}, a quarter of them held out: give more.")
-    scores = _Scores(found, torch.randperm(found.samples, generator=split, device="cpu"), reader.device, k)
-    rows, alignment = scores.measured(tuple(sorted(scales)), fractions, progress)
+    device = reader.device if reader.device.type == "cuda" else torch.device("cpu")  # others may have no float64
+    order = torch.randperm(found.samples, generator=split, device="cpu").to(device)
+    test, train = order.tensor_split([round(_HELD_OUT * found.samples)])
+    counts = None if found.labels is None else found.labels.bincount()
     report = LayerReport(
         model=type(unwrap(model)).__name__,
         layers=found.layers,
@@ -111,95 +109,73 @@ def layer_report(
         guidance_scales=tuple(sorted(scales)),
         conditioned=found.conditioned,
         samples=found.samples,
-        held_out=len(scores.test),
-        classes=scores.classes,
-        chance=scores.chance,
-        rows=tuple(rows),
-        alignment=tuple(tuple(tuple(None if v != v else v for v in row) for row in matrix) for matrix in alignment),
-        notes=(*_broken_notes(found, fractions), *_guidance_notes(found, scores.classes, guided=null is not None)),
+        held_out=len(test),
+        classes=None if counts is None else len(counts),
+        chance=None if counts is None else int(counts.max()) / found.samples,
+        rows=(),
+        alignment=(),
+        notes=(),
         recipe=None,
     )
+    rows, alignment = _measures(report, found, train, test, k, progress)
+    report = dataclasses.replace(report, rows=rows, alignment=alignment)
     published = _published(model, found.layers)
-    return report if published is None else dataclasses.replace(report, recipe=propose(report, published))
+    plan = None if published is None else propose(report, published)
+    return dataclasses.replace(report, notes=tuple(_notes(report, found)), recipe=plan)
 
 
-class _Scores:
-    """What a survey's features are scored by: labels as numbers from 0, and which samples are held out."""
-
-    def __init__(self, found: Survey, order: Tensor, device: torch.device, k: int) -> None:
-        self.device = device if device.type == "cuda" else torch.device("cpu")  # others may have no float64
-        self.found, self.k = found, k
-        held_out = round(_HELD_OUT * len(order))
-        self.test, self.train = order.to(self.device).tensor_split([held_out])
-        self.labels: Tensor | None = None
-        self.classes: int | None = None
-        self.chance: float | None = None
-        if found.labels is not None:
-            seen, inverse, counts = torch.unique(found.labels, return_inverse=True, return_counts=True)
-            self.labels, self.classes = inverse.to(self.device), len(seen)
-            self.chance = int(counts.max()) / found.samples
-
-    def measured(
-        self, scales: tuple[float, ...], fractions: tuple[float, ...], progress: Progress
-    ) -> tuple[list[LayerMeasures], list[list[list[float]]]]:
-        """The rows, and the alignment's mean over the noise fractions; NaN where a layer is not finite."""
-        rows, layers = [], self.found.layers
-        alignment = torch.zeros(len(scales), len(layers), len(layers), dtype=torch.float64, device="cpu")
-        pairs = [(fraction, layer) for fraction in fractions for layer in layers]
-        students: dict[float, Tensor] = {}
-        for fraction, layer in pairs if progress is None else progress(pairs, "measures"):
-            if fraction not in students:
-                students = {fraction: self._compared(fraction)}  # those of the last fraction are dropped
-            cell = self.found.cells[layer, fraction]
-            column = alignment[:, :, layers.index(layer)]  # a view
-            for index, scale in enumerate(scales):
-                if cell.broken:
-                    column[index] = torch.nan
-                    rows.append(LayerMeasures(layer, fraction, scale))
-                    continue
-                features = cell.pooled(scale, self.device)
-                cka = students[fraction] @ similarities(features[:_MOST_COMPARED])
-                column[index] += cka.cpu() / len(fractions)
-                contrast = cell.contrast() if cell.unconditional else None
-                sizes = cell.norm(scale), effective_rank(features)
-                rows.append(LayerMeasures(layer, fraction, scale, contrast, *sizes, *self._accuracies(features)))
-        return rows, alignment.tolist()
-
-    def _accuracies(self, features: Tensor) -> tuple[float | None, float | None]:
-        """Of k-NN and probe; none without labels, or with one label alone."""
-        if self.labels is None or self.classes == 1:
-            return None, None
-        parts = (features[self.train], self.labels[self.train], features[self.test], self.labels[self.test])
-        return knn_accuracy(*parts, self.k), probe_accuracy(*parts)
-
-    def _compared(self, fraction: float) -> Tensor:
-        """What every layer's f_c is compared by, (layers, n * n); NaN where it is not finite."""
-        count = min(self.found.samples, _MOST_COMPARED)
-        cells = [self.found.cells[layer, fraction] for layer in self.found.layers]
-        missing = torch.full((count**2,), torch.nan, dtype=torch.float64, device=self.device)
-        return torch.stack([missing if c.broken else similarities(c.pooled(1.0, self.device)[:count]) for c in cells])
+def _measures(
+    report: LayerReport, found: Survey, train: Tensor, test: Tensor, k: int, progress: Progress
+) -> tuple[tuple[LayerMeasures, ...], tuple[tuple[tuple[float | None, ...], ...], ...]]:
+    """The report's rows, and its alignment."""
+    rows, layers, scales, device = [], report.layers, report.guidance_scales, train.device
+    labels = found.labels.to(device) if found.labels is not None and report.labelled else None
+    alignment = torch.zeros(len(scales), len(layers), len(layers), dtype=torch.float64, device="cpu")
+    pairs = [(fraction, layer) for fraction in report.noise_fractions for layer in layers]
+    students: dict[float, Tensor] = {}
+    for fraction, layer in pairs if progress is None else progress(pairs, "measures"):
+        if fraction not in students:
+            students = {fraction: _compared(found, fraction, device)}  # those of the last fraction are dropped
+        cell = found.cells[layer, fraction]
+        column = alignment[:, :, layers.index(layer)]  # a view
+        for index, scale in enumerate(scales):
+            if cell.broken:
+                column[index] = torch.nan
+                rows.append(LayerMeasures(layer, fraction, scale))
+                continue
+            features = cell.pooled(scale, device)
+            cka = students[fraction] @ similarities(features[:_MOST_COMPARED])
+            column[index] += cka.cpu() / len(report.noise_fractions)
+            values = [cell.contrast() if len(scales) > 1 else None, cell.norm(scale), effective_rank(features)]
+            if labels is not None:
+                parts = features[train], labels[train], features[test], labels[test]
+                values += [knn_accuracy(*parts, k), probe_accuracy(*parts)]
+            rows.append(LayerMeasures(layer, fraction, scale, *values))
+    known = tuple(tuple(tuple(None if v != v else v for v in row) for row in matrix) for matrix in alignment.tolist())
+    return tuple(rows), known
 
 
-def _broken_notes(found: Survey, fractions: tuple[float, ...]) -> list[str]:
-    """The first layer with features that are not finite, for each noise fraction; the ones behind it inherit them."""
+def _compared(found: Survey, fraction: float, device: torch.device) -> Tensor:
+    """What every layer's f_c is compared by, (layers, n * n); NaN where it is not finite."""
+    count = min(found.samples, _MOST_COMPARED)
+    missing = torch.full((count**2,), torch.nan, dtype=torch.float64, device=device)
+    cells = [found.cells[layer, fraction] for layer in found.layers]
+    return torch.stack([missing if cell.broken else similarities(cell.pooled(1.0, device)[:count]) for cell in cells])
+
+
+def _notes(report: LayerReport, found: Survey) -> list[str]:
+    """The first layer with features that are not finite, for each noise fraction; what to mind about conditions."""
     notes = []
-    for fraction in fractions:
-        broken = [layer for layer in found.layers if found.cells[layer, fraction].broken]
-        if broken:
+    for fraction in report.noise_fractions:
+        if broken := [layer for layer in report.layers if found.cells[layer, fraction].broken]:
             notes.append(
                 f"Layer {broken[0]!r} gives NaN or infinite features at noise fraction {fraction:g}, for "
-                f"{found.cells[broken[0], fraction].broken} of {found.samples} samples"
+                f"{found.cells[broken[0], fraction].broken} of {report.samples} samples"
                 + (f", and so do {len(broken) - 1} behind it" if len(broken) > 1 else "")
                 + ": nothing is measured there. Its weights may be broken, or half precision overflows."
             )
-    return notes
-
-
-def _guidance_notes(found: Survey, classes: int | None, *, guided: bool) -> list[str]:
-    """What to mind about condition, null condition and labels."""
-    contrast = max((cell.contrast() for cell in found.cells.values() if not cell.broken), default=1.0)
-    notes = []
-    if not guided:
+    contrast = max((row.contrast for row in report.rows if row.contrast is not None), default=1.0)
+    if len(report.guidance_scales) == 1:
         notes.append("Without null= there is no guidance to measure: the features are those of the condition.")
     elif contrast == 0:
         notes.append(
@@ -211,9 +187,9 @@ def _guidance_notes(found: Survey, classes: int | None, *, guided: bool) -> list
             f"Condition and null condition give nearly the same features: |f_c − f_u| / |f_c| is at most "
             f"{contrast:.1g}. Is null= the null condition that the model was trained with, and for long enough?"
         )
-    if classes == 1:
+    if report.classes == 1:
         notes.append("All labels are the same: there is nothing to tell apart, and accuracies are not measured.")
-    elif classes is not None and found.conditioned:
+    elif report.labelled and report.conditioned:
         notes.append(
             "Features of the condition (w = 1 and above) may carry the label because the model was given it; those of "
             "the null condition (w = 0) know it from the image alone."

@@ -23,104 +23,95 @@ _MUCH_LARGER = 4.0
 
 def propose(report: LayerReport, published: Recipe) -> Recipe:
     """The published plan with the layers and the scale that the report speaks for, each with its reason."""
-    teacher, why_teacher = _teacher(report, published)
-    student, why_student = _student(report, published, teacher)
+    first = report.guidance_scales[0]
+    scores = {layer: report.mean("probe", layer, first) for layer in report.layers}
+    known = {layer: score for layer, score in scores.items() if score is not None}  # in order of depth
+    told = report.conditioned and first != 0  # a probe finds the label that the model was told
+    teacher, why_teacher = _teacher(report, published, known, told)
+    student, why_student = _student(report, published, {} if told else known, teacher)
     scale, why_scale = _scale(report, published, teacher)
     reasons = {"student_layer": why_student, "teacher_layer": why_teacher, "guidance_scale": why_scale}
-    notes = [
+    heuristic = (
         f"Student layer, teacher layer and guidance scale are heuristics on {report.samples:,} samples of one "
-        "checkpoint, not results of training; the rest is the published rule. Measurable are two standard errors.",
-        *_size_notes(report, teacher, scale),
-        *published.notes,
-    ]
+        "checkpoint, not results of training; the rest is the published rule. Measurable are two standard errors."
+    )
     return dataclasses.replace(
         published,
         student_layer=student,
         teacher_layer=teacher,
         guidance_scale=scale,
         reasons=published.reasons | reasons,
-        notes=tuple(notes),
+        notes=(heuristic, *_size_notes(report, teacher, scale), *published.notes),
     )
 
 
-def _teacher(report: LayerReport, published: Recipe) -> tuple[str, str]:
-    scores, rule = _recognition(report), published.reasons["teacher_layer"]
+def _teacher(report: LayerReport, published: Recipe, scores: dict[str, float], told: bool) -> tuple[str, str]:
     # The first layer has none before it that it could teach.
     candidates = {layer: score for layer, score in scores.items() if layer != report.layers[0]}
-    if not candidates:
+    best = max(candidates.values(), default=0.0)
+    least, rule, held = _least(best, report), published.reasons["teacher_layer"], published.teacher_layer
+    why = ""
+    if report.chance is None or report.classes == 1:
+        why = "no labels to tell apart"
+    elif told:
+        why = "without null= the condition may tell the label"
+    elif not candidates:
         why = "no layer but the first is finite at every noise fraction"
-        if report.classes in (None, 1):
-            why = "no labels to tell apart"
-        elif report.conditioned and report.guidance_scales[0] != 0:
-            why = "without null= the condition may tell the label"
-        return published.teacher_layer, f"not measured, {why}: {rule}"
-    assert report.chance is not None
-    best = max(candidates.values())
-    margin = _margin(best, report)
-    if best < report.chance + margin:
-        why = f"no layer tells the labels apart, best {_source(report)} {best:.0%}"
-        return published.teacher_layer, f"not measured, {why}: {rule}"
-    held = candidates.get(published.teacher_layer)
-    if held is not None and held >= best - margin:
-        return published.teacher_layer, f"{rule}; {_source(report)} {held:.0%}, no layer is measurably above it"
-    layer = next(layer for layer, score in candidates.items() if score >= best - margin)
+    elif least < report.chance:
+        why = f"no layer tells the labels apart, best {_probe(report, best)}"
+    if why:
+        return held, f"not measured, {why}: {rule}"
+    if candidates.get(held, -1.0) >= least:
+        return held, f"{rule}; {_probe(report, candidates[held])}, no layer is measurably above it"
+    layer = next(layer for layer, score in candidates.items() if score >= least)
     why = f"the first that is not measurably below the best, {best:.0%}"
-    return layer, f"measured: {_source(report)} {candidates[layer]:.0%}, {why}"
+    return layer, f"measured: {_probe(report, candidates[layer])}, {why}"
 
 
-def _student(report: LayerReport, published: Recipe, teacher: str) -> tuple[str, str]:
-    scores, rule = _recognition(report), published.reasons["student_layer"]
+def _student(report: LayerReport, published: Recipe, scores: dict[str, float], teacher: str) -> tuple[str, str]:
+    rule, held = published.reasons["student_layer"], published.student_layer
     first, last = (report.layers.index(x) if x in report.layers else 0 for x in (published.stage1_layer, teacher))
     before = [layer for layer in report.layers[first:last] if layer in scores]
     if teacher not in scores or not before:
-        return published.student_layer, f"not measured: {rule}"
-    behind = [layer for layer in before if scores[layer] < scores[teacher] - _margin(scores[teacher], report)]
-    held = published.student_layer
-    if held in before and (held in behind or not behind):
-        there = f"{'measurably below' if behind else 'not measurably below'} {teacher}"
-        return held, f"{rule}; {_source(report)} {scores[held]:.0%}, {there}"
-    if behind:
-        why = f"the last before {teacher} that is measurably below it"
-        return behind[-1], f"measured: {_source(report)} {scores[behind[-1]]:.0%}, {why}"
-    return before[-1], f"the layer before {teacher}: the published one is not before it, and none is measurably below"
+        return held, f"not measured: {rule}"
+    behind = [layer for layer in before if scores[layer] < _least(scores[teacher], report)]
+    if held in (behind or before):
+        there = f"{'' if behind else 'not '}measurably below {teacher}"
+        return held, f"{rule}; {_probe(report, scores[held])}, {there}"
+    if not behind:
+        why = "the published one is not before it, and none is measurably below"
+        return before[-1], f"the layer before {teacher}: {why}"
+    why = f"the last before {teacher} that is measurably below it"
+    return behind[-1], f"measured: {_probe(report, scores[behind[-1]])}, {why}"
 
 
 def _scale(report: LayerReport, published: Recipe, teacher: str) -> tuple[float, str]:
-    rule = published.reasons["guidance_scale"]
-    contrast = report.mean("contrast", teacher, 1.0) if teacher in report.layers else None
+    scales = [scale for scale in report.guidance_scales if scale >= 1 and teacher in report.layers]
+    contrast = report.mean("contrast", teacher, 1.0) if scales else None
+    known = {scale: knn for scale in scales if (knn := report.mean("knn", teacher, scale)) is not None}
+    best = max(known.values(), default=0.0)
+    scale = next((scale for scale, knn in known.items() if knn >= _least(best, report)), 1.0)
     if contrast is None:
-        return published.guidance_scale, f"not measured: {rule}"
-    if contrast < NO_CONTRAST:
-        return published.guidance_scale, f"not measurable, no contrast at {teacher} ({contrast:.1g}): {rule}"
-    found = {scale: report.mean("knn", teacher, scale) for scale in report.guidance_scales if scale >= 1}
-    known = {scale: accuracy for scale, accuracy in found.items() if accuracy is not None}
-    if not known:
-        return published.guidance_scale, f"not measurable without labels: {rule}"
-    best = max(known.values())
-    margin = _margin(best, report)
-    scale = next(scale for scale, accuracy in known.items() if accuracy >= best - margin)
-    if scale == 1:
-        why = f"k-NN of f_g is {known[1]:.0%} at w = 1 and not measurably higher above"
-        return published.guidance_scale, f"not told apart, {why}: {rule}"
-    why = f"the first that is not measurably below the best, {best:.0%}; {known[1]:.0%} at w = 1"
-    return scale, f"measured: k-NN of f_g {known[scale]:.0%}, {why}"
+        why = "not measured"
+    elif contrast < NO_CONTRAST:
+        why = f"not measurable, no contrast at {teacher} ({contrast:.1g})"
+    elif not known:
+        why = "not measurable without labels"
+    elif scale == 1:
+        why = f"not told apart, k-NN of f_g is {known[1]:.0%} at w = 1 and not measurably higher above"
+    else:
+        why = f"the first that is not measurably below the best, {best:.0%}; {known[1]:.0%} at w = 1"
+        return scale, f"measured: k-NN of f_g {known[scale]:.0%}, {why}"
+    return published.guidance_scale, f"{why}: {published.reasons['guidance_scale']}"
 
 
-def _margin(accuracy: float, report: LayerReport) -> float:
-    """What is measurable: two standard errors."""
-    return 2 * standard_error(accuracy, report.held_out)
+def _least(accuracy: float, report: LayerReport) -> float:
+    """What is not measurably below an accuracy: two standard errors."""
+    return accuracy - 2 * standard_error(accuracy, report.held_out)
 
 
-def _recognition(report: LayerReport) -> dict[str, float]:
-    """Each layer's probe accuracy by the image alone, in order of depth."""
-    if report.conditioned and report.guidance_scales[0] != 0:
-        return {}
-    found = {layer: report.mean("probe", layer, report.guidance_scales[0]) for layer in report.layers}
-    return {layer: score for layer, score in found.items() if score is not None}
-
-
-def _source(report: LayerReport) -> str:
-    return "probe of f_u" if report.guidance_scales[0] == 0 else "probe"
+def _probe(report: LayerReport, score: float) -> str:
+    return f"probe{' of f_u' if report.guidance_scales[0] == 0 else ''} {score:.0%}"
 
 
 def _size_notes(report: LayerReport, teacher: str, scale: float) -> list[str]:
@@ -128,13 +119,13 @@ def _size_notes(report: LayerReport, teacher: str, scale: float) -> list[str]:
     if teacher not in report.layers or scale not in report.guidance_scales:
         return []
     notes = []
-    norm, rank = (report.mean(measure, teacher, scale) for measure in ("norm", "effective_rank"))
-    plain, plain_rank = (report.mean(measure, teacher, 1.0) for measure in ("norm", "effective_rank"))
-    if norm and plain and norm > _MUCH_LARGER * plain:
+    norm, plain = (report.mean("norm", teacher, w) or 0.0 for w in (scale, 1.0))
+    rank, plain_rank = (report.mean("effective_rank", teacher, w) or 0.0 for w in (scale, 1.0))
+    if norm > _MUCH_LARGER * plain > 0:
         notes.append(
             f"At w = {scale:g} the targets of {teacher} are {norm / plain:.1f} times as long as f_c, and the default "
             "distance is a squared error: distance='cosine' or a smaller scale may suit better."
         )
-    if rank and plain_rank and rank < plain_rank / 2:
+    if 0 < rank < plain_rank / 2:
         notes.append(f"At w = {scale:g} the effective rank at {teacher} is {rank:.1f}, against {plain_rank:.1f} at 1.")
     return notes

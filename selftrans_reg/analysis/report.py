@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import html
+import itertools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from types import NoneType
 from typing import Any, Literal, TypeAlias, get_args, get_origin, get_type_hints
 
-from ..artefacts import library_version
+from ..artefacts import fits, library_version
 from ..checkpoints import read_json
 from ..errors import CheckpointError, SettingError
 from ..modules import quoted, some_of
@@ -25,13 +27,6 @@ Measure: TypeAlias = Literal["contrast", "norm", "effective_rank", "knn", "probe
 _Group: TypeAlias = tuple[str, dict[str, list[str]]]
 
 _KIND, _FORMAT = "layer report", 1
-# What of a file may be a number, a name or a note.
-_FITS: dict[type, Callable[[Any], bool]] = {
-    bool: lambda value: type(value) is bool,
-    int: lambda value: type(value) is int and 0 <= value <= 1 << 53,
-    float: lambda value: type(value) in (int, float) and abs(value) < 1e30,  # which NaN is not
-    str: lambda value: isinstance(value, str) and 0 < len(value) <= 2000 and value.isprintable(),
-}
 
 
 @dataclass(frozen=True)
@@ -121,12 +116,9 @@ class LayerReport:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the report as JSON, for :meth:`load`; a file that is there is replaced, whole."""
         content = {"kind": _KIND, "format_version": _FORMAT, "library_version": library_version()}
-        content |= dataclasses.asdict(self)
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(_rounded(content), indent=1, allow_nan=False, ensure_ascii=False) + "\n", "utf-8")
-        partial.replace(path)
+        text = json.dumps(content | dataclasses.asdict(self), indent=1, allow_nan=False, ensure_ascii=False)
+        with replaced(path) as partial:
+            partial.write_text(text + "\n", "utf-8")
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> LayerReport:
@@ -135,10 +127,7 @@ class LayerReport:
         Raises:
             CheckpointError: If the file holds none, or one that a later version wrote.
         """
-        try:
-            content = read_json(path)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path} cannot be read as a layer report: {error}") from error
+        content = read_json(path)
         if not isinstance(content, dict) or content.pop("kind", None) != _KIND:
             raise CheckpointError(
                 f"{path} is no layer report: it lacks 'kind': {_KIND!r}. Save one with report.save()."
@@ -149,34 +138,34 @@ class LayerReport:
                 f"{path} is a layer report of format {version!r:.40}, written by selftrans-reg {library!r:.40}; this "
                 f"version reads format {_FORMAT}. Install that version."
             )
-        hints, values, wrong = get_type_hints(cls), {}, list(content.keys() ^ get_type_hints(cls).keys())
-        for name in hints.keys() & content.keys():
-            try:
-                values[name] = _of_json(content[name], hints[name])
-            except ValueError:
-                wrong.append(name)
+        schema = _schema(cls)
+        wrong = content.keys() ^ schema.keys()
+        wrong |= {name for name in schema.keys() - wrong if not fits(content[name], schema[name])}
         if not wrong:
-            report = cls(**values)
+            values = _tuples(content)
+            values["rows"] = tuple(LayerMeasures(**row) for row in values["rows"])
+            report = cls(**values | {"recipe": values["recipe"] and Recipe(**values["recipe"])})
             if report._is_complete():
                 return report
+        found = some_of(sorted(wrong)) if wrong else "rows or alignment, which do not fit the layers"
         raise CheckpointError(
-            f"{path} is no layer report as this version writes it; missing, unknown or malformed: "
-            f"{some_of(sorted(wrong)) if wrong else 'rows or alignment, which do not fit the layers'}. Measure again."
+            f"{path} is no layer report as this version writes it; missing, unknown or malformed: {found}.\n"
+            "Measure again."
         )
 
     def _is_complete(self) -> bool:
         """Whether there is a row for each layer, fraction and scale, and an alignment for each scale and two layers."""
         axes = self.layers, self.noise_fractions, self.guidance_scales
-        counts = [len(set(axis)) for axis in axes]
-        if counts != [len(axis) for axis in axes] or not all(counts) or len(self.rows) != math.prod(counts):
-            return False  # before anything is made of these sizes: they are what a file says
-        found = {(row.layer, row.noise_fraction, row.guidance_scale) for row in self.rows}
-        known = all(value in axis for values in found for value, axis in zip(values, map(set, axes), strict=True))
-        lengths = {len(row) for matrix in self.alignment for row in matrix} | {len(m) for m in self.alignment}
-        return known and len(found) == len(self.rows) and len(self.alignment) == counts[2] and lengths == {counts[0]}
+        rows = {(row.layer, row.noise_fraction, row.guidance_scale) for row in self.rows}
+        sizes = {len(row) for matrix in self.alignment for row in (matrix, *matrix)}
+        return (
+            0 < len(rows) == len(self.rows) == math.prod(map(len, axes))  # first, as a file may claim any sizes
+            and rows == set(itertools.product(*axes))
+            and (len(self.alignment), sizes) == (len(self.guidance_scales), {len(self.layers)})
+        )
 
     def __str__(self) -> str:
-        parts = ["\n".join(_head(self)), *map(_shown_table, _tables(self))]
+        parts = [_head(self), *map(_shown_table, _tables(self))]
         parts += ["\n".join(f"Note: {note}" for note in self.notes)] if self.notes else []
         parts += [f"Proposal for {self.recipe}"] if self.recipe is not None else []
         return "\n\n".join(parts)
@@ -192,18 +181,18 @@ class LayerReport:
         )
 
 
-def _head(report: LayerReport) -> list[str]:
+def _head(report: LayerReport) -> str:
     fractions = ", ".join(f"{fraction:g}" for fraction in report.noise_fractions)
-    head = [
+    head = (
         f"{report.model}: {len(report.layers)} layers on {report.samples:,} samples at noise fractions {fractions}; "
         "means over these"
-    ]
-    if report.chance is not None:
-        head.append(
-            f"Accuracies in % on {report.held_out:,} held-out samples of {report.classes} classes: chance "
-            f"{100 * report.chance:.1f}, standard error at most {100 * standard_error(0.5, report.held_out):.1f}"
-        )
-    return head
+    )
+    if report.chance is None:
+        return head
+    return (
+        f"{head}\nAccuracies in % on {report.held_out:,} held-out samples of {report.classes} classes: chance "
+        f"{100 * report.chance:.1f}, standard error at most {100 * standard_error(0.5, report.held_out):.1f}"
+    )
 
 
 def _tables(report: LayerReport) -> list[list[_Group]]:
@@ -214,30 +203,29 @@ def _tables(report: LayerReport) -> list[list[_Group]]:
     def column(measure: Measure, scale: float, form: str, over: float | None = None) -> list[str]:
         values = [report.mean(measure, layer, scale) for layer in layers]
         bases = [1.0 if over is None else report.mean(measure, layer, over) for layer in layers]
-        return [
-            _cell(v / base if v is not None and base else None, form) for v, base in zip(values, bases, strict=True)
-        ]
+        return _shown(
+            [v / base if v is not None and base else None for v, base in zip(values, bases, strict=True)], form
+        )
 
     names: _Group = ("", {"layer": list(layers)})
-    own = {"probe": column("probe", first, "%"), "k-NN": column("knn", first, "%")} if report.labelled else {}
+    own = {"probe": column("probe", first, ".1%"), "k-NN": column("knn", first, ".1%")} if report.labelled else {}
     own |= {"rank": column("effective_rank", first, ".1f"), "norm": column("norm", first, ".2f")}
     tables: list[list[_Group]] = [[names, ("null condition alone" if first == 0 else "", own)]]
     if len(scales) > 1:
         tables[0].append(("", {"contrast": column("contrast", 1.0, ".3f")}))
-    if plan is not None and plan.teacher_layer in layers:
-        scale = plan.guidance_scale if plan.guidance_scale in scales else 1.0
-        cka = [row[layers.index(plan.teacher_layer)] for row in report.alignment[scales.index(scale)]]
-        tables[0].append((f"CKA with {plan.teacher_layer}", {f"at w = {scale:g}": [_cell(v, ".2f") for v in cka]}))
-    if len(scales) > 1:
-        shown = [("k-NN at w", {f"{w:g}": column("knn", w, "%") for w in guided})] if report.labelled else []
+        shown = [("k-NN at w", {f"{w:g}": column("knn", w, ".1%") for w in guided})] if report.labelled else []
         shown.append(("rank at w", {f"{w:g}": column("effective_rank", w, ".1f") for w in guided}))
         growth = {f"{w:g}": column("norm", w, ".2f", over=1.0) for w in guided if w > 1}
         tables.append([names, *shown, *([("norm at w over that at 1", growth)] if growth else [])])
+    if plan is not None and plan.teacher_layer in layers:
+        scale = plan.guidance_scale if plan.guidance_scale in scales else 1.0
+        cka = [row[layers.index(plan.teacher_layer)] for row in report.alignment[scales.index(scale)]]
+        tables[0].append((f"CKA with {plan.teacher_layer}", {f"at w = {scale:g}": _shown(cka, ".2f")}))
     return tables
 
 
-def _cell(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{100 * value:.1f}" if form == "%" else f"{value:{form}}"
+def _shown(values: Sequence[float | None], form: str) -> list[str]:
+    return ["-" if value is None else f"{value:{form}}".rstrip("%") for value in values]
 
 
 def _shown_table(table: Sequence[_Group]) -> str:
@@ -252,35 +240,29 @@ def _shown_table(table: Sequence[_Group]) -> str:
     return "\n".join(" ".join(line).rstrip() for line in zip(*blocks, strict=True))
 
 
-def _rounded(value: Any) -> Any:
-    """Seven digits are more than any of the numbers means."""
-    if isinstance(value, float):
-        return float(f"{value:.7g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
+@contextlib.contextmanager
+def replaced(path: str | PathLike[str]) -> Iterator[Path]:
+    """Another path of the same ending to write to, which then becomes ``path``: always whole; its folder is made."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
+    yield partial
+    partial.replace(path)
 
 
-def _of_json(value: Any, wanted: Any) -> Any:
-    """A value of a file as the annotation ``wanted`` has it.
-
-    Raises:
-        ValueError: If it is of another kind, or no number that a report could hold.
-    """
+def _schema(wanted: Any) -> Any:
+    """An annotation as :func:`fits` reads it."""
     kind, parts = get_origin(wanted), get_args(wanted)
+    if dataclasses.is_dataclass(wanted):
+        return {name: _schema(hint) for name, hint in get_type_hints(wanted).items()}
     if NoneType in parts:
-        return None if value is None else _of_json(value, next(part for part in parts if part is not NoneType))
-    if dataclasses.is_dataclass(wanted) and isinstance(value, dict):
-        hints = get_type_hints(wanted)
-        if hints.keys() == value.keys():
-            return wanted(**{name: _of_json(value[name], hint) for name, hint in hints.items()})  # type: ignore[operator]
-    elif kind is tuple and isinstance(value, list):
-        if parts[-1] is Ellipsis or len(parts) == len(value):
-            return tuple(_of_json(item, parts[0]) for item in value)
-    elif kind is dict and isinstance(value, dict):
-        return {_of_json(key, str): _of_json(item, parts[1]) for key, item in value.items()}
-    elif kind is Literal and value in parts:
-        return value
-    elif wanted in _FITS and _FITS[wanted](value):
-        return wanted(value)
-    raise ValueError
+        return (None, _schema(parts[0]))
+    if kind in (tuple, dict):
+        return [_schema(parts[0])] if kind is tuple else {str: _schema(parts[1])}
+    return parts or {int: range(1 << 53), float: slice(-1e30, 1e30)}.get(wanted, wanted)
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _tuples(item) for name, item in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
