@@ -17,16 +17,8 @@ class ColourBasis:
     """Three principal directions of some tokens, and the range that they fill: what the three colours mean.
 
     All tokens, the basis's and those that are drawn, are first freed of their own mean at each position: position is
-    what tokens differ in most, and it is the same in every image.
-
-    Args:
-        groups: Each (N, T, D), of one D, 3 or more: what the basis is taken from, such as some layers' tokens.
-        unit: Divide each group by the root mean square of its values, so that colours tell directions and not sizes:
-            for groups that differ in size, as layers and guidance scales do.
-
-    Raises:
-        ShapeError: If a group is not (N, T, D), or the groups differ in D.
-        SettingError: If there are fewer than 3 directions to show.
+    what tokens differ in most, and it is the same in every image. With ``unit`` each group, (N, T, D) of one D, is
+    divided by the root mean square of its values, so that colours tell directions and not sizes.
     """
 
     def __init__(self, *groups: Tensor, unit: bool = False) -> None:
@@ -43,14 +35,9 @@ class ColourBasis:
         self.low, self.high = torch.quantile(centred @ self.directions, quantiles, dim=0)
 
     def colours(self, tokens: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Red, green and blue from the three components of tokens (N, T, D), clipped to the basis's range.
+        """Tokens (N, T, D) as red, green and blue (N, rows, columns, 3) in [0, 1], on the CPU.
 
-        Shape:
-            returns: (N, rows, columns, 3), values in [0, 1], on the CPU; without a grid there are as many rows as
-                columns
-
-        Raises:
-            ShapeError: If T tokens do not make the grid, or a square without one.
+        These are the three components, clipped to the basis's range; without a grid it is a square.
         """
         components = self._prepared(tokens) @ self.directions
         n, count, _ = components.shape
@@ -70,11 +57,7 @@ class ColourBasis:
 
 
 def tile(images: Tensor, columns: int, *, gap: int = 1) -> Tensor:
-    """Lay images out row by row in a grid, with a white gap.
-
-    Shape:
-        images: (N, H, W, 3), values in [0, 1]; returns: (rows * (H + gap) - gap, columns * (W + gap) - gap, 3)
-    """
+    """Images (N, H, W, 3) in [0, 1] row by row in a grid with white gaps, (rows * (H + gap) - gap, ..., 3)."""
     n, height, width, channels = images.shape
     rows = -(-n // columns)
     canvas = images.new_ones(rows * (height + gap) - gap, columns * (width + gap) - gap, channels)

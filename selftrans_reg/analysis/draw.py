@@ -48,19 +48,11 @@ def draw_features(
     whole batch. Each map is first freed of its mean over the batch at each position and scaled to one size, so that
     the same colour is the same direction in every layer and at every scale.
 
-    Args:
-        model: Any backbone. It, its mode and the global random state stay as they are.
-        batch: As for :func:`layer_report`; some dozens of samples make a good basis.
-        path: The picture; its ending names the format.
-        layers: Names, of one width; by default all blocks.
-        guidance_scales: w, a column each; 0 is the null condition alone. Without ``null`` there is the condition alone.
-        noise_fraction: Of the noisy input.
-        decode: From latents to images (N, 1 or 3, H, W) in [-1, 1]; without it the latents' own components are drawn.
-        shown: How many samples of the batch are drawn, from its first on.
-        grid: Rows and columns of the tokens, where they are not those of square patches of the latents.
-        seed: Of the noise.
-        reading: ``time=`` and, where they are needed, ``null=``, ``call=``, ``select=`` and ``tokens=``, as for
-            :func:`layer_report`.
+    The batch is one of :func:`layer_report`'s, as are ``reading``: ``time=``, ``null=``, ``call=``, ``select=`` and
+    ``tokens=``. Some dozens of samples make a good basis; the first ``shown`` are drawn. Layers are of one width, by
+    default all blocks. Without ``null=`` there is the condition alone. ``decode`` makes images (N, 1 or 3, H, W) in
+    [-1, 1] of latents; without it their own components are drawn. ``grid`` is rows and columns of the tokens, where
+    they are not those of square patches.
 
     Raises:
         MissingDependencyError: If matplotlib is not installed.
@@ -114,9 +106,6 @@ def draw_report(report: LayerReport, path: str | PathLike[str]) -> None:
 
     Over layers and guidance scales it shows how well nearest neighbours of f_g find the label or, where that is the
     same for all within two standard errors, how long f_g is.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
     """
     first, many = report.guidance_scales[0], report.labelled or len(report.guidance_scales) > 1
     own = "of the null condition alone" if first == 0 else ""
@@ -143,10 +132,8 @@ def draw_report(report: LayerReport, path: str | PathLike[str]) -> None:
 def draw_curves(log: Log | Mapping[str, Log], path: str | PathLike[str]) -> None:
     """Draw every term of a training log over the steps, one panel a term; values that are not finite are marked.
 
-    Args:
-        log: A file of JSON lines, or the lines as mappings, each with ``step`` (or ``steps``); or several logs by name,
-            to be compared. A last line without its end, as a run that is still going leaves it, is left out.
-        path: The picture; its ending names the format.
+    A log is a file of JSON lines, or the lines as mappings, each with ``step`` (or ``steps``); several logs by name are
+    compared. A last line without its end, as a run that is still going leaves it, is left out.
 
     Raises:
         MissingDependencyError: If matplotlib is not installed.
@@ -183,15 +170,7 @@ def draw_curves(log: Log | Mapping[str, Log], path: str | PathLike[str]) -> None
 
 
 def save_panels(rows: Mapping[str, Mapping[str, Any]], path: str | PathLike[str]) -> None:
-    """Write rows of pictures, pixels square and unsmoothed, as one PNG.
-
-    Args:
-        rows: A heading for each row, and for each of its pictures, (H, W, 3) in [0, 1], a title.
-        path: The file.
-
-    Raises:
-        MissingDependencyError: If matplotlib is not installed.
-    """
+    """Write rows of pictures, (H, W, 3) in [0, 1], as one: a heading for each row, and a title for each picture."""
     figure = _new_figure(12, 2.7 * len(rows))
     figure.get_layout_engine().set(wspace=0.06)  # or white borders would run together
     parts = figure.subfigures(len(rows), 1, squeeze=False)[:, 0]
@@ -254,8 +233,7 @@ def _latent_pictures(
 
 
 def _plain(text: str) -> str:
-    """A name as it is: matplotlib would read formulas between dollars."""
-    return text.replace("$", r"\$")
+    return text.replace("$", r"\$")  # matplotlib would read formulas between dollars
 
 
 def _label(axis: Any, names: Sequence[str], rotation: int = 0) -> None:
@@ -337,13 +315,12 @@ def _or_nan(values: Sequence[float | None], factor: float = 1) -> list[float]:
 
 def _entries(log: Log, name: str) -> Iterator[tuple[float, dict[str, float]]]:
     """The step of each entry and the other numbers in it; a last line without its end is left out."""
-    entries: Sequence[Any] = Path(log).read_text("utf-8").split("\n")[:-1] if isinstance(log, str | PathLike) else log
-    for number, entry in enumerate(entries, 1):
-        if isinstance(entry, str):
-            try:
-                entry = json.loads(line := entry)
-            except ValueError as error:
-                raise SettingError(f"Line {number} of {log} is not JSON: {line[:80]!r}.") from error
+    lines: Sequence[Any] = Path(log).read_text("utf-8").split("\n")[:-1] if isinstance(log, str | PathLike) else log
+    for number, line in enumerate(lines, 1):
+        try:
+            entry = json.loads(line) if isinstance(line, str) else line
+        except ValueError as error:
+            raise SettingError(f"Line {number} of {log} is not JSON: {line[:80]!r}.") from error
         if not isinstance(entry, Mapping):
             raise SettingError(f"Line {number} of {name or log} is no JSON object: {entry!r:.80}.")
         numbers = {key: value for key, value in entry.items() if type(value) in (int, float)}

@@ -48,12 +48,10 @@ def layer_report(
 ) -> LayerReport:
     """Measure the layers of a model on noisy inputs, and propose student layer, teacher layer and guidance scale.
 
-    The model runs once for each batch and noise fraction, on condition and null condition as one doubled batch, and all
-    layers are read in that one forward: without gradients, in eval mode, under the autocast that is active, and what
-    is compiled runs as it was before. Afterwards the model, its mode and the global random state are as they were.
-
-    The teacher is proposed among the layers of the model that is measured: measure a stage-1 model. Kept are, of each
-    sample, the means over each layer's tokens, on the CPU: 8 bytes × samples × layers × noise fractions × D.
+    The model, a stage-1 model, runs once for each batch and noise fraction, on condition and null condition as one
+    doubled batch: without gradients, in eval mode, under the autocast that is active, and without what was compiled.
+    Afterwards the model, its mode and the global random state are as they were. Kept are, of each sample, the means
+    over each layer's tokens, on the CPU: 8 bytes × samples × layers × noise fractions × D.
 
     Args:
         model: Any backbone, wrapped or not.
@@ -112,10 +110,6 @@ def layer_report(
         held_out=len(test),
         classes=None if counts is None else len(counts),
         chance=None if counts is None else int(counts.max()) / found.samples,
-        rows=(),
-        alignment=(),
-        notes=(),
-        recipe=None,
     )
     rows, alignment = _measures(report, found, train, test, k, progress)
     report = dataclasses.replace(report, rows=rows, alignment=alignment)

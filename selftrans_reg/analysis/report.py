@@ -31,30 +31,19 @@ _KIND, _FORMAT = "layer report", 1
 
 @dataclass(frozen=True)
 class LayerMeasures:
-    """One layer at one noise fraction and guidance scale: f_g = f_u + w (f_c − f_u).
+    """One layer at one noise fraction and guidance scale w; None is what could not be measured.
 
-    None stands for what could not be measured: accuracies without labels, contrast without a null condition, anything
-    where features are not finite.
-
-    Attributes:
-        layer: Its name.
-        noise_fraction: σ / (σ + α), 0 is data.
-        guidance_scale: w; 0 is the null condition alone, 1 the condition alone.
-        contrast: ``|f_c − f_u| / |f_c|`` over all tokens, the same at every w.
-        norm: Root mean square of the norm of a token's f_g.
-        effective_rank: Of the pooled f_g, at most the smaller of their width and the number of samples.
-        knn: Accuracy of k nearest neighbours on held-out samples, from the pooled f_g.
-        probe: Accuracy of a linear probe, likewise.
+    That is accuracies without labels, contrast without a null condition, anything where features are not finite.
     """
 
-    layer: str
-    noise_fraction: float
-    guidance_scale: float
-    contrast: float | None = None
-    norm: float | None = None
-    effective_rank: float | None = None
-    knn: float | None = None
-    probe: float | None = None
+    layer: str  #: its name
+    noise_fraction: float  #: σ / (σ + α), 0 is data
+    guidance_scale: float  #: w of f_g = f_u + w (f_c − f_u): 0 is the null condition alone, 1 the condition alone
+    contrast: float | None = None  #: |f_c − f_u| / |f_c| over all tokens, the same at every w
+    norm: float | None = None  #: root mean square of the norm of a token's f_g
+    effective_rank: float | None = None  #: of the pooled f_g, at most their width and the number of samples
+    knn: float | None = None  #: accuracy of k nearest neighbours on held-out samples, from the pooled f_g
+    probe: float | None = None  #: accuracy of a linear probe, likewise
 
 
 @dataclass(frozen=True)
@@ -65,16 +54,15 @@ class LayerReport:
         model: The model's class.
         layers: In the order in which they ran.
         noise_fractions: At which it was measured.
-        guidance_scales: At which it was measured, rising: 0, 1 and the published one among them, or 1 alone without a
-            null condition.
+        guidance_scales: Rising, 0, 1 and the published one among them; 1 alone without a null condition.
         conditioned: Whether the model was given anything beside x_t and t.
         samples: How many.
         held_out: How many of them the accuracies were counted on.
         classes: How many labels there are; None without labels.
         chance: Share of the most frequent label.
         rows: Every measurement.
-        alignment: Linear CKA, without bias, of the pooled f_c of one layer with the pooled f_g of another, mean over
-            the noise fractions: ``alignment[w][student][teacher]`` by position.
+        alignment: ``alignment[w][student][teacher]`` by position: unbiased linear CKA of the pooled f_c of one layer
+            with the pooled f_g of another, mean over the noise fractions.
         notes: What else was seen.
         recipe: The proposed plan with its reasons; None if the model's depth is not certain.
     """
@@ -88,10 +76,10 @@ class LayerReport:
     held_out: int
     classes: int | None
     chance: float | None
-    rows: tuple[LayerMeasures, ...]
-    alignment: tuple[tuple[tuple[float | None, ...], ...], ...]
-    notes: tuple[str, ...]
-    recipe: Recipe | None
+    rows: tuple[LayerMeasures, ...] = ()
+    alignment: tuple[tuple[tuple[float | None, ...], ...], ...] = ()
+    notes: tuple[str, ...] = ()
+    recipe: Recipe | None = None
 
     @property
     def labelled(self) -> bool:
@@ -129,14 +117,12 @@ class LayerReport:
         """
         content = read_json(path)
         if not isinstance(content, dict) or content.pop("kind", None) != _KIND:
-            raise CheckpointError(
-                f"{path} is no layer report: it lacks 'kind': {_KIND!r}. Save one with report.save()."
-            )
+            raise CheckpointError(f"{path} is no layer report: it lacks 'kind': {_KIND!r}.")
         version, library = content.pop("format_version", None), content.pop("library_version", None)
         if version != _FORMAT:
             raise CheckpointError(
-                f"{path} is a layer report of format {version!r:.40}, written by selftrans-reg {library!r:.40}; this "
-                f"version reads format {_FORMAT}. Install that version."
+                f"{path} is a layer report of format {version!r:.40}, written by selftrans-reg {library!r:.40}: "
+                f"install that version. This one reads format {_FORMAT}."
             )
         schema = _schema(cls)
         wrong = content.keys() ^ schema.keys()
@@ -149,8 +135,7 @@ class LayerReport:
                 return report
         found = some_of(sorted(wrong)) if wrong else "rows or alignment, which do not fit the layers"
         raise CheckpointError(
-            f"{path} is no layer report as this version writes it; missing, unknown or malformed: {found}.\n"
-            "Measure again."
+            f"{path} is no layer report as this version writes it; missing, unknown or malformed: {found}."
         )
 
     def _is_complete(self) -> bool:
@@ -165,7 +150,15 @@ class LayerReport:
         )
 
     def __str__(self) -> str:
-        parts = [_head(self), *map(_shown_table, _tables(self))]
+        fractions = ", ".join(f"{fraction:g}" for fraction in self.noise_fractions)
+        head = f"{self.model}: {len(self.layers)} layers on {self.samples:,} samples at noise fractions {fractions}"
+        head += "; means over these"
+        if self.chance is not None:
+            head += (
+                f"\nAccuracies in % on {self.held_out:,} held-out samples of {self.classes} classes: chance "
+                f"{100 * self.chance:.1f}, standard error at most {100 * standard_error(0.5, self.held_out):.1f}"
+            )
+        parts = [head, *map(_shown_table, _tables(self))]
         parts += ["\n".join(f"Note: {note}" for note in self.notes)] if self.notes else []
         parts += [f"Proposal for {self.recipe}"] if self.recipe is not None else []
         return "\n\n".join(parts)
@@ -179,20 +172,6 @@ class LayerReport:
             f'<div class="layer-report"><pre>{html.escape(str(self))}</pre><details><summary>All {len(self.rows)} '
             f"measurements</summary><table>{body}</table></details></div>"
         )
-
-
-def _head(report: LayerReport) -> str:
-    fractions = ", ".join(f"{fraction:g}" for fraction in report.noise_fractions)
-    head = (
-        f"{report.model}: {len(report.layers)} layers on {report.samples:,} samples at noise fractions {fractions}; "
-        "means over these"
-    )
-    if report.chance is None:
-        return head
-    return (
-        f"{head}\nAccuracies in % on {report.held_out:,} held-out samples of {report.classes} classes: chance "
-        f"{100 * report.chance:.1f}, standard error at most {100 * standard_error(0.5, report.held_out):.1f}"
-    )
 
 
 def _tables(report: LayerReport) -> list[list[_Group]]:

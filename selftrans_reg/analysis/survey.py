@@ -179,8 +179,7 @@ class LayerReader:
                     raise
                 raise SettingError(
                     f"The model fails on latents in {given}; its weights are in {', '.join(own)}: {error}\n"
-                    "Nothing is cast: give latents and conditions in the dtypes that the model is called with, as "
-                    "latents.to(torch.bfloat16), or measure under torch.autocast."
+                    "Nothing is cast: give latents and conditions in its dtypes, or measure under torch.autocast."
                 ) from error
             return cast(dict[str, Tensor], tap.pop())
 
