@@ -44,8 +44,7 @@ class ColourBasis:
         rows, columns = grid or (math.isqrt(count),) * 2
         if rows * columns != count:
             raise ShapeError(
-                f"{count} tokens are no grid of {rows} x {columns}: pass grid=(rows, columns), and "
-                "tokens= where class or text tokens are among them."
+                f"{count} tokens are no grid of {rows} x {columns}: pass grid=, and tokens= if not all count."
             )
         colours: Tensor = ((components - self.low) / (self.high - self.low)).clamp(0, 1)
         return colours.reshape(n, rows, columns, 3).float().cpu()

@@ -62,7 +62,7 @@ def draw_features(
     _new_figure(1, 1)  # no forward for nothing
     for scale in guidance_scales:
         check_guidance_scale(scale)
-    scales = [float(scale) for scale in guidance_scales] if reading.get("null") is not None else [1.0]
+    scales = [1.0] if reading.get("null") is None else list(dict.fromkeys(map(float, guidance_scales)))
     if not scales or type(shown) is not int or shown < 1:
         raise SettingError(f"Name guidance scales, and show one sample or more; got {guidance_scales!r}, {shown!r}.")
     reader = LayerReader(model, layers, **reading)
@@ -265,15 +265,14 @@ def _profile(axes: Any, report: LayerReport, measure: Measure, title: str, scale
 
 def _scale_panel(axes: Any, report: LayerReport) -> None:
     """k-NN of the guided features over layers and scales or, where it is the same for all, their norm."""
-    layers, plan = report.layers, report.recipe
+    layers = report.layers
     scales = [scale for scale in report.guidance_scales if scale >= 1]
     known = [knn for layer in layers for w in scales if (knn := report.mean("knn", layer, w)) is not None]
     tells = bool(known) and max(known) - min(known) > 2 * standard_error(max(known), report.held_out)
     measure: Measure = "knn" if tells else "norm"
     image = [_or_nan([report.mean(measure, layer, w) for w in scales], 100 if tells else 1) for layer in layers]
-    proposed = (plan.teacher_layer, plan.guidance_scale) if plan is not None else None
     look = {"vmax": 100 if tells else None, "cmap": "viridis", "aspect": "auto"}
-    _map(axes, image, layers, scales, proposed, ".0f" if tells else ".3g", **look)
+    _map(axes, report, image, scales, ("teacher_layer", "guidance_scale"), ".0f" if tells else ".3g", **look)
     axes.set_xticks(range(len(scales)), [f"{scale:g}" for scale in scales], fontsize=8)
     axes.set_xlabel("guidance scale w", fontsize=8)
     axes.set_title("k-NN of $f_g$, %" if tells else "Norm of a token of $f_g$", fontsize=10)
@@ -284,27 +283,27 @@ def _alignment_panel(axes: Any, report: LayerReport) -> None:
     layers, plan = report.layers, report.recipe
     scale = plan.guidance_scale if plan is not None and plan.guidance_scale in report.guidance_scales else 1.0
     image = [_or_nan(row) for row in report.alignment[report.guidance_scales.index(scale)]]
-    proposed = (plan.student_layer, plan.teacher_layer) if plan is not None else None
-    _map(axes, image, layers, layers, proposed, ".2f", vmax=1, cmap="magma")
+    _map(axes, report, image, layers, ("student_layer", "teacher_layer"), ".2f", vmax=1, cmap="magma")
     _label(axes.xaxis, layers, 90)
     axes.set_title(f"CKA: $f_c$ (row) with $f_g$ (column), w = {scale:g}", fontsize=10)
 
 
 def _map(
-    axes: Any, image: Any, layers: Sequence[Any], columns: Sequence[Any], proposed: Any, form: str, **look: Any
+    axes: Any, report: LayerReport, image: Any, columns: Sequence[Any], pair: Sequence[str], form: str, **look: Any
 ) -> None:
-    """An image over layers and columns, where there is room with its numbers; the proposed row and column framed."""
+    """An image over layers and columns, where there is room with its numbers; the proposed pair of both framed."""
     shown = axes.imshow(image, vmin=0, **look)
     axes.figure.colorbar(shown, ax=axes)
-    _label(axes.yaxis, layers)
+    _label(axes.yaxis, report.layers)
     cells = [(row, column, value) for row, line in enumerate(image) for column, value in enumerate(line)]
-    for row, column, value in cells if len(layers) <= _MOST_NUMBERED else ():
+    for row, column, value in cells if len(report.layers) <= _MOST_NUMBERED else ():
         if not math.isnan(value):
             red, green, blue, _ = shown.to_rgba(value)
             colour = "black" if 0.3 * red + 0.6 * green + 0.1 * blue > 0.5 else "white"
             axes.text(column, row, f"{value:{form}}", color=colour, fontsize=7, ha="center", va="center")
-    if proposed is not None and proposed[0] in layers and proposed[1] in columns:
-        x, y = columns.index(proposed[1]) - 0.5, layers.index(proposed[0]) - 0.5
+    mark = [getattr(report.recipe, name, None) for name in pair]
+    if mark[0] in report.layers and mark[1] in columns:
+        x, y = columns.index(mark[1]) - 0.5, report.layers.index(mark[0]) - 0.5
         corners = [x, x + 1, x + 1, x, x], [y, y, y + 1, y + 1, y]
         axes.plot(*corners, color="red", linewidth=1.5, clip_on=False, label="proposed")
 

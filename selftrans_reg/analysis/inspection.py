@@ -55,9 +55,9 @@ def layer_report(
 
     Args:
         model: Any backbone, wrapped or not.
-        batches: What yields ``(latents, *condition)``, the condition in the order of the model's arguments, and whole
-            numbers (N,) being labels as well; or mappings of ``latents``, if there are any ``labels`` (N,), and the
-            model's other arguments by name. Latents are clean, scaled as the model sees them.
+        batches: ``(latents, *condition)``, the condition in the order of the model's arguments, whole numbers (N,)
+            being labels as well; or mappings of ``latents``, ``labels`` (N,) if there are any, and the model's other
+            arguments by name. Latents are clean, scaled as the model sees them.
         layers: Names, as the unwrapped model prints them; by default all blocks.
         guidance_scales: w of ``f_u + w (f_c − f_u)``; 0, 1 and the published one are always measured too.
         time: What the model's t means: a name or a `TimeConvention`.
@@ -126,10 +126,13 @@ def _measures(
     labels = found.labels.to(device) if found.labels is not None and report.labelled else None
     alignment = torch.zeros(len(scales), len(layers), len(layers), dtype=torch.float64, device="cpu")
     pairs = [(fraction, layer) for fraction in report.noise_fractions for layer in layers]
+    missing = torch.full((min(found.samples, _MOST_COMPARED) ** 2,), torch.nan, dtype=torch.float64, device=device)
     students: dict[float, Tensor] = {}
     for fraction, layer in pairs if progress is None else progress(pairs, "measures"):
-        if fraction not in students:
-            students = {fraction: _compared(found, fraction, device)}  # those of the last fraction are dropped
+        if fraction not in students:  # what every layer's f_c is compared by; those of the last fraction are dropped
+            cells = [found.cells[layer, fraction] for layer in layers]
+            vectors = [missing if c.broken else similarities(c.pooled(1.0, device)[:_MOST_COMPARED]) for c in cells]
+            students = {fraction: torch.stack(vectors)}  # (layers, n * n)
         cell = found.cells[layer, fraction]
         column = alignment[:, :, layers.index(layer)]  # a view
         for index, scale in enumerate(scales):
@@ -147,14 +150,6 @@ def _measures(
             rows.append(LayerMeasures(layer, fraction, scale, *values))
     known = tuple(tuple(tuple(None if v != v else v for v in row) for row in matrix) for matrix in alignment.tolist())
     return tuple(rows), known
-
-
-def _compared(found: Survey, fraction: float, device: torch.device) -> Tensor:
-    """What every layer's f_c is compared by, (layers, n * n); NaN where it is not finite."""
-    count = min(found.samples, _MOST_COMPARED)
-    missing = torch.full((count**2,), torch.nan, dtype=torch.float64, device=device)
-    cells = [found.cells[layer, fraction] for layer in found.layers]
-    return torch.stack([missing if cell.broken else similarities(cell.pooled(1.0, device)[:count]) for cell in cells])
 
 
 def _notes(report: LayerReport, found: Survey) -> list[str]:

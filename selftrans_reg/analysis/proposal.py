@@ -75,14 +75,13 @@ def _student(report: LayerReport, published: Recipe, scores: dict[str, float], t
     if teacher not in scores or not before:
         return held, f"not measured: {rule}"
     behind = [layer for layer in before if scores[layer] < _least(scores[teacher], report)]
-    if held in (behind or before):
-        there = f"{'' if behind else 'not '}measurably below {teacher}"
-        return held, f"{rule}; {_probe(report, scores[held])}, {there}"
-    if not behind:
-        why = "the published one is not before it, and none is measurably below"
-        return before[-1], f"the layer before {teacher}: {why}"
-    why = f"the last before {teacher} that is measurably below it"
-    return behind[-1], f"measured: {_probe(report, scores[behind[-1]])}, {why}"
+    layer = held if held in (behind or before) else (behind or before)[-1]
+    found = _probe(report, scores[layer])
+    if layer == held:
+        return held, f"{rule}; {found}, {'' if behind else 'not '}measurably below {teacher}"
+    if behind:
+        return layer, f"measured: {found}, the last before {teacher} that is measurably below it"
+    return layer, f"the layer before {teacher}: the published one is not before it, and none is measurably below"
 
 
 def _scale(report: LayerReport, published: Recipe, teacher: str) -> tuple[float, str]:

@@ -107,7 +107,7 @@ class LayerReader:
         self.spec = CallSpec(model, call)
         if self.spec.x is None or self.spec.t is None:
             raise SettingError(
-                "Here x_t and t are put into the call, so call= must name their arguments, as call=dict(x='x', t='t')."
+                "x_t and t are put in here, so call= must name their arguments: call=dict(x='x', t='t')."
             )
         self.null = None if null is None else NullCondition(null, self.spec).to(self.device)
 
@@ -248,9 +248,7 @@ def time_at(time: TimeConvention, fraction: float) -> float:
     if not is_number(fraction) or not 0 <= fraction <= 1:
         raise SettingError(f"A noise fraction is a number from 0 (data) to 1 (noise); got {fraction!r}.")
     if time.domain is None:
-        raise SettingError(
-            f"Time convention {time.name!r} does not say how far t goes: give it domain=(smallest t, largest t)."
-        )
+        raise SettingError(f"Time {time.name!r} does not say how far t goes: give it domain=(smallest t, largest t).")
 
     def fraction_at(t: float) -> float:
         return time.noise_fraction(torch.tensor([t], device="cpu")).item()
