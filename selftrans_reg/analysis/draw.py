@@ -245,16 +245,15 @@ def _label(axis: Any, names: Sequence[str], rotation: int = 0) -> None:
 
 def _profile(axes: Any, report: LayerReport, measure: Measure, title: str, scale: float, factor: int = 1) -> None:
     """A measure over the layers, one line for each noise fraction, proposed layers marked."""
-    count, plan = len(report.noise_fractions), report.recipe
     for index, fraction in enumerate(report.noise_fractions, 1):
         rows = {r.layer: r for r in report.rows if r.noise_fraction == fraction and r.guidance_scale == scale}
         y = _or_nan([getattr(rows[layer], measure) for layer in report.layers], factor)
-        shade, label = str(0.7 - 0.6 * index / count), f"noise fraction {fraction:g}"
+        shade, label = str(0.7 - 0.6 * index / len(report.noise_fractions)), f"noise fraction {fraction:g}"
         axes.plot(range(len(y)), y, marker="o", markersize=3, color=shade, linewidth=1.2, label=label)
     if factor == 100 and report.chance is not None:
         axes.axhline(100 * report.chance, color="grey", linestyle=":", linewidth=1, label="chance")
-    for what, colour in [("student", "tab:blue"), ("teacher", "tab:orange")] if plan is not None else []:
-        if (name := getattr(plan, f"{what}_layer")) in report.layers:
+    for what, colour in ("student", "tab:blue"), ("teacher", "tab:orange"):
+        if (name := getattr(report.recipe, f"{what}_layer", None)) in report.layers:
             axes.axvline(report.layers.index(name), color=colour, alpha=0.4, linewidth=5, label=f"{what} layer")
     axes.set_title(title, fontsize=10)
     axes.tick_params(labelsize=8)

@@ -48,38 +48,23 @@ class LayerMeasures:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What :func:`layer_report` measured: ``print(report)`` shows a table, a notebook too.
+    """What :func:`layer_report` measured: ``print(report)`` shows a table, a notebook too."""
 
-    Attributes:
-        model: The model's class.
-        layers: In the order in which they ran.
-        noise_fractions: At which it was measured.
-        guidance_scales: Rising, 0, 1 and the published one among them; 1 alone without a null condition.
-        conditioned: Whether the model was given anything beside x_t and t.
-        samples: How many.
-        held_out: How many of them the accuracies were counted on.
-        classes: How many labels there are; None without labels.
-        chance: Share of the most frequent label.
-        rows: Every measurement.
-        alignment: ``alignment[w][student][teacher]`` by position: unbiased linear CKA of the pooled f_c of one layer
-            with the pooled f_g of another, mean over the noise fractions.
-        notes: What else was seen.
-        recipe: The proposed plan with its reasons; None if the model's depth is not certain.
-    """
-
-    model: str
-    layers: tuple[str, ...]
-    noise_fractions: tuple[float, ...]
-    guidance_scales: tuple[float, ...]
-    conditioned: bool
-    samples: int
-    held_out: int
-    classes: int | None
-    chance: float | None
-    rows: tuple[LayerMeasures, ...] = ()
+    model: str  #: the model's class
+    layers: tuple[str, ...]  #: in the order in which they ran
+    noise_fractions: tuple[float, ...]  #: at which it was measured, rising
+    guidance_scales: tuple[float, ...]  #: rising, 0, 1 and the published one among them; 1 alone without ``null=``
+    conditioned: bool  #: whether the model was given anything beside x_t and t
+    samples: int  #: how many
+    held_out: int  #: how many of them the accuracies were counted on
+    classes: int | None  #: how many labels there are; None without labels
+    chance: float | None  #: share of the most frequent label
+    rows: tuple[LayerMeasures, ...] = ()  #: every measurement
+    #: ``alignment[w][student][teacher]`` by position: unbiased linear CKA of the student layer's pooled f_c with the
+    #: teacher layer's pooled f_g, mean over the noise fractions
     alignment: tuple[tuple[tuple[float | None, ...], ...], ...] = ()
-    notes: tuple[str, ...] = ()
-    recipe: Recipe | None = None
+    notes: tuple[str, ...] = ()  #: what else was seen
+    recipe: Recipe | None = None  #: the proposed plan with its reasons; None if the model's depth is not certain
 
     @property
     def labelled(self) -> bool:
