@@ -48,10 +48,10 @@ def layer_report(
 ) -> LayerReport:
     """Measure the layers of a model on noisy inputs, and propose student layer, teacher layer and guidance scale.
 
-    The model, a stage-1 model, runs once for each batch and noise fraction, on condition and null condition as one
-    doubled batch: without gradients, in eval mode, under the autocast that is active, and without what was compiled.
-    Afterwards the model, its mode and the global random state are as they were. Kept are, of each sample, the means
-    over each layer's tokens, on the CPU: 8 bytes × samples × layers × noise fractions × D.
+    Measure a stage-1 model: the teacher is proposed among its layers. It runs once for each batch and noise fraction,
+    on condition and null condition as one doubled batch: without gradients, uncompiled, in eval mode and under the
+    autocast that is active. Afterwards its mode and the global random state are as they were. Kept are, of each sample,
+    the means over each layer's tokens, on the CPU: 8 bytes × samples × layers × noise fractions × D.
 
     Args:
         model: Any backbone, wrapped or not.
