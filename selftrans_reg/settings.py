@@ -199,7 +199,7 @@ class RunState(NamedTuple):
         return state
 
     def check_continued_by(self, own: RunState, *, taught: bool) -> None:
-        """Refuse to go on from this where ``own`` is another run's state: other settings, rule or, if ``taught``, teacher."""
+        """Refuse to go on from this where ``own`` is another run's: other settings, rule or, if ``taught``, teacher."""
         other = [k for k, value in own.settings.items() if k != "stop_when" and self.settings.get(k) != value]
         if self.weight == own.weight and "weight" in other:
             other.remove("weight")  # it was changed to that while the run went on
