@@ -521,7 +521,7 @@ class SelfTransLoss(nn.Module):
                 "with."
             )
         if self._seen == 1 and (message := unsynchronised(self, self._watching().model, gated)):
-            self._health.warn("head_not_synchronised", message)
+            self._health.warn(f"head_not_synchronised: {message}")
         if not checking or call.times is None:
             return
         if latents is None:
@@ -531,7 +531,7 @@ class SelfTransLoss(nn.Module):
             x_t, x = call.x_t.detach(), latents.detach()
             left_out = check_against_latents(settings.time, x_t, call.t, x, call.time_from)
             if left_out is not None:
-                self._health.warn("time_not_checked", left_out)
+                self._health.warn(f"time_not_checked: {left_out}")
 
     def _new_look(self, denoising: Tensor, call: Call, model: nn.Module | None, weight: float) -> Look | None:
         """Where this call is measured, what is to see it."""
@@ -539,7 +539,7 @@ class SelfTransLoss(nn.Module):
         due = self._due(settings.health_interval) or (settings.stop_when and self._due(settings.stop_when.interval))
         if not due or model is None:
             return None
-        probe = GradientProbe(self.measures.update) if weight > 0.0 else None
+        probe = GradientProbe(self.measures) if weight > 0.0 else None
         nowhere = torch.full((call.rows,), torch.nan, device=call.x_t.device)
         fractions = nowhere if call.times is None else settings.time.noise_fraction(call.times)
         layers = {layer: find_layer(model, layer) for layer in settings.layers}

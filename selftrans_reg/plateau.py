@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import (
-    CaptureError,
-    SettingError,
-)
+from .errors import CaptureError, SettingError
 from .modules import check_positive
 
 _LOGGER = logging.getLogger(__name__)
@@ -55,20 +52,14 @@ class Plateau:
 
 
 class PlateauRule:
-    """A :class:`Plateau` at work: what it has seen of the run so far.
-
-    Args:
-        plateau: The settings.
-    """
+    """A :class:`Plateau` at work: what it has seen of the run so far."""
 
     def __init__(self, plateau: Plateau) -> None:
         self.plateau = plateau
         self.stopped_at: int | None = None
-        self.smoothed = 0.0  # the exponential mean before it is corrected for its start at 0
-        self.count = 0
-        self.below = 0
-        self._probe: GradientProbe | None = None
-        self._saved: tuple[float, ...] | None = None  # the last measurement of a run that was resumed since
+        self._smoothed = 0.0  # the exponential mean before it is corrected for its start at 0
+        self._count = self._below = 0  # measurements, and those below the threshold in a row
+        self._probe: GradientProbe | None = None  # the last, not read yet
 
     def arm(self, probe: GradientProbe, calls: int) -> None:
         """Take ``probe`` for a measurement, if one is due: it will have measured after the backward pass.
@@ -80,9 +71,8 @@ class PlateauRule:
             raise CaptureError(
                 "stop_when= needs the gradient of the loop's own loss at the tapped tokens, and PyTorch's graph hides "
                 "it: the loss does not depend on the very tensor that was captured.\n"
-                "If the whole model is compiled, compile its blocks one by one instead (block.compile()). If select= "
-                "or tokens= is a function that makes a new tensor of several, name one by index. If the loss was "
-                "detached, or comes from another forward, pass the loss of this forward. Or give a stop_step."
+                "If the whole model is compiled, compile its blocks one by one instead (block.compile()). If the loss "
+                "was detached, or comes from another forward, pass the loss of this forward. Or give a stop_step."
             )
         if calls % self.plateau.interval == 0:
             self._probe = probe
@@ -90,61 +80,44 @@ class PlateauRule:
     def decide(self, calls: int, step: int | None, device: torch.device) -> dict[str, Tensor]:
         """Read the last measurement where one is due, on all ranks at once, and stop if it is time.
 
-        Args:
-            calls: The number of this call in the run.
-            step: The optimiser's step, where the loop gives it.
-            device: Where tensors of all ranks can be added.
-
-        Returns:
-            The smoothed cosine by its name; nothing where nothing was read.
+        Gives the smoothed cosine by its name, on ``device``, where sums of all ranks can be added up; nothing where
+        nothing was read. It stops at this step, or at this call of the run where the loop gives none.
         """
-        if calls % self.plateau.interval or (self._probe is None and self._saved is None):
+        if calls % self.plateau.interval or self._probe is None:
             return {}
-        sums = self._sums(device)
-        self._probe = self._saved = None
+        sums = self._probe.sums_on(device)
+        self._probe = None
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         found = cosine(sums).item()
         if math.isnan(found):  # no sample inside the window on any rank, or gradients that overflowed
             return {}
         share = self.plateau.smoothing
-        self.count += 1
-        self.smoothed = share * self.smoothed + (1 - share) * found
-        corrected = self.smoothed / (1 - share**self.count)
-        self.below = self.below + 1 if corrected < self.plateau.threshold else 0
-        if self.below >= self.plateau.patience:
+        self._count += 1
+        self._smoothed = share * self._smoothed + (1 - share) * found
+        corrected = self._smoothed / (1 - share**self._count)
+        self._below = self._below + 1 if corrected < self.plateau.threshold else 0
+        if self._below >= self.plateau.patience:
             self.stopped_at = calls if step is None else step
             _LOGGER.info(
-                "The alignment stops at %s %d: its gradient no longer agrees with the denoising loss's (smoothed "
-                "cosine %.4f, below %g in %d measurements).",
-                "call" if step is None else "step",
-                self.stopped_at,
-                corrected,
-                self.plateau.threshold,
-                self.below,
+                f"The alignment stops at {'call' if step is None else 'step'} {self.stopped_at}: its gradient no "
+                f"longer agrees with the denoising loss's (smoothed cosine {corrected:.4f}, below "
+                f"{self.plateau.threshold:g} in {self._below} measurements)."
             )
         return {"gradient_cosine_smoothed": torch.full((), corrected, device=device)}
 
-    def _sums(self, device: torch.device) -> Tensor:
-        if self._saved is not None:
-            return torch.tensor(self._saved, device=device)
-        sums = None if self._probe is None else self._probe.sums
-        return torch.zeros(3, device=device) if sums is None else sums.to(device, copy=True)
-
     def state(self) -> list[float]:
         """What a resumed run needs, as floating numbers; a measurement that was not read yet is part of it."""
-        pending = self._saved is not None or self._probe is not None
-        sums = self._sums(torch.device("cpu")).tolist()
         stopped_at = -1 if self.stopped_at is None else self.stopped_at
-        return [stopped_at, self.smoothed, self.count, self.below, pending, *sums]
+        sums = [0.0] * 3 if self._probe is None else self._probe.sums_on(torch.device("cpu")).tolist()
+        return [stopped_at, self._smoothed, self._count, self._below, self._probe is not None, *sums]
 
     def load(self, state: Sequence[float]) -> None:
         """Go on from what :meth:`state` gave."""
-        stopped_at, smoothed, count, below, pending, *sums = state
+        stopped_at, self._smoothed, count, below, pending, *sums = state
         self.stopped_at = None if stopped_at < 0 else int(stopped_at)
-        self.smoothed, self.count, self.below = smoothed, int(count), int(below)
-        self._probe = None
-        self._saved = tuple(sums) if pending else None
+        self._count, self._below = int(count), int(below)
+        self._probe = GradientProbe(sums=torch.tensor(sums, device="cpu")) if pending else None
 
 
 class GradientProbe:
@@ -157,29 +130,23 @@ class GradientProbe:
     weight cancel in the cosine. Nothing waits for the device.
 
     Args:
-        found: Called in the backward pass with ``gradient_cosine`` and ``gradient_ratio``, the norm of the alignment's
+        found: Filled in the backward pass with ``gradient_cosine`` and ``gradient_ratio``, the norm of the alignment's
             gradient over that of the denoising loss's; 0-d.
-
-    Attributes:
-        sums: (3,), float32: Σ d·a, Σ d², Σ a², with d the denoising loss's gradient and a the alignment's; None
-            before the backward pass.
-        hidden: Whether PyTorch's graph hides how the loop's loss depends on a tapped tensor.
-        missed: Whether a backward pass reached a tapped tensor without the alignment's part.
+        sums: Of an earlier probe.
     """
 
-    def __init__(self, found: Callable[[dict[str, Tensor]], object]) -> None:
-        self.sums: Tensor | None = None
-        self.hidden = False
-        self.missed = False
-        self._found = found
+    def __init__(self, found: dict[str, Tensor] | None = None, sums: Tensor | None = None) -> None:
+        self.sums = sums  # (3,), float32: Σ d·a, Σ d², Σ a², d the loss's gradient, a the alignment's; None before
+        self.hidden = False  # whether PyTorch's graph hides how the loop's loss depends on a tapped tensor
+        self.missed = False  # whether a backward pass reached a tapped tensor without the alignment's part
+        self._found = {} if found is None else found
+
+    def sums_on(self, device: torch.device) -> Tensor:
+        """A copy of the sums, 0 where nothing was measured."""
+        return torch.zeros(3, device=device) if self.sums is None else self.sums.to(device, copy=True)
 
     def branch(self, tensor: Tensor, denoising: Tensor) -> Tensor:
-        """What the alignment is to be computed from instead of ``tensor``: the same values in a branch of their own.
-
-        Args:
-            tensor: The tapped tensor.
-            denoising: The loop's own loss, computed from it.
-        """
+        """The same values in a branch of their own, for the alignment; ``denoising`` was computed from ``tensor``."""
         if not tensor.requires_grad:
             return tensor
         if not _reaches(denoising, tensor):
@@ -188,11 +155,11 @@ class GradientProbe:
         held: list[Tensor] = []  # the hooks' own: they are freed with the graph
 
         def compare(whole: Tensor) -> None:
-            aligned = held.pop() if held else None
-            if aligned is None:
+            if not held:
                 self.missed = True
             elif self.sums is None:
-                self._measure(whole.detach().float(), aligned.detach().float())
+                self._measure(whole.detach().float(), held[-1].detach().float())
+            held.clear()
 
         branch = tensor.view_as(tensor)
         branch.register_hook(held.append)  # type: ignore[no-untyped-call]
@@ -202,7 +169,8 @@ class GradientProbe:
     def _measure(self, whole: Tensor, aligned: Tensor) -> None:
         own = (whole - aligned) * (aligned != 0)
         self.sums = torch.stack([(own * aligned).sum(), own.square().sum(), aligned.square().sum()])
-        self._found({"gradient_cosine": cosine(self.sums), "gradient_ratio": (self.sums[2] / self.sums[1]).sqrt()})
+        self._found["gradient_cosine"] = cosine(self.sums)
+        self._found["gradient_ratio"] = (self.sums[2] / self.sums[1]).sqrt()
 
 
 def cosine(sums: Tensor) -> Tensor:

@@ -36,8 +36,6 @@ _ASIDE = re.compile("audio|caption|context|perceiver|temporal|text|vace")
 _TEXT = re.compile("encoder_hidden_states|input_ids|caption|cap_feats|context|prompt|text|txt", re.IGNORECASE)
 # In a shallower model stage 1's layer 2 would be the last.
 _MIN_DEPTH = 3
-# What `blocks` may name besides single blocks.
-_LISTS = (nn.ModuleList, nn.Sequential)
 # Halfway between S and B (12 blocks) and L (24), the sizes that the published number of epochs was given for.
 _LARGE_DEPTH = 18
 # The shallowest model that was published; for shallower ones there is the study of docs/does-it-work.md, on 8 blocks.
@@ -54,21 +52,10 @@ class Recipe:
     The three methods give keyword arguments; what only the caller knows (time, patch size, null condition) is not among
     them. Layer names count from 0, so the paper's layer 8 is ``blocks.7``.
 
-    Attributes:
-        name: The model's.
-        depth: Its number of blocks.
-        stage1_layer: Layer that stage 1 aligns with the latents.
-        student_layer: Layer that stage 2 teaches.
-        teacher_layer: Layer of the stage-1 model that it is taught by.
-        guidance_scale: w of ``f_u + w (f_c − f_u)``.
-        window: Noise fractions in which the alignment applies; None for all.
-        weight: λ of the alignment.
-        stop_step: Step from which stage 2 goes on without it.
-        stage1_steps: Length of stage 1.
-        target: What stage 1 regresses.
-        gating: How the window applies.
-        reasons: Why, by attribute.
-        notes: What else to mind.
+    The layers are those that stage 1 aligns and stage 2 teaches, and the teacher's that it is taught by;
+    ``guidance_scale`` is w of ``f_u + w (f_c − f_u)``; ``window`` is in noise fraction, None for all of it; ``weight``
+    is λ, and ``stop_step`` the step from which stage 2 goes on without it. ``reasons`` says why, by attribute, and
+    ``notes`` what else to mind.
     """
 
     name: str
@@ -125,9 +112,8 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
         blocks: For a live model, the name of its list of blocks, or the names of several that run one after the other.
 
     Raises:
-        SettingError: If the name is unknown (it lists all names and the nearest), or the model's blocks are not
-            certain (it lists what was seen) or fewer than 3.
-        SettingError: If an argument makes no sense.
+        SettingError: If an argument makes no sense; if the name is unknown (it lists all names and the nearest), or the
+            model's blocks are not certain (it lists what was seen) or fewer than 3.
 
     Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
 
@@ -180,41 +166,37 @@ def _from_name(name: str, variant: Variant) -> Recipe:
             + "For any other model pass the model itself: recipe(model) applies the published rule."
         )
     depth, blocks = _PUBLISHED[name]
-    layers = [f"{blocks}.{index}" for index in range(depth)]
-    if name == "MMDiT":
-        return _plan(name, depth, variant, _text_to_image(layers), "Blocks return (text, image): add select=1.")
-    settings = _class_to_image(layers, depth)
+    text = name == "MMDiT"
+    settings = _rule([f"{blocks}.{index}" for index in range(depth)], depth, text=text)
+    notes = ["Blocks return (text, image): add select=1."] if text else [_STEPS_NOTE]
     if name.startswith("LightningDiT"):
         settings["guidance_scale"] = (10.0, "reported for LightningDiT")
-    notes = [_STEPS_NOTE]
-    if variant == "released":
+    if variant == "released" and not text:
         notes.append("The released code teaches with raw weights: build_teacher(..., weights='model').")
-    return _plan(name, depth, variant, settings, *notes)
+    return _plan(name, depth, variant, settings, notes)
 
 
 def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] | None) -> Recipe:
     name = type(unwrap(model)).__name__
     layers = find_blocks(model, blocks)
-    if len(layers) < _MIN_DEPTH:
-        raise SettingError(
-            f"The published rule needs at least {_MIN_DEPTH} blocks; {name} has {len(layers)}: {quoted(layers)}.\n"
-            "Choose the layers yourself."
-        )
     depth, notes = len(layers), [_STEPS_NOTE]
-    whole = [layer for layer in layers if layer.rpartition(".")[0].rpartition(".")[2] == _MASKED[1]]
+    whole = [layer for layer in layers if layer.split(".")[-2:-1] == [_MASKED[1]]]
     if 0 < len(whole) < depth and _MASKED[0] in {part for layer in layers for part in layer.split(".")}:
         layers = whole
         notes.append(f"Layers are the decoder's, {len(whole)} of the {depth} blocks: the others see a masked image.")
     if len(layers) < _MIN_DEPTH:
-        raise SettingError(f"Only {quoted(layers)} of {name} see the whole image: choose the layers yourself.")
-    if _takes_text(model):
-        return _plan(name, depth, variant, _text_to_image(layers), *notes)
-    settings = _class_to_image(layers, depth)
-    if depth < _PUBLISHED_DEPTH:
+        raise SettingError(
+            f"The published rule needs at least {_MIN_DEPTH} blocks that see the whole image; {name} has "
+            f"{len(layers)}: {quoted(layers)}.\nChoose the layers yourself."
+        )
+    text = _takes_text(model)
+    settings = _rule(layers, depth, text=text)
+    if depth < _PUBLISHED_DEPTH and not text:
         settings["guidance_scale"] = (8.0, "the best of a study with 8 blocks; 30 is published, for 12 and more")
         notes.append("With 8 blocks guidance helped to the end: try stop_step=None. See the page 'Does it work?'.")
-    notes.append("Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT').")
-    return _plan(name, depth, variant, settings, *notes)
+    if not text:
+        notes.append("Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT').")
+    return _plan(name, depth, variant, settings, notes)
 
 
 def _takes_text(model: nn.Module) -> bool:
@@ -223,51 +205,42 @@ def _takes_text(model: nn.Module) -> bool:
     return any(_TEXT.search(name) for name in names)
 
 
-def _class_to_image(layers: list[str], depth: int) -> _Settings:
+def _rule(layers: list[str], depth: int, *, text: bool) -> _Settings:
+    """What was published for class labels, or for text to image, on these layers of a model that is ``depth`` deep."""
+    student, teacher = len(layers) // 2, 2 * len(layers) // 3
+    why = f"layer {student} = depth // 2"
+    if size := re.search(r"\d+x\d+(?=_)", layers[teacher - 1]):  # a U-Net's, as in 64x64_block0
+        alike = [i for i, layer in enumerate(layers[:student], 1) if f".{size[0]}_" in layer]
+        if alike and alike[-1] != student:
+            student, why = alike[-1], f"layer {alike[-1]}, the last up to depth // 2 of the teacher's resolution"
+    first = max(2, len(layers) // 6) if text else 2
     epochs, sizes = (10, "L and XL (24 and 28 blocks)") if depth >= _LARGE_DEPTH else (20, "S and B (12 blocks)")
-    return {
-        "stage1_layer": (layers[1], "layer 2, whatever the depth"),
-        **_stage2(layers),
+    of_stage1 = f"layer {first}; published is 4 of 24, for text to image" if text else "layer 2, whatever the depth"
+    settings: _Settings = {
+        "stage1_layer": (layers[first - 1], of_stage1),
+        "student_layer": (layers[student - 1], why),
+        "teacher_layer": (layers[teacher - 1], f"layer {teacher} = floor(2 depth / 3)"),
         "guidance_scale": (30.0, "the published rule for class labels"),
         "window": ((0.4, 0.7), "published for class labels, as noise fraction"),
         "stop_step": (epochs * _STEPS_PER_EPOCH, f"{epochs} epochs, as published for {sizes}"),
         "stage1_steps": (40 * _STEPS_PER_EPOCH, "40 epochs"),
     }
-
-
-def _text_to_image(layers: list[str]) -> _Settings:
-    first = max(2, len(layers) // 6)
-    return {
-        "stage1_layer": (layers[first - 1], f"layer {first}; published is 4 of 24, for text to image"),
-        **_stage2(layers),
+    of_text: _Settings = {
         "guidance_scale": (5.0, "published for text to image"),
         "window": (None, "published for text to image: every t"),
         "stop_step": (50_000, "published"),
         "stage1_steps": (150_000, "published"),
     }
+    return settings | of_text if text else settings
 
 
-def _stage2(layers: list[str]) -> _Settings:
-    """The student's and the teacher's layer; in a U-Net both of one resolution, as ``64x64_block0`` says it."""
-    student, teacher = len(layers) // 2, 2 * len(layers) // 3
-    why = f"layer {student} = depth // 2"
-    if size := re.search(r"\d+x\d+(?=_)", layers[teacher - 1]):
-        alike = [i for i, layer in enumerate(layers[:student], 1) if f".{size[0]}_" in layer]
-        if alike and alike[-1] != student:
-            student, why = alike[-1], f"layer {alike[-1]}, the last up to depth // 2 of the teacher's resolution"
-    return {
-        "student_layer": (layers[student - 1], why),
-        "teacher_layer": (layers[teacher - 1], f"layer {teacher} = floor(2 depth / 3)"),
-    }
-
-
-def _plan(name: str, depth: int, variant: Variant, settings: _Settings, *notes: str) -> Recipe:
+def _plan(name: str, depth: int, variant: Variant, settings: _Settings, notes: list[str]) -> Recipe:
     settings = settings | _VARIANTS[variant] | {"weight": (0.5, "published")}
     return Recipe(
         name=name,
         depth=depth,
         reasons={key: reason for key, (_, reason) in settings.items()},
-        notes=notes,
+        notes=tuple(notes),
         **{key: value for key, (value, _) in settings.items()},
     )
 
@@ -282,12 +255,13 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[st
     lists = [name for name, members in groups.items() if _are_blocks(layers.get(name), members)]
     lists = [name for name in lists if not _ASIDE.search(name.rpartition(".")[2])] or lists
     lists += [name for name, layer in layers.items() if isinstance(layer, nn.ModuleDict) and len(layer) >= _MIN_DEPTH]
-    chains = [names for first in lists for names in _chains_from(first, layers)]
-    chained = {name for names in chains for name in names}
-    candidates = [
-        [block for name in names for block in _members(name, layers[name])]
-        for names in [*chains, *([name] for name in lists if name not in chained)]
-    ]
+    chains = []
+    for first in lists:
+        own = first.rpartition(".")[2]
+        beside = [[first.removesuffix(own) + part for part in chain] for chain in _CHAINS if chain[0] == own]
+        chains += [names for names in beside if all(name in layers for name in names)]
+    chains += [[name] for name in lists if not any(name in names for names in chains)]
+    candidates = [[block for name in names for block in _members(name, layers[name])] for names in chains]
     candidates.sort(key=len, reverse=True)
     # Certain only if nothing else in the model, such as a second tower, comes near in depth.
     if not candidates or (len(candidates) > 1 and 2 * len(candidates[1]) > len(candidates[0])):
@@ -302,26 +276,20 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[st
     return candidates[0]
 
 
-def _chains_from(first: str, layers: dict[str, nn.Module]) -> list[list[str]]:
-    """The known chains that begin with this list and are there in full, side by side."""
-    parent, dot, own = first.rpartition(".")
-    chains = [[f"{parent}{dot}{part}" for part in chain] for chain in _CHAINS if chain[0] == own]
-    return [names for names in chains if all(name in layers for name in names)]
-
-
 def _members(name: str, layer: nn.Module) -> list[str]:
     """The names of a list's blocks, or the one name of a block that stands alone; of a dictionary its usual kind."""
     if isinstance(layer, nn.ModuleDict):
-        kinds = Counter(_kind(member) for member in layer.values() if any(True for _ in member.children()))
-        usual = kinds.most_common(1)
+        usual = Counter(_kind(member) for member in layer.values() if member._modules).most_common(1)
         return [f"{name}.{key}" for key, member in layer.items() if usual and _kind(member) == usual[0][0]]
-    return [f"{name}.{index}" for index in range(len(layer))] if isinstance(layer, _LISTS) else [name]
+    if isinstance(layer, nn.ModuleList | nn.Sequential):
+        return [f"{name}.{index}" for index in range(len(layer))]
+    return [name]
 
 
 def _are_blocks(container: nn.Module | None, members: list[nn.Module]) -> bool:
     """Whether these are blocks: a list of one class, whose members have layers of their own."""
     alike = len({_kind(member) for member in members}) == 1
-    return isinstance(container, nn.ModuleList) and alike and any(True for _ in unwrap(members[0]).children())
+    return isinstance(container, nn.ModuleList) and alike and bool(unwrap(members[0])._modules)
 
 
 def _kind(member: nn.Module) -> str:

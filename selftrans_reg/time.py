@@ -31,7 +31,6 @@ _ONE_LEVEL = 0.05
 _ENOUGH_TO_SCALE = 4
 # Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
 _ROUNDED_TIME = 2**-8
-_READ_FROM = "\nt was read from {}; if it is another one, pass call=dict(t=...)."
 # Times and noise fractions go through float32 arithmetic before they are compared with an edge.
 _SLACK = 1e-6
 
@@ -202,13 +201,12 @@ def _steps(name: str, which: str, values: Tensor | Sequence[float]) -> Tensor:
     """Numbers in [0, 1] along one axis, one a step, in float64 on the CPU."""
     try:
         steps = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError) as error:
-        raise SettingError(f"{which} of time convention {name!r} must be numbers; got {values!r}.") from error
+    except (TypeError, ValueError):
+        steps = torch.empty(0, device="cpu")
     if steps.ndim != 1 or len(steps) < 2 or not ((steps >= 0) & (steps <= 1)).all():
         raise SettingError(
             f"{which} of time convention {name!r} must be numbers in [0, 1] along one axis, one for each "
-            f"of at least two steps; got shape {tuple(steps.shape)}"
-            + (f", values from {steps.min():g} to {steps.max():g}." if steps.numel() else ".")
+            f"of at least two steps; got {str(values)[:200]}."
         )
     return steps
 
@@ -281,31 +279,18 @@ _NAMED = {
 }
 
 
-def resolve(time: object) -> TimeConvention:
-    """The convention that a ``time=`` argument means: a name or a convention.
-
-    Raises:
-        SettingError: If it is neither, or an unknown name.
-    """
-    if isinstance(time, TimeConvention):
-        return time
-    if isinstance(time, str):
-        return TimeConvention.named(time)
-    problem = f"time must be a name or a TimeConvention; got {time!r}."
+def resolve(time: Any) -> TimeConvention:
+    """The convention that a ``time=`` argument means: a name or a convention."""
     if time is None:
-        problem = (
+        raise SettingError(
             "time has no default, as t means opposite things: t = 1 is data in SiT (time='sit') and noise in REPA "
-            "(time='repa')."
+            f"(time='repa').\nSay which your loop uses: {quoted(_NAMED)}, or a TimeConvention of your own."
         )
-    raise SettingError(f"{problem}\nSay which your loop uses: {quoted(_NAMED)}, or a TimeConvention of your own.")
+    return time if isinstance(time, TimeConvention) else TimeConvention.named(time)
 
 
 def check_window(window: object) -> tuple[float, float] | None:
-    """The window as two floats, or None.
-
-    Raises:
-        SettingError: Unless it is None or two numbers with 0 <= low < high <= 1. Equal edges would hold no sample.
-    """
+    """The window as two floats, or None; equal edges would hold no sample."""
     if window is None:
         return None
     if not is_pair(window) or not 0 <= window[0] < window[1] <= 1:
@@ -317,12 +302,7 @@ def check_window(window: object) -> tuple[float, float] | None:
 
 
 def window_mask(fraction: Tensor, window: tuple[float, float] | None) -> Tensor:
-    """Which samples' noise fraction lies in the window, both edges included with 1e-6 of slack.
-
-    Shape:
-        fraction: (N,)
-        returns: (N,), bool; all True for the window None
-    """
+    """(N,), bool: whose noise fraction, (N,), lies in the window, both edges included with 1e-6 of slack."""
     if window is None:
         return torch.ones_like(fraction, dtype=torch.bool)
     fraction = fraction.float()
@@ -334,11 +314,8 @@ def check_times(time: TimeConvention, t: Tensor, name: str | None = None) -> Non
     """Raise unless the values of t are ones that the convention knows: finite, in its domain, whole where it has steps.
 
     Fractions given to a convention that counts up to 1000 lie inside its domain; they are refused as well, as soon as
-    there are two of them, for all t up to 1 are next to the same noise level there. One host sync.
-
-    Raises:
-        TimeConventionError: With the range found, the named conventions that such times would fit, and the ``name`` of
-            the argument that t, of any shape, was read from.
+    there are two of them, for all t up to 1 are next to the same noise level there. One host sync. ``name`` says what
+    t, of any shape, was read from.
     """
     if t.numel():
         _raise_unless_known(time, _Times(*_times(t).tolist()), t.device, name)
@@ -350,29 +327,16 @@ def check_against_latents(
 ) -> str | None:
     """Raise if x_t cannot be ``α(t) latents + σ(t) ε`` under the convention, or t fails ``check_times``.
 
-    Two tests, since the noise does not depend on the latents:
+    The slope of x_t on the latents, <x_t, x> / <x, x> for each of N samples, is α(t) with standard deviation
+    σ(t) / |x|. Refused are χ² > N + 2 √(20 N) + 40 together with a root mean square above 0.05; and a rest,
+    x_t − α(t) x, of more than 4 times the power of the noise or less than a quarter beyond what chance explains, which
+    tells noise levels (EDM) from steps. A right convention fails with a probability below 1e-8. One host sync.
 
-    - The slope of x_t on the latents, a = <x_t, x> / <x, x> for each sample, is α(t) with standard deviation
-      σ(t) / |x|. With χ² the sum of the squared standardised differences over the N samples, it is an error if
-      χ² > N + 2 √(20 N) + 40 and the root mean square of a − α(t) is above 0.05.
-    - The rest, x_t − α(t) x, has the power of the noise; it is an error if over the batch it has more than 4 times that
-      or less than a quarter, beyond what chance explains. This tells noise levels (EDM) from steps.
-
-    A right convention fails with a probability below 1e-8. Computed in float32, with one host sync if all is well.
-    Samples whose latents are all zero say nothing, and values that are not finite are another's to report: both are
-    left out. Where t is given by token or frame, all values of x_t that share a t count as a sample.
+    x_t and latents have one shape (N, ...), t (N,) or, by token or frame, (N, T): then all values that share a t are a
+    sample. Left out are samples whose latents are all zero or whose values are not finite.
 
     Returns:
         None; or why x_t was not compared: it is not certain which of its values a t of several axes belongs to.
-
-    Shape:
-        x_t, latents: (N, ...), of the same shape
-        t: (N,), or (N, T) by token or frame
-
-    Raises:
-        ShapeError: If the shapes do not fit.
-        TimeConventionError: With what was found, the named conventions that would fit, whether latents of another
-            scale would, and the ``name`` of the argument that t was read from; also if all latents are zero.
     """
     if x_t.shape != latents.shape or t.ndim == 0 or t.shape[:1] != x_t.shape[:1]:
         raise ShapeError(
@@ -390,8 +354,9 @@ def check_against_latents(
             "share a t. That t is in the range of its convention was checked."
         )
     sums, t = _sums(x_t.float(), latents.to(x_t.device).float(), by_value), by_value.flatten()
-    all_zero = (sums.latents == 0).all().float()
-    fits = [_fit(time, t, sums, scaled=scaled) for scaled in (False, True)]
+    size = x_t.numel() // t.numel()
+    all_zero = (sums[2] == 0).all().float()
+    fits = [_fit(time, t, sums, size, scaled=scaled) for scaled in (False, True)]
     numbers = torch.cat([all_zero[None], _times(t), *fits]).tolist()
     times, fit, scaled = _Times(*numbers[1:6]), _Fit(*numbers[6:13]), _Fit(*numbers[13:])
     _raise_unless_known(time, times, t.device, name)
@@ -402,25 +367,27 @@ def check_against_latents(
         )
     if fit.good():
         return None
-    others = [other for other in _NAMED.values() if other is not time and _problem(other, times, t.device) is None]
-    fitting = [other.name for other in others if _Fit(*_fit(other, t, sums).tolist()).good()]
-    fits_scaled = scaled.samples >= _ENOUGH_TO_SCALE and scaled.good()
+    ratio = fit.noise / fit.expected_noise if fit.expected_noise else math.inf
+    otherwise = (
+        f"No other named convention fits. x_t holds {fit.scale:.3g} times as much of these latents as expected"
+        f"{', and at that scale they fit' * (scaled.samples >= _ENOUGH_TO_SCALE and scaled.good())}: pass them scaled "
+        "(and shifted) as the model sees them. If the noise is not white noise of unit size (noise offset, pyramid "
+        "noise), pass check_interval=None."
+    )
+    known = [other for other in _NAMED.values() if other is not time and _problem(other, times, t.device) is None]
+    fitting = [other.name for other in known if _Fit(*_fit(other, t, sums, size).tolist()).good()]
     raise TimeConventionError(
         f"time={time.name!r} contradicts what the model was given: x_t = alpha(t) * latents + sigma(t) * noise fails.\n"
         f"Found: over {fit.samples:.0f} samples the slope of x_t on the latents is off from alpha(t) by "
         f"{fit.mean_square**0.5:.2f} RMS (chi-squared {fit.chi2:.0f}, at most {_upper(fit.samples):.0f} expected), and "
-        f"the rest has {fit.noise_ratio():.2g} times the power of the noise.\n"
-        + (
-            f"These conventions fit: {quoted(fitting)}. Pass the one that your loop uses.\n"
-            if fitting
-            else "No other named convention fits either.\n"
-        )
-        + f"Or these are not the latents that the loop adds noise to: x_t holds {fit.scale:.3g} times as much of them "
-        + ("as expected, and at that scale they fit. " if fits_scaled else "as expected. ")
-        + "Pass them scaled (and shifted) as the model sees them.\n"
-        "Or the loop's noise is not white noise of unit size, as with a strong noise offset or pyramid noise: then "
-        "switch this check off with check_interval=None." + (_READ_FROM.format(name) if name else "")
+        f"the rest has {ratio:.2g} times the power of the noise.\n{_advice(fitting, otherwise, name)}"
     )
+
+
+def _advice(fitting: Sequence[str], otherwise: str, name: str | None) -> str:
+    """What to do: take a convention that fits, or something else; and where t was read from, if that has a name."""
+    advice = f"These conventions fit: {quoted(fitting)}. Pass the one that your loop uses." if fitting else otherwise
+    return advice + (f"\nt was read from {name}; if it is another one, pass call=dict(t=...)." if name else "")
 
 
 def _by_value(t: Tensor, shape: torch.Size) -> Tensor | None:
@@ -448,21 +415,11 @@ def _by_value(t: Tensor, shape: torch.Size) -> Tensor | None:
     return found[0] if len(found) == 1 else None
 
 
-class _Sums(NamedTuple):
-    """Sums over each sample, (N,), and the number of values in one: all that the tests need of x_t and latents."""
-
-    given: Tensor  # <x_t, x_t>
-    product: Tensor  # <x_t, x>
-    latents: Tensor  # <x, x>
-    size: int
-
-
-def _sums(x_t: Tensor, latents: Tensor, t: Tensor) -> _Sums:
-    """Over what shares a t, which has 1 for these axes."""
+def _sums(x_t: Tensor, latents: Tensor, t: Tensor) -> Tensor:
+    """(3, N): <x_t, x_t>, <x_t, x> and <x, x> over what shares a t, which has 1 for these axes."""
     shared = [axis for axis, size in enumerate(t.shape) if axis and size == 1]
     products = (x_t * x_t, x_t * latents, latents * latents)
-    given, product, own = ((p.sum(shared) if shared else p).flatten() for p in products)
-    return _Sums(given, product, own, math.prod(x_t.shape[axis] for axis in shared))
+    return torch.stack([(product.sum(shared) if shared else product).flatten() for product in products])
 
 
 class _Fit(NamedTuple):
@@ -475,9 +432,6 @@ class _Fit(NamedTuple):
     mean_square: float
     noise: float
     scale: float  # at which the latents would fit best
-
-    def noise_ratio(self) -> float:
-        return self.noise / self.expected_noise if self.expected_noise else math.inf
 
     def good(self) -> bool:
         slope_is_off = self.chi2 > _upper(self.samples) and self.mean_square > _HARMLESS_RMS**2
@@ -493,12 +447,13 @@ def _upper(count: float) -> float:
     return count + 2 * math.sqrt(_TAIL * count) + 2 * _TAIL
 
 
-def _fit(time: TimeConvention, t: Tensor, sums: _Sums, *, scaled: bool = False) -> Tensor:
+def _fit(time: TimeConvention, t: Tensor, sums: Tensor, size: int, *, scaled: bool = False) -> Tensor:
     """The fields of ``_Fit``, still on the device, with the latents as they are or as scaled to fit best."""
-    alpha, sigma, slope = time.signal(t), time.noise(t), sums.product / sums.latents  # (N,), NaN for zero latents
-    used = slope.isfinite() & sums.given.isfinite() & sums.latents.isfinite() & alpha.isfinite() & sigma.isfinite()
+    given, product, latents = sums
+    alpha, sigma, slope = time.signal(t), time.noise(t), product / latents  # (N,), NaN for zero latents
+    used = torch.stack([slope, given, latents, alpha, sigma]).isfinite().all(0)
     variance = sigma.square()
-    slope_weight = 1 / (variance / sums.latents + _ROUNDING**2)
+    slope_weight = 1 / (variance / latents + _ROUNDING**2)
     noise_weight = 1 / (variance + _NOISE_FLOOR**2)
 
     def total(values: Tensor) -> Tensor:
@@ -508,9 +463,9 @@ def _fit(time: TimeConvention, t: Tensor, sums: _Sums, *, scaled: bool = False) 
     scale = total(slope_weight * slope * alpha) / total(slope_weight * alpha.square())  # least squares
     factor = scale * alpha if scaled else alpha
     off = (slope - factor).square()
-    rest = sums.given - 2 * factor * sums.product + factor.square() * sums.latents  # |x_t − factor x|²
-    expected = sums.size * total(noise_weight * variance)
-    numbers = [count, count * sums.size, expected, total(slope_weight * off), total(off) / count]
+    rest = given - 2 * factor * product + factor.square() * latents  # |x_t − factor x|²
+    expected = size * total(noise_weight * variance)
+    numbers = [count, count * size, expected, total(slope_weight * off), total(off) / count]
     return torch.stack([number.float() for number in (*numbers, total(noise_weight * rest), scale)])
 
 
@@ -559,16 +514,12 @@ def _raise_unless_known(time: TimeConvention, times: _Times, device: torch.devic
         raise TimeConventionError(
             f"Not every t is finite: {problem}; found {found}. Look at what the loop draws t from."
         )
-    fractions = times.smallest >= 0 and times.largest <= 1
-    steps = times.smallest >= 0 and times.whole
-    kind = "fractions" if fractions else "steps" if steps else "neither fractions nor steps"
+    kind = "neither fractions nor steps"
+    if times.smallest >= 0 and (times.whole or times.largest <= 1):
+        kind = "fractions" if times.largest <= 1 else "steps"
+    own = "Pass a TimeConvention of your own" if time.is_named else "Give yours the domain= that t really has"
     fitting = [other.name for other in _NAMED.values() if _problem(other, times, device) is None]
-    if fitting:
-        advice = f"Such t fit: {quoted(fitting)}. Pass the one that your loop uses."
-    else:
-        own = "Pass a TimeConvention of your own" if time.is_named else "Give yours the domain= that t really has"
-        advice = f"No named convention has such t. {own}, or look at what the loop draws."
-    advice += _READ_FROM.format(name) if name else ""
+    advice = _advice(fitting, f"No named convention has such t. {own}, or look at what the loop draws.", name)
     raise TimeConventionError(
         f"t does not fit time={time.name!r}: {problem}.\nFound: {found}, which look like {kind}.\n{advice}"
     )

@@ -91,7 +91,7 @@ def test_a_setting_that_makes_no_sense(name: str, values: tuple[Any, ...], messa
         ("layer", [], ["Name at least one layer, and none twice; got none"]),
         ("time", None, ["time has no default", r"t = 1 is data in SiT \(time='sit'\) and noise in REPA"]),
         ("time", "rapa", ["Unknown time convention 'rapa'", "Known: 'repa'", "Nearest: 'repa'"]),
-        ("time", 1, ["time must be a name or a TimeConvention; got 1"]),
+        ("time", 1, ["Unknown time convention 1."]),
         ("hidden_size", -16, ["hidden_size must be a positive integer; got -16"]),
         ("call", {"xt": "x"}, ["call= takes 'x', 't'", "got 'xt'"]),
         ("wieght", 0.5, ["unexpected keyword argument 'wieght'"]),

@@ -286,7 +286,9 @@ def test_blocks_may_be_named() -> None:
 
 @pytest.mark.parametrize("depth", [1, 2])
 def test_too_few_blocks_for_the_rule(depth: int) -> None:
-    with pytest.raises(SettingError, match=f"needs at least 3 blocks; Module has {depth}: 'blocks.0'"):
+    with pytest.raises(
+        SettingError, match=f"needs at least 3 blocks that see the whole image; Module has {depth}: 'blocks.0'"
+    ):
         recipe(model_of(blocks=depth))
 
 

@@ -3,6 +3,7 @@
 import copy
 import math
 import pickle
+import re
 from collections.abc import Callable
 
 import diffusers
@@ -243,10 +244,9 @@ def test_unknown_names_list_the_known_and_the_nearest() -> None:
         resolve("sit_gvp")
     assert "Nearest: 'sit-gvp'" in str(raised.value)
     assert all(repr(name) in str(raised.value) for name in NAMES)
-    with pytest.raises(SettingError, match=r"time must be a name or a TimeConvention; got 0\.5"):
-        resolve(0.5)
-    with pytest.raises(SettingError, match=r"Unknown time convention \['sit'\]"):
-        TimeConvention.named(["sit"])
+    for value in (0.5, ["sit"]):
+        with pytest.raises(SettingError, match=re.escape(f"Unknown time convention {value!r}.")):
+            resolve(value)
 
 
 def test_named_conventions_survive_pickling_and_copying() -> None:
@@ -292,7 +292,7 @@ def test_betas_that_make_no_sense(betas: list[float]) -> None:
 def test_tables_that_make_no_sense() -> None:
     with pytest.raises(SettingError, match="alphas_cumprod of time convention 'mine' must never grow"):
         TimeConvention.from_alphas_cumprod("mine", [0.1, 0.5, 0.9])
-    with pytest.raises(SettingError, match="betas of time convention 'mine' must be numbers; got 'linear'"):
+    with pytest.raises(SettingError, match="betas of time convention 'mine' must be numbers"):
         TimeConvention.from_betas("mine", "linear")
 
 
@@ -464,10 +464,10 @@ def test_latents_of_another_scale_are_named_as_the_cause(name: str, generator: t
     latents = smooth_latents(32, generator)
     t = draw_times(convention, 32, generator)
     x_t = noised(convention, latents, t, generator)
-    with pytest.raises(TimeConventionError, match="No other named convention fits either") as raised:
+    with pytest.raises(TimeConventionError, match="No other named convention fits") as raised:
         check_against_latents(convention, x_t, t, latents / 0.18215)
-    assert raised.match(r"x_t holds 0\.1[78]\d* times as much of them as expected, and at that scale they fit")
-    assert raised.match(r"Pass them scaled \(and shifted\) as the model sees them")
+    assert raised.match(r"x_t holds 0\.1[78]\d* times as much of these latents as expected, and at that scale they fit")
+    assert raised.match(r"pass them scaled \(and shifted\) as the model sees them")
 
 
 def test_samples_with_zero_latents_are_left_out(generator: torch.Generator) -> None:
@@ -568,7 +568,7 @@ def test_other_noise_is_named_with_the_switch(generator: torch.Generator) -> Non
     repa, latents, t = TimeConvention.named("repa"), smooth_latents(32, generator), torch.rand(32, generator=generator)
     noise = torch.randn(latents.shape, generator=generator) + 3 * torch.randn(32, 4, 1, 1, generator=generator)
     x_t = (1 - t)[:, None, None, None] * latents + t[:, None, None, None] * noise
-    with pytest.raises(TimeConventionError, match=r"noise offset or pyramid noise: .*check_interval=None") as raised:
+    with pytest.raises(TimeConventionError, match=r"noise offset, pyramid noise.*check_interval=None") as raised:
         check_against_latents(repa, x_t, t, latents, "argument 'timestep'")
     assert raised.match("t was read from argument 'timestep'")
 

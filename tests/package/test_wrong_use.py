@@ -77,14 +77,14 @@ class TestTime:
     @pytest.mark.parametrize("wrong", ["repa", "sit", "flow-unit"])
     @pytest.mark.parametrize("name", ["DiT", "MDT", "PixArt"])
     def test_steps_where_fractions_are_expected(self, name: str, wrong: str) -> None:
-        message = ("values from 0 to 1 are expected", "look like steps", "Such t fit: .*'ddpm'")
+        message = ("values from 0 to 1 are expected", "look like steps", "These conventions fit: .*'ddpm'")
         with refused(errors.TimeConventionError, f"does not fit time='{wrong}'", *message):
             step1(LOOKALIKES[name], time=wrong)
 
     @pytest.mark.parametrize(("wrong", "expected"), [("ddpm", "whole steps"), ("flow", "values from 0 to 1000")])
     @pytest.mark.parametrize("name", ["SiT", "REPA", "LightningDiT"])
     def test_fractions_where_steps_are_expected(self, name: str, wrong: str, expected: str) -> None:
-        message = (expected, "look like fractions", "Such t fit: 'repa'")
+        message = (expected, "look like fractions", "These conventions fit: 'repa'")
         with refused(errors.TimeConventionError, f"does not fit time='{wrong}'", *message):
             step1(LOOKALIKES[name], time=wrong)
 
