@@ -18,17 +18,12 @@ from .plateau import GradientProbe
 from .teacher import CFGFeatureTeacher
 from .tokens import tensors_in
 
-# The alignment is averaged over at least so many calls, and so many averages are compared with the first.
-_AVERAGED, _RECENT = 100, 5
-# Within so many calls of a run any head learns at least the mean of what it is to predict.
-_LEARNED = 2000
-# What the first steps of a good run may look like too, such as a learning rate that warms up, is not spoken of before
-# so many calls of a process.
-_SETTLED = 20
+_AVERAGED, _RECENT = 100, 5  # calls that the alignment is averaged over at least; averages compared with the first
+_LEARNED = 2000  # calls of a run within which any head learns at least the mean of what it is to predict
+_SETTLED = 20  # calls of a process that may look ill in a good run too, such as while the learning rate warms up
 # With less contrast f_u + w (f_c − f_u) is f_c up to 3 % even with w = 30; trained models have 0.02 and more.
 _NO_CONTRAST = 1e-3
-# A loop may drop conditions itself, and a small batch may have no other inside. So many are hardly ever all dropped.
-_COMPARED = 16
+_COMPARED = 16  # samples whose conditions a loop that drops some of them hardly ever drops all
 # Norms grow while a diffusion transformer trains, by far less. Both must be passed: a layer may begin near 0.
 _GROWN, _LARGE = 100.0, 100.0
 # A window that takes in 1 % of all samples stays empty for so many with a probability of 2e-9.

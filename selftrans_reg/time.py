@@ -27,8 +27,6 @@ _NOISE_FLOOR = 0.1
 _ENOUGH = 2
 # Where t counts up to 1000, all t from 0 to 1 are one noise level within this; a noise level itself has many there.
 _ONE_LEVEL = 0.05
-# Fewer samples are fitted by some scale of the latents in any case.
-_ENOUGH_TO_SCALE = 4
 # Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
 _ROUNDED_TIME = 2**-8
 # Times and noise fractions go through float32 arithmetic before they are compared with an edge.
@@ -67,9 +65,6 @@ class TimeConvention:
         domain: Smallest and largest legal t; None leaves t unchecked.
         discrete: Whether t must be whole steps.
 
-    Raises:
-        SettingError: If an argument makes no sense.
-
     Example:
         >>> import torch
         >>> TimeConvention.named("sit").noise_fraction(torch.tensor([0.25, 0.5]))
@@ -102,11 +97,7 @@ class TimeConvention:
 
     @classmethod
     def named(cls, name: str) -> TimeConvention:
-        """The convention of that name.
-
-        Raises:
-            SettingError: If there is none; it lists all names and the nearest.
-        """
+        """The convention of that name; a ``SettingError`` that lists all names and the nearest if there is none."""
         if not isinstance(name, str) or name not in _NAMED:
             close = nearest(str(name), _NAMED)
             raise SettingError(
@@ -129,7 +120,7 @@ class TimeConvention:
         ``x_t = √ᾱ_t x + √(1 − ᾱ_t) ε`` (Ho et al., 2020, eq. 4), t = 0 being the first noisy step. Computed in float64.
 
         Raises:
-            SettingError: If betas are not one axis of at least two numbers in [0, 1].
+            SettingError: Unless betas are one axis of at least two numbers in [0, 1].
         """
         return cls.from_alphas_cumprod(name, torch.cumprod(1 - _steps(name, "betas", betas), 0))
 
@@ -143,16 +134,11 @@ class TimeConvention:
         alpha_bar = _steps(name, "alphas_cumprod", alphas_cumprod)
         if (alpha_bar.diff() > 0).any():
             raise SettingError(
-                f"alphas_cumprod of time convention {name!r} must never grow, since noise is added step by step; "
-                "these do. Were alphas instead of their product given, or the steps in reverse?"
+                f"alphas_cumprod of time convention {name!r} must never grow: give the product of the alphas, from the "
+                "first noisy step on."
             )
-        return cls(
-            name,
-            alpha=_Table(alpha_bar.sqrt().float()),
-            sigma=_Table((1 - alpha_bar).sqrt().float()),
-            domain=(0, len(alpha_bar) - 1),
-            discrete=True,
-        )
+        alpha, sigma = _Table(alpha_bar.sqrt().float()), _Table((1 - alpha_bar).sqrt().float())
+        return cls(name, alpha, sigma, domain=(0, len(alpha_bar) - 1), discrete=True)
 
     @property
     def is_named(self) -> bool:
@@ -353,12 +339,14 @@ def check_against_latents(
             f"t {tuple(t.shape)} was not compared with x_t {tuple(x_t.shape)}: it is not certain which values of x_t "
             "share a t. That t is in the range of its convention was checked."
         )
-    sums, t = _sums(x_t.float(), latents.to(x_t.device).float(), by_value), by_value.flatten()
-    size = x_t.numel() // t.numel()
+    x_t, latents = x_t.float(), latents.to(x_t.device).float()
+    shared = [axis for axis, size in enumerate(by_value.shape) if axis and size == 1]
+    products = (x_t * x_t, x_t * latents, latents * latents)  # summed over what shares a t
+    sums = torch.stack([(product.sum(shared) if shared else product).flatten() for product in products])  # (3, N)
+    t, size = by_value.flatten(), x_t.numel() // by_value.numel()
     all_zero = (sums[2] == 0).all().float()
-    fits = [_fit(time, t, sums, size, scaled=scaled) for scaled in (False, True)]
-    numbers = torch.cat([all_zero[None], _times(t), *fits]).tolist()
-    times, fit, scaled = _Times(*numbers[1:6]), _Fit(*numbers[6:13]), _Fit(*numbers[13:])
+    numbers = torch.cat([all_zero[None], _times(t), _fit(time, t, sums, size)]).tolist()
+    times, fit = _Times(*numbers[1:6]), _Fit(*numbers[6:])
     _raise_unless_known(time, times, t.device, name)
     if numbers[0]:
         raise TimeConventionError(
@@ -369,10 +357,9 @@ def check_against_latents(
         return None
     ratio = fit.noise / fit.expected_noise if fit.expected_noise else math.inf
     otherwise = (
-        f"No other named convention fits. x_t holds {fit.scale:.3g} times as much of these latents as expected"
-        f"{', and at that scale they fit' * (scaled.samples >= _ENOUGH_TO_SCALE and scaled.good())}: pass them scaled "
-        "(and shifted) as the model sees them. If the noise is not white noise of unit size (noise offset, pyramid "
-        "noise), pass check_interval=None."
+        f"No other named convention fits. x_t holds {fit.scale:.3g} times as much of these latents as expected: pass "
+        "them scaled (and shifted) as the model sees them. If the noise is not white noise of unit size (noise offset, "
+        "pyramid noise), pass check_interval=None."
     )
     known = [other for other in _NAMED.values() if other is not time and _problem(other, times, t.device) is None]
     fitting = [other.name for other in known if _Fit(*_fit(other, t, sums, size).tolist()).good()]
@@ -415,13 +402,6 @@ def _by_value(t: Tensor, shape: torch.Size) -> Tensor | None:
     return found[0] if len(found) == 1 else None
 
 
-def _sums(x_t: Tensor, latents: Tensor, t: Tensor) -> Tensor:
-    """(3, N): <x_t, x_t>, <x_t, x> and <x, x> over what shares a t, which has 1 for these axes."""
-    shared = [axis for axis, size in enumerate(t.shape) if axis and size == 1]
-    products = (x_t * x_t, x_t * latents, latents * latents)
-    return torch.stack([(product.sum(shared) if shared else product).flatten() for product in products])
-
-
 class _Fit(NamedTuple):
     """How well a convention agrees with a batch."""
 
@@ -447,8 +427,8 @@ def _upper(count: float) -> float:
     return count + 2 * math.sqrt(_TAIL * count) + 2 * _TAIL
 
 
-def _fit(time: TimeConvention, t: Tensor, sums: Tensor, size: int, *, scaled: bool = False) -> Tensor:
-    """The fields of ``_Fit``, still on the device, with the latents as they are or as scaled to fit best."""
+def _fit(time: TimeConvention, t: Tensor, sums: Tensor, size: int) -> Tensor:
+    """The fields of ``_Fit``, still on the device, from <x_t, x_t>, <x_t, x> and <x, x> of samples of this size."""
     given, product, latents = sums
     alpha, sigma, slope = time.signal(t), time.noise(t), product / latents  # (N,), NaN for zero latents
     used = torch.stack([slope, given, latents, alpha, sigma]).isfinite().all(0)
@@ -461,9 +441,8 @@ def _fit(time: TimeConvention, t: Tensor, sums: Tensor, size: int, *, scaled: bo
 
     count = used.sum()
     scale = total(slope_weight * slope * alpha) / total(slope_weight * alpha.square())  # least squares
-    factor = scale * alpha if scaled else alpha
-    off = (slope - factor).square()
-    rest = given - 2 * factor * product + factor.square() * latents  # |x_t − factor x|²
+    off = (slope - alpha).square()
+    rest = given - 2 * alpha * product + alpha.square() * latents  # |x_t − α x|²
     expected = size * total(noise_weight * variance)
     numbers = [count, count * size, expected, total(slope_weight * off), total(off) / count]
     return torch.stack([number.float() for number in (*numbers, total(noise_weight * rest), scale)])
@@ -511,9 +490,7 @@ def _raise_unless_known(time: TimeConvention, times: _Times, device: torch.devic
         return
     found = f"t of {times.samples:.0f} samples from {times.smallest:g} to {times.largest:g}"
     if not times.finite:
-        raise TimeConventionError(
-            f"Not every t is finite: {problem}; found {found}. Look at what the loop draws t from."
-        )
+        raise TimeConventionError(f"Not every t is finite; found {found}. Look at what the loop draws t from.")
     kind = "neither fractions nor steps"
     if times.smallest >= 0 and (times.whole or times.largest <= 1):
         kind = "fractions" if times.largest <= 1 else "steps"

@@ -197,11 +197,6 @@ class TestMeasures:
         run.steps(2)
         assert run.criterion.measures.keys() == set(names.split())
 
-    @pytest.mark.parametrize("interval", [0, -1, 2.0, True])
-    def test_an_interval_is_a_positive_integer(self, interval: object) -> None:
-        with pytest.raises(st.SettingError, match="health_interval must be a positive integer"):
-            new_criterion(student(), health_interval=interval)
-
 
 @pytest.fixture
 def judged_soon(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,57 +299,35 @@ def reset_the_step(run: Run) -> None:
     run.criterion.forward = lambda own, latents: advance(own, latents, step=run.done % 12)
 
 
+def all_dropped(step: int, y: Tensor) -> Tensor:
+    return torch.full_like(y, NULL_CLASS)
+
+
+AWAY: dict[str, Any] = {"loss": lambda terms, own: 2 * own - terms.total, "lr": 1e-4}
+
+
 class TestFaults:
     @pytest.mark.parametrize(
-        ("settings", "plant", "quiet", "steps", "kind", "parts"),
-        [
-            (
-                {}, leave_out_the_head, 19, 40, "head_not_trained",
-                ["head has not changed in 20 calls, while layer 'blocks.1' has: nothing trains it.", "after wrapping",
-                 "criterion.check_optimizer(opt) names what is missing."],
-            ),
-            ({}, freeze_the_head, 19, 5, "head_not_trained", ["the head is frozen or its learning rate is 0"]),
-            (  # the head does not move either, but that is no other fault
-                {"loss": own_loss}, None, 1, 40, "no_gradient",
-                ["A backward pass reached layer 'blocks.1' without the alignment's gradient", "terms.total.backward()",
-                 "to measure only, pass weight=0.0"],
-            ),
-            ({}, cut_the_gradient, 19, 20, "no_gradient", ["is exactly 0 at layer 'blocks.1'", "with float16"]),
-            (
-                {"own": 256.0}, None, 19, 11, "loss_scale",
-                ["a sum over the 256 values of a sample", "(terms.total * 256).backward()", "Or pass weight="],
-            ),
-            ({"own": 256.0, "stage": 1}, None, 19, 11, "loss_scale", ["so it has next to no effect"]),
-            (
-                {"own": 1e-5}, None, 59, 11, "loss_scale",
-                ["so the loss hardly counts", "by the steps of accumulation"],
-            ),
-            (
-                {"loss": lambda terms, own: 2 * own - terms.total, "lr": 1e-4}, None, 59, 11, "alignment_not_falling",
-                ["After 60 calls the alignment is", "at first: it does not fall", "same batch"],
-            ),
-            (
-                {"loss": lambda terms, own: 2 * own - terms.total, "lr": 1e-4, "stage": 1}, None, 59, 11,
-                "alignment_not_falling", [],
-            ),
-            ({}, explode, 0, 10, "exploding_features",
-             ["The tokens of layer 'blocks.1' have a mean norm of", "at first it was", "clip"]),
-            (
-                {"teacher": "model"}, None, 19, 20, "no_contrast",
-                ["The condition changes the teacher's features by only 0 of their norm", "Null condition: y = 10.",
-                 "dropped at random"],
-            ),
-            ({"teacher": "null condition"}, None, 19, 20, "no_contrast", ["Null condition: y = function."]),
-            (  # contrast is not judged by a few samples: three of each look in the calls 1, 2, 3, 25 and 50
-                {"labels": lambda step, y: torch.full_like(y, NULL_CLASS), "health_interval": 25}, None, 74, 1,
-                "no_contrast", [],
-            ),
-            (
-                {"stop_step": 1000}, reset_the_step, 12, 20, "step_went_back",
-                ["went back from 11 to 0", "stops at step 1000", "over the whole run"],
-            ),
+        ("settings", "plant", "quiet", "steps", "kind", "said"),
+        [  # what else they say is on the page of errors
+            ({}, leave_out_the_head, 19, 40, "head_not_trained", "in 20 calls, while layer 'blocks.1' has"),
+            ({}, freeze_the_head, 19, 5, "head_not_trained", "the head is frozen or its learning rate is 0"),
+            # the head does not move either, but that is no other fault
+            ({"loss": own_loss}, None, 1, 40, "no_gradient", "without the alignment's gradient"),
+            ({}, cut_the_gradient, 19, 20, "no_gradient", "gradient is exactly 0 at layer 'blocks.1'"),
+            ({"own": 256.0}, None, 19, 11, "loss_scale", "a sum over the 256 values of a sample"),
+            ({"own": 256.0, "stage": 1}, None, 19, 11, "loss_scale", "so it has next to no effect"),
+            ({"own": 1e-5}, None, 59, 11, "loss_scale", "so the loss hardly counts"),
+            (AWAY, None, 59, 11, "alignment_not_falling", "After 60 calls the alignment is"),
+            (AWAY | {"stage": 1}, None, 59, 11, "alignment_not_falling", "at first: it does not fall"),
+            ({}, explode, 0, 10, "exploding_features", "The tokens of layer 'blocks.1' have a mean norm of"),
+            ({"teacher": "model"}, None, 19, 20, "no_contrast", "by only 0 of their norm"),
+            ({"teacher": "null condition"}, None, 19, 20, "no_contrast", "Null condition: y = function."),
+            # contrast is not judged by a few samples: three of each look in the calls 1, 2, 3, 25 and 50
+            ({"labels": all_dropped, "health_interval": 25}, None, 74, 1, "no_contrast", "Null condition: y = 10."),
+            ({"stop_step": 1000}, reset_the_step, 12, 20, "step_went_back", "from 11 to 0, and the alignment stops"),
         ],
-    )  # fmt: skip
+    )
     @pytest.mark.usefixtures("judged_soon")
     def test_it_is_named_once_and_not_too_early(
         self,
@@ -363,7 +336,7 @@ class TestFaults:
         quiet: int,
         steps: int,
         kind: str,
-        parts: list[str],
+        said: str,
     ) -> None:
         if "teacher" in settings:
             settings = settings | {"teacher": ignored_by(settings["teacher"])}
@@ -374,7 +347,7 @@ class TestFaults:
             plant(run)
         assert run.steps(quiet) == []
         run.steps(steps)
-        run.warned(kind, *parts)
+        run.warned(kind, said)
         run.steps(15)
         assert [warning.kind for warning in run.said].count(kind) == 1
 
@@ -385,12 +358,6 @@ class TestFaults:
         leave_out_the_head(run)
         run.steps(40)
         run.warned("head_not_trained")
-
-    def test_a_student_that_begins_as_the_teacher(self) -> None:
-        model = student()
-        run = Run(model=model, teacher=new_teacher(copy.deepcopy(model)))
-        run.steps(20)
-        run.warned("same_weights", "layer 'blocks.1' has the teacher's weights", "from scratch", "ignore this")
 
     @pytest.mark.parametrize("gating", ["per-sample", "released"])
     def test_a_window_that_nothing_enters(self, gating: str) -> None:

@@ -132,14 +132,11 @@ def test_it_stops_where_the_rule_says(rule: st.Plateau) -> None:
     assert run.criterion.stopped_at == wanted
 
 
-def test_it_does_not_stop_while_the_gradients_agree() -> None:
+def test_it_does_not_stop_while_the_gradients_agree_or_without_a_rule() -> None:
     run = PlantedRun(EVERY_CALL)
     assert plain_stop(STEADY, EVERY_CALL) is None
     assert run.stops_at(STEADY) is None
     assert run.criterion.stopped_at is None
-
-
-def test_without_a_rule_nothing_stops() -> None:
     assert PlantedRun(None).stops_at(FALLING) is None
 
 
@@ -245,8 +242,6 @@ class TestSettings:
             st.Plateau(**settings)
 
     def test_of_the_criterion(self) -> None:
-        with pytest.raises(st.SettingError, match="stop_when must be a Plateau or None"):
-            PlantedRun(100)
         with pytest.raises(st.SettingError, match=r"with weight=0\.0 the alignment has none"):
             PlantedRun(EVERY_CALL, weight=0.0)
 

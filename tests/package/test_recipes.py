@@ -1,7 +1,5 @@
 """Recipes: the published settings by name, and the published rule on models of many shapes."""
 
-from dataclasses import fields
-
 import diffusers
 import pytest
 import torch
@@ -108,21 +106,6 @@ def test_arguments_that_make_no_sense() -> None:
         recipe(12)
     with pytest.raises(SettingError, match="blocks names the lists of blocks of a live model; 'SiT-B/2' is a name"):
         recipe("SiT-B/2", blocks="blocks")
-
-
-def test_print_shows_every_setting_with_its_reason() -> None:
-    text = str(recipe("SiT-XL/2"))
-    assert text.startswith("SiT-XL/2, 28 blocks\n")
-    lines = text.splitlines()
-    for setting in fields(Recipe):
-        if setting.name not in ("name", "depth", "reasons", "notes"):
-            (line,) = [line for line in lines if line.split()[0] == setting.name]
-            assert str(getattr(recipe("SiT-XL/2"), setting.name)) in line
-    assert "layer 18 = floor(2 depth / 3)" in text
-    assert "layer 14 = depth // 2" in text
-    assert "10 epochs, as published for L and XL" in text
-    assert "ImageNet's at batch 256" in lines[-1]
-    assert max(map(len, lines)) < 120
 
 
 # --- live models
