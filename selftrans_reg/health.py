@@ -135,19 +135,18 @@ def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> Tensor 
     taught, same = named_layers(teacher), []
     for name, layer in layers.items():
         mine = {key: p for key, p in layer.named_parameters() if p.requires_grad}
-        theirs = dict(taught[name].named_parameters()) if name in taught else {}
-        if not mine or not mine.keys() <= theirs.keys() or any(_is_elsewhere(theirs[key]) for key in mine):
+        theirs = {key: p for key, p in taught[name].named_parameters() if key in mine} if name in taught else {}
+        if not mine or mine.keys() != theirs.keys():
             return None
+        if any(
+            p.is_meta or (hasattr(p, "__tensor_flatten__") and not hasattr(p, "full_tensor")) for p in theirs.values()
+        ):
+            return None  # offloaded, or quantised into several tensors
         a, b = _values(mine.values()), _values(theirs[key] for key in mine)
         if a.shape != b.shape:
             return None
         same.append((a == b.to(a.device)).all())
     return torch.stack(same).all()
-
-
-def _is_elsewhere(p: Tensor) -> bool:
-    """Whether a tensor's values are offloaded, or quantised into several tensors."""
-    return p.is_meta or (hasattr(p, "__tensor_flatten__") and not hasattr(p, "full_tensor"))
 
 
 def _values(parameters: Iterable[nn.Parameter], each: int = 256) -> Tensor:
@@ -209,7 +208,6 @@ class Health:
             self._contrast = max(self._contrast, found["contrast"])
             self._compared += len(look.features[0])
         layers = f"layer{'s' * (len(look.layers) > 1)} {quoted(look.layers)}"
-        # What the first steps of a good run may look like too is over.
         settled = self._calls >= _SETTLED and self._entered
         self._judge_gradients(look, found, calls, layers, settled)
         self._judge_features(look, found, layers, settled)

@@ -125,12 +125,21 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
     if variant not in ("paper", "released"):
         raise SettingError(f"variant must be 'paper' or 'released'; got {variant!r}.")
     if isinstance(model, nn.Module):
-        return _from_model(model, variant, blocks)
-    if not isinstance(model, str):
+        name, depth, settings, notes = _of_model(model, blocks)
+    elif not isinstance(model, str):
         raise SettingError(f"recipe takes a model's name or a model; got {model!r}.")
-    if blocks is not None:
+    elif blocks is not None:
         raise SettingError(f"blocks names the lists of blocks of a live model; {model!r} is a name.")
-    return _from_name(model, variant)
+    else:
+        name, depth, settings, notes = _of_name(model, variant)
+    settings = settings | _VARIANTS[variant] | {"weight": (0.5, "published")}
+    return Recipe(
+        name=name,
+        depth=depth,
+        reasons={key: reason for key, (_, reason) in settings.items()},
+        notes=tuple(notes),
+        **{key: value for key, (value, _) in settings.items()},
+    )
 
 
 # Every setting as its value and the reason for it.
@@ -155,7 +164,7 @@ _PUBLISHED = {  # name -> (depth, list of blocks)
 }
 
 
-def _from_name(name: str, variant: Variant) -> Recipe:
+def _of_name(name: str, variant: Variant) -> tuple[str, int, _Settings, list[str]]:
     if name not in _PUBLISHED:
         by_lower = {known.lower(): known for known in _PUBLISHED}
         close = [by_lower[found] for found in nearest(name.lower(), by_lower)]
@@ -173,10 +182,10 @@ def _from_name(name: str, variant: Variant) -> Recipe:
         settings["guidance_scale"] = (10.0, "reported for LightningDiT")
     if variant == "released" and not text:
         notes.append("The released code teaches with raw weights: build_teacher(..., weights='model').")
-    return _plan(name, depth, variant, settings, notes)
+    return name, depth, settings, notes
 
 
-def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] | None) -> Recipe:
+def _of_model(model: nn.Module, blocks: str | Sequence[str] | None) -> tuple[str, int, _Settings, list[str]]:
     name = type(unwrap(model)).__name__
     layers = find_blocks(model, blocks)
     depth, notes = len(layers), [_STEPS_NOTE]
@@ -196,7 +205,7 @@ def _from_model(model: nn.Module, variant: Variant, blocks: str | Sequence[str] 
         notes.append("With 8 blocks guidance helped to the end: try stop_step=None. See the page 'Does it work?'.")
     if not text:
         notes.append("Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT').")
-    return _plan(name, depth, variant, settings, notes)
+    return name, depth, settings, notes
 
 
 def _takes_text(model: nn.Module) -> bool:
@@ -232,17 +241,6 @@ def _rule(layers: list[str], depth: int, *, text: bool) -> _Settings:
         "stage1_steps": (150_000, "published"),
     }
     return settings | of_text if text else settings
-
-
-def _plan(name: str, depth: int, variant: Variant, settings: _Settings, notes: list[str]) -> Recipe:
-    settings = settings | _VARIANTS[variant] | {"weight": (0.5, "published")}
-    return Recipe(
-        name=name,
-        depth=depth,
-        reasons={key: reason for key, (_, reason) in settings.items()},
-        notes=tuple(notes),
-        **{key: value for key, (value, _) in settings.items()},
-    )
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[str]:

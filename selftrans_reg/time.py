@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, SupportsIndex, TypeGuard
+from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,20 +17,16 @@ from .modules import nearest, quoted
 # exp(−q) each (Laurent & Massart, 2000, lemma 1).
 _TAIL = 20.0
 # Statistics aside, slopes may be off by this much and the noise's power by this factor: harmless.
-_HARMLESS_RMS = 0.05
-_HARMLESS_POWER = 4.0
-# Standard deviation granted to every slope besides the noise: t and x_t may have been rounded to bfloat16.
-_ROUNDING = 0.01
-# Noise is compared on top of a noise of this standard deviation, so that samples with next to none do not count.
-_NOISE_FLOOR = 0.1
-# From this many samples on, "all at most 1" is no accident where steps up to 1000 are drawn (1e-6 for uniform ones).
-_ENOUGH = 2
-# Where t counts up to 1000, all t from 0 to 1 are one noise level within this; a noise level itself has many there.
-_ONE_LEVEL = 0.05
-# Relative error of a time that was rounded to bfloat16: 998.9 becomes 1000.
-_ROUNDED_TIME = 2**-8
-# Times and noise fractions go through float32 arithmetic before they are compared with an edge.
-_SLACK = 1e-6
+_HARMLESS_RMS, _HARMLESS_POWER = 0.05, 4.0
+_ROUNDING = 0.01  # standard deviation granted to every slope besides: t and x_t may have been rounded to bfloat16
+_NOISE_FLOOR = 0.1  # standard deviation on top of which noise is compared: samples with next to none do not count
+# From two samples on, "all at most 1" is no accident where steps up to 1000 are drawn (1e-6 for uniform ones). All t
+# from 0 to 1 are one noise level within this there; a noise level itself has many.
+_ENOUGH, _ONE_LEVEL = 2, 0.05
+_ROUNDED_TIME = 2**-8  # relative error of a time that was rounded to bfloat16: 998.9 becomes 1000
+_SLACK = 1e-6  # times and noise fractions go through float32 arithmetic before they are compared with an edge
+
+_Path: TypeAlias = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # α and σ
 
 
 class _Table:
@@ -212,55 +208,45 @@ def _cogvideox_alphas_cumprod(shift: float) -> Tensor:
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
 
-def _vp_log_alpha(s: Tensor) -> Tensor:
-    """Log α of the continuous variance-preserving path at s in 0..1 (Song et al., 2021, eq. 33, β from 0.1 to 20)."""
-    return -0.25 * s.square() * (20 - 0.1) - 0.5 * s * 0.1
+def _vp(s: Callable[[Tensor], Tensor]) -> _Path:
+    """The continuous variance-preserving path at s(t) in 0..1 (Song et al., 2021, eq. 33, β from 0.1 to 20)."""
+
+    def log_alpha(t: Tensor) -> Tensor:
+        return -0.25 * s(t).square() * (20 - 0.1) - 0.5 * s(t) * 0.1
+
+    # expm1: 1 − α² would cancel near the data
+    return lambda t: log_alpha(t).exp(), lambda t: (-torch.expm1(2 * log_alpha(t))).sqrt()
 
 
-def _vp_sigma(s: Tensor) -> Tensor:
-    return (-torch.expm1(2 * _vp_log_alpha(s))).sqrt()  # expm1: 1 − α² would cancel near the data
-
-
-def _cos(s: Tensor) -> Tensor:
-    return torch.cos(s * (math.pi / 2))
-
-
-def _sin(s: Tensor) -> Tensor:
-    return torch.sin(s * (math.pi / 2))
-
-
+_LINEAR: _Path = (lambda t: 1 - t, lambda t: t)
+_COSINE: _Path = (lambda t: torch.cos(t * (math.pi / 2)), lambda t: torch.sin(t * (math.pi / 2)))
+_LEVEL: _Path = (torch.ones_like, lambda t: t)
 _UNIT = (0.0, 1.0)
 _NAMED = {
     convention.name: convention
     for convention in (
-        TimeConvention("repa", lambda t: 1 - t, lambda t: t, domain=_UNIT),
-        TimeConvention("repa-cosine", _cos, _sin, domain=_UNIT),
-        TimeConvention("sit", lambda t: t, lambda t: 1 - t, domain=_UNIT),
-        TimeConvention("sit-gvp", _sin, _cos, domain=_UNIT),
-        TimeConvention("sit-vp", lambda t: _vp_log_alpha(1 - t).exp(), lambda t: _vp_sigma(1 - t), domain=_UNIT),
+        TimeConvention("repa", *_LINEAR, domain=_UNIT),
+        TimeConvention("repa-cosine", *_COSINE, domain=_UNIT),
+        TimeConvention("sit", _LINEAR[1], _LINEAR[0], domain=_UNIT),
+        TimeConvention("sit-gvp", _COSINE[1], _COSINE[0], domain=_UNIT),
+        TimeConvention("sit-vp", *_vp(lambda t: 1 - t), domain=_UNIT),
         TimeConvention.from_betas("ddpm", torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")),
         TimeConvention.from_betas("ddpm-scaled-linear", _scaled_linear_betas()),
         TimeConvention("flow", lambda t: 1 - t / 1000, lambda t: t / 1000, domain=(0.0, 1000.0)),
-        TimeConvention("flow-unit", lambda t: 1 - t, lambda t: t, domain=_UNIT),
-        TimeConvention(
-            "uvit",
-            # its loop draws s from 0..1 and gives the model 999 s
-            lambda t: _vp_log_alpha(t / 999).exp(),
-            lambda t: _vp_sigma(t / 999),
-            domain=(0.0, 999.0),
-        ),
+        TimeConvention("flow-unit", *_LINEAR, domain=_UNIT),
+        TimeConvention("uvit", *_vp(lambda t: t / 999), domain=(0.0, 999.0)),  # draws s from 0..1, and passes 999 s
         TimeConvention.from_alphas_cumprod(
             "uvit-discrete",
             # it counts the noisy steps from 1
             torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), torch.cumprod(1 - _scaled_linear_betas(), 0)]),
         ),
-        TimeConvention("edm", torch.ones_like, lambda t: t, data_std=0.5, domain=(0.0, math.inf)),
-        TimeConvention("maskdit", torch.ones_like, lambda t: t, domain=(0.0, math.inf)),
+        TimeConvention("edm", *_LEVEL, data_std=0.5, domain=(0.0, math.inf)),
+        TimeConvention("maskdit", *_LEVEL, domain=(0.0, math.inf)),
         TimeConvention.from_alphas_cumprod("cogvideox", _cogvideox_alphas_cumprod(shift=3.0)),
         TimeConvention.from_alphas_cumprod("cogvideox-5b", _cogvideox_alphas_cumprod(shift=1.0)),
         TimeConvention.from_betas("hunyuandit", _scaled_linear_betas(0.03)),
         TimeConvention.from_betas("hunyuandit-1.2", _scaled_linear_betas(0.018)),
-        TimeConvention("stable-audio", _cos, _sin, domain=_UNIT),
+        TimeConvention("stable-audio", *_COSINE, domain=_UNIT),
     )
 }
 
