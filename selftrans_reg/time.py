@@ -344,8 +344,7 @@ def check_against_latents(
     ratio = fit.noise / fit.expected_noise if fit.expected_noise else math.inf
     otherwise = (
         f"No other named convention fits. x_t holds {fit.scale:.3g} times as much of these latents as expected: pass "
-        "them scaled (and shifted) as the model sees them. If the noise is not white noise of unit size (noise offset, "
-        "pyramid noise), pass check_interval=None."
+        "them scaled (and shifted) as the model sees them."
     )
     known = [other for other in _NAMED.values() if other is not time and _problem(other, times, t.device) is None]
     fitting = [other.name for other in known if _Fit(*_fit(other, t, sums, size).tolist()).good()]
@@ -353,7 +352,8 @@ def check_against_latents(
         f"time={time.name!r} contradicts what the model was given: x_t = alpha(t) * latents + sigma(t) * noise fails.\n"
         f"Found: over {fit.samples:.0f} samples the slope of x_t on the latents is off from alpha(t) by "
         f"{fit.mean_square**0.5:.2f} RMS (chi-squared {fit.chi2:.0f}, at most {_upper(fit.samples):.0f} expected), and "
-        f"the rest has {ratio:.2g} times the power of the noise.\n{_advice(fitting, otherwise, name)}"
+        f"the rest has {ratio:.2g} times the power of the noise.\n{_advice(fitting, otherwise, name)}\n"
+        "If the noise is not white noise of unit size (noise offset, pyramid noise), pass check_interval=None."
     )
 
 

@@ -449,7 +449,7 @@ class TestNotFinite:
             Run(model=OverflowingDiT(1)),
             "The student's layer 'blocks.1' gave NaN or inf in 2 of 4 samples, at noise fractions from 0.10 to 0.42.",
             "all weights are finite, so a value overflowed up to there",
-            "bfloat16 or float32",
+            "Use bfloat16, float32 or autocast",
         )
 
     def test_a_student_whose_weights_are_gone(self) -> None:
@@ -490,7 +490,7 @@ class TestNotFinite:
             "The teacher's layer 'blocks.2' gave NaN or inf with the null condition in 3 of 3 samples, at noise "
             "fractions from 0.42 to 0.65.",
             "'y_embedder.weight'",
-            "A teacher does not train: its checkpoint has them already",
+            "A teacher does not train, so its checkpoint or a cast made them",
         )
 
     def test_a_head_whose_weights_are_gone(self) -> None:
