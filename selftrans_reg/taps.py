@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .calls import by_name
-from .errors import CaptureError, SelfTransError, SettingError
-from .modules import Layout, find_layer, layer_names, sharded_parts, unwrap
+from .errors import CaptureError, SelfTransError
+from .modules import Layout, device_of, find_layer, layer_names, sharded_parts, unwrap
 from .tokens import Select, Tokens, as_tokens, check_choice, tensors_in, walk
 
 WhichForward: TypeAlias = Literal["first", "last"] | None
@@ -46,28 +46,16 @@ class Record(Generic[Note]):
     """One forward of the model: its arguments, what the tapped layers returned, and the owner's note on it.
 
     The arguments are in containers of the record's own: the model may put others into those that it was given.
-
-    Attributes:
-        args, kwargs: The call's arguments.
-        captures: By layer, what it returned each time that it ran.
-        with_gradients: Whether gradients were enabled when the call began.
-        transformed: Whether it ran inside a function transform, such as ``torch.func.jvp``.
-        note: What the owner has made of the arguments when the call began.
-        error: Why it could not, which is raised when the record is taken.
     """
-
-    __slots__ = ("_versions", "args", "captures", "error", "kwargs", "note", "transformed", "with_gradients")
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str]) -> None:
         self._versions: Versions = []
         self.args, self.kwargs = walk((args, kwargs), self._see, fresh=True)
-        self.captures: dict[str, list[Capture]] = {}
-        for layer in layers:
-            self.captures[layer] = []
+        self.captures: dict[str, list[Capture]] = {layer: [] for layer in layers}  # one each time that it ran
         self.with_gradients = torch.is_grad_enabled()
-        self.transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        self.note: Note
-        self.error: SelfTransError | None = None
+        self.transformed = torch._C._functorch.peek_interpreter_stack() is not None  # as inside torch.func.jvp
+        self.note: Note  # what the owner has made of the arguments when the call began
+        self.error: SelfTransError | None = None  # why it could not, to be raised when the record is taken
 
     def _see(self, tensor: Tensor, path: str) -> Tensor:
         self._versions.append((tensor, 0 if tensor.is_inference() else tensor._version))
@@ -85,11 +73,7 @@ class Record(Generic[Note]):
                 )
 
     def capture(self, layer: str) -> Capture:
-        """The one capture of ``layer``.
-
-        Raises:
-            CaptureError: If the layer did not run, ran several times, or its output was changed in place afterwards.
-        """
+        """The one capture of ``layer``, or a ``CaptureError`` if there is not one, or not as the layer gave it."""
         captures = self.captures[layer]
         if not captures:
             raise CaptureError(
@@ -120,8 +104,7 @@ class Record(Generic[Note]):
         if self.transformed:
             reason = (
                 "The model ran inside a function transform (torch.func.jvp, vjp, grad or vmap), whose tensors end with "
-                "it: run the model once more outside of it, and say which forward counts with forward='last' or "
-                "'first'."
+                "it: run it once more outside, and say which forward counts with forward='last' or 'first'."
             )
         return CaptureError(f"The tokens of layer {layer!r} carry no gradient, {consequence}.\n{reason}")
 
@@ -150,9 +133,10 @@ class _UnscriptableError(CaptureError, AttributeError):
 class _Hook(Generic[Owner]):
     """A hook that knows its owner and its module weakly, and turns inert in copies and pickles of the module."""
 
-    def __init__(self, owner: Owner, module: nn.Module) -> None:
+    def __init__(self, owner: Owner, module: nn.Module, what: str = "") -> None:
         self.owner: weakref.ref[Owner] = weakref.ref(owner)
         self.module = weakref.ref(module)
+        self.what = what  # the layer that is captured, or the method that is called
 
     @property
     def __name__(self) -> NoReturn:
@@ -172,30 +156,24 @@ def _inert(*args: Any, **kwargs: Any) -> None:
 class _LayerHook(_Hook["Recorder[Any]"]):
     """Appends a layer's raw output to the open record. Traced by ``torch.compile``: keep it free of Python counters."""
 
-    def __init__(self, owner: Recorder[Any], module: nn.Module, layer: str) -> None:
-        super().__init__(owner, module)
-        self.layer = layer
-
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         recorder = self.owner()
         if recorder is None or module is not self.module():
             return
         record = getattr(recorder.here, "opened", None)
-        if record is not None:
-            versions = None if torch.compiler.is_compiling() else _versions_of(output)
-            device = recorder.device_type
-            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-            capture = Capture(output, versions, autocast)
-            if torch.compiler.is_compiling() and hasattr(
-                torch._dynamo.utils, "_disable_side_effect_safety_checks_for_current_subtracer"
-            ):
-                # Dynamo lets nothing out of a checkpointed region, since eager code would repeat it in backward, and
-                # leaves the whole model uncompiled. A capture must not be repeated: this lets it out. It is private
-                # to PyTorch, so a version without it compiles such models as if the tap were a graph break.
-                let_out = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
-                let_out(_append, record.captures[self.layer], capture)
-            else:
-                _append(record.captures[self.layer], capture)
+        if record is None:
+            return
+        device, compiling = recorder.device_type, torch.compiler.is_compiling()
+        autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        capture = Capture(output, None if compiling else _versions_of(output), autocast)
+        if compiling and hasattr(torch._dynamo.utils, "_disable_side_effect_safety_checks_for_current_subtracer"):
+            # Dynamo lets nothing out of a checkpointed region, since eager code would repeat it in backward, and
+            # leaves the whole model uncompiled. A capture must not be repeated: this lets it out. It is private
+            # to PyTorch, so a version without it compiles such models as if the tap were a graph break.
+            let_out = torch._dynamo.utils._disable_side_effect_safety_checks_for_current_subtracer
+            let_out(_append, record.captures[self.what], capture)
+        else:
+            record.captures[self.what].append(capture)
 
 
 def _append(captures: list[Capture], capture: Capture) -> None:
@@ -205,14 +183,10 @@ def _append(captures: list[Capture], capture: Capture) -> None:
 class _RootHook(_Hook["Recorder[Any]"]):
     """Calls one method of its owner around the model's forward, outside of any compiled graph."""
 
-    def __init__(self, owner: Recorder[Any], module: nn.Module, method: str) -> None:
-        super().__init__(owner, module)
-        self.method = method
-
     def __call__(self, module: nn.Module, *args: Any) -> None:
         recorder = self.owner()
         if recorder is not None and module is self.module():
-            getattr(recorder, self.method)(module, *args)
+            getattr(recorder, self.what)(module, *args)
         elif recorder is not None and getattr(module, "_is_replica", False):
             recorder.elsewhere = ": it ran as replicas of nn.DataParallel, which are copies of it; use DDP"
 
@@ -221,20 +195,16 @@ class Recorder(Generic[Note]):
     """Watches one model: a record for each forward, holding the raw outputs of the named layers.
 
     At most one record is held, whatever the loop does, so that a forgotten consumer cannot pile up graphs. What a
-    thread's forwards leave is that thread's: others may sample from the model in the meantime.
+    thread's forwards leave is that thread's, in ``here``: others may sample from the model in the meantime.
 
     Args:
         model: The user's model, wrapped or not.
         layers: Dotted names, as the unwrapped model prints them.
-        on_open: Called with each new record before the forward runs; what it returns is the record's note, and an error
-            of the library that it raises is kept for the loss, where the user expects it.
+        on_open: Makes a new record's note before the forward runs; an error of the library that it raises is kept for
+            the loss, where the user expects it.
         training_only: Record a forward only in train mode with gradients enabled, and never inside a backward pass.
         eval_mode: With ``training_only``, record those in eval mode too.
         forward: Which of several forwards between two takes counts; None makes several an error.
-
-    Attributes:
-        here: What is the thread's: the record that is ``opened`` and the one that is ``kept``, the ``count`` of
-            forwards, and why the last one was ``passed_over``.
     """
 
     def __init__(
@@ -247,17 +217,15 @@ class Recorder(Generic[Note]):
         eval_mode: bool = False,
         forward: WhichForward = None,
     ) -> None:
-        if forward not in (None, "first", "last"):
-            raise SettingError(f"forward must be None, 'first' or 'last'; got {forward!r}.")
         self.layers = tuple(layers)
         self.on_open = on_open
         self.training_only = training_only
         self.eval_mode = eval_mode
         self.forward = forward
-        self.here = threading.local()
+        self.here = threading.local()  # the record ``opened`` and the one ``kept``, the ``count``, why ``passed_over``
         self.elsewhere = ""  # why a forward left no record in this thread, for the error message
-        root = unwrap(model)
         self.device_type = "cpu"
+        root = unwrap(model)
         modules = [find_layer(model, layer) for layer in self.layers]
         self._root = weakref.ref(root)
         _keep_out_of_graphs()
@@ -283,12 +251,7 @@ class Recorder(Generic[Note]):
         return getattr(self.here, "kept", None) is not None
 
     def take(self) -> Record[Note]:
-        """The record of this thread's forward since the last take, which is forgotten here.
-
-        Raises:
-            CaptureError: If there was no forward, or several and ``forward`` does not say which counts.
-            SelfTransError: What ``on_open`` has raised.
-        """
+        """The record of this thread's one forward since the last take, or the error that ``on_open`` has raised."""
         record: Record[Note] | None = getattr(self.here, "kept", None)
         count = getattr(self.here, "count", 0)
         self.discard()
@@ -321,11 +284,8 @@ class Recorder(Generic[Note]):
 
     def _open(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.here.opened = None  # what an interrupted forward may have left
-        self.device_type = "cpu"
-        for parameter in module.parameters():  # now: the model may have been moved
-            if torch.amp.is_autocast_available(parameter.device.type):
-                self.device_type = parameter.device.type
-            break
+        device = device_of(module).type  # now: the model may have been moved
+        self.device_type = device if torch.amp.is_autocast_available(device) else "cpu"
         # A checkpoint of the whole model recomputes it in backward; and torch.jit.trace takes it down.
         if torch._C._current_graph_task_id() != -1 or torch._C._is_tracing():
             return
@@ -334,19 +294,12 @@ class Recorder(Generic[Note]):
                 self.here.passed_over = ": the last one was in eval mode"
                 return
             if not torch.is_grad_enabled():
-                without = "without gradients, as in a checkpoint with use_reentrant=True"
-                self.here.passed_over = f": the last one ran {without}"
+                self.here.passed_over = ": the last one ran without gradients, as a checkpoint with use_reentrant=True"
                 return
         record: Record[Note] = Record(args, kwargs, self.layers)
-        cast = None if self._came_first(module) or not self.training_only else _reduced_precision(args, kwargs)
         try:
-            if cast is not None:
-                raise CaptureError(
-                    f"The model's arguments were {cast} when this library saw them, and another hook had seen them "
-                    "before: with fully_shard and a mixed-precision policy that hook rounds them, t too, which decides "
-                    "what is inside the window.\nAttach after the model was sharded: call criterion.attach(model) "
-                    "after fully_shard or accelerator.prepare."
-                )
+            if not self._came_first(module) and self.training_only:
+                _refuse_rounded(*args, *kwargs.values())
             record.note = self.on_open(record)
         except SelfTransError as error:
             record.error = error.with_traceback(None)  # whose frames hold the record, and with it the graph
@@ -381,9 +334,16 @@ def _remove(handles: list[RemovableHandle]) -> None:
     handles.clear()
 
 
-def _reduced_precision(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.dtype | None:
-    found = {value.dtype for value in (*args, *kwargs.values()) if isinstance(value, Tensor)}
-    return next((dtype for dtype in (torch.bfloat16, torch.float16) if dtype in found), None)
+def _refuse_rounded(*values: object) -> None:
+    """Raise ``CaptureError`` if arguments come in less than float32, as another hook may have cast them."""
+    rounded = {value.dtype for value in values if isinstance(value, Tensor)} & {torch.bfloat16, torch.float16}
+    if rounded:
+        raise CaptureError(
+            f"The model's arguments were {rounded.pop()} when this library saw them, and another hook had seen them "
+            "before: with fully_shard and a mixed-precision policy it rounds them, t too, which decides what is inside "
+            "the window.\nAttach after the model was sharded: call criterion.attach(model) after fully_shard or "
+            "accelerator.prepare."
+        )
 
 
 class _Stop(BaseException):
@@ -414,10 +374,6 @@ class EarlyExit:
     """Runs a model up to one layer and returns that layer's raw output.
 
     What belongs to a forward is kept by its thread: others may run the same model meanwhile, through this or not.
-
-    Args:
-        model: The model, wrapped or not.
-        layer: The dotted name as the unwrapped model prints it.
     """
 
     def __init__(self, model: nn.Module, layer: str) -> None:
@@ -428,16 +384,9 @@ class EarlyExit:
         module.register_forward_hook(_StopHook(self, module))
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, stop: bool = True) -> Any:
-        """The layer's raw output in ``model(*args, **kwargs)``.
+        """The layer's raw output in ``model(*args, **kwargs)``, of which nothing more is run if it is to ``stop``.
 
-        Args:
-            model: The model.
-            args: Of the call.
-            kwargs: Of the call.
-            stop: Leave the forward there. Otherwise it goes on, and what fails behind the layer is of no interest.
-
-        Raises:
-            CaptureError: If the forward ended without running the layer, or ran it several times.
+        Otherwise the forward goes on, and what fails behind the layer is of no interest.
         """
         thread = threading.get_ident()
         run = self.runs[thread] = _Run([], stop)
@@ -451,17 +400,16 @@ class EarlyExit:
                 raise
         finally:
             del self.runs[thread]
-        if len(run.outputs) == 1:
-            return run.outputs[0]
-        if run.outputs:
+        if not run.outputs:
+            raise CaptureError(
+                f"The teacher's forward ended without running layer {self.layer!r}: name one that always runs."
+            )
+        if len(run.outputs) > 1:
             raise CaptureError(
                 f"Layer {self.layer!r} runs {len(run.outputs)} times in one forward of the teacher, and nothing is "
                 "guessed.\nTap a layer that runs once."
             )
-        raise CaptureError(
-            f"The teacher's forward ended without running layer {self.layer!r}: name a layer that runs in every "
-            "forward."
-        )
+        return run.outputs[0]
 
 
 @contextlib.contextmanager
@@ -478,8 +426,7 @@ def watched(
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        _remove(handles)
 
 
 @functools.cache
@@ -527,8 +474,7 @@ class FeatureTap:
         root = unwrap(model)
         self._model_name, self._signature = type(root).__name__, inspect.signature(root.forward)
         layers = {name: find_layer(model, name) for name in layer_names(layer)}
-        self._modules = {name: weakref.ref(module) for name, module in layers.items()}
-        self._layouts = {name: Layout.of(module) for name, module in layers.items()}
+        self._layers = {name: (weakref.ref(module), Layout.of(module)) for name, module in layers.items()}
         self._recorder: Recorder[None] | None = Recorder(model, list(layers), lambda record: None)
 
     def pop(self) -> Tensor | dict[str, Tensor]:
@@ -540,8 +486,8 @@ class FeatureTap:
         Raises:
             CaptureError: If there was no forward, or several; or a layer did not run, or ran more than once; or the
                 tap was detached, or is a copy of one.
-            CallError: If the layer's output holds several tensors and ``select`` was not given.
             CaptureError: If activation checkpointing hides the gradient of a layer that trains.
+            CallError: If the layer's output holds several tensors and ``select`` was not given.
         """
         if self._recorder is None:
             raise CaptureError(
@@ -553,19 +499,12 @@ class FeatureTap:
         def arguments() -> dict[str, Any]:
             return by_name(self._signature, record.args, record.kwargs, self._model_name)
 
-        found = {
-            name: as_tokens(
-                record.capture(name).output,
-                self.select,
-                self.tokens,
-                layer=name,
-                layout=self._layouts[name],
-                arguments=arguments,
-            )
-            for name in self._modules
-        }
-        for name, tokens in found.items():
-            module = self._modules[name]()
+        found = {}
+        for name, (ref, layout) in self._layers.items():
+            output = record.capture(name).output
+            tokens = as_tokens(output, self.select, self.tokens, layer=name, layout=layout, arguments=arguments)
+            found[name] = tokens
+            module = ref()
             trains = record.with_gradients and module is not None and any(p.requires_grad for p in module.parameters())
             if trains and not tokens.requires_grad:
                 raise record.no_gradient(
