@@ -308,12 +308,8 @@ class RowTensors:
             if shape[0] == n:
                 self._take(path, 0, tensor)
             elif n > 1 and shape[0] and shape[0] % n == 0:
-                raise CallError(
-                    f"Argument {path!r} has shape {tuple(shape)}: its first axis is {shape[0] // n} times the batch of "
-                    f"{n}, as in a doubled or packed batch, from which rows cannot be taken.\n"
-                    f"If all samples share it, pass call=dict(shared=[{path!r}]); else call the model with one row a "
-                    "sample."
-                )
+                times = f"{shape[0] // n} times the batch of {n}, as in a doubled or packed batch"
+                self._ask(path, f"has shape {tuple(shape)}: its first axis is {times}")
             elif shape[0] > 1 and n in shape[1 : None if n > 1 else 2]:
                 self._ask(path, f"has shape {tuple(shape)}: axis {shape.index(n, 1)} looks like the batch of {n}")
             elif n > 1:
