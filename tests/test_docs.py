@@ -142,6 +142,19 @@ def test_code_fits_its_column(page: Path) -> None:
     assert not wide, f"{page.name}: {len(wide)} lines, such as {wide[0]!r}"
 
 
+@pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: page.name)
+def test_a_file_that_hidden_set_up_saves_is_introduced_in_the_text(page: Path) -> None:
+    """A file that the page's code reads has a visible origin, although the test has to make one."""
+    text = page.read_text()
+    saved = {
+        name for block in blocks_of(text) if block.kind == "setup" for name in re.findall(r'"([\w-]+\.pt)"', block.code)
+    }
+    visible = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
+    prose = re.sub(r"^```.*?^```", "", visible, flags=re.DOTALL | re.MULTILINE)
+    read = {name for name in saved if f'"{name}"' in visible}
+    assert [name for name in read if f"`{name}`" not in prose] == [], page.name
+
+
 def test_the_readme_runs_with_a_model_a_transport_and_a_loader() -> None:
     hidden = [block for block in blocks_of((ROOT / "README.md").read_text()) if block.kind == "setup"]
     names: dict[str, object] = {}
