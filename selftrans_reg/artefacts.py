@@ -60,9 +60,9 @@ def strip(model: nn.Module) -> dict[str, Tensor]:
 
 # --- What the settings have to be ------------------------------------------------------------------------------------
 
-# A schema is plain data: `str` is one line of text, a range whole numbers, a slice the numbers from its start to its
-# stop, a pattern text that matches, a list things of one kind (and how many at least), {str: ...} things by any names,
-# another dict exactly its names (but for those with a question mark), a tuple one of several, anything else itself.
+# Plain data: `str` is one line of text, a range whole numbers, a slice the numbers from start to stop, a pattern text
+# that matches, a list things of one kind (and how many at least), {str: ...} things by any names, another dict exactly
+# its names (but for those with a question mark), a tuple one of several, anything else itself.
 Schema = Any
 
 _COUNT, _WIDTH, _INDEX = range(1 << 53), range(1, (1 << 20) + 1), range(-(1 << 20), (1 << 20) + 1)
@@ -353,9 +353,7 @@ settings; the class is not part of this repository. `st.SelfTransLoss.stage2(mod
            Training?}},
   author = {{Lingchen Sun and Rongyuan Wu and Zhengqiang Zhang and Ruibin Li and Yujing Sun and Shuaizheng Liu and
             Lei Zhang}},
-  year = {{2026}}, eprint = {{2601.07773}}, archivePrefix = {{arXiv}},
-  note = {{First version: Beyond External Guidance: Unleashing the Semantic Richness Inside Diffusion Transformers for
-          Improved Training}}
+  year = {{2026}}, eprint = {{2601.07773}}, archivePrefix = {{arXiv}}
 }}
 ```
 """
@@ -365,15 +363,12 @@ def card(config: Mapping[str, Any], name: str) -> str:
     """The model card of a saved teacher that its users load as ``name``."""
     from huggingface_hub import ModelCard, ModelCardData
 
-    licence, source = config["licence"], config["source"]
+    licence = config["licence"]
     # The hub knows licences by short names, and refuses a card with any other than "other".
-    known = licence if licence and re.fullmatch(r"[a-z0-9.-]+", licence) else "other"
-    header = ModelCardData(
-        license=known if licence else None,
-        license_name=licence if known == "other" and licence else None,
-        library_name="selftrans-reg",
-        tags=["self-transcendence", "diffusion"],
-    )
+    licences = {"license": licence}
+    if licence and not re.fullmatch(r"[a-z0-9.-]+", licence):
+        licences = {"license": "other", "license_name": licence}
+    header = ModelCardData(**licences, library_name="selftrans-reg", tags=["self-transcendence", "diffusion"])
     null = {".".join(map(str, entry["path"])): entry for entry in config["null"]}
     rows = {
         **{row: config[row.replace(" ", "_")] for row in ("backbone", "layer", "guidance scale")},
@@ -383,7 +378,7 @@ def card(config: Mapping[str, Any], name: str) -> str:
         **{row: config[row.replace(" ", "_")] for row in ("latent scale", "latent shape")},
         "training step": config["step"],
         "whole": "no, up to the layer only" if config["dropped"] else "yes",
-        "trained in": source,
+        "trained in": config["source"],
         "licence": licence,
     }
     asked = [f", null={nested(entry['path'])}" for entry in config["null"] if "unsaved" in entry]

@@ -7,11 +7,10 @@ import datetime
 import json
 import os
 import pathlib
-import pickle
+import re
 import threading
 import types
 import warnings
-import zipfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -225,6 +224,7 @@ _DATA: tuple[Any, ...] = (
     *((pathlib.PurePosixPath, f"pathlib.{name}PosixPath") for name in ("", "Pure", "_local.", "_local.Pure")),
     *((pathlib.PureWindowsPath, f"pathlib.{name}WindowsPath") for name in ("", "Pure", "_local.", "_local.Pure")),
 )
+_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # in the head of what torch wrote before 1.6
 _ALLOWING = threading.Lock()  # what is allowed, is allowed to the whole process
 
 
@@ -237,7 +237,8 @@ def _read_torch(file: Path) -> dict[str, Any]:
             try:
                 content = torch.load(stream, map_location="cpu", weights_only=True)
             except Exception as error:
-                if refused := _refusal(file, stream):
+                stream.seek(0)
+                if refused := _refusal(file, stream.read(20), error):
                     raise CheckpointError(refused) from error
                 raise
         if not isinstance(content, dict):
@@ -248,63 +249,28 @@ def _read_torch(file: Path) -> dict[str, Any]:
         return content
 
 
-class _Inert(dict[Any, Any]):
-    """Stands for whatever a pickle asks for, and does nothing."""
-
-    def __new__(cls, *_: Any, **__: Any) -> _Inert:
-        return dict.__new__(cls)
-
-    def __init__(self, *_: Any, **__: Any) -> None: ...
-
-    def __setstate__(self, _: Any) -> None: ...
-
-    append = extend = add = __setstate__
-
-
-class _Outline(pickle.Unpickler):
-    """Lists what a pickle asks for, with every class replaced by an inert one: no code runs."""
-
-    asked: tuple[str, ...] = ()
-
-    def find_class(self, module: str, name: str) -> Any:
-        if not name.startswith("_rebuild") and not name.endswith("Storage") and name != "OrderedDict":
-            self.asked += (f"{module}.{name}"[:100],)
-        return _Inert
-
-    def persistent_load(self, pid: Any) -> Any:
-        return pid[1] if isinstance(pid, tuple) and pid[0] == "module" else None  # a class, as torch wrote before 1.6
-
-
 _REMEDY = """\
 If you trust the file, save its weights alone, in the repository that it was made with:
     import pathlib, pickle, torch
     content = {read}  # runs its code
     def weights(entry):
         entry = entry.state_dict() if hasattr(entry, 'state_dict') else entry
-        if isinstance(entry, dict):
-            return {{key: kept for key, value in entry.items() if (kept := weights(value)) is not None}} or None
-        return entry if isinstance(entry, torch.Tensor) else None
+        if not isinstance(entry, dict):
+            return entry if isinstance(entry, torch.Tensor) else None
+        kept = {{k: weights(v) for k, v in entry.items()}}
+        return {{k: v for k, v in kept.items() if v is not None}} or None
     torch.save(weights(content), 'weights.pt')"""
 
 
-def _refusal(file: Path, stream: BinaryIO) -> str:
+def _refusal(file: Path, head: bytes, error: Exception) -> str:
     """What a file that torch refuses asks for, and the lines that save its weights anew; empty if it is damaged."""
+    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
     read = f"torch.load({str(file)!r}, map_location='cpu', weights_only=False)"
-    try:
-        stream.seek(0)
-        is_zip = zipfile.is_zipfile(stream)
-        stream.seek(0)
-        if is_zip:
-            asked = torch.serialization.get_unsafe_globals_in_checkpoint(stream)
-        else:
-            outline = _Outline(stream)
-            if isinstance(outline.load(), int):  # torch before 1.6: a number, a version, the system, the content
-                for _ in range(3):
-                    outline.load()
-            else:
-                read = f"pickle.loads(pathlib.Path({str(file)!r}).read_bytes())"
-            asked = [*outline.asked]
-    except Exception:
+    if head.startswith(b"\x80") and _MAGIC not in head:
+        asks, read = "what torch.save never writes", f"pickle.loads(pathlib.Path({str(file)!r}).read_bytes())"
+    elif asked:
+        asks = asked[1][:200]
+    else:
         return ""
-    what = f"{file} is refused, and nothing of it was run: it asks for {some_of(sorted({*asked}), quote=False)}"
-    return f"{what}, not plain data.\n{_REMEDY.format(read=read)}" if asked else ""
+    what = f"{file} is refused, and nothing of it was run: it asks for {asks}, not plain data."
+    return f"{what}\n{_REMEDY.format(read=read)}"

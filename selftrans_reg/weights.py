@@ -30,7 +30,7 @@ _HEADS = (
     re.compile(r"projectors_final\.linear\.(weight|bias)"),
 )
 
-_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
 _AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|averag|avg|polyak|shadow|(?<![a-z])swa(?![a-z])", re.IGNORECASE)
 
@@ -170,7 +170,7 @@ def _paths(content: Mapping[str, Any], keys: Collection[str], above: str = "", d
     counts: Counter[str] = Counter()
     tensors = [k for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor) and v.is_floating_point()]
     for parts in (key[:500].split(".") for key in tensors):
-        fits = (".".join(parts[:i]) for i in range(len(parts)) if _bare(".".join(parts[i:])) in keys)
+        fits = (".".join(parts[:i]) for i in range(len(parts[:16])) if _bare(".".join(parts[i:])) in keys)
         counts.update([next(fits, None) or ""])
     most = [prefix for prefix, count in counts.most_common(_LISTED) if 2 * count >= min(len(keys), len(tensors))]
     most = most or [""] * bool(tensors)
@@ -196,10 +196,9 @@ def _size(tensor: Tensor) -> str:
 
 
 def matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """``state`` by the keys of ``own`` where it has them, once every value is known to be a plain tensor with data.
+    """``state``, known to hold plain tensors, by the keys of ``own`` where it has them but for wrappers' prefixes.
 
-    Wrappers' prefixes are taken off where that makes a key one of ``own``; any other key stays as it is. An
-    ``AveragedModel``'s counter is left out.
+    An ``AveragedModel``'s counter is left out.
     """
     by_bare: dict[str, list[str]] = {}
     for key in sorted(own, key=len, reverse=True):  # the longest first: as little as possible is taken off
@@ -247,11 +246,7 @@ def defect(value: object) -> str | None:
 
 
 def own_tensors(model: nn.Module, purpose: str = "take weights") -> dict[str, Tensor]:
-    """The model's own parameters and persistent buffers, by keys without wrappers' prefixes.
-
-    Raises:
-        CheckpointError: If one is no plain tensor with data: the model cannot do what ``purpose`` says.
-    """
+    """The model's own parameters and persistent buffers, plain tensors all, by keys without wrappers' prefixes."""
     owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     own: dict[str, Tensor] = {}
     for key, value in model.state_dict(keep_vars=True).items():
@@ -287,10 +282,7 @@ def _overlaps(tensor: Tensor) -> bool:
 
 
 def _adapter(model: nn.Module, state: Mapping[str, Any], source: str | None) -> dict[str, Tensor] | None:
-    """The tensors of the model's PEFT adapter, by the keys under which ``state`` holds an adapter; None if it does not.
-
-    PEFT leaves the adapter's name out of the keys that it saves.
-    """
+    """The tensors of the model's PEFT adapter by the keys that PEFT saves, if ``state`` holds an adapter."""
     holder = next((m for m in model.modules() if getattr(m, "peft_config", None)), None)
     if holder is None:
         return None
@@ -328,7 +320,9 @@ def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, T
     extra = [key for key in saved if key not in own]
     shared = [key for key in saved if key in own]
     shapes = [key for key in shared if saved[key].shape != own[key].shape]
-    dtypes = [key for key in shared if not _convertible(saved[key].dtype, own[key].dtype)]
+    # Floating point converts; 8-bit floats do not, being quantised; integers and booleans have to be the same.
+    kinds = {key: {saved[key].dtype, own[key].dtype} for key in shared}
+    dtypes = [key for key in shared if len(kinds[key]) > 1 and not kinds[key] <= _FLOATS]
 
     def absent(key: str) -> str:
         note = "" if isinstance(own[key], nn.Parameter) else ", a buffer"
@@ -340,23 +334,19 @@ def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, T
         ("Of another shape", shapes, lambda k: f"{k}: saved {_size(saved[k])}, model {_size(own[k])}"),
         ("Of another dtype", dtypes, lambda k: f"{k}: saved {saved[k].dtype}, model {own[k].dtype}"),
     ]
-    problems = []
-    for title, keys, describe in sections:
-        if keys:
-            more = [f"... and {len(keys) - _LISTED} more"] if len(keys) > _LISTED else []
-            problems.append("\n  ".join([f"{title} ({len(keys)}):", *map(describe, keys[:_LISTED]), *more]))
+    problems = [
+        "\n  ".join([f"{title} ({len(keys)}):", *map(describe, keys[:_LISTED]), *_more(keys)])
+        for title, keys, describe in sections
+        if keys
+    ]
     if problems:
-        problems.append(
-            "Build the model with the settings of the run that saved it, or rename the keys of a state dict."
-        )
-        raise CheckpointError(
-            "\n".join([f"{where} does not fit {type(model).__name__}; nothing was loaded.", *problems])
-        )
+        first = f"{where} does not fit {type(model).__name__}; nothing was loaded."
+        last = "Build the model with the settings of the run that saved it, or rename the keys of a state dict."
+        raise CheckpointError("\n".join([first, *problems, last]))
 
 
-def _convertible(saved: torch.dtype, own: torch.dtype) -> bool:
-    """Floating point converts; 8-bit floats do not, being quantised; integers and booleans have to be the same."""
-    return saved == own or (saved in _FLOATS and own in _FLOATS)
+def _more(keys: Sequence[str]) -> list[str]:
+    return [f"... and {len(keys) - _LISTED} more"] if len(keys) > _LISTED else []
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
@@ -375,8 +365,7 @@ def check_values(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: 
         mask = not isinstance(own[key], nn.Parameter)
         # In parts, as the mask of a large tensor, whole, would add to the memory that loading takes.
         parts: Sequence[Tensor] = torch.split(value.detach().flatten(), 1 << 20)
-        bad = sum(_not_finite(part.to(dtype), mask) for part in parts)
-        if bad:
+        if bad := sum([_not_finite(part.to(dtype), mask) for part in parts]):
             raise CheckpointError(
                 f"{where} has {bad} of {value.numel()} values under {key!r} that are not finite in {dtype}.\n"
                 "Take an earlier checkpoint of the run, or build the model in a wider dtype."

@@ -768,7 +768,8 @@ class Bomb:
 def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, model: ToyDiT, ema: State, write: Any) -> None:
     marker, path = tmp_path / "ran", tmp_path / "bomb.pt"
     write({"ema": ema, "args": Bomb(marker)}, path)
-    assert_says(refusal(model, path), "nothing of it was run: it asks for ", ".mkdir")
+    asks = "what torch.save never writes" if write is _raw_pickle else "posix.mkdir"
+    assert_says(refusal(model, path), f"nothing of it was run: it asks for {asks}, not plain data")
     assert not marker.exists()
     pickle.loads(pickle.dumps(Bomb(marker)))
     assert marker.exists(), "the bomb is a dud: it does not go off in a trusting reader either"
@@ -828,7 +829,7 @@ def test_a_path_that_is_not_there_names_the_nearest(model: ToyDiT, tmp_path: Pat
 
 def test_files_of_another_format_are_refused(model: ToyDiT, ema: State, tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
-    for data in (b"", b"x", b"PK\x03\x04", b"\x80\x02}."):
+    for data in (b"", b"x", b"PK\x03\x04"):
         path.write_bytes(data)
         assert_says(refusal(model, path), "cannot be read as a checkpoint")
     with zipfile.ZipFile(path, "w") as file:  # as torch.jit.save writes programs
