@@ -6,6 +6,7 @@ import dataclasses
 from collections import namedtuple
 from typing import Any
 
+import plain
 import pytest
 import torch
 from torch import Tensor, nn
@@ -96,10 +97,8 @@ def test_a_time_is_one_value_a_row(t: object) -> None:
     ],
 )
 def test_a_call_mapping_that_does_not_fit_is_refused(call: dict[str, Any], parts: list[str]) -> None:
-    with pytest.raises(SettingError) as error:
+    with plain.refused(SettingError, *parts):
         CallSpec(Positional(), call)
-    for part in parts:
-        assert part in str(error.value)
 
 
 def test_a_signature_without_names_is_refused_with_both_ways_out() -> None:
@@ -135,17 +134,17 @@ def test_a_signature_without_names_is_refused_with_both_ways_out() -> None:
     ],
 )
 def test_a_call_that_cannot_be_read_is_refused(args: tuple[Any, ...], error: type[Exception], parts: list[str]) -> None:
-    with pytest.raises(error) as caught:
+    with plain.refused(error, *parts):
         CallSpec(Positional(), None).bind(args, {})
-    for part in parts:
-        assert part in str(caught.value)
 
 
 def test_a_missing_time_names_the_arguments_that_are_there() -> None:
-    with pytest.raises(CallError) as error:
+    with plain.refused(
+        CallError,
+        "The call has no argument 'timestep' of Diffusers; it has 'hidden_states', 'cond'",
+        "Say which holds t: call=dict(t=...)",
+    ):
         CallSpec(Diffusers(), {"t": "timestep"}).bind((X, Y), {})
-    assert "The call has no argument 'timestep' of Diffusers; it has 'hidden_states', 'cond'" in str(error.value)
-    assert "Say which holds t: call=dict(t=...)" in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +229,12 @@ def test_a_students_call_becomes_the_teachers_own() -> None:
     student, teacher = CallSpec(Positional(), None), CallSpec(Teacher(), {"x": "sample", "t": "sigma"})
     call = teacher.adopt(student.bind((X, T, Y), {}), student)
     assert {name: id(value) for name, value in call.arguments.items()} == {"sample": id(X), "sigma": id(T), "y": id(Y)}
-    with pytest.raises(CallError) as error:
+    with plain.refused(
+        CallError,
+        "The student was called with 'mask', which Teacher.forward does not take; it takes 'y'",
+        "must take the same conditions under the same names",
+    ):
         teacher.adopt(student.bind((X, T, Y), {"mask": Y}), student)
-    assert "The student was called with 'mask', which Teacher.forward does not take; it takes 'y'" in str(error.value)
-    assert "must take the same conditions under the same names" in str(error.value)
 
 
 Pair = namedtuple("Pair", "left right")
@@ -354,15 +355,14 @@ class TestRows:
 
     @pytest.mark.parametrize("entries", [["a", "b", "c"], ("a", "b", "c"), [1, 2, 3], [[Y[:1]], [], []]])
     def test_a_list_with_one_entry_a_sample_is_refused_unless_it_is_said_to_be_one(self, entries: Any) -> None:
-        with pytest.raises(CallError) as error:
-            self.rows(captions=entries)
-        for part in (
+        with plain.refused(
+            CallError,
             f"'captions' is a {type(entries).__name__} of 3 entries",
             "rows can only be taken from tensors",
             "shared=['captions']",
             "rows={'captions': 'list'}",
         ):
-            assert part in str(error.value)
+            self.rows(captions=entries)
         assert self.rows(("captions",), captions=entries).paths == ["x", "t"]
         held = self.rows(captions=entries, rows={"captions": "list"})
         rebuilt = held.rebuild([take_rows(rows, slice(1, 3)) for rows in held.tensors])

@@ -79,10 +79,8 @@ class TestFeatureTap:
         with st.FeatureTap(model, "blocks.1") as tap:
             run(model)
             run(model)
-            with pytest.raises(CaptureError) as error:
+            with plain.refused(CaptureError, "ran 2 forwards since the last call, and nothing is guessed", "discard()"):
                 tap.pop()
-            for part in ("ran 2 forwards since the last call, and nothing is guessed", "discard()"):
-                assert part in str(error.value)
             run(model, 2)
             tap.discard()
             run(model, 3)
@@ -108,10 +106,10 @@ class TestFeatureTap:
         else:
             tap = copy.deepcopy(tap)
         tap.discard()
-        with pytest.raises(CaptureError) as error:
+        with plain.refused(
+            CaptureError, "This tap watches no model", "or is a copy of one that does.\nPop before leaving"
+        ):
             tap.pop()
-        for part in ("This tap watches no model", "or is a copy of one that does.\nPop before leaving"):
-            assert part in str(error.value)
         tap.detach()
 
     def test_select_and_tokens_pick_the_images(self) -> None:
@@ -142,9 +140,8 @@ class TestFeatureTap:
     def test_settings_that_make_no_sense_are_refused(
         self, settings: dict[str, Any], error: type[Exception], part: str
     ) -> None:
-        with pytest.raises(error) as caught:
+        with plain.refused(error, part):
             st.FeatureTap(ToyDiT(), **settings)
-        assert part in str(caught.value)
 
 
 class TestCaptures:
@@ -235,10 +232,10 @@ class TestTrainingRecords:
         recorder = Recorder(model, ["blocks.1"], noted, training_only=True)
         with torch.set_grad_enabled(mode == "eval"):
             run(model)
-        with pytest.raises(CaptureError) as error:
+        with plain.refused(
+            CaptureError, f"There is no forward of the model to work on{reason}", "in train mode with gradients enabled"
+        ):
             recorder.take()
-        assert f"There is no forward of the model to work on{reason}" in str(error.value)
-        assert "in train mode with gradients enabled" in str(error.value)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
@@ -303,10 +300,10 @@ class TestEarlyExit:
     def test_a_layer_that_never_runs_is_an_error(self) -> None:
         model = nn.ModuleDict({"used": nn.Linear(2, 2), "unused": nn.Linear(2, 2)})
         model.forward = model["used"].forward
-        with pytest.raises(CaptureError) as error:
+        with plain.refused(
+            CaptureError, "The teacher's forward ended without running layer 'unused'", "name one that always runs"
+        ):
             EarlyExit(model, "unused").run(model, (torch.zeros(1, 2),), {})
-        assert "The teacher's forward ended without running layer 'unused'" in str(error.value)
-        assert "name one that always runs" in str(error.value)
 
 
 def test_watching_every_module_ends_with_its_block() -> None:

@@ -6,6 +6,7 @@ from collections import namedtuple
 from dataclasses import dataclass
 from typing import Any
 
+import plain
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,16 +54,15 @@ def test_select_picks_by_index_key_field_or_callable(output: Any, select: Any) -
 
 
 def test_an_ambiguous_output_is_listed_as_one_would_index_it() -> None:
-    with pytest.raises(CallError) as error:
-        tokens_of(({"text": TEXT}, [IMAGE, "x"], Output(IMAGE)))
-    for part in (
+    with plain.refused(
+        CallError,
         "Layer 'blocks.1' returns a tuple with 3 tensors, and nothing is guessed:\n",
         "  [0]['text']: (2, 5, 8)\n",
         "  [1][0]: (2, 16, 8)\n",
         "  [2]['hidden_states']: (2, 16, 8)\n",
         "Say which with select= (an index, a key, or a callable).",
     ):
-        assert part in str(error.value)
+        tokens_of(({"text": TEXT}, [IMAGE, "x"], Output(IMAGE)))
 
 
 @pytest.mark.parametrize("output", [None, (), "text", ({},)])
@@ -81,10 +81,8 @@ def test_an_output_without_a_tensor_says_so(output: Any) -> None:
     ],
 )
 def test_a_select_that_does_not_fit_is_refused(select: Any, parts: list[str]) -> None:
-    with pytest.raises(CallError) as error:
+    with plain.refused(CallError, *parts):
         tokens_of((TEXT, IMAGE), select)
-    for part in parts:
-        assert part in str(error.value)
 
 
 class Swin(nn.Module):
@@ -122,16 +120,15 @@ def test_the_layers_width_says_which_axis_of_a_map_it_is(layout: str, of: nn.Mod
 def test_where_two_axes_may_be_the_width_the_layers_class_decides_or_it_is_asked_for(shape: tuple[int, ...]) -> None:
     value = torch.randn(shape)
     for of in (8, nn.ModuleList([nn.Linear(4, 8)])):
-        with pytest.raises(ShapeError) as error:
-            tokens_of(value, of=of)
-        for part in (
+        with plain.refused(
+            ShapeError,
             f"shape {shape}",
             "its width is 8, and axes [",
             "Pass tokens=lambda",
             "lambda x: x.flatten(1, -2)",
             "select=",
         ):
-            assert part in str(error.value)
+            tokens_of(value, of=of)
     for last in (nn.Linear(4, 8), nn.LayerNorm(8), nn.Sequential(nn.Conv2d(4, 4, 1), nn.LayerNorm(8))):
         torch.testing.assert_close(tokens_of(value, of=last), value.flatten(1, -2))
     for first in (nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.Sequential(nn.Linear(4, 4), nn.Conv3d(4, 8, 1))):
@@ -181,10 +178,8 @@ def test_a_callable_with_two_parameters_gets_the_calls_arguments() -> None:
     ],
 )
 def test_what_is_left_must_be_tokens(tensor: Tensor, tokens: Any, error: type[Exception], parts: list[str]) -> None:
-    with pytest.raises(error) as caught:
+    with plain.refused(error, *parts):
         tokens_of(tensor, tokens=tokens)
-    for part in parts:
-        assert part in str(caught.value)
 
 
 @pytest.mark.parametrize("choice", [(True, None), (1.5, None), ([0], None), (None, 1), (None, "a"), (None, (1, None))])
@@ -205,26 +200,24 @@ def test_the_grid_counts_patches_along_each_axis(
 
 @pytest.mark.parametrize(("shape", "patch"), [((2, 4, 8, 7), (2, 2)), ((2, 4, 8), (2, 2)), ((2, 4, 3, 8, 8), (2, 2))])
 def test_latents_that_do_not_divide_into_patches_are_refused(shape: tuple[int, ...], patch: tuple[int, ...]) -> None:
-    with pytest.raises(ShapeError) as error:
+    with plain.refused(
+        ShapeError,
+        f"Latents of shape {shape} do not divide into patches of {patch}.",
+        "patch_size counts latent pixels per token",
+    ):
         grid_of(torch.zeros(shape), patch)
-    assert f"Latents of shape {shape} do not divide into patches of {patch}." in str(error.value)
-    assert "patch_size counts latent pixels per token" in str(error.value)
 
 
-def test_too_many_tokens_name_the_slices_that_would_fit() -> None:
-    with pytest.raises(ShapeError) as error:
-        check_grid(torch.zeros(2, 18, 8), (4, 4))
-    for part in ("18 tokens do not fit the latent grid 4×4, which has 16", "tokens=slice(2, None)"):
-        assert part in str(error.value)
-    assert "tokens=slice(None, 16)" in str(error.value)
-
-
-def test_too_few_tokens_name_what_it_may_be() -> None:
-    with pytest.raises(ShapeError) as error:
-        check_grid(torch.zeros(2, 8, 8), (4, 4))
-    for part in ("8 tokens do not fit the latent grid 4×4, which has 16", "select=", "patch_size"):
-        assert part in str(error.value)
-    assert "slice(" not in str(error.value)
+@pytest.mark.parametrize(
+    ("count", "parts"),
+    [
+        (18, ["tokens=slice(2, None)", "tokens=slice(None, 16)", "slice(k, k + 16)"]),
+        (8, ["which has 16.\nThis may be another stream, such as the text's (select=)", "a masked", "patch_size"]),
+    ],
+)
+def test_tokens_that_do_not_fit_the_grid_name_what_would_or_what_they_may_be(count: int, parts: list[str]) -> None:
+    with plain.refused(ShapeError, f"{count} tokens do not fit the latent grid 4×4, which has 16", *parts):
+        check_grid(torch.zeros(2, count, 8), (4, 4))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -100,3 +101,12 @@ def global_seed(seed: int) -> Iterator[None]:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
+
+
+@contextmanager
+def refused(kind: type[Exception], *parts: str) -> Iterator[None]:
+    """While inside, an error of this kind is expected, with all these parts in its message."""
+    with pytest.raises(kind) as error:
+        yield
+    for part in parts:
+        assert part in str(error.value)
