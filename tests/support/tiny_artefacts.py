@@ -74,25 +74,6 @@ def make_criterion(
     return st.SelfTransLoss.stage2(model, teacher=teacher, **(defaults | settings))
 
 
-def take_step(model: nn.Module, criterion: st.SelfTransLoss, step: int) -> tuple[Tensor, ...]:
-    """One step of SGD; the terms and every gradient."""
-    arguments = call(seed=step, n=8)
-    latents = torch.randn(8, 2, 4, 4, generator=torch.Generator().manual_seed(step + 50))
-    t = arguments["t"][:, None, None, None]
-    arguments["x"] = (1 - t) * latents + t * arguments["x"]
-    terms = criterion(model(**arguments).square().mean(), latents=latents, step=step)
-    parameters = [*model.parameters(), *criterion.parameters()]
-    for p in parameters:
-        p.grad = None
-    terms.total.backward()
-    gradients = [torch.zeros(()) if p.grad is None else p.grad.clone() for p in parameters]
-    with torch.no_grad():
-        for p in parameters:
-            if p.grad is not None:
-                p -= 0.05 * p.grad
-    return (*terms, *gradients)
-
-
 def names_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
