@@ -50,9 +50,8 @@ class LossTerms(NamedTuple):
         total: denoising + weight * alignment, to call ``backward()`` on.
         denoising: The loop's own loss, averaged.
         alignment: The alignment, averaged over the whole batch with samples outside the window counted as 0.
-        weight: What the alignment was multiplied with at this step.
-        in_window: The fraction of the batch inside the window; 0 in eval mode and from ``stop_step`` on, where nobody
-            looks.
+        weight: The factor applied to the alignment at this step.
+        in_window: The fraction of the batch inside the window; 0 in eval mode and from ``stop_step`` on.
     """
 
     total: Tensor
@@ -70,8 +69,8 @@ class SelfTransLoss(nn.Module):
         total = denoising + weight · alignment,   alignment = (1/N) Σ_i 1[t_i inside the window] · distance_i
 
     with the distance of each sample averaged over tokens and channels, in float32. The mean is over the *whole* batch,
-    so that averages over ranks and over equal micro-batches are the global value. Only rows inside the window are
-    projected, and only they are shown to the teacher. ``gating="released"`` computes what the released code does
+    so that averages over ranks and over equal micro-batches are the global value. Only rows inside the window
+    pass through head and teacher. ``gating="released"`` computes what the released code does
     instead: mean(mask) · mean(distance), over every sample.
 
     Head and teacher run under the autocast that the tapped layer ran under. The criterion's parameters are the head's:
@@ -171,7 +170,7 @@ class SelfTransLoss(nn.Module):
         """Stage 1: align a shallow layer with the VAE's clean latents.
 
         Args:
-            model: The model, wrapped or not; it stays as it is. The head is made on its device.
+            model: The model, wrapped or not; it is not modified. The head is created on its device.
             layer: The dotted name of the layer to align (published: ``"blocks.1"``), or several names, each with a
                 head of its own; their alignments are averaged.
             time: How to read t: ``"repa"`` (1 is noise), ``"sit"`` (1 is data), ``"ddpm"``, ``"flow"``, ... or a
@@ -231,7 +230,7 @@ class SelfTransLoss(nn.Module):
         """Stage 2: align a layer of a new model with the guided features of the stage-1 model.
 
         Args:
-            model: The new model, wrapped or not; it stays as it is.
+            model: The new model, wrapped or not; it is not modified.
             layer: The dotted name of the student's layer (published: ``"blocks.5"`` of 12), or several names.
             teacher: From :func:`build_teacher`; moved to the model's device. None only for a run that is resumed after
                 its ``stop_step``.

@@ -19,7 +19,7 @@ _LOGGER = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Plateau:
-    """Stop the alignment once it no longer pulls where the denoising loss pulls.
+    """Stop the alignment once its gradient no longer agrees with that of the denoising loss.
 
     Every ``interval`` calls the cosine is measured between the gradients of the two terms at the tapped tokens. Once
     its smoothed value has been below ``threshold`` for ``patience`` measurements one after the other, the alignment

@@ -55,7 +55,7 @@ class Recipe:
     The layers are those that stage 1 aligns and stage 2 teaches, and the teacher's that it is taught by;
     ``guidance_scale`` is w of ``f_u + w (f_c − f_u)``; ``window`` is in noise fraction, None for all of it; ``weight``
     is λ, and ``stop_step`` the step from which stage 2 goes on without it. ``reasons`` says why, by attribute, and
-    ``notes`` what else to mind.
+    ``notes`` what else to consider.
     """
 
     name: str

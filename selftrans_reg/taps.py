@@ -440,9 +440,9 @@ def _keep_out_of_graphs() -> None:
 
 
 class FeatureTap:
-    """The tokens of one layer, or of several, of a model that stays as it is.
+    """Capture the tokens of one layer, or of several, without modifying the model.
 
-    Captures every forward, whatever the mode. The tokens are part of the autograd graph. Used as a context manager it
+    Every forward pass is captured, in any mode. The tokens are part of the autograd graph. Used as a context manager it
     removes its hooks on leaving; :meth:`detach` does the same.
 
     Args:

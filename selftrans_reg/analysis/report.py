@@ -39,7 +39,7 @@ class LayerMeasures:
     layer: str  #: its name
     noise_fraction: float  #: σ / (σ + α), 0 is data
     guidance_scale: float  #: w of f_g = f_u + w (f_c − f_u): 0 is the null condition alone, 1 the condition alone
-    contrast: float | None = None  #: |f_c − f_u| / |f_c| over all tokens, the same at every w
+    contrast: float | None = None  #: ``|f_c − f_u| / |f_c|`` over all tokens, the same at every w
     norm: float | None = None  #: root mean square of the norm of a token's f_g
     effective_rank: float | None = None  #: of the pooled f_g, at most their width and the number of samples
     knn: float | None = None  #: accuracy of k nearest neighbours on held-out samples, from the pooled f_g
