@@ -27,6 +27,7 @@ copybutton_exclude = ".linenos, .gp, .go"  # prompts and printed output of a ses
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
+autodoc_member_order = "bysource"  # what makes an object first, as in the code
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 napoleon_numpy_docstring = False

@@ -64,7 +64,7 @@ class LossTerms(NamedTuple):
 class SelfTransLoss(nn.Module):
     """Denoising loss plus the alignment of Self-Transcendence. Made by :meth:`stage1` or :meth:`stage2`.
 
-    Hooks record the model's own call while the loop runs it; ``criterion(loss)`` then computes
+    Hooks record the model's own call while the loop runs it; ``criterion(loss)`` then computes::
 
         total = denoising + weight · alignment,   alignment = (1/N) Σ_i 1[t_i inside the window] · distance_i
 

@@ -57,7 +57,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
     """A frozen model that gives the guided features of one layer.
 
     The model runs on the condition and on the null condition, as one doubled batch where their shapes agree and in two
-    passes where they do not, and stops at its layer:
+    passes where they do not, and stops at its layer::
 
         f_g = f_u + guidance_scale · (f_c − f_u)
 
