@@ -66,12 +66,13 @@ class SelfTransLoss(nn.Module):
 
     Hooks record the model's own call while the loop runs it; ``criterion(loss)`` then computes::
 
-        total = denoising + weight · alignment,   alignment = (1/N) Σ_i 1[t_i inside the window] · distance_i
+        total = denoising + weight · alignment
+        alignment = (1/N) Σ_i 1[t_i inside the window] · distance_i
 
     with the distance of each sample averaged over tokens and channels, in float32. The mean is over the *whole* batch,
-    so that averages over ranks and over equal micro-batches are the global value. Only rows inside the window
-    pass through head and teacher. ``gating="released"`` computes what the released code does
-    instead: mean(mask) · mean(distance), over every sample.
+    so that averages over ranks and over equal micro-batches are the global value. Only rows inside the window pass
+    through head and teacher. ``gating="released"`` computes what the released code does instead: mean(mask) ·
+    mean(distance), over every sample.
 
     Head and teacher run under the autocast that the tapped layer ran under. The criterion's parameters are the head's:
     give them to the optimiser. Its state dict holds the head and one small extra state, nothing of the model or
@@ -85,8 +86,8 @@ class SelfTransLoss(nn.Module):
     - ``gating="per-sample"`` or ``"released"``, as above.
     - ``stop_step=None``: from that step on the alignment is 0, and the teacher is not run.
     - ``schedule="constant"``: or ``"linear"`` or ``"cosine"``, a decay of the weight to 0 at ``stop_step``.
-    - ``call=None``: x_t is the first argument; t is the one with a name of the field's (``t``, ``timestep``, ``sigma``,
-      ...) if exactly one has, else the second. ``dict(x=..., t=...)`` names others, or gives callables from the call's
+    - ``call=None``: x_t is the first argument; t is the one with a usual name (``t``, ``timestep``, ``sigma``, ...) if
+      there is exactly one, else the second. ``dict(x=..., t=...)`` names others, or gives callables from the call's
       arguments by name to x_t (N, ...) and t (N,) or, one a token, (N, T).
     - ``select=None``, ``tokens=None``: which tensor of the layer's output, and which of its tokens, as in
       :class:`FeatureTap`.
@@ -96,9 +97,9 @@ class SelfTransLoss(nn.Module):
       forward with gradients enabled then counts whatever the mode.
     - ``check_interval=1000``: what has to be read off the device (the range of t, x_t against the latents) is checked
       in the first three calls and then at this interval; None switches that off.
-    - ``health_interval=100``: in the first three calls and then at this interval the criterion measures itself
-      (:attr:`measures`), and what looks wrong is warned of, each thing once, or an error where it is NaN or inf. Other
-      calls read nothing off the device. None switches that off.
+    - ``health_interval=100``: in the first three calls and then at this interval the criterion takes
+      :attr:`measures`, warns once of each thing that looks wrong, and raises an error for NaN or inf. Other calls read
+      nothing off the device. None switches that off.
     - ``stop_when=None``: a :class:`Plateau`, which stops the alignment by itself, as ``stop_step`` does.
 
     Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773
