@@ -20,7 +20,7 @@ from .modules import Layout, sharded_parts, some_of, unwrap
 from .settings import Settings
 from .taps import Record
 from .teacher import CFGFeatureTeacher
-from .time import TimeConvention, window_mask
+from .time import TimeConvention, check_against_latents, check_times, window_mask
 from .tokens import as_tokens, described, select_tensor
 from .truncate import identity
 
@@ -49,23 +49,19 @@ class Gated:
 
 @torch.no_grad()
 def gate(spec: CallSpec, settings: Settings, record: Record[Gated]) -> Gated:
-    """Find the rows inside the window when the model is called, so that the loss need not wait for the forward.
-
-    On CUDA the mask is copied to the host asynchronously before the forward is queued; the number of rows, on which
-    shapes depend, is then known while the forward still runs.
-    """
-    call = spec.bind(record.args, record.kwargs)
+    """Find the rows inside the window before the forward is queued, so that the loss need not wait for its end."""
+    call, ready = spec.bind(record.args, record.kwargs), None
     if settings.window is None:
-        return Gated(call, torch.ones(call.rows, dtype=torch.bool, device=call.x_t.device), None, None, in_ddp())
+        return Gated(call, torch.ones(call.rows, dtype=torch.bool, device=call.x_t.device), None, ready, in_ddp())
     inside = window_mask(settings.time.noise_fraction(call.t), settings.window)
     rows = inside.any(1) if inside.ndim == 2 else inside
-    if rows.device.type not in ASYNCHRONOUS:
-        return Gated(call, inside, rows.cpu(), None, in_ddp())
-    on_host = torch.empty(rows.shape, dtype=torch.bool, device="cpu", pin_memory=True)
-    on_host.copy_(rows, non_blocking=True)
-    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    # The copy is in the stream of the batch's device, which need not be the current one.
-    ready.record(torch.cuda.current_stream(rows.device))
+    waits = rows.device.type not in ASYNCHRONOUS
+    on_host = torch.empty(rows.shape, dtype=torch.bool, device="cpu", pin_memory=not waits)
+    on_host.copy_(rows, non_blocking=not waits)
+    if not waits:
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # The copy is in the stream of the batch's device, which need not be the current one.
+        ready.record(torch.cuda.current_stream(rows.device))
     return Gated(call, inside, on_host, ready, in_ddp())
 
 
@@ -76,17 +72,15 @@ def in_ddp() -> bool:
 
 def unsynchronised(criterion: nn.Module, model: nn.Module | None, gated: Gated) -> str | None:
     """What to say where the model's gradients are averaged over the ranks and the criterion's are not."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return None
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
     averaged = gated.in_ddp or (model is not None and bool(sharded_parts(model)))
     trains = any(p.requires_grad for p in criterion.parameters())
-    if not averaged or not trains or in_ddp() or sharded_parts(criterion):
+    if ranks == 1 or not averaged or not trains or in_ddp() or sharded_parts(criterion):
         return None
     return (
-        f"The model's gradients are averaged over {dist.get_world_size()} ranks, and the head's are not: each rank "
-        "trains a head of its own.\n"
-        "Wrap the criterion as the model is wrapped, and call the wrapper: DistributedDataParallel(criterion), "
-        "fully_shard(criterion), accelerator.prepare(criterion)."
+        f"The model's gradients are averaged over {ranks} ranks, and the head's are not: each rank "
+        "trains a head of its own.\nWrap the criterion as the model is, and call the wrapper: "
+        "DistributedDataParallel(criterion), fully_shard(criterion), accelerator.prepare(criterion)."
     )
 
 
@@ -97,14 +91,14 @@ def align(
     spec: CallSpec,
     layouts: Iterable[Layout],
     record: Record[Gated],
-    gated: Gated,
     latents: Tensor | None,
     seed: int,
     checking: bool,
     look: Look | None,
 ) -> Tensor:
     """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32."""
-    call, heads = gated.call, list(heads)
+    gated, heads = record.note, list(heads)
+    call = gated.call
     captures = [record.capture(layer) for layer in settings.layers]
     tokens = []
     for layer, capture, head, layout in zip(settings.layers, captures, heads, layouts, strict=True):
@@ -112,19 +106,23 @@ def align(
         if look is not None:
             tensor = look.branch(tensor)
         found = as_tokens(tensor, None, settings.tokens, layer=layer, layout=layout, arguments=lambda: call.arguments)
-        _check_captured(found, gated, layer, head, record)
-        if latents is not None and settings.stage == 1:
-            _check_fit(head, found, latents, settings)
-        elif settings.tokens is None:  # there is no latent grid to compare with
-            _check_fit(head, found, call.x_t, settings)
+        _check_captured(found, layer, head, record)
+        try:
+            if latents is not None and settings.stage == 1:
+                head.check_fit(found, latents)
+            elif settings.tokens is None:  # there is no latent grid to compare with
+                head.check_fit(found, call.x_t)
+        except ShapeError as error:
+            if settings.tokens is not None:
+                error.add_note(f"tokens={settings.tokens} was given: these are the tokens that it leaves.")
+            raise
         tokens.append(found)
     if look is not None:
         look.tokens = [found.detach() for found in tokens]
-    target = (
-        partial(_latents_target, settings, call, latents)
-        if teacher is None
-        else partial(_teacher_target, teacher, teacher.spec.adopt(call, spec), settings.teacher_chunk, checking)
-    )
+    if teacher is None:
+        target = partial(_latents_target, settings, call, latents)
+    else:
+        target = partial(_teacher_target, teacher, teacher.spec.adopt(call, spec), settings.teacher_chunk, checking)
     inside = gated.rows()
     if len(inside) == 0:
         if teacher is not None and sharded_parts(teacher):
@@ -145,7 +143,7 @@ def align(
         goal = target(rows, look)
         distances = [head.distance(found, goal, weights) for head, found in zip(heads, tokens, strict=True)]
     if look is not None:
-        look.target, look.rows = goal, rows
+        look.target, look.rows, look.inside = goal, rows, len(inside)
     mean = torch.stack(distances).mean()  # over layers and over the chosen rows
     # Divided by the whole batch, whatever was chosen: an average over ranks is then the global value.
     return mean * (gated.inside.float().mean() if released else len(candidates) / call.rows)
@@ -174,44 +172,34 @@ def _latents_target(
     assert latents is not None  # check_batch has seen to it
     target = latents.detach()
     if settings.target == "velocity":
-        check_same_shape(call, latents)
+        _check_same_shape(call, latents)
         alpha, sigma = settings.time.signal(call.t), settings.time.noise(call.t)
         target = velocity_target(call.x_t.detach(), target, alpha, sigma)
     return target if rows is None else target.index_select(0, rows)
 
 
 def velocity_target(x_t: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity ε − x, with ε = (x_t − α x) / σ recovered from x_t = α x + σ ε.
+    """The velocity ε − x, (N, C, H, W), float32, with ε = (x_t − α x) / σ recovered from x_t = α x + σ ε.
 
     The released code's stage-1 target on the linear path; off it that code regresses dα/dt x + dσ/dt ε.
-
-    Shape:
-        returns: (N, C, H, W), float32
     """
     if alpha.ndim != 1:
         raise ShapeError(
-            f"target='velocity' needs one time for each sample, but t is {tuple(alpha.shape)}: use target='latents', "
-            "or say which time is the sample's with call=dict(t=...)."
+            f"target='velocity' needs one time for each sample, but t is {tuple(alpha.shape)}.\n"
+            "Use target='latents', or say which time is the sample's with call=dict(t=...)."
         )
     x_t, latents = x_t.float(), latents.float()
-    shape = (-1, *[1] * (latents.ndim - 1))
-    noise = (x_t - alpha.reshape(shape) * latents) / sigma.clamp(min=1e-4).reshape(shape)
-    return noise - latents
+    alpha, sigma = (level.reshape(-1, *[1] * (latents.ndim - 1)) for level in (alpha, sigma.clamp(min=1e-4)))
+    return (x_t - alpha * latents) / sigma - latents
 
 
 def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Tensor:
-    """A random part of ``rows``: at most a count, or a share (rounded up), each subset as likely as any other.
-
-    Shape:
-        returns: (k,), in ascending order
-    """
+    """(k,), ascending: a random part of ``rows``, at most a count, or a share (rounded up), each subset as likely."""
     if teacher_rows is None:
         return rows
     wanted = math.ceil(teacher_rows * len(rows)) if isinstance(teacher_rows, float) else teacher_rows
-    if wanted >= len(rows):
-        return rows
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    chosen = torch.randperm(len(rows), generator=generator, device="cpu")[:wanted]
+    chosen = torch.randperm(len(rows), generator=generator, device="cpu")[:wanted]  # (k,), all where fewer are there
     return rows[chosen.sort().values]
 
 
@@ -224,8 +212,8 @@ def check_teacher(teacher: object, model: nn.Module, time: TimeConvention) -> No
     """Make sure that ``teacher`` can teach ``model``."""
     if not isinstance(teacher, CFGFeatureTeacher):
         raise SettingError(
-            f"teacher must be what build_teacher returns, or CFGFeatureTeacher.from_pretrained; got "
-            f"{described(teacher)}.\nA model becomes one by st.build_teacher(model, checkpoint, layer=..., null=...)."
+            f"teacher must be a CFGFeatureTeacher; got {described(teacher)}.\n"
+            "A model becomes one by st.build_teacher(model, checkpoint, layer=..., null=...)."
         )
     teacher.check_model()
     student = unwrap(model)
@@ -256,8 +244,7 @@ def check_denoising(denoising: object) -> None:
     if not isinstance(denoising, Tensor) or not denoising.is_floating_point() or denoising.ndim > 1:
         raise ShapeError(
             f"The loop's own loss must be a floating tensor, a scalar or (N,); got {described(denoising)}.\n"
-            "Average it over channels and pixels first: weight= is meant for a mean, not for a sum. The loss comes "
-            "first: criterion(loss, latents=x, step=step)."
+            "Average it over channels and pixels, and pass it first: criterion(loss, latents=x, step=step)."
         )
 
 
@@ -265,8 +252,8 @@ def check_batch(call: Call, denoising: Tensor, latents: object, stage: int) -> N
     """Make sure that loss and latents are those of the captured call."""
     if denoising.ndim == 1 and len(denoising) != call.rows:
         raise ShapeError(
-            f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples.\n"
-            "Pass the loss of that call: a scalar, or one value for each sample."
+            f"The loop's loss has {len(denoising)} values, but the model's last call had {call.rows} samples: pass the "
+            "loss of that call."
         )
     if latents is None:
         if stage == 1:
@@ -285,57 +272,53 @@ def check_batch(call: Call, denoising: Tensor, latents: object, stage: int) -> N
         raise ShapeError(f"The latents lie on {latents.device}, x_t on {call.x_t.device}: move them there.")
 
 
-def check_same_shape(call: Call, latents: Tensor) -> None:
-    """Raise ``ShapeError`` unless latents and captured x_t have one shape."""
+def check_time(time: TimeConvention, call: Call, latents: Tensor | None) -> str | None:
+    """Raise where t or x_t contradicts the convention; gives what to say where x_t cannot tell."""
+    if latents is None:
+        check_times(time, call.t, call.time_from)
+        return None
+    _check_same_shape(call, latents)
+    return check_against_latents(time, call.x_t.detach(), call.t, latents.detach(), call.time_from)
+
+
+def _check_same_shape(call: Call, latents: Tensor) -> None:
     if latents.shape != call.x_t.shape:
         raise ShapeError(
-            f"The latents {tuple(latents.shape)} and the captured x_t {tuple(call.x_t.shape)} differ in shape, so x_t "
-            "cannot be checked against them, nor a velocity be computed.\n"
-            "Pass the clean latents of this batch in the layout in which the model gets x_t: packed if that is packed, "
-            "with channel_axis= for stage 1 if its channels are not on axis 1. Where x_t holds more than the noisy "
-            "latents, as for inpainting, switch the check off with check_interval=None."
+            f"The latents {tuple(latents.shape)} and the captured x_t {tuple(call.x_t.shape)} differ in shape.\n"
+            "Pass this batch's clean latents in x_t's layout: packed if that is packed, in stage 1 with channel_axis= "
+            "if its channels are not on axis 1. Where x_t holds more than the noisy latents, as for inpainting, pass "
+            "check_interval=None."
         )
 
 
-def _check_captured(tokens: Tensor, gated: Gated, layer: str, head: Head, record: Record[Gated]) -> None:
+def _check_captured(tokens: Tensor, layer: str, head: Head, record: Record[Gated]) -> None:
     """Make sure that a head can be trained on the tokens."""
-    rows = gated.call.rows
+    rows, inside = record.note.call.rows, record.note.inside
     if len(tokens) != rows:
         raise ShapeError(
             f"Layer {layer!r} gave {len(tokens)} rows in a call of {rows} samples: tap a layer that keeps one row for "
             "each sample."
         )
-    if gated.inside.ndim == 2 and gated.inside.shape != tokens.shape[:2]:
+    if inside.ndim == 2 and inside.shape != tokens.shape[:2]:
         raise ShapeError(
-            f"The model's t has {gated.inside.shape[1]} times a sample, but layer {layer!r} gave {tokens.shape[1]} "
-            "tokens: times by token gate the tokens one by one.\n"
-            "Pick the image's tokens with tokens=; or say which time is the sample's, or each token's, with "
+            f"The model's t has {inside.shape[1]} times a sample, but layer {layer!r} gave {tokens.shape[1]} tokens.\n"
+            "Pick the image's tokens with tokens=, or say which time is the sample's, or each token's, with "
             "call=dict(t=lambda arguments: ...)."
         )
     if tokens.shape[-1] != head.in_features:
         raise ShapeError(
             f"Layer {layer!r} gave tokens of width {tokens.shape[-1]}, but the head reads {head.in_features}.\n"
-            f"Build the criterion with hidden_size={tokens.shape[-1]}; or, if the layer's maps are not (N, D, H, W), "
-            "turn them into (N, T, D) with tokens= a callable."
+            f"Build the criterion with hidden_size={tokens.shape[-1]}, or turn maps that are not (N, D, H, W) into "
+            "(N, T, D) with a callable as tokens=."
         )
     _check_place(head, tokens.device, "head")
     if torch.is_grad_enabled() and not tokens.requires_grad:
         raise record.no_gradient(
             layer,
             "so aligning them would train nothing of the model",
-            "Either everything up to this layer is frozen: tap a later one. Or reentrant activation checkpointing "
-            "hides the gradient of what lies inside a checkpointed segment: use use_reentrant=False, or tap the very "
-            "module that is checkpointed.",
+            "Either everything up to this layer is frozen: tap a later one. Or it lies inside a segment of reentrant "
+            "activation checkpointing: use use_reentrant=False, or tap the very module that is checkpointed.",
         )
-
-
-def _check_fit(head: Head, tokens: Tensor, latents: Tensor, settings: Settings) -> None:
-    try:
-        head.check_fit(tokens, latents)
-    except ShapeError as error:
-        if settings.tokens is not None:
-            error.add_note(f"tokens={settings.tokens} was given: these are the tokens that it leaves.")
-        raise
 
 
 def _check_place(module: Head | nn.Module, device: torch.device, what: str) -> None:

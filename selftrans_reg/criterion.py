@@ -6,7 +6,7 @@ import contextlib
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex, Unpack, cast
 
@@ -18,8 +18,8 @@ from .alignment import (
     align,
     check_batch,
     check_denoising,
-    check_same_shape,
     check_teacher,
+    check_time,
     gate,
     unsynchronised,
     zero_of,
@@ -33,7 +33,7 @@ from .plateau import GradientProbe, PlateauRule
 from .settings import FIELDS, MAX_STEP, Common, RunState, Settings, Target, shown
 from .taps import Recorder
 from .teacher import CFGFeatureTeacher
-from .time import TimeConvention, check_against_latents, check_times, resolve
+from .time import TimeConvention, resolve
 from .tokens import described
 
 # A mistake in a new loop shows in the first calls of a process, and is cheap to find there.
@@ -89,10 +89,9 @@ class SelfTransLoss(nn.Module):
     - ``call=None``: x_t is the first argument; t is the one with a usual name (``t``, ``timestep``, ``sigma``, ...) if
       there is exactly one, else the second. ``dict(x=..., t=...)`` names others, or gives callables from the call's
       arguments by name to x_t (N, ...) and t (N,) or, one a token, (N, T).
-    - ``select=None``, ``tokens=None``: which tensor of the layer's output, and which of its tokens, as in
+    - ``select=None``, ``tokens=None``: which tensor of the layer's output, and which of its tokens: see
       :class:`FeatureTap`.
-    - ``forward=None``: which of several forwards before one call counts, ``"first"`` or ``"last"``; None makes several
-      an error.
+    - ``forward=None``: which of several forwards before one call counts, ``"first"`` or ``"last"``; None refuses them.
     - ``eval_mode=False``: True for a loop that trains the model in eval mode, as sd-scripts and musubi-tuner do: a
       forward with gradients enabled then counts whatever the mode.
     - ``check_interval=1000``: what has to be read off the device (the range of t, x_t against the latents) is checked
@@ -176,15 +175,14 @@ class SelfTransLoss(nn.Module):
                 head of its own; their alignments are averaged.
             time: How to read t: ``"repa"`` (1 is noise), ``"sit"`` (1 is data), ``"ddpm"``, ``"flow"``, ... or a
                 :class:`TimeConvention`.
-            latent_channels: C of the latents.
+            latent_channels: C of the latents, which are given in the layout in which the model gets x_t.
             patch_size: Latent pixels per token along each axis.
-            channel_axis: Which axis of the latents is C: 2 for (N, F, C, H, W), and for tokens packed as (N, T, C) with
-                ``patch_size=(1,)``. The latents are given in the layout in which the model gets x_t.
+            channel_axis: Which axis of the latents is C, as in :class:`VAEAlignmentLoss`.
             hidden_size: The layer's width, where it cannot be read off.
             hidden_features: The head's inner width.
-            distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
             target: ``"latents"`` (the paper) or ``"velocity"`` (the released code: noise − latents, whatever the sign
                 of the loop's own).
+            distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
             generator: Source of the head's initial weights; by default a new one with seed 0.
             **settings: ``weight``, ``window``, ``stop_step``, ...: see the class.
 
@@ -192,24 +190,11 @@ class SelfTransLoss(nn.Module):
             LayerNotFoundError: If the model has no such layer.
             SettingError: If a setting makes no sense, or the width is needed.
         """
-        generator = generator or torch.Generator(device="cpu").manual_seed(0)
-        heads = [
-            VAEAlignmentLoss(
-                width,
-                latent_channels,
-                patch_size,
-                channel_axis=channel_axis,
-                hidden_features=hidden_features,
-                distance=distance,
-                generator=generator,
-                device=device_of(model),
-            )
-            for width in _widths(model, layer, hidden_size)
-        ]
-        common = Settings(
-            stage=1, layers=layer_names(layer), time=resolve(time), target=target, distance=distance, **settings
-        )
-        return cls(model, heads, common)
+        names = layer_names(layer)
+        common = Settings(stage=1, layers=names, time=resolve(time), target=target, distance=distance, **settings)
+        shape: dict[str, Any] = {"latent_channels": latent_channels, "patch_size": patch_size}
+        shape |= {"channel_axis": channel_axis, "hidden_features": hidden_features}
+        return cls(model, _heads(VAEAlignmentLoss, shape, model, common, hidden_size, generator), common)
 
     @classmethod
     def stage2(
@@ -244,7 +229,7 @@ class SelfTransLoss(nn.Module):
                 is short; the result is the same.
             teacher_rows: Run teacher and head only on a random part of the rows inside the window: at most this many,
                 or this share of them. The loss and its gradient stay the same in expectation and vary more.
-            generator: Source of the head's initial weights; by default a new one with seed 0.
+            generator: Source of the head's initial weights, as in :meth:`stage1`.
             **settings: ``weight``, ``window``, ``stop_step``, ...: see the class.
 
         Raises:
@@ -253,24 +238,17 @@ class SelfTransLoss(nn.Module):
             TeacherError: If the teacher holds the student itself.
             TimeConventionError: If the teacher was built for another time convention.
         """
-        if teacher is None and settings.get("stop_step") is None and settings.get("stop_when") is None:
-            raise SettingError("Stage 2 needs a teacher; only a run past its stop_step can do without.")
         if teacher is not None:
             check_teacher(teacher, model, resolve(time))
             teacher.to(device_of(model))
-        target_size = target_size if teacher is None or target_size is not None else teacher.hidden_size
+            target_size = teacher.hidden_size if target_size is None else target_size
+        elif settings.get("stop_step") is None and settings.get("stop_when") is None:
+            raise SettingError("Stage 2 needs a teacher; only a run past its stop_step can do without.")
         if target_size is None:
             raise SettingError(
                 "The width of the teacher's features is not known. Give build_teacher hidden_size= or example=, or "
                 "pass target_size= here."
             )
-        generator = generator or torch.Generator(device="cpu").manual_seed(0)
-        heads = [
-            ProjectionHead(
-                width, target_size, hidden_features, generator=generator, device=device_of(model), distance=distance
-            )
-            for width in _widths(model, layer, hidden_size)
-        ]
         common = Settings(
             stage=2,
             layers=layer_names(layer),
@@ -280,21 +258,19 @@ class SelfTransLoss(nn.Module):
             teacher_rows=teacher_rows,
             **settings,
         )
-        return cls(model, heads, common, teacher)
+        shape = {"out_features": target_size, "hidden_features": hidden_features}
+        return cls(model, _heads(ProjectionHead, shape, model, common, hidden_size, generator), common, teacher)
 
     @property
     def measures(self) -> dict[str, Tensor]:
-        """What was measured last, 0-d tensors on the device; see ``health_interval`` for when.
+        """What was measured last, 0-d tensors on the device; empty before, and once the alignment has stopped.
 
         - ``student_norm``: the norm of a token at the tapped layers, averaged.
         - ``target_norm``, in stage 2: that of the guided features inside the window.
         - ``contrast``, in stage 2: ‖f_c − f_u‖ / ‖f_c‖, what the condition changes in the teacher's features.
         - ``gradient_cosine``: between the gradients of the two terms at the tapped tokens, and ``gradient_ratio``, the
-          norm of the weighted alignment's over that of the denoising loss's. They come with the backward pass; on each
-          rank its own.
+          norm of the weighted alignment's over that of the loss's; from the backward pass, on each rank its own.
         - ``gradient_cosine_smoothed``, with ``stop_when``: what it compares with its threshold, over all ranks.
-
-        Empty before the first measured call, and once the alignment has stopped.
         """
         return self._health.measures
 
@@ -309,9 +285,7 @@ class SelfTransLoss(nn.Module):
         return self._teacher[0]
 
     def forward(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> LossTerms:
-        """The total loss for the forward that the model has just run.
-
-        In eval mode the denoising term alone.
+        """The total loss for the forward that the model has just run; in eval mode the denoising term alone.
 
         Args:
             denoising: The loop's own loss, a scalar or (N,), which is then averaged.
@@ -335,7 +309,7 @@ class SelfTransLoss(nn.Module):
 
     def _forward(self, denoising: Tensor, latents: Tensor | None, step: int | None) -> LossTerms:
         check_denoising(denoising)
-        heads = cast("Iterable[Head]", self.heads)
+        settings, heads = self.settings, cast("Iterable[Head]", self.heads)
         if not self.training:
             if denoising.requires_grad and self._recorder is not None and self._recorder.holds_record:
                 self._health.count_in_eval_mode()
@@ -344,19 +318,25 @@ class SelfTransLoss(nn.Module):
         scale = self._advance(step, denoising.device)
         if scale == 0.0:  # past the stop step nothing is looked at any more
             self._health.stop()
-            return _terms(denoising, zero_of(heads), zero_of(heads), 0.0, None)
-        recorder, teacher = self._watching(), self.teacher
+            zero = zero_of(heads)
+            return _terms(denoising, zero, zero, 0.0, zero.detach())
+        recorder, weight = self._watching(), self.weight * scale
         record = recorder.take()
         gated = record.note
         record.check_arguments()
-        checking = self._due(self.settings.check_interval)
-        self._check(gated, denoising, latents, teacher, checking)
-        weight = self.weight * scale
+        checking = self._due(settings.check_interval)
+        self._check(gated, denoising, latents, checking)
         look = self._new_look(denoising, gated.call, recorder.model, weight)
         with torch.no_grad() if weight == 0.0 else contextlib.nullcontext():
-            student = self.spec, self._layouts, record, gated
-            alignment = align(self.settings, heads, teacher, *student, latents, self._calls, checking, look)
-        self._observe(look, gated, alignment)
+            student = self.spec, self._layouts, record
+            alignment = align(settings, heads, self.teacher, *student, latents, self._calls, checking, look)
+        self._health.count(gated.call.rows, len(gated.rows()), alignment)
+        if look is not None:
+            self._health.measure(look)
+            if settings.health_interval is not None:
+                self._health.judge(look, self._calls, alignment)
+            if self._plateau is not None and look.probe is not None:
+                self._plateau.arm(look.probe, self._calls)
         return _terms(denoising, alignment, weight * alignment if weight else zero_of(heads), weight, gated.inside)
 
     def attach(self, model: nn.Module) -> None:
@@ -366,11 +346,8 @@ class SelfTransLoss(nn.Module):
         settings = self.settings
         needs_t = settings.window is not None or settings.stage == 2 or settings.target == "velocity"
         self.spec = CallSpec(model, settings.call, needs_t=needs_t)
-        heads = cast("Iterable[Head]", self.heads)
-        self._layouts = [
-            Layout.of(find_layer(model, layer), head.in_features)
-            for layer, head in zip(settings.layers, heads, strict=True)
-        ]
+        tapped = zip(settings.layers, cast("Iterable[Head]", self.heads), strict=True)
+        self._layouts = [Layout.of(find_layer(model, layer), head.in_features) for layer, head in tapped]
         gated = functools.partial(gate, self.spec, settings)
         which, anyway = settings.forward, settings.eval_mode
         self._recorder = Recorder(model, settings.layers, gated, training_only=True, eval_mode=anyway, forward=which)
@@ -418,6 +395,13 @@ class SelfTransLoss(nn.Module):
         counts = self._step, self._calls, self.weight, self._taught_by
         return RunState(*counts, self._health.state(), plateau, self.settings.to_json())
 
+    def _read(self, state: Tensor) -> RunState:
+        """A saved state, refused where it is another run's."""
+        saved = RunState.from_tensor(state)
+        if not self._changes_allowed:
+            saved.check_continued_by(self._state(), taught=self.teacher is not None)
+        return saved
+
     def set_extra_state(self, state: Tensor) -> None:
         """Go on from what :meth:`get_extra_state` gave.
 
@@ -426,10 +410,8 @@ class SelfTransLoss(nn.Module):
             TeacherError: If the teacher is another.
             SettingError: If settings or schedule are others, or a rule stopped the run that the criterion has not.
         """
-        saved = RunState.from_tensor(state)
-        allowed, self._changes_allowed = self._changes_allowed, False
-        if not allowed:
-            saved.check_continued_by(self._state(), taught=self.teacher is not None)
+        saved = self._read(state)
+        self._changes_allowed = False
         self._step, self._calls = saved.step, saved.calls
         if saved.settings.get("weight") == self.settings.weight:
             self.weight = saved.weight  # which the loop may have changed since
@@ -446,20 +428,19 @@ class SelfTransLoss(nn.Module):
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
         """Check all of a state before any of it is loaded, and look through what wrappers put into its keys."""
         weights = [*self.heads.named_parameters(remove_duplicate=False), *self.heads.named_buffers()]
-        own = {f"{prefix}heads.{name}": tuple(value.shape) for name, value in weights}
         extra = f"{prefix}_extra_state"
-        names = {_WRAPPER.sub("", name.removeprefix(prefix)): name for name in (*own, extra)}
+        own = {extra: (), **{f"{prefix}heads.{name}": tuple(value.shape) for name, value in weights}}
+        names = {_WRAPPER.sub("", name.removeprefix(prefix)): name for name in own}
         for key in [key for key in state_dict if key.startswith(prefix)]:
             name = names.get(_WRAPPER.sub("", key.removeprefix(prefix)), key)
             state_dict[name] = state_dict.pop(key)
         heads = [key for key in state_dict if key.startswith(f"{prefix}heads.")]
         found = {key: tuple(getattr(state_dict[key], "shape", ())) for key in heads}
         if extra in state_dict:
-            saved = RunState.from_tensor(state_dict[extra])
-            if not self._changes_allowed:
-                saved.check_continued_by(self._state(), taught=self.teacher is not None)
-        if (found or extra in state_dict) and (found != own or extra not in state_dict):
-            wrong = [key for key in own | found if found.get(key) != own.get(key)] or [extra]
+            self._read(state_dict[extra])
+            found[extra] = ()  # as long as it needs to be
+        if found and found != own:
+            wrong = [key for key in own | found if found.get(key) != own.get(key)]
             listed = "\n  ".join(f"{key}: saved {found.get(key)}, here {own.get(key)}" for key in wrong[:8])
             raise CheckpointError(
                 f"The state is not whole, or of other heads than this criterion's; nothing was loaded.\n  {listed}\n"
@@ -489,16 +470,14 @@ class SelfTransLoss(nn.Module):
 
     def _advance(self, step: int | None, device: torch.device) -> float:
         """Count the call and give the schedule's factor at this step, 0 once the alignment has stopped."""
+        step = None if step is None else checked_step(step)
         stop = self.settings.stop_step
-        if step is not None:
-            step = checked_step(step)
-            if stop is not None and step < self._step:
-                self._health.judge_step(step, self._step, stop)
+        if step is not None and stop is not None and step < self._step:
+            self._health.judge_step(step, self._step, stop)
         scale = 1.0 if stop is None else self.settings.factor(step)
         self._calls += 1
         self._seen += scale > 0.0
-        if step is not None:
-            self._step = step
+        self._step = self._step if step is None else step
         if self._plateau is None:
             return scale
         if scale > 0.0:
@@ -509,12 +488,11 @@ class SelfTransLoss(nn.Module):
         """Whether to look in this call: in the first ones of a process, and at an interval of the run."""
         return every is not None and (self._seen <= _FIRST or self._calls % every == 0)
 
-    def _check(
-        self, gated: Gated, denoising: Tensor, latents: Tensor | None, teacher: CFGFeatureTeacher | None, checking: bool
-    ) -> None:
+    def _check(self, gated: Gated, denoising: Tensor, latents: Tensor | None, checking: bool) -> None:
+        """Make sure that the call's batch can be aligned."""
         call, settings = gated.call, self.settings
         check_batch(call, denoising, latents, settings.stage)
-        if teacher is None and settings.stage == 2:
+        if self.teacher is None and settings.stage == 2:
             raise TeacherError(
                 f"The alignment is still on (step {self._step}, stop_step {settings.stop_step}), but there is no "
                 "teacher: it was released, or never given.\nBuild the criterion with the teacher that the run began "
@@ -522,16 +500,8 @@ class SelfTransLoss(nn.Module):
             )
         if self._seen == 1 and (message := unsynchronised(self, self._watching().model, gated)):
             self._health.warn(f"head_not_synchronised: {message}")
-        if not checking or call.times is None:
-            return
-        if latents is None:
-            check_times(settings.time, call.t, call.time_from)
-        else:
-            check_same_shape(call, latents)
-            x_t, x = call.x_t.detach(), latents.detach()
-            left_out = check_against_latents(settings.time, x_t, call.t, x, call.time_from)
-            if left_out is not None:
-                self._health.warn(f"time_not_checked: {left_out}")
+        if checking and call.times is not None and (message := check_time(settings.time, call, latents)):
+            self._health.warn(f"time_not_checked: {message}")
 
     def _new_look(self, denoising: Tensor, call: Call, model: nn.Module | None, weight: float) -> Look | None:
         """Where this call is measured, what is to see it."""
@@ -546,33 +516,25 @@ class SelfTransLoss(nn.Module):
         trained = model, layers, self.heads, self.teacher
         return Look(denoising, probe, call, fractions, settings.window, *trained, weight)
 
-    def _observe(self, look: Look | None, gated: Gated, alignment: Tensor) -> None:
-        inside = len(gated.rows())
-        self._health.count(gated.call.rows, inside, alignment)
-        if look is None:
-            return
-        look.inside = inside
-        self._health.measure(look)
-        if self.settings.health_interval is not None:
-            self._health.judge(look, self._calls, alignment)
-        if self._plateau is not None and look.probe is not None:
-            self._plateau.arm(look.probe, self._calls)
 
-
-def _terms(denoising: Tensor, alignment: Tensor, added: Tensor, weight: float, inside: Tensor | None) -> LossTerms:
+def _terms(denoising: Tensor, alignment: Tensor, added: Tensor, weight: float, inside: Tensor) -> LossTerms:
     mean = denoising.mean()
-    device = mean.device
-    return LossTerms(
-        total=mean + added,
-        denoising=mean.detach(),
-        alignment=alignment.detach(),
-        weight=torch.full((), weight, device=device),
-        in_window=torch.zeros((), device=device) if inside is None else inside.float().mean(),
-    )
+    factor = torch.full((), weight, device=mean.device)
+    return LossTerms(mean + added, mean.detach(), alignment.detach(), factor, inside.float().mean())
 
 
-def _widths(model: nn.Module, layer: str | Sequence[str], hidden_size: int | None) -> list[int]:
-    return [resolve_width(find_layer(model, name), name, hidden_size) for name in layer_names(layer)]
+def _heads(
+    kind: type[nn.Module],
+    shape: Mapping[str, Any],
+    model: nn.Module,
+    settings: Settings,
+    width: int | None,
+    generator: torch.Generator | None,
+) -> list[nn.Module]:
+    """A head for each layer: its first argument is the layer's width."""
+    shared = {"generator": generator or torch.Generator(device="cpu").manual_seed(0), "device": device_of(model)}
+    widths = [resolve_width(find_layer(model, layer), layer, width) for layer in settings.layers]
+    return [kind(width, distance=settings.distance, **shape, **shared) for width in widths]
 
 
 def checked_step(step: object) -> int:
@@ -586,8 +548,5 @@ def checked_step(step: object) -> int:
 
 @functools.cache
 def _keep_out_of_graphs() -> None:
-    """Mark what ``torch.compile(criterion)`` must not trace: it changes from call to call with what was recorded.
-
-    Done when the first criterion is made, not when the module is imported: the mark imports all of dynamo.
-    """
+    """Mark what ``torch.compile(criterion)`` must not trace; not at import, since the mark imports all of dynamo."""
     SelfTransLoss.forward = torch.compiler.disable(SelfTransLoss.forward)  # type: ignore[method-assign, no-untyped-call]

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .errors import SettingError, ShapeError
-from .modules import check_positive
+from .modules import check_one_of, check_positive
 from .tokens import check_grid, grid_of
 
 Distance: TypeAlias = Literal["mse", "cosine", "smooth_l1"]
@@ -27,35 +27,21 @@ _PATCHIFY = {
 
 @runtime_checkable
 class Head(Protocol):
-    """What a criterion asks of a module that it trains on one layer's tokens.
+    """What a criterion asks of a module that it trains on one layer's tokens."""
 
-    Attributes:
-        in_features: D, the width of the tokens.
-    """
-
-    in_features: int
+    in_features: int  # D, the width of the tokens
 
     def distance(self, tokens: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """(n,), float32: how far each row's tokens are from its target; ``weights`` (n, T) says what a token counts."""
-        ...
 
     def zero(self) -> Tensor:
         """An exact 0 that depends on every parameter: without it DDP waits for gradients that never come."""
-        ...
 
     def check_fit(self, tokens: Tensor, latents: Tensor) -> None:
         """Raise ``ShapeError`` unless tokens (N, T, D) can be those of latents, clean or noisy, of this shape."""
-        ...
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """As every module has them."""
-        ...
-
-
-def check_distance(distance: object) -> None:
-    """Raise ``SettingError`` unless ``distance`` is known."""
-    if distance not in get_args(Distance):
-        raise SettingError(f"distance must be one of {', '.join(get_args(Distance))}; got {distance!r}.")
 
 
 def feature_alignment(
@@ -88,7 +74,7 @@ def feature_alignment(
         >>> st.feature_alignment(torch.zeros(2, 16, 8), torch.ones(2, 16, 8))
         tensor([1., 1.])
     """
-    check_distance(distance)
+    check_one_of("distance", distance, get_args(Distance))
     if prediction.shape != target.shape or prediction.ndim != 3:
         raise ShapeError(
             f"Prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must both be (N, T, D) and alike."
@@ -126,7 +112,7 @@ class ProjectionHead(nn.Sequential):
         returns: (N, T, out_features)
 
     Raises:
-        ShapeError: If the tokens' width is not ``in_features``.
+        ShapeError: If the tokens' width is not ``in_features``, or :meth:`distance` is given features of another shape.
         SettingError: If a width is not a positive integer, or the distance unknown.
 
     Reference: Sun et al., 2026, https://arxiv.org/abs/2601.07773; Yu et al., 2025, https://arxiv.org/abs/2410.06940
@@ -148,7 +134,7 @@ class ProjectionHead(nn.Sequential):
         device: torch.device | str | None = None,
         distance: Distance = "mse",
     ) -> None:
-        check_distance(distance)
+        check_one_of("distance", distance, get_args(Distance))
         widths = {"in_features": in_features, "out_features": out_features, "hidden_features": hidden_features}
         for name, width in widths.items():
             check_positive(name, width)
@@ -160,9 +146,7 @@ class ProjectionHead(nn.Sequential):
             nn.SiLU(),
             linear(hidden_features, out_features, generator, device),
         )
-        self.in_features = in_features
-        self.out_features = out_features
-        self.hidden_features = hidden_features
+        self.in_features, self.out_features, self.hidden_features = widths.values()
         self.kind: Distance = distance
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -172,23 +156,17 @@ class ProjectionHead(nn.Sequential):
                 f"The head reads tokens of width {self.in_features}, but got {tuple(tokens.shape)}.\n"
                 f"Build it with hidden_size={tokens.shape[-1]}, or tap the layer that it was built for."
             )
-        dtype = next(self.parameters()).dtype
-        result: Tensor = super().forward(tokens.to(dtype))  # type: ignore[no-untyped-call]
-        return result
+        projected: Tensor = super().forward(tokens.to(next(self.parameters()).dtype))  # type: ignore[no-untyped-call]
+        return projected
 
     def distance(self, tokens: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-        """(n,), the :func:`feature_alignment` of each row's projected tokens with a teacher's features.
-
-        Raises:
-            ShapeError: If the features do not fit what the head gives.
-        """
+        """(n,), the :func:`feature_alignment` of each row's projected tokens with a teacher's features."""
         prediction = self(tokens)
         if prediction.shape != target.shape:
             raise ShapeError(
-                f"The teacher gives features {tuple(target.shape)}, the student's head {tuple(prediction.shape)}: both "
-                "must have the same samples, tokens and width.\n"
-                "Check that both are tapped at the image's tokens (tokens=), at the same resolution and patch size, "
-                "and that the head was built for this teacher's layer."
+                f"The teacher gives features {tuple(target.shape)}, the student's head {tuple(prediction.shape)}.\n"
+                "Tap both at the image's tokens (tokens=), at one resolution and patch size, and build the head for "
+                "this teacher's layer."
             )
         return feature_alignment(prediction, target, self.kind, weights)
 
@@ -199,17 +177,12 @@ class ProjectionHead(nn.Sequential):
         return projected.float().sum()
 
     def check_fit(self, tokens: Tensor, latents: Tensor) -> None:
-        """Raise ``ShapeError`` if so many tokens cannot be patches of the latents: patches divide a sample's values.
-
-        For features without a latent grid to compare with; it tells text or class tokens at the usual sizes.
-        """
-        values = latents[0].numel()
-        if values % tokens.shape[1]:
+        """Raise ``ShapeError`` if so many tokens, as of text, cannot be patches: these divide a sample's values."""
+        if latents[0].numel() % tokens.shape[1]:
             raise ShapeError(
-                f"The layer gave {tokens.shape[1]} tokens, which cannot be the patches of x_t {tuple(latents.shape)}: "
-                f"its {values} values a sample do not divide by {tokens.shape[1]}.\n"
-                "Is it another stream, such as the text's (select=)? Are class, time or text tokens among the image's "
-                "(tokens=)? To align all of them on purpose, pass tokens=slice(None)."
+                f"The layer gave {tokens.shape[1]} tokens, which cannot be the patches of x_t {tuple(latents.shape)}.\n"
+                "Pick the image's stream instead of the text's (select=), or leave out class, time or text tokens "
+                "(tokens=). To align all of them on purpose, pass tokens=slice(None)."
             )
 
 
@@ -224,10 +197,9 @@ class VAEAlignmentLoss(nn.Module):
         hidden_size: D, the width of the tapped layer's tokens.
         latent_channels: C, the channels of the VAE's latents (4 for the usual SD-VAE).
         patch_size: Latent pixels per token along each axis (2 for SiT-XL/2): an int for square patches of (N, C, H, W)
-            latents, or one number for each spatial axis, one to three of them.
-        channel_axis: Which axis of the latents is C. All others but the batch are the grid's, in order: 1 for
-            (N, C, H, W), 2 for videos (N, F, C, H, W), and 2 with ``patch_size=(1,)`` for latents packed to one row a
-            token, (N, T, C), as Flux gets them.
+            latents, or one number for each of one to three spatial axes.
+        channel_axis: Which axis of the latents is C: 1 for (N, C, H, W), 2 for videos (N, F, C, H, W), and 2 with
+            ``patch_size=(1,)`` for latents packed to one row a token, (N, T, C), as Flux gets them.
         hidden_features: The inner width of the head.
         distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
         generator: Source of the initial weights, as in :class:`ProjectionHead`.
@@ -267,7 +239,7 @@ class VAEAlignmentLoss(nn.Module):
         super().__init__()
         check_positive("latent_channels", latent_channels)
         check_positive("channel_axis", channel_axis)
-        check_distance(distance)
+        check_one_of("distance", distance, get_args(Distance))
         patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         if not isinstance(patch, Sequence) or len(patch) not in _PATCHIFY:
             raise SettingError(f"patch_size must be an int, or one for each of 1 to 3 axes; got {patch_size!r}.")
@@ -275,8 +247,7 @@ class VAEAlignmentLoss(nn.Module):
             check_positive("patch_size", size)
         if channel_axis > len(patch) + 1:
             raise SettingError(
-                f"channel_axis={channel_axis} is no axis of latents with {len(patch)} spatial axes: they have "
-                f"{len(patch) + 2} axes, counted from 0, the batch."
+                f"channel_axis={channel_axis} is no axis of latents with {len(patch)} spatial axes; 0 is the batch."
             )
         self.latent_channels = latent_channels
         self.patch_size = tuple(patch)
@@ -305,15 +276,11 @@ class VAEAlignmentLoss(nn.Module):
 
     def predict(self, tokens: Tensor) -> Tensor:
         """The patch of the latents that each token predicts: (N, T, D) -> (N, T, p·p·C)."""
-        result: Tensor = self.linear(self.norm(self.head(tokens)))
-        return result
+        predicted: Tensor = self.linear(self.norm(self.head(tokens)))
+        return predicted
 
     def patchify(self, latents: Tensor, tokens: Tensor) -> Tensor:
-        """The latents' patches, (N, C, H, W) -> (N, T, p·p·C), one for each of ``tokens``, row by row.
-
-        Raises:
-            ShapeError: If latents and tokens do not fit.
-        """
+        """The latents' patches, (N, C, H, W) -> (N, T, p·p·C), one for each of ``tokens``, row by row."""
         self.check_fit(tokens, latents)
         pattern, letters = _PATCHIFY[len(self.patch_size)]
         latents = latents.movedim(self.channel_axis, 1)
@@ -326,8 +293,7 @@ class VAEAlignmentLoss(nn.Module):
             raise ShapeError(
                 f"Latents of shape {tuple(latents.shape)} do not have, on axis {axis}, the {self.latent_channels} "
                 "channels that the loss was built for.\n"
-                "Pass the VAE's latents as the model sees them, or build the loss with their latent_channels and "
-                "channel_axis: (N, C, H, W) has its channels on axis 1."
+                "Pass the VAE's latents as the model sees them, or their latent_channels= and channel_axis=."
             )
         check_grid(tokens, grid_of(latents, self.patch_size, axis))
         if len(latents) != len(tokens):
@@ -341,5 +307,4 @@ def linear(
     layer: nn.Linear = nn.utils.skip_init(nn.Linear, in_features, out_features, device="cpu")  # type: ignore[no-untyped-call]
     nn.init.xavier_uniform_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
-    moved: nn.Linear = layer.to(device)
-    return moved
+    return layer.to(device)

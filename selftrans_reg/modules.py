@@ -147,7 +147,7 @@ def nearest(name: str, names: Iterable[str]) -> list[str]:
     return difflib.get_close_matches(name, list(names), n=3, cutoff=0.5)
 
 
-def quoted(names: Iterable[str]) -> str:
+def quoted(names: Iterable[object]) -> str:
     """``'a', 'b'``: names as an error message lists them."""
     return ", ".join(repr(name) for name in names)
 
@@ -189,6 +189,12 @@ def check_positive(name: str, value: object) -> None:
     """Raise ``SettingError`` unless ``value`` is a positive integer."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise SettingError(f"{name} must be a positive integer; got {value!r}.")
+
+
+def check_one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raise ``SettingError`` unless ``value`` is one of ``choices``."""
+    if value not in choices:
+        raise SettingError(f"{name} must be one of {quoted(choices)}; got {value!r}.")
 
 
 _CHANNELS_FIRST = (_ConvNd, _BatchNorm, nn.GroupNorm)

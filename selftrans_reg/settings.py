@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict, get_args
 
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from .errors import CheckpointError, SettingError, TeacherError
-from .heads import Distance, check_distance
+from .heads import Distance
 from .health import Health
-from .modules import check_positive, quoted
+from .modules import check_one_of, check_positive
 from .plateau import Plateau, PlateauRule
 from .taps import WhichForward
 from .time import TimeConvention, check_window
@@ -28,8 +28,8 @@ _MAX_WEIGHT = 1_000_000  # a larger one is a slip
 MAX_STEP = 2**63 - 1  # as wherever steps are kept
 _FORMAT = 1
 _DAMAGED = (
-    "The criterion's saved state is damaged, or of a later version; nothing was loaded. Take another checkpoint. Heads "
-    "that are whole can be loaded alone, by criterion.heads.load_state_dict()."
+    "The criterion's saved state is damaged, or of a later version; nothing was loaded. Take another checkpoint, or "
+    "load whole heads alone, by criterion.heads.load_state_dict()."
 )
 _ON_PURPOSE = "To go on with this criterion's on purpose, call criterion.allow_changes() before loading."
 
@@ -79,43 +79,23 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise SettingError(f"{name} must be one of {quoted(choices)}; got {getattr(self, name)!r}.")
-        check_distance(self.distance)
+            check_one_of(name, getattr(self, name), choices)
         check_choice(self.select, self.tokens)
         for name in ("check_interval", "health_interval", "teacher_chunk"):
             if getattr(self, name) is not None:
                 check_positive(name, getattr(self, name))
+        for name, (fits, expected) in _VALUES.items():
+            if not fits(getattr(self, name)):
+                raise SettingError(f"{name} must be {expected}; got {getattr(self, name)!r}.")
         object.__setattr__(self, "window", check_window(self.window))
-        self._check_weight()
-        self._check_stop()
-        rows = self.teacher_rows
-        if not (rows is None or _is_whole(rows, 1) or (isinstance(rows, float) and 0.0 < rows < 1.0)):
-            raise SettingError(
-                f"teacher_rows must be None, a whole number of rows from 1, or a share between 0 and 1; got {rows!r}."
-            )
-
-    def _check_weight(self) -> None:
-        if not _is_weight(self.weight):
-            raise SettingError(f"weight must be a number from 0 to {_MAX_WEIGHT}; got {self.weight!r}.")
         object.__setattr__(self, "weight", float(self.weight))
-
-    def _check_stop(self) -> None:
-        if self.stop_step is None:
-            if self.schedule != "constant":
-                raise SettingError(f"schedule={self.schedule!r} decays to 0 at stop_step: give a stop_step.")
-        elif not _is_whole(self.stop_step, 0):
-            raise SettingError(f"stop_step must be None or an integer, 0 or more; got {self.stop_step!r}.")
-        if self.stop_when is not None and not isinstance(self.stop_when, Plateau):
-            raise SettingError(f"stop_when must be a Plateau or None, such as st.Plateau(); got {self.stop_when!r}.")
+        if self.stop_step is None and self.schedule != "constant":
+            raise SettingError(f"schedule={self.schedule!r} decays to 0 at stop_step: give a stop_step.")
         if self.stop_when is not None and self.weight == 0.0:
             raise SettingError("stop_when= compares gradients, and with weight=0.0 the alignment has none.")
 
     def factor(self, step: int | None) -> float:
-        """What the weight is multiplied with at ``step``: in [0, 1], and 0 from ``stop_step`` on.
-
-        With s = step / stop_step: ``constant`` 1, ``linear`` 1 − s, ``cosine`` (1 + cos πs) / 2.
-        """
+        """What the weight is multiplied with at ``step``: in [0, 1], and 0 from ``stop_step`` on."""
         stop = self.stop_step
         if stop is None:
             return 1.0
@@ -125,10 +105,8 @@ class Settings:
             )
         if step >= stop:
             return 0.0
-        progress = step / stop
-        if self.schedule == "linear":
-            return 1.0 - progress
-        return (1.0 + math.cos(math.pi * progress)) / 2.0 if self.schedule == "cosine" else 1.0
+        s = step / stop
+        return {"constant": 1.0, "linear": 1.0 - s, "cosine": (1.0 + math.cos(math.pi * s)) / 2.0}[self.schedule]
 
     def to_json(self) -> dict[str, Any]:
         """What a head is trained for, as JSON: with another of these a saved state is that of another run."""
@@ -140,15 +118,6 @@ class Settings:
             "stop_when": self.stop_when and asdict(self.stop_when),
             **{name: getattr(self, name) for name in names},
         }
-
-
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "target": get_args(Target),
-    "gating": get_args(Gating),
-    "eval_mode": (False, True),
-    "schedule": get_args(Schedule),
-    "forward": (None, *get_args(get_args(WhichForward)[0])),
-}
 
 
 # What can be read off a criterion by its name; its `forward` is a method.
@@ -174,10 +143,9 @@ class RunState(NamedTuple):
 
     def to_tensor(self) -> Tensor:
         """JSON in a uint8 tensor: it survives ``.half()``, safetensors and sharded checkpoints."""
-        entries = self._asdict() | {"health": _as_text(self.health), "plateau": _as_text(self.plateau)}
         # Distributed checkpoints are loaded in place, so one criterion's states have one size, whatever it counts.
         size = 1024 * math.ceil(1 + len(json.dumps(self.settings)) / 1024)
-        text = json.dumps({"format": _FORMAT, **entries}).encode().ljust(size)
+        text = json.dumps({"format": _FORMAT, **self._asdict()}).encode().ljust(size)
         return torch.tensor(list(text), dtype=torch.uint8, device="cpu")
 
     @classmethod
@@ -221,14 +189,28 @@ class RunState(NamedTuple):
             )
 
 
-def _as_text(values: Sequence[float] | None) -> list[str] | None:
-    """Floating numbers as JSON knows them, NaN and inf too, to the bit."""
-    return None if values is None else [repr(float(value)) for value in values]
-
-
 def _is_whole(value: object, low: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and low <= value <= MAX_STEP
 
 
 def _is_weight(value: object) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and 0 <= value <= _MAX_WEIGHT
+
+
+_CHOICES: dict[str, tuple[object, ...]] = {
+    "target": get_args(Target),
+    "distance": get_args(Distance),
+    "gating": get_args(Gating),
+    "schedule": get_args(Schedule),
+    "forward": (None, *get_args(get_args(WhichForward)[0])),
+    "eval_mode": (False, True),
+}
+_VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "weight": (_is_weight, f"a number from 0 to {_MAX_WEIGHT}"),
+    "stop_step": (lambda step: step is None or _is_whole(step, 0), "None or an integer, 0 or more"),
+    "stop_when": (lambda rule: isinstance(rule, Plateau | None), "a Plateau or None, such as st.Plateau()"),
+    "teacher_rows": (
+        lambda rows: rows is None or _is_whole(rows, 1) or (isinstance(rows, float) and 0.0 < rows < 1.0),
+        "None, a whole number of rows from 1, or a share between 0 and 1",
+    ),
+}

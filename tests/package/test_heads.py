@@ -242,7 +242,7 @@ class TestVAEAlignment:
             ({"patch_size": ()}, "one for each of 1 to 3 axes; got ()"),
             ({"patch_size": (2, 2.0)}, "patch_size must be a positive integer; got 2.0"),
             ({"hidden_size": 0}, "in_features must be a positive integer; got 0"),
-            ({"distance": "mae"}, "distance must be one of mse, cosine, smooth_l1; got 'mae'"),
+            ({"distance": "mae"}, "distance must be one of 'mse', 'cosine', 'smooth_l1'; got 'mae'"),
             ({"channel_axis": 0}, "channel_axis must be a positive integer; got 0"),
             ({"channel_axis": 4}, "channel_axis=4 is no axis of latents with 2 spatial axes"),
         ],

@@ -65,7 +65,7 @@ SETTINGS: list[tuple[str, tuple[Any, ...], str]] = [
     ("health_interval", NO_COUNT, "health_interval must be a positive integer; got"),
     ("target", ("noise", None, []), "target must be one of 'latents', 'velocity'; got"),
     ("gating", ("hard",), "gating must be one of 'per-sample', 'released'; got"),
-    ("distance", ("l2", None), "distance must be one of mse, cosine, smooth_l1; got"),
+    ("distance", ("l2", None), "distance must be one of 'mse', 'cosine', 'smooth_l1'; got"),
     ("schedule", ("exponential",), "schedule must be one of 'constant', 'linear', 'cosine'; got"),
     ("schedule", ("linear",), "schedule='linear' decays to 0 at stop_step: give a stop_step"),
     ("stop_step", (-1, 1e5, True, 2**63), "stop_step must be None or an integer, 0 or more; got"),
