@@ -14,6 +14,21 @@ import torch
 torch.set_num_threads(1)
 
 
+# Files whose tests compile, start processes, load other libraries' models, draw, or run the docs: seconds each.
+SLOW = {
+    *("accelerate", "artefacts", "backbones", "borrowed", "checkpointing", "compile", "compiled", "ddp", "diffusers"),
+    *("docs", "draw", "fsdp", "health_wrapped", "hub", "lightning", "package", "plateau", "pretrained", "report"),
+    *("resume", "survey", "typing", "waiting", "ways"),
+}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as slow, which ``-m "not slow"`` leaves out, what stands in these files, and all that runs the examples."""
+    for item in items:
+        if item.path.parent.name == "examples" or item.path.stem.removeprefix("test_") in SLOW:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
 def device(request: pytest.FixtureRequest) -> torch.device:
     """The CPU, and the GPU too where there is one."""
