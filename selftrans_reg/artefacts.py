@@ -256,7 +256,7 @@ def write_artefact(folder: Path, settings: Mapping[str, Any], tensors: Mapping[s
     text = json.dumps(config, indent=2, allow_nan=False) + "\n"
     # Copies, as safetensors takes no tensors that share memory.
     own = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
-    weights = safetensors.torch.save(own, metadata={"format": "pt", _METADATA: text})
+    weights = safetensors.torch.save(own, metadata={_METADATA: text})  # one entry: of several the order is random
     if int.from_bytes(weights[:8], "little") > MAX_JSON:
         raise CheckpointError(f"This teacher cannot be saved: its names and settings take over {MAX_JSON} bytes.")
     try:

@@ -18,7 +18,7 @@ torch.set_num_threads(1)
 SLOW = {
     *("accelerate", "artefacts", "backbones", "borrowed", "checkpointing", "compile", "compiled", "ddp", "diffusers"),
     *("docs", "draw", "fsdp", "health_wrapped", "hub", "lightning", "package", "plateau", "pretrained", "report"),
-    *("resume", "survey", "typing", "waiting", "ways"),
+    *("health", "lifetime", "resume", "survey", "typing", "waiting", "ways"),
 }
 
 
