@@ -113,9 +113,10 @@ def align(
             elif settings.tokens is None:  # there is no latent grid to compare with
                 head.check_fit(found, call.x_t)
         except ShapeError as error:
-            if settings.tokens is not None:
-                error.add_note(f"tokens={settings.tokens} was given: these are the tokens that it leaves.")
-            raise
+            if settings.tokens is None:
+                raise
+            given = f"tokens={settings.tokens} was given: these are the tokens that it leaves."
+            raise ShapeError(f"{error}\n{given}") from error
         tokens.append(found)
     if look is not None:
         look.tokens = [found.detach() for found in tokens]

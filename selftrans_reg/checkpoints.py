@@ -233,7 +233,8 @@ def _read_torch(file: Path) -> dict[str, Any]:
         before = torch.serialization.get_safe_globals()
         # Leaving the context also removes what was allowed before it, so nothing is listed that already was.
         allowed = torch.serialization.safe_globals([c for c in _DATA if c not in before])
-        with _ALLOWING, allowed, warnings.catch_warnings(action="ignore"):
+        with _ALLOWING, allowed, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             try:
                 content = torch.load(stream, map_location="cpu", weights_only=True)
             except Exception as error:

@@ -8,7 +8,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple, Self, SupportsIndex, Unpack, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,9 @@ from .taps import Recorder
 from .teacher import CFGFeatureTeacher
 from .time import TimeConvention, resolve
 from .tokens import described
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
 
 # A mistake in a new loop shows in the first calls of a process, and is cheap to find there.
 _FIRST = 3

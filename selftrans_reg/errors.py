@@ -34,7 +34,7 @@ class TimeConventionError(SelfTransError, ValueError):
 
 
 class TeacherError(SelfTransError, RuntimeError):
-    """The teacher is another than the run began with, was released, is the student, or gives random features."""
+    """The teacher fails, gives random features, is another than the run began with, was released, or is the student."""
 
 
 class PrunedModuleError(TeacherError, AttributeError):

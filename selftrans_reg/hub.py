@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from torch import Tensor
 
@@ -18,6 +18,7 @@ from .errors import CheckpointError
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi  # imported late: it takes a second
+    from typing_extensions import Unpack
 
 
 class Source(TypedDict, total=False):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,9 @@ from .truncate import (
     pruned_error,
     touched_in,
 )
+
+if TYPE_CHECKING:
+    from typing_extensions import Self, Unpack
 from .truncate import truncate as drop_unused
 from .weights import check_fit, check_values, load_weights, own_tensors
 
@@ -419,14 +422,13 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         args, kwargs = self.spec.arguments(arguments)
         try:
             output = self._exit.run(self.model, args, kwargs, stop=self._truncate and not to_end)
-        except SelfTransError:
+        except (SelfTransError, torch.OutOfMemoryError):  # the latter is what loops catch to try a smaller batch
             raise
         except Exception as error:
-            error.add_note(
-                f"This was the teacher on {rows} rows. {_as_taken(held, arguments)} If all samples share one of the "
-                "former, say so: build_teacher(..., call=dict(shared=[...]))."
-            )
-            raise
+            raise TeacherError(
+                f"The teacher fails on {rows} rows: {type(error).__name__}: {error}\n{_as_taken(held, arguments)}\n"
+                "If all samples share one of the former, say so: build_teacher(..., call=dict(shared=[...]))."
+            ) from error
         tokens = as_tokens(
             output, self.select, self.tokens, layer=self.layer, layout=self._layout, arguments=lambda: arguments
         )

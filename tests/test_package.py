@@ -9,13 +9,17 @@ import pkgutil
 import re
 import subprocess
 import sys
-import tomllib
 from pathlib import Path
 
 import pytest
 
 import selftrans_reg
 from selftrans_reg import errors
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # pytest brings it
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "selftrans_reg"

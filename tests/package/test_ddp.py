@@ -197,6 +197,5 @@ def fails_on(rank: int, failing: int) -> None:
 
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_failure_on_one_rank_is_reported(failing: int) -> None:
-    with pytest.raises(ExceptionGroup) as found:
+    with pytest.raises(RuntimeError, match=f"ValueError: rank {failing} failed"):
         on_ranks(fails_on, failing)
-    assert [str(error) for error in found.value.subgroup(ValueError).exceptions] == [f"rank {failing} failed"]

@@ -223,7 +223,7 @@ def run(first: int, count: int) -> Counter[str]:
             try:
                 counts[f"{name} {'refused' if judge(FAMILIES[name](corpus, random.Random(case))) else 'loaded'}"] += 1
             except BaseException as error:
-                error.add_note(f"case {case}")
+                error.args = (f"case {case}", *error.args)
                 raise
     return counts
 

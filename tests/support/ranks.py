@@ -4,6 +4,7 @@ import functools
 import os
 import sys
 import tempfile
+import traceback
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -28,7 +29,7 @@ def on_ranks(function: Callable[..., Any], *args: object) -> list[Any]:
         futures = [pool.submit(_in_group, function, rank, folder, args) for rank, pool in enumerate(_pools())]
         errors = [error for future in futures if (error := future.exception())]
         if errors:  # all of them: often one says why, and the other that it lost its peer
-            raise BaseExceptionGroup("on the ranks", errors)
+            raise RuntimeError("\n".join("".join(traceback.format_exception(error)) for error in errors))
         return [torch.load(Path(folder, f"{rank}.pt")) for rank in range(RANKS)]
 
 
