@@ -46,23 +46,12 @@ if __name__ == "__main__":
 
 import torch
 from common.data_files import DataError, first_ones
-from common.encoding import image_batches, load_encoder
-from common.images import find_images, skipped_line
-from common.latent_shards import (
-    INDEX,
-    Index,
-    OpenShard,
-    moment_names,
-    read_index,
-    shard_name,
-    write_index,
-    write_shard,
-)
+from common.images import find_images, image_batches, skipped_line
+from common.latents import INDEX, Index, OpenShard, moment_names, read_index, shard_name, write_index, write_shard
 from common.processes import Processes
-from common.scaling import scaling_of
 from common.tf32 import tf32
 from common.training import progress
-from common.vae import encode_moments, weights_digest
+from common.vae import encode_moments, load_encoder, scaling_of, weights_digest
 from torch import Tensor
 
 import selftrans_reg as st

@@ -61,18 +61,20 @@ if __name__ == "__main__":
 import numpy as np
 import sample
 from common.data_files import read_json
-from common.feature_sets import (
+from common.images import ImageSet, tile
+from common.metrics import (
     Extractor,
-    ImageSet,
     Reference,
     evenly,
     extractor_named,
+    feature_statistics,
+    frechet_distance,
+    frechet_spread,
     load_reference,
+    precision_recall,
     reference_of,
     save_reference,
 )
-from common.images import tile
-from common.metrics import feature_statistics, frechet_distance, frechet_spread, precision_recall
 from common.processes import Processes, default_device
 from common.run_folder import checkpoints_of, open_run_folder, write_json, write_whole
 

@@ -84,14 +84,13 @@ if __name__ == "__main__":
 
 import torch
 from common.data_files import read_json
-from common.feature_sets import imported
 from common.loading import Checkpoint, mmdit_from_checkpoint, saved_args, sit_from_checkpoint
+from common.options import imported
 from common.processes import default_device
 from common.run_folder import newest_checkpoint, open_run_folder, write_whole
 from common.sampling import matching_vae, vae_place
-from common.scaling import Scaling, recorded_scaling, scaling_of
 from common.training import progress
-from common.vae import decode, encode_moments, load_vae
+from common.vae import Scaling, decode, encode_moments, load_vae, recorded_scaling, scaling_of
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 

@@ -42,10 +42,9 @@ from common.processes import Processes
 from common.run_folder import newest_checkpoint, open_run_folder, write_whole
 from common.samplers import Guidance, Model, reversed_time
 from common.sampling import ImageSampler, Labels, image_generator, matching_vae, vae_place
-from common.scaling import recorded_scaling
 from common.tf32 import tf32
 from common.training import progress
-from common.vae import weights_digest
+from common.vae import recorded_scaling, weights_digest
 from numpy.typing import NDArray
 from torch import Tensor
 

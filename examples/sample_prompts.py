@@ -59,10 +59,9 @@ from common.processes import default_device
 from common.run_folder import newest_checkpoint, open_run_folder
 from common.samplers import Guidance
 from common.sampling import ImageSampler, matching_vae, vae_place
-from common.scaling import recorded_scaling
 from common.text import Prompts, encoded_prompts, load_text_encoder, numbers_of, save_captioned
 from common.training import progress
-from common.vae import weights_digest
+from common.vae import recorded_scaling, weights_digest
 from sample import batches_left, png_name, write_missing
 
 SHOWN = 16  # prompts in the picture

@@ -38,7 +38,7 @@ from benchmarks.baselines import InternalGuidance
 from benchmarks.convergence_methods import SCREEN_SEEDS, STUDIES, TEACHER_SEED, Method, Parts, parse
 from benchmarks.convergence_setting import PROTOCOLS, Protocol, Setting
 from benchmarks.recording import commit, hardware
-from common.fashion import PACKAGED
+from common.data import PACKAGED
 from common.options import Mistake, Parser, run_script
 from common.paths import denoising_loss, velocity_loss
 from common.run_folder import open_run_folder, write_whole

@@ -14,8 +14,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import metrics
-from common.data import LabelledImages, LatentData
-from common.fashion import NUM_FASHION_CLASSES, fashion
+from common.data import NUM_FASHION_CLASSES, LabelledImages, LatentData, fashion
 from common.options import Mistake
 from common.paths import velocity_loss
 from common.run_folder import finished_or_made

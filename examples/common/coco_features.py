@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 from common.data_files import DataError, check_moments, first_ones, read_json, read_moments, read_npy, readable
 from common.options import Mistake
 from common.run_folder import open_run_folder, write_json, write_whole
-from common.scaling import Scaling, checked_scaling
 from common.text import same_features
+from common.vae import Scaling, checked_scaling
 
 EMPTY = "empty_context.npy"
 _FACTS = "features.json"  # not U-ViT's: what its layout leaves to the code

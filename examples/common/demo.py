@@ -21,10 +21,9 @@ from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenize
 from common.coco_features import write_coco_features
 from common.data import NUM_DIGIT_CLASSES, digits
 from common.run_folder import open_run_folder
-from common.scaling import Scaling, scaling_of
 from common.step_sampler import mixed_seed
 from common.text import load_text_encoder
-from common.vae import encode_moments, trained_vae
+from common.vae import Scaling, encode_moments, scaling_of, trained_vae
 
 IMAGE_SIZE = 32
 

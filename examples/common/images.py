@@ -2,14 +2,18 @@
 
 import os
 import warnings
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 from common.data_files import DataError, readable
 from common.options import Mistake
@@ -18,6 +22,8 @@ _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _PNG_BITS = 24  # the byte of a PNG that holds its bits a channel
 _SHOWN = 3
+DIGITS = "digits"
+_ARRAY = "arr_0.npy"  # what numpy calls the first array of an .npz, where ADM's evaluator looks for the images
 
 
 class ImageFiles(NamedTuple):
@@ -165,3 +171,124 @@ def tile(images: NDArray[Any] | Tensor, columns: int, *, gap: int = 1) -> NDArra
         top, left = i // columns * (height + gap), i % columns * (width + gap)
         grid[top : top + height, left : left + width] = image
     return grid
+
+
+class _Images(Dataset[tuple[Tensor | None, str]]):
+    def __init__(self, folder: Path, names: list[str], size: int) -> None:
+        self._folder, self._size = folder, size
+        # One array: a list of strings would be copied into every worker, page by page.
+        self._names = np.array([os.fsencode(name) for name in names])
+
+    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
+        try:
+            return read_square(self._folder / os.fsdecode(self._names[index]), self._size), ""
+        except DataError as error:
+            return None, str(error)
+
+
+def image_batches(
+    folder: Path, names: list[str], batches: list[list[int]], *, size: int, workers: int
+) -> DataLoader[tuple[Tensor | None, list[str]]]:
+    """Batches of cropped images: uint8 (n, 3, size, size) of those that can be read, or None without any; and reasons.
+
+    The reasons are one for each image of the batch, empty where it can be read.
+
+    Args:
+        folder: Of the images.
+        names: Their files, relative to it.
+        batches: Which of them, batch by batch.
+        size: Pixels a side.
+        workers: Processes that read; 0 reads in this one.
+    """
+    return DataLoader(_Images(folder, names, size), batch_sampler=batches, num_workers=workers, collate_fn=_collate)
+
+
+def _collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
+    good = [pixels for pixels, _ in items if pixels is not None]
+    return torch.stack(good) if good else None, [reason for _, reason in items]
+
+
+class ImageSet:
+    """Images in order, as often as asked: of a folder, at any depth, of the ``arr_0`` of an ``.npz``, or the digits.
+
+    Args:
+        source: The file, the folder, or "digits"; a folder with a folder ``images`` in it, such as that of
+            ``sample.py``, means that.
+    """
+
+    def __init__(self, source: str | Path) -> None:
+        path = Path(source)
+        self.path = (path / "images" if (path / "images").is_dir() else path).resolve()
+        self.name, self._files, self._held = str(self.path), [], None
+        if str(source) == DIGITS:
+            from common.data import digits
+
+            self.name, self._held = DIGITS, to_uint8(digits(32)[0].images)
+            self._length = len(self._held)
+        elif self.path.is_dir():
+            self._files, skipped = find_images(self.path)
+            self._length = len(self._files)
+            if skipped:
+                print(skipped_line(self.path, skipped))
+        elif self.path.suffix == ".npz" and self.path.exists():
+            with _array_stream(self.path) as (_, shape):
+                self._length = shape[0]
+        else:
+            raise DataError(f"There are no images at {path}.\nPass a folder of images, or an .npz of ADM's layout.")
+        if not self._length:
+            raise DataError(f"{self.path} holds no image.\nPass a folder of images, or an .npz of ADM's layout.")
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one."""
+        for images in self._rows(size):
+            yield torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
+
+    def _rows(self, size: int) -> Iterator[NDArray[np.uint8]]:
+        starts = range(0, self._length, size)
+        if self._held is not None:
+            yield from (self._held[start : start + size] for start in starts)
+        elif self._files:
+            width, height = read_image(self.path / self._files[0]).size
+            for start in starts:
+                yield np.stack([self._image(name, width, height) for name in self._files[start : start + size]])
+        else:
+            with _array_stream(self.path) as (stream, shape):
+                row = int(np.prod(shape[1:]))
+                for start in starts:
+                    count = min(size, self._length - start)
+                    raw = stream.read(count * row)
+                    if len(raw) != count * row:
+                        raise DataError(f"{self.path} ends in the middle of its images. Copy or make it again.")
+                    yield np.frombuffer(raw, np.uint8).reshape(count, *shape[1:]).copy()
+
+    def _image(self, name: str, width: int, height: int) -> NDArray[np.uint8]:
+        image = read_image(self.path / name)
+        if image.size != (width, height):
+            raise DataError(
+                f"The images of a set have one size.\nFound: {width}x{height}, and {self.path / name} with "
+                f"{image.width}x{image.height}.\nCrop and resize them alike, or name the folder of one size."
+            )
+        return np.asarray(image)
+
+
+@contextmanager
+def _array_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
+    """The ``arr_0`` of an ``.npz``, opened and read up to its data, and its shape."""
+    with readable(path, ".npz"), zipfile.ZipFile(path) as archive:
+        if _ARRAY not in archive.namelist():
+            raise DataError(
+                f"{path} holds no images under 'arr_0'.\nFound: {', '.join(archive.namelist()[:8])}.\n"
+                "Statistics are passed with --statistics."
+            )
+        with archive.open(_ARRAY) as stream:
+            version = np.lib.format.read_magic(stream)
+            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+            if version != (1, 0) or fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+                raise DataError(
+                    f"{path} holds no images: 'arr_0' has to be uint8 (N, H, W, 3).\nFound: {dtype} {shape}.\n"
+                    "Pass images as sample.py or ADM's scripts write them."
+                )
+            yield stream, shape

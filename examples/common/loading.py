@@ -17,8 +17,8 @@ from torch import Tensor, nn
 import selftrans_reg as st
 from common.mmdit import MMDiT
 from common.options import Mistake
-from common.scaling import Scaling, recorded_scaling
 from common.sit import SIZES, SiT, published_sizes
+from common.vae import Scaling, recorded_scaling
 
 Family = Literal["SiT", "MMDiT"]
 

@@ -20,8 +20,8 @@ from common.loading import Family, check_claims, saved_args
 from common.options import CHANGEABLE, Mistake
 from common.paths import denoising_loss, path_named
 from common.run_folder import checkpoint_path, checkpoints_of, locked, open_run_folder
-from common.scaling import Scaling
 from common.trainer import Condition, Draw, LongRun, Trainer
+from common.vae import Scaling
 
 TIMES = {"linear": "repa", "cosine": "repa-cosine"}  # t = 1 is noise
 

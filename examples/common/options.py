@@ -4,10 +4,11 @@ Nothing here imports torch: a script reads its options before anything that take
 """
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class Mistake(ValueError):  # noqa: N818  # the user's, not the program's
@@ -95,6 +96,20 @@ def window(text: str) -> tuple[float, float] | str:
     if not 0 <= low < high <= 1:
         raise argparse.ArgumentTypeError(f"must be two noise fractions within 0 and 1, the lower first; got {text}")
     return low, high
+
+
+def imported(name: str, option: str) -> Callable[..., Any]:
+    """What ``module:callable`` names; modules of the working directory are found too."""
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Mistake(f"{option} {name!r} is no module:callable that can be imported: {error}.") from error
+    if not callable(found):
+        raise Mistake(f"{option} {name!r} is a {type(found).__name__}, which cannot be called.")
+    return found
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:

@@ -15,8 +15,7 @@ from common.images import tile, to_uint8, write_png
 from common.options import Mistake
 from common.paths import path_named
 from common.samplers import Guidance, Model, sample_ode, sample_sde
-from common.scaling import Scaling, scaling_of
-from common.vae import decode, load_vae
+from common.vae import Scaling, decode, load_vae, scaling_of
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

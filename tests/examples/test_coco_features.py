@@ -9,7 +9,7 @@ import torch
 from common.coco_features import CocoFeatures, CocoWriter, write_coco_features
 from common.data_files import DataError
 from common.options import Mistake
-from common.scaling import Scaling
+from common.vae import Scaling
 from torch import Tensor
 from torch.utils.data import DataLoader
 

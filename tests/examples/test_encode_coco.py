@@ -12,9 +12,8 @@ from common.coco_features import CocoFeatures, CocoWriter
 from common.data_files import DataError
 from common.demo import save_text_encoder
 from common.options import Mistake
-from common.scaling import Scaling
 from common.text import TextEncoder, load_text_encoder
-from common.vae import new_vae
+from common.vae import Scaling, new_vae
 from diffusers import AutoencoderKL
 from PIL import Image
 

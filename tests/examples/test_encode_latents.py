@@ -10,11 +10,9 @@ import numpy as np
 import pytest
 import torch
 from common.data_files import DataError
-from common.latent_shards import read_index, shard_name
-from common.latents import LatentFolder, open_latents
+from common.latents import LatentFolder, open_latents, read_index, shard_name
 from common.options import Mistake
-from common.scaling import Scaling
-from common.vae import new_vae
+from common.vae import Scaling, new_vae
 from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor

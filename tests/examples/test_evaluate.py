@@ -9,11 +9,11 @@ import evaluate
 import numpy as np
 import pytest
 import torch
-from common import feature_sets
+from common import metrics
 from common.data import LabelledImages, digits
 from common.data_files import DataError
-from common.feature_sets import extractor_named
 from common.images import to_uint8, write_png
+from common.metrics import extractor_named
 from common.options import Mistake
 from numpy.typing import NDArray
 from PIL import Image
@@ -144,7 +144,7 @@ def test_the_digits_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     """Held-out digits are nearer to the training digits than the same digits inverted, by the demo's own classifier."""
     train, held_out = (LabelledImages(d.images[:200], d.labels[:200]) for d in digits(32))
     monkeypatch.setattr("common.data.digits", lambda size: (train, held_out))
-    monkeypatch.setattr(feature_sets, "_CLASSIFIER_STEPS", 30)
+    monkeypatch.setattr(metrics, "_CLASSIFIER_STEPS", 30)
     rows = {}
     for name, sign in [("held_out", 1), ("inverted", -1)]:
         np.savez(tmp_path / f"{name}.npz", to_uint8(sign * held_out.images))
@@ -154,7 +154,7 @@ def test_the_digits_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert rows["held_out.npz"]["precision"] > 0.6 > 0.2 > rows["inverted.npz"]["precision"]
 
     extractor = extractor_named("digits", classifier=tmp_path / "runs/classifier.pt", device="cpu")
-    monkeypatch.setattr(feature_sets, "_CLASSIFIER_STEPS", 31)
+    monkeypatch.setattr(metrics, "_CLASSIFIER_STEPS", 31)
     other = extractor_named("digits", classifier=tmp_path / "other.pt", device="cpu")
     assert extractor.name.startswith("digits-")
     assert extractor.name != other.name  # features of another training are other features

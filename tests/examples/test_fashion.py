@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common.fashion import fashion
+from common.data import fashion
 from common.options import Mistake
 from idx_files import write_idx, write_small_fashion
 

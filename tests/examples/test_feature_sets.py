@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from common import feature_sets
+from common import metrics
 from common.data_files import DataError
-from common.feature_sets import Extractor, ImageSet, evenly, extractor_named, imported, reference_of
-from common.images import write_png
-from common.metrics import FeatureStatistics
-from common.options import Mistake
+from common.images import ImageSet, write_png
+from common.metrics import Extractor, FeatureStatistics, evenly, extractor_named, reference_of
+from common.options import Mistake, imported
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -121,7 +120,7 @@ def test_a_header_that_announces_too_much_costs_no_memory(tmp_path: Path, images
 
 
 def test_few_of_many_features_are_held_evenly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feature_sets, "_PAIRED", 5)
+    monkeypatch.setattr(metrics, "_PAIRED", 5)
     assert evenly(4).tolist() == [0, 1, 2, 3]
     assert evenly(13).tolist() == [0, 3, 6, 9, 12]
     grey = np.arange(13, dtype=np.uint8).reshape(13, 1, 1, 1) * np.ones((1, 2, 2, 3), np.uint8)

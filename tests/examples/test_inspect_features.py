@@ -16,12 +16,10 @@ from common import data
 from common.coco_features import write_coco_features
 from common.data import LabelledImages, digits
 from common.demo import demo_latents
-from common.feature_sets import imported
 from common.mmdit import MMDiT
-from common.options import Mistake
+from common.options import Mistake, imported
 from common.run_folder import write_json
-from common.scaling import Scaling
-from common.vae import load_vae
+from common.vae import Scaling, load_vae
 from tiny_runs import ARGS, SCALE, write_checkpoint, write_run, write_vae
 
 import selftrans_reg as st

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from common.data_files import DataError
-from common.latent_shards import Index, read_index, shard_name, write_index, write_shard
-from common.latents import LatentFolder, open_latents
-from common.scaling import Scaling
+from common.latents import Index, LatentFolder, open_latents, read_index, shard_name, write_index, write_shard
+from common.vae import Scaling
 from torch import Tensor
 from torch.utils.data import DataLoader
 

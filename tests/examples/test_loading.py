@@ -9,8 +9,8 @@ import pytest
 import torch
 from common.loading import check_claims, mmdit_from_checkpoint, sit_from_checkpoint
 from common.options import Mistake
-from common.scaling import Scaling
 from common.sit import SIZES, SiT
+from common.vae import Scaling
 from torch import Tensor
 
 from selftrans_reg import CheckpointError

@@ -15,9 +15,8 @@ from common.demo import TEXT_ENCODER, TEXT_LENGTH, TEXT_WIDTH, VAE, captioned_sh
 from common.loading import mmdit_from_checkpoint
 from common.mmdit import MMDiT
 from common.options import Mistake
-from common.scaling import Scaling
 from common.text import load_text_encoder
-from common.vae import load_vae
+from common.vae import Scaling, load_vae
 from long_runs import own_state
 from PIL import Image
 from torch import Tensor

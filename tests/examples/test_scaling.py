@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 from common.data_files import DataError
-from common.scaling import Scaling, checked_scaling, recorded_scaling, scaling_of
-from common.vae import decode, new_vae
+from common.vae import Scaling, checked_scaling, decode, new_vae, recorded_scaling, scaling_of
 
 LATENTS = torch.linspace(-2, 2, 2 * 4 * 3 * 3).reshape(2, 4, 3, 3)
 MEAN, STD = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 4.0]

@@ -22,10 +22,9 @@ from common.loading import sit_from_checkpoint
 from common.long_runs import latents_of
 from common.options import Mistake
 from common.run_folder import locked
-from common.scaling import Scaling
 from common.sit import SiT
 from common.trainer import Trainer
-from common.vae import new_vae
+from common.vae import Scaling, new_vae
 from long_runs import differences, lines, own_state
 from PIL import Image
 
