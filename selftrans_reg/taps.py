@@ -16,7 +16,6 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import torch
@@ -29,7 +28,7 @@ from .modules import Layout, device_of, find_layer, layer_names, sharded_parts, 
 from .tokens import Select, Tokens, as_tokens, check_choice, tensors_in, walk
 
 WhichForward: TypeAlias = Literal["first", "last"] | None
-Versions: TypeAlias = list[tuple[Tensor, int]]
+Versions: TypeAlias = tuple[list[Tensor], list[tuple[int, int]]]  # kept alive, and of each its id and version
 Note = TypeVar("Note")
 Owner = TypeVar("Owner", "Recorder[Any]", "EarlyExit")
 
@@ -49,7 +48,7 @@ class Record(Generic[Note]):
     """
 
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any], layers: Sequence[str]) -> None:
-        self._versions: Versions = []
+        self._versions: list[tuple[Tensor, int]] = []
         self.args, self.kwargs = walk((args, kwargs), self._see, fresh=True)
         self.captures: dict[str, list[Capture]] = {layer: [] for layer in layers}  # one each time that it ran
         self.with_gradients = torch.is_grad_enabled()
@@ -85,12 +84,9 @@ class Record(Generic[Note]):
                 "Otherwise the model's forward skips this layer: tap one that runs in every forward."
             )
         if len(captures) > 1:
-            raise CaptureError(
-                f"Layer {layer!r} ran {len(captures)} times in one forward of the model, and nothing is guessed.\n"
-                "Tap a layer that runs once."
-            )
+            raise _ran_often(layer, captures, "model")
         (capture,) = captures
-        if capture.versions is not None and _changed(capture.output, capture.versions):
+        if capture.versions is not None and _versions_of(capture.output)[1] != capture.versions[1]:
             raise CaptureError(
                 f"The output of layer {layer!r} was changed in place after the layer returned it, so what was captured "
                 "is no longer what the layer gave.\n"
@@ -111,19 +107,15 @@ class Record(Generic[Note]):
 
 def _versions_of(value: Any) -> Versions:
     """The tensors of a nested value, and how often each was changed in place; those of inference mode do not count."""
-    found: Versions = []
-    for _, tensor in [("", value)] if isinstance(value, Tensor) else tensors_in(value):
-        found.append((tensor, 0 if tensor.is_inference() else tensor._version))
-    return found
+    tensors = [value] if isinstance(value, Tensor) else [tensor for _, tensor in tensors_in(value)]
+    return tensors, [(id(tensor), 0 if tensor.is_inference() else tensor._version) for tensor in tensors]
 
 
-def _changed(value: Any, before: Versions) -> bool:
-    """Whether a tensor of a nested value was changed in place, or another put there, since ``before``."""
-    now = _versions_of(value)
-    for (tensor, version), (old_tensor, old_version) in zip(now, before, strict=False):
-        if tensor is not old_tensor or version != old_version:
-            return True
-    return len(now) != len(before)
+def _ran_often(layer: str, outputs: Sequence[Any], whose: str) -> CaptureError:
+    return CaptureError(
+        f"Layer {layer!r} ran {len(outputs)} times in one forward of the {whose}, and nothing is guessed.\n"
+        "Tap a layer that runs once."
+    )
 
 
 class _UnscriptableError(CaptureError, AttributeError):
@@ -355,19 +347,13 @@ class _StopHook(_Hook["EarlyExit"]):
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
         early_exit = self.owner()
-        run = None if early_exit is None else early_exit.runs.get(threading.get_ident())
-        if run is None or module is not self.module():
+        outputs = None if early_exit is None else getattr(early_exit.here, "outputs", None)
+        if early_exit is None or outputs is None or module is not self.module():
             return
-        run.outputs.append(output if run.stop else walk(output, lambda tensor, path: tensor.clone()))
-        if run.stop:
+        stop = early_exit.here.stop
+        outputs.append(output if stop else walk(output, lambda tensor, path: tensor.clone()))
+        if stop:
             raise _Stop
-
-
-class _Run(NamedTuple):
-    """A forward in progress: the tapped layer's outputs so far, and whether to leave at the first."""
-
-    outputs: list[Any]
-    stop: bool
 
 
 class EarlyExit:
@@ -380,36 +366,37 @@ class EarlyExit:
         _keep_out_of_graphs()
         module = find_layer(model, layer)
         self.layer = layer
-        self.runs: dict[int, _Run] = {}
+        self.here = threading.local()  # the ``outputs`` of the layer in a forward in progress, and whether to ``stop``
+        self.preparing = threading.Lock()  # held by a first call, which the others wait for
         module.register_forward_hook(_StopHook(self, module))
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return type(None), ()  # its hook is inert in a copy of the model, which needs an own one
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, stop: bool = True) -> Any:
         """The layer's raw output in ``model(*args, **kwargs)``, of which nothing more is run if it is to ``stop``.
 
         Otherwise the forward goes on, and what fails behind the layer is of no interest.
         """
-        thread = threading.get_ident()
-        run = self.runs[thread] = _Run([], stop)
+        outputs: list[Any] = []
+        self.here.outputs, self.here.stop = outputs, stop
         try:
             model(*args, **kwargs)
         except _Stop:
             for part in sharded_parts(model):  # as FSDP2's own hooks do where a forward ends
                 part.reshard()  # type: ignore[operator]
         except Exception:
-            if not run.outputs:
+            if not outputs:
                 raise
         finally:
-            del self.runs[thread]
-        if not run.outputs:
+            self.here.outputs = None
+        if not outputs:
             raise CaptureError(
                 f"The teacher's forward ended without running layer {self.layer!r}: name one that always runs."
             )
-        if len(run.outputs) > 1:
-            raise CaptureError(
-                f"Layer {self.layer!r} runs {len(run.outputs)} times in one forward of the teacher, and nothing is "
-                "guessed.\nTap a layer that runs once."
-            )
-        return run.outputs[0]
+        if len(outputs) > 1:
+            raise _ran_often(self.layer, outputs, "teacher")
+        return outputs[0]
 
 
 @contextlib.contextmanager
@@ -530,7 +517,5 @@ class FeatureTap:
     def __enter__(self) -> FeatureTap:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.detach()
