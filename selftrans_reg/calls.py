@@ -241,8 +241,9 @@ class RowTensors:
     Other tensors are shared by all samples. What may be either is asked about: a first axis of 2N, 3N, ..., as of a
     doubled or packed batch; N on a later axis; a mapping by numbers; N entries that are no tensors.
 
-    ``tensors`` are the rows, ``paths`` where they are, as one would type it. They are ``certain`` unless the call is of
-    a single sample: then only what was said, and what larger calls have told, tells what all samples share.
+    ``tensors`` are the rows, ``paths`` where they are, as one would type it; ``whole`` are the shapes of the others.
+    They are ``certain`` unless the call is of a single sample: then only what was said, or was told by larger calls,
+    tells what all samples share.
 
     Args:
         call: The call.
@@ -253,6 +254,7 @@ class RowTensors:
     def __init__(self, call: Call, known: dict[str, Way] | None = None, conditions: Container[str] = ()) -> None:
         self.paths: list[str] = []
         self.tensors: list[Rows] = []
+        self.whole: dict[str, torch.Size] = {}
         self.certain = True
         self._arguments = call.arguments
         self._n = call.rows
@@ -292,34 +294,41 @@ class RowTensors:
             arguments[name] = new.get(name, value) if plain else walk(value, put, name, enter=enter, fresh=True)
         return arguments
 
+    def __str__(self) -> str:
+        """What was taken for rows, and what was not."""
+        whole = ", ".join(f"{path!r} {tuple(shape)}" for path, shape in self.whole.items())
+        return f"Taken for one row a sample: {quoted(self.paths)}. Left whole: {whole or 'none'}."
+
     def _find(self, tensor: Tensor, path: str) -> Tensor:
         n, shape = self._n, tensor.shape
         way = self._ways.get(path)
         if way is None and self._said:  # of all that lies in a container
             way = next((way for said, way in self._said.items() if path.startswith(f"{said}[")), None)
+        if way is None and shape[:1] == (n,):
+            way = 0
         if isinstance(way, int):
             if tensor.ndim <= way or shape[way] != n:
                 self._ask(path, f"has shape {tuple(shape)}, not {n} samples on axis {way}, where they were said to be")
             if way:
                 self._axes[path] = way
-                tensor = tensor.movedim(way, 0)
-            self._take(path, way, tensor)
-        elif tensor.ndim and way != "shared":
-            if shape[0] == n:
-                self._take(path, 0, tensor)
-            elif n > 1 and shape[0] and shape[0] % n == 0:
+            self._take(path, way, tensor.movedim(way, 0) if way else tensor)
+            return tensor
+        if way is None and tensor.ndim:
+            if n > 1 and shape[0] and shape[0] % n == 0:
                 times = f"{shape[0] // n} times the batch of {n}, as in a doubled or packed batch"
                 self._ask(path, f"has shape {tuple(shape)}: its first axis is {times}")
-            elif shape[0] > 1 and n in shape[1 : None if n > 1 else 2]:
+            if shape[0] > 1 and n in shape[1 : None if n > 1 else 2]:
                 self._ask(path, f"has shape {tuple(shape)}: axis {shape.index(n, 1)} looks like the batch of {n}")
-            elif n > 1:
+            if n > 1:
                 self._known[path] = "shared"
+        self.whole[path] = shape
         return tensor
 
     def _enter(self, container: Any, path: str) -> Any:
         n = self._n
         way = self._ways.get(path)
         if way == "shared":
+            self.whole |= {where: tensor.shape for where, tensor in tensors_in(container, path)}
             return container
         numbered = isinstance(container, Mapping) and bool(container) and all(type(key) is int for key in container)
         if not (numbered or isinstance(container, list | tuple)):

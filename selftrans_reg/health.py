@@ -275,7 +275,7 @@ class Health:
                 "Stage 2 trains a new model from scratch. If that is meant to start as the teacher, ignore this.",
             )
         if settled and self._compared >= _COMPARED and self._contrast < _NO_CONTRAST:
-            null = "none" if look.teacher is None else look.teacher.shown_null()
+            null = "none" if look.teacher is None else look.teacher.null_condition
             self.warn(
                 f"no_contrast: The condition changes the teacher's features by only {self._contrast:.2g} of their "
                 f"norm, so guidance has nothing to work with. Null condition: {null}.\n"

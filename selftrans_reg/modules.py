@@ -285,15 +285,6 @@ def device_of(module: nn.Module) -> torch.device:
     return torch.device("cpu") if parameter is None or parameter.is_meta else parameter.device
 
 
-def placed_by_hooks(model: nn.Module) -> bool:
-    """Whether hooks put the model's weights where they are needed, as accelerate's and diffusers' offloading do."""
-    return any(
-        hasattr(module, "_hf_hook")
-        or "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
-        for module in model.modules()
-    )
-
-
 def share_frozen(model: M) -> M:
     """A copy of ``model`` that shares its frozen parameters and buffers, and owns what trains.
 

@@ -370,9 +370,6 @@ class EarlyExit:
         self.preparing = threading.Lock()  # held by a first call, which the others wait for
         module.register_forward_hook(_StopHook(self, module))
 
-    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
-        return type(None), ()  # its hook is inert in a copy of the model, which needs an own one
-
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, stop: bool = True) -> Any:
         """The layer's raw output in ``model(*args, **kwargs)``, of which nothing more is run if it is to ``stop``.
 

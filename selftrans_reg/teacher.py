@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .artefacts import read_artefact
-from .calls import Call, CallSpec, Rows, RowTensors, bracketed, in_precision_of
+from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
 from .errors import CallError, CheckpointError, SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Details, Shareable, Source, fetch
 from .modules import (
@@ -27,7 +26,6 @@ from .modules import (
     fingerprint,
     freeze,
     infer_width,
-    placed_by_hooks,
     quoted,
     sharded_parts,
     unwrap,
@@ -35,22 +33,22 @@ from .modules import (
 from .null import PREFIX, Null, NullCondition, checked_indices, restored, unsaved
 from .taps import EarlyExit
 from .time import TimeConvention, resolve
-from .tokens import Select, Tokens, as_tokens, check_choice, tensors_in
+from .tokens import Select, Tokens, as_tokens, check_choice
 from .truncate import (
     Usage,
     blocks_of,
     compile_blocks,
     drop,
+    drop_unused,
     dropped_names,
     pad_rows,
     pruned_error,
     touched_in,
 )
+from .weights import check_fit, check_values, load_weights, own_tensors
 
 if TYPE_CHECKING:
     from typing_extensions import Self, Unpack
-from .truncate import truncate as drop_unused
-from .weights import check_fit, check_values, load_weights, own_tensors
 
 _LOGGER = logging.getLogger(__name__)
 _SLICE = ("start", "stop", "step")
@@ -132,21 +130,15 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self._foreign = False  # whether weights took part that are not the model's
         self._prepared = False
         self._layout = Layout.of(tapped, self.hidden_size)
-        self._begin()
-
-    def _begin(self) -> None:
-        """Make what neither a copy nor a pickle takes along."""
         self._exit = EarlyExit(self.model, self.layer)
-        self._preparing = threading.Lock()
         self._touched = touched_in(self.model)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {k: v for k, v in self.__dict__.items() if k not in ("_exit", "_preparing", "_touched", "_taken")}
+        return self.__dict__ | {"_exit": None, "_taken": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._taken = []
-        self._begin()
+        self._exit = EarlyExit(self.model, self.layer)
 
     @classmethod
     def from_pretrained(
@@ -213,10 +205,6 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             raise CheckpointError(
                 f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked)}."
             )
-        dropped: list[str] = config["dropped"]
-        needed = (config["layer"], *saved)
-        if cut := [key for key in needed for gone in dropped if key == gone or key.startswith(f"{gone}.")]:
-            raise CheckpointError(f"{where} contradicts itself: it needs {cut[0][:100]!r}, which it says was dropped.")
         made = model if isinstance(model, nn.Module) else model()
         if not isinstance(made, nn.Module):
             raise SettingError(f"model= takes a model, or a function that makes one; it made {type(made).__name__}.")
@@ -224,7 +212,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             raise SettingError(
                 "A saved teacher replaces all weights: pass a model of its own, not share_frozen(model)."
             )
-        put_back = drop(made, dropped)
+        put_back = drop(made, config["dropped"])
         try:
             own = own_tensors(made)
             check_fit(made, own, saved, where)
@@ -358,7 +346,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         else:
             # No code is compiled for the hooks of these calls alone.
             eager, checked = torch.compiler.set_stance("force_eager"), checked_indices(self.model, self.null_condition)
-            with self._preparing, eager, checked:
+            with self._exit.preparing, eager, checked:
                 features = run() if self._prepared else self._prepare(call, held, rows, run)
         if self._touched:  # and the model went on without it
             raise pruned_error(self._touched[0])
@@ -390,7 +378,15 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         except Exception as error:
             cause, same = error, False
         if not same:
-            raise self._rows_error(call, held) from cause
+            rows = [path for path in held.paths if path not in (self.spec.x, self.spec.t)]
+            whole = [path for path, shape in held.whole.items() if call.rows in shape]
+            raise CallError(
+                f"A row that is taken from the batch of {call.rows} gives other features at the teacher's layer "
+                f"{self.layer!r} than it gives there: look at {quoted(whole or rows or held.paths)}.\n{held}\n"
+                "If all samples share one of the former, name it in call=dict(shared=[...]); one of the latter that "
+                "holds something by sample must not be named there, and has its samples on the first axis, or on the "
+                "one that call=dict(rows={...}) says. A model whose samples see each other cannot teach some of them."
+            ) from cause
         self._foreign = usage.foreign() and not self.is_placed
         if self._truncate:
             drop_unused(usage, run, features)
@@ -400,18 +396,6 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self._taken = []
         self._prepared = True
         return features
-
-    def _rows_error(self, call: Call, held: RowTensors) -> CallError:
-        rows = [path for path in held.paths if path not in (self.spec.x, self.spec.t)]
-        whole = [path for path, tensor in _left_whole(held, call.arguments) if call.rows in tensor.shape]
-        return CallError(
-            f"A row that is taken from the batch of {call.rows} gives other features at the teacher's layer "
-            f"{self.layer!r} than it gives there: look at {quoted(whole or rows or held.paths)}.\n"
-            f"{_as_taken(held, call.arguments)}\n"
-            "If all samples share one of the former, name it in call=dict(shared=[...]); one of the latter that holds "
-            "something by sample must not be named there, and has its samples on the first axis, or on the one that "
-            "call=dict(rows={...}) says. A model whose samples see each other cannot teach some of them."
-        )
 
     def _run(self, held: RowTensors, tensors: list[Rows], *, to_end: bool = False) -> Tensor:
         wanted = len(tensors[0])
@@ -426,7 +410,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             raise
         except Exception as error:
             raise TeacherError(
-                f"The teacher fails on {rows} rows: {type(error).__name__}: {error}\n{_as_taken(held, arguments)}\n"
+                f"The teacher fails on {rows} rows: {type(error).__name__}: {error}\n{held}\n"
                 "If all samples share one of the former, say so: build_teacher(..., call=dict(shared=[...]))."
             ) from error
         tokens = as_tokens(
@@ -443,13 +427,9 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         """The settings, as ``print(teacher)`` shows them."""
         time = None if self.time is None else self.time.name
         return (
-            f"layer={self.layer!r}, guidance_scale={self.guidance_scale:g}, null: {self.shown_null()}, time={time!r}, "
-            f"hidden_size={self.hidden_size}, select={self.select}, tokens={self.tokens}"
+            f"layer={self.layer!r}, guidance_scale={self.guidance_scale:g}, null: {self.null_condition}, "
+            f"time={time!r}, hidden_size={self.hidden_size}, select={self.select}, tokens={self.tokens}"
         )
-
-    def shown_null(self) -> str:
-        """The null condition in short: numbers as they are, the rest by kind."""
-        return str(self.null_condition)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         if not self.is_placed:
@@ -459,8 +439,12 @@ class CFGFeatureTeacher(Shareable, nn.Module):
 
     @property
     def is_placed(self) -> bool:
-        """Whether hooks put the model's weights where they are needed, as offloading does: ``.to()`` leaves them."""
-        return placed_by_hooks(self.model)
+        """Whether hooks of accelerate's or diffusers' offloading put the weights in place: ``.to()`` leaves them."""
+        return any(
+            hasattr(module, "_hf_hook")
+            or "group_offloading" in getattr(getattr(module, "_diffusers_hook", None), "hooks", {})
+            for module in self.model.modules()
+        )
 
     def check_model(self) -> None:
         """Raise ``TeacherError`` if the model cannot run, or not as far as its layer."""
@@ -484,17 +468,6 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             for parameter in parameters.values():
                 parameter.requires_grad_(True)
         self._taken = []
-
-
-def _left_whole(held: RowTensors, arguments: Mapping[str, Any]) -> list[tuple[str, Tensor]]:
-    inside = tuple(f"{path}[" for path in held.paths)
-    found = [(bracketed(p), t) for name, value in arguments.items() for p, t in tensors_in(value, name)]
-    return [(path, tensor) for path, tensor in found if not f"{path}[".startswith(inside)]
-
-
-def _as_taken(held: RowTensors, arguments: Mapping[str, Any]) -> str:
-    whole = [f"{path!r} {tuple(tensor.shape)}" for path, tensor in _left_whole(held, arguments)]
-    return f"Taken for one row a sample: {quoted(held.paths)}. Left whole: {', '.join(whole) or 'none'}."
 
 
 def _close(first: Tensor, second: Tensor, tolerance: float) -> bool:

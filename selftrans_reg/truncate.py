@@ -125,7 +125,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
     return [*module.parameters(), *module.buffers()]
 
 
-def truncate(usage: Usage, run: Callable[[], Tensor], reference: Tensor) -> None:
+def drop_unused(usage: Usage, run: Callable[[], Tensor], reference: Tensor) -> None:
     """Drop what took no part in ``run``, unless ``run()`` gives something else without it."""
     put_back = drop(usage.model, usage.unused())
     try:
@@ -142,7 +142,7 @@ def truncate(usage: Usage, run: Callable[[], Tensor], reference: Tensor) -> None
 
 
 def drop(model: nn.Module, names: Iterable[str]) -> Callable[[], None]:
-    """Put a :class:`Dropped` in the place of every tensor in modules of these names that no other module shares.
+    """Put a :class:`Dropped` in the place of every tensor in modules of these names.
 
     Returns:
         What puts them back.
@@ -152,8 +152,7 @@ def drop(model: nn.Module, names: Iterable[str]) -> Callable[[], None]:
     for name in names:
         for module in layers[name].modules() if name in layers else ():
             gone.setdefault(module, name)
-    kept = {identity(t) for m in model.modules() if m not in gone for t in _own(m).values()}
-    places = [(m, n, t) for m in gone for n, t in _own(m).items() if identity(t) not in kept]
+    places = [(m, n, t) for m in gone for n, t in _own(m).items()]
     homes = [module._parameters if name in module._parameters else module._buffers for module, name, _ in places]
     for home, (module, name, _) in zip(homes, places, strict=True):
         del home[name]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import threading
 from typing import Any
 
 import plain
@@ -15,7 +14,7 @@ from toys import ToyDiT, batch
 
 import selftrans_reg as st
 from selftrans_reg.errors import CallError, CaptureError, LayerNotFoundError, SettingError
-from selftrans_reg.taps import EarlyExit, Record, Recorder, _Run, watched
+from selftrans_reg.taps import EarlyExit, Record, Recorder, watched
 
 
 def student() -> ToyDiT:
@@ -251,7 +250,7 @@ def test_hooks_are_inert_in_a_copy(how: str) -> None:
             other = copy.deepcopy(model)
         torch.testing.assert_close(run(other), run(model))
         assert len(tap.pop()) == 4  # one forward, the model's own
-        exit_early.runs[threading.get_ident()] = _Run([], stop=True)
+        exit_early.here.outputs, exit_early.here.stop = [], True  # as in the middle of a run
         assert run(other).shape == (4, 4, 8, 8)
 
 
@@ -274,7 +273,7 @@ class TestEarlyExit:
         assert later == []
         torch.testing.assert_close(found, plain.tapped(model, "blocks.1", b["x"], b["t"], b["y"])[1])
         assert later == [1]
-        assert not exit_early.runs
+        assert exit_early.here.outputs is None
 
     def test_a_models_own_try_does_not_swallow_it(self) -> None:
         class Careful(ToyDiT):

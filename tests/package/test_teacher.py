@@ -113,7 +113,7 @@ class TestLayer:
     def test_a_layer_that_runs_several_times_is_refused(self, model: ToyDiT, times: int) -> None:
         teacher = teacher_of(model, layer="blocks.2")
         for _ in range(2):
-            with pytest.raises(CaptureError, match=rf"Layer 'blocks\.2' runs {times} times in one forward") as error:
+            with pytest.raises(CaptureError, match=rf"Layer 'blocks\.2' ran {times} times in one forward") as error:
                 teacher(*CALL)
             assert error.match("nothing is guessed")
             assert error.match("Tap a layer that runs once")
