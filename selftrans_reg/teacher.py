@@ -378,11 +378,11 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         except Exception as error:
             cause, same = error, False
         if not same:
-            rows = [path for path in held.paths if path not in (self.spec.x, self.spec.t)]
-            whole = [path for path, shape in held.whole.items() if call.rows in shape]
+            by_row = [path for path in held.paths if path not in (self.spec.x, self.spec.t)]
+            shared = [path for path, shape in held.whole.items() if call.rows in shape]
             raise CallError(
                 f"A row that is taken from the batch of {call.rows} gives other features at the teacher's layer "
-                f"{self.layer!r} than it gives there: look at {quoted(whole or rows or held.paths)}.\n{held}\n"
+                f"{self.layer!r} than it gives there: look at {quoted(shared or by_row or held.paths)}.\n{held}\n"
                 "If all samples share one of the former, name it in call=dict(shared=[...]); one of the latter that "
                 "holds something by sample must not be named there, and has its samples on the first axis, or on the "
                 "one that call=dict(rows={...}) says. A model whose samples see each other cannot teach some of them."
