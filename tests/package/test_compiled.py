@@ -14,6 +14,9 @@ from toys import ToyBlock, ToyDiT, batch
 import selftrans_reg as st
 from selftrans_reg.truncate import pad_rows
 
+B = batch(40)
+CALL = (B["x"], B["t"], B["y"])
+
 
 @pytest.fixture
 def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
@@ -30,35 +33,21 @@ def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounterWithBackend:
     return counter
 
 
-def new_teacher(model: ToyDiT, **settings: bool) -> st.CFGFeatureTeacher:
-    return st.build_teacher(
-        copy.deepcopy(model), None, layer="blocks.2", guidance_scale=3.0, null={"y": 10}, **settings
-    )
+def features_agree(model: ToyDiT, layer: str = "blocks.2", sizes: tuple[int, ...] = (4, 4, 3)) -> None:
+    """Of a compiled teacher and an eager one, at batches of several sizes."""
+    settings = {"layer": layer, "guidance_scale": 3.0, "null": {"y": 10}}
+    eager, compiled = (st.build_teacher(copy.deepcopy(model), None, **settings, compile=c) for c in (False, True))
+    for rows in sizes:
+        call = [tensor[:rows] for tensor in CALL]
+        features = compiled(*call)
+        assert len(features) == rows
+        torch.testing.assert_close(features, eager(*call), rtol=1e-4, atol=1e-4)
 
 
 def test_compiled_teacher_gives_the_same_features_from_few_graphs(counter: CompileCounterWithBackend) -> None:
-    model = ToyDiT(depth=6)
-    eager, compiled = new_teacher(model), new_teacher(model, compile=True)
-    b = batch(32)
-    for rows in (32, 9, 10, 11, 3, 30, 5, 7, 13, 1, 17, 25):
-        call = [b[name][:rows] for name in ("x", "t", "y")]
-        features = compiled(*call)
-        assert len(features) == rows
-        torch.testing.assert_close(features, eager(*call), rtol=1e-5, atol=1e-5)
+    features_agree(ToyDiT(depth=6), sizes=(40, 9, 10, 33, 3, 35, 5, 37, 13, 1, 17, 25))  # twice 33 are padded to 68
     # One graph for all blocks at the first size, and those of changing size; six blocks would need many more alone.
     assert 1 <= counter.frame_count <= 3
-
-
-def test_compiled_teacher_leaves_the_students_cache_alone(counter: CompileCounterWithBackend) -> None:
-    """The blocks of both share one class, and with it a cache of eight graphs: the teacher's are kept elsewhere."""
-    if "isolate_recompiles" not in inspect.signature(torch.compile).parameters:
-        pytest.skip("this PyTorch keeps one cache for each function")
-    teacher = new_teacher(ToyDiT(depth=4), compile=True)
-    b = batch(16)
-    for rows in (16, 9, 3, 13):
-        teacher(b["x"][:rows], b["t"][:rows], b["y"][:rows])
-    assert counter.frame_count > 0
-    assert not torch._dynamo.eval_frame._get_cache_entries_for_region(ToyBlock.forward, -1)
 
 
 class Nested(ToyDiT):
@@ -85,13 +74,7 @@ class Nested(ToyDiT):
 def test_blocks_in_other_containers_are_compiled(
     container: str, layer: str, counter: CompileCounterWithBackend
 ) -> None:
-    model = Nested(container)
-    settings = {"layer": f"stages.{layer}", "guidance_scale": 3.0, "null": {"y": 10}}
-    eager, compiled = (st.build_teacher(copy.deepcopy(model), None, **settings, compile=c) for c in (False, True))
-    b = batch(4)
-    for _ in range(3):
-        found, wanted = (teacher(b["x"], b["t"], b["y"]) for teacher in (compiled, eager))
-        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+    features_agree(Nested(container), f"stages.{layer}", sizes=(4, 4, 4))
     assert counter.frame_count == 1
     assert counter.op_count > 0
 
@@ -99,11 +82,9 @@ def test_blocks_in_other_containers_are_compiled(
 def test_a_model_without_blocks_to_compile_is_refused() -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.SiLU(), torch.nn.Linear(2, 2))
     model.forward = lambda x, t, y: x  # so that x, t and y have names
-    settings = {"layer": "0", "guidance_scale": 3.0, "null": {"y": 10}}
     with pytest.raises(st.SettingError, match=r"compile=True compiles the blocks of an nn\.ModuleList") as error:
-        st.build_teacher(model, None, **settings, compile=True)
-    assert error.match("Sequential has none")
-    assert error.match("Leave compile=True out, and compile the model's parts yourself")
+        st.build_teacher(model, None, layer="0", guidance_scale=3.0, null={"y": 10}, compile=True)
+    assert error.match("Sequential has none(?s:.*)Leave compile=True out, and compile the model's parts yourself")
 
 
 class KnowsItsPlace(ToyBlock):
@@ -124,14 +105,8 @@ class KnowsItsPlace(ToyBlock):
     "recompile_limit" not in inspect.signature(torch.compile).parameters, reason="one limit for all code there"
 )
 def test_blocks_that_differ_in_a_number_are_all_compiled(counter: CompileCounterWithBackend) -> None:
-    model = ToyDiT(depth=12, block=KnowsItsPlace)
-    settings = {"layer": "blocks.10", "guidance_scale": 3.0, "null": {"y": 10}}
-    eager, compiled = (st.build_teacher(copy.deepcopy(model), None, **settings, compile=c) for c in (False, True))
-    b = batch(8)
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
-        for rows in (8, 5, 3, 8):
-            call = [b[name][:rows] for name in ("x", "t", "y")]
-            torch.testing.assert_close(compiled(*call), eager(*call), rtol=1e-4, atol=1e-5)
+        features_agree(ToyDiT(depth=12, block=KnowsItsPlace), "blocks.10", sizes=(8, 5, 3, 8))
     assert counter.frame_count >= 11
 
 
@@ -147,7 +122,6 @@ class WithTable(ToyBlock):
 
 
 def test_checking_indices_compiles_nothing_more(counter: CompileCounterWithBackend) -> None:
-    b = batch(4)
     graphs = []
     for checks in ([False] * 5, [True, True, True, False, False]):
         torch._dynamo.reset()
@@ -156,45 +130,28 @@ def test_checking_indices_compiles_nothing_more(counter: CompileCounterWithBacke
             ToyDiT(block=WithTable), None, layer="blocks.2", guidance_scale=3.0, null={"y": 10}, compile=True
         )
         for check in checks:
-            teacher.features(teacher.spec.bind((b["x"], b["t"], b["y"]), {}), check_indices=check)
+            teacher.features(teacher.spec.bind(CALL, {}), check_indices=check)
         graphs.append(counter.frame_count)
     assert graphs[0] == graphs[1] > 0
 
 
-def compiled_whole(model: ToyDiT) -> torch.nn.Module:
-    return torch.compile(model)
-
-
-def compiled_blocks(model: ToyDiT) -> torch.nn.Module:
-    model.blocks = torch.nn.ModuleList(torch.compile(block, fullgraph=True) for block in model.blocks)
-    return model
-
-
-@pytest.mark.parametrize("way", [compiled_whole, compiled_blocks])
-def test_a_teacher_may_be_compiled_already(
-    way: Callable[[ToyDiT], torch.nn.Module], counter: CompileCounterWithBackend
-) -> None:
-    model = ToyDiT(depth=4)
+@pytest.mark.parametrize("way", ["whole", "blocks"])
+def test_a_teacher_may_be_compiled_already(way: str, counter: CompileCounterWithBackend) -> None:
+    eager, model = ToyDiT(), ToyDiT()
+    if way == "blocks":
+        model.blocks = torch.nn.ModuleList(torch.compile(block, fullgraph=True) for block in model.blocks)
     settings = {"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}}
-    eager = st.build_teacher(copy.deepcopy(model), None, **settings)
-    compiled = st.build_teacher(way(copy.deepcopy(model)), None, **settings)
-    b = batch(4)
+    teachers = [
+        st.build_teacher(m, None, **settings) for m in (eager, torch.compile(model) if way == "whole" else model)
+    ]
     for _ in range(3):
-        found, expected = (teacher(b["x"], b["t"], b["y"]) for teacher in (compiled, eager))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(*(teacher(*CALL) for teacher in teachers), rtol=1e-5, atol=1e-5)
     assert counter.frame_count > 0
 
 
-@pytest.mark.parametrize(("rows", "padded"), [(1, 1), (18, 18), (32, 32), (33, 34), (61, 62), (129, 136), (500, 512)])
-def test_padding_repeats_the_last_row(rows: int, padded: int) -> None:
-    tensor = torch.arange(rows * 2.0).reshape(rows, 2)
-    result = pad_rows(tensor)
-    assert len(result) == padded
-    assert torch.equal(result[:rows], tensor)
-    assert (result[rows:] == tensor[-1]).all()
-
-
-def test_padding_costs_little_and_leaves_few_sizes() -> None:
+def test_padding_repeats_the_last_row_costs_little_and_leaves_few_sizes() -> None:
+    tensor = torch.arange(33 * 2.0).reshape(33, 2)
+    assert torch.equal(pad_rows(tensor), torch.cat([tensor, tensor[-1:]]))
     padded = {rows: len(pad_rows(torch.empty(rows, 0))) for rows in range(1, 2049)}
     assert all(rows <= size <= rows * (1 + 1 / 16) for rows, size in padded.items())
     for octave in (32, 64, 512, 1024):
@@ -203,12 +160,12 @@ def test_padding_costs_little_and_leaves_few_sizes() -> None:
 
 def test_a_block_whose_forward_was_patched_keeps_it(counter: CompileCounterWithBackend) -> None:
     """As accelerate's hooks patch it: compiling the class's forward would undo that after the first call."""
-    teachers = [new_teacher(ToyDiT(depth=3), compile=compiled) for compiled in (False, True)]
+    model = ToyDiT(depth=3)
+    settings = {"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}}
+    teachers = [st.build_teacher(copy.deepcopy(model), None, **settings, compile=c) for c in (False, True)]
     for teacher in teachers:
         block = teacher.model.blocks[1]
         block.forward = functools.partial(lambda inner, x, c: 2 * inner(x, c), block.forward)
-    b = batch(8)
     for _ in range(2):
-        expected, found = (teacher(b["x"], b["t"], b["y"]) for teacher in teachers)
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(*(teacher(*CALL) for teacher in teachers), rtol=1e-5, atol=1e-5)
     assert counter.frame_count > 0
