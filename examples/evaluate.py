@@ -61,7 +61,7 @@ if __name__ == "__main__":
 import numpy as np
 import sample
 from common.data_files import read_json
-from common.images import ImageSet, tile
+from common.images import ImageSet, save_panels, tile
 from common.metrics import (
     Extractor,
     Reference,
@@ -191,8 +191,6 @@ def drawn_curves(curves: dict[str, dict[str, Row]], *, published: bool) -> "Figu
 
 def draw_samples(curves: dict[str, dict[str, Row]], samples: Path, path: Path) -> None:
     """The first images of some checkpoints of each run: the same noise and labels along training."""
-    from selftrans_reg.analysis.draw import save_panels
-
     pictures = {}
     for name, rows in curves.items():
         steps = list(rows)

@@ -87,7 +87,7 @@ from common.data_files import read_json
 from common.loading import Checkpoint, mmdit_from_checkpoint, saved_args, sit_from_checkpoint
 from common.options import imported
 from common.processes import default_device
-from common.run_folder import newest_checkpoint, open_run_folder, write_whole
+from common.run_folder import newest_checkpoint, open_run_folder, read_log, write_whole
 from common.sampling import matching_vae, vae_place
 from common.training import progress
 from common.vae import Scaling, decode, encode_moments, load_vae, recorded_scaling, scaling_of
@@ -95,7 +95,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
 import selftrans_reg as st
-from selftrans_reg.analysis.draw import draw_curves, draw_features, draw_report
+from selftrans_reg.analysis.draw import draw_features, draw_report
 
 MOST_ROWS = 6  # layers in the picture of tokens
 PICTURE_SCALES = (0.0, 1.0, 4.0)  # and the proposed one
@@ -140,7 +140,7 @@ class Subject(NamedTuple):
         batches: Batches of about a size, ``(latents, *condition)`` or mappings: the same each time.
         measured: How `layer_report` and `draw_features` are to call it: time, null, select, tokens.
         decode: From latents to images, if there is a VAE.
-        log: Of its training, as `draw_curves` takes it, if there is one.
+        logs: Of its training, by the names of the runs, if there are any.
     """
 
     title: str
@@ -148,7 +148,7 @@ class Subject(NamedTuple):
     batches: Callable[[int], Iterable[Any]]
     measured: dict[str, Any]
     decode: Callable[[Tensor], Tensor] | None
-    log: Any
+    logs: Mapping[str, Sequence[Mapping[str, Any]]]
 
 
 def open_subject(run: argparse.Namespace) -> Subject:
@@ -172,7 +172,7 @@ def of_user(run: argparse.Namespace) -> Subject:
     batches, vae = imported(run.data, "--data"), None if run.vae is None else load_vae(run.vae)
     decode = None if vae is None else decoder(vae, scaling_of(vae.config, run.vae), run.device)
     title = f"{type(model).__name__} of {run.checkpoint.name}"
-    return Subject(title, model.to(run.device).eval(), lambda size: batches(), measured, decode, run.log)
+    return Subject(title, model.to(run.device).eval(), lambda size: batches(), measured, decode, logs_of(run))
 
 
 def null_condition(given: list[str]) -> Mapping[str, Any] | None:
@@ -202,11 +202,11 @@ def of_quickstart(run: argparse.Namespace) -> Subject:
     classes = quickstart.NUM_DIGIT_CLASSES
     data = MemoryLatents(*encode_moments(vae, images), labels, num_classes=classes, scaling=scaling, vae=None)
     runs = {name: folder / f"{way}.pt" for way, name in quickstart.WAYS.items()}
-    log = run.log or {name: st.read_checkpoint(path)["log"] for name, path in runs.items() if path.exists()}
+    logs = logs_of(run) or {name: st.read_checkpoint(path)["log"] for name, path in runs.items() if path.exists()}
     measured = {"time": quickstart.TIME, "null": {"y": classes}}
     title = f"{run.checkpoint.stem} of {folder.name}"
     batches = partial(latent_batches, data, run.samples, run.seed)
-    return Subject(title, model.eval(), batches, measured, decoder(vae, scaling, run.device), log)
+    return Subject(title, model.eval(), batches, measured, decoder(vae, scaling, run.device), logs)
 
 
 def of_sit(run: argparse.Namespace) -> Subject:
@@ -260,14 +260,13 @@ def on_data(
     place = vae_place(found.args.get("vae"), run.checkpoint)
     name = run.vae or (place if place is not None and Path(place).is_dir() else None)  # no download for a picture
     vae = None if name is None else matching_vae(name, data.scaling, data.channels, run.checkpoint)[0]
-    log = run.checkpoint.parent.parent / "log.jsonl"
     return Subject(
         f"{found.args.get('model', found.family)} of {run.checkpoint}",
         model.to(run.device),
         partial(latent_batches, data, run.samples, run.seed),
         measured,
         None if vae is None else decoder(vae, data.scaling, run.device),
-        run.log or (log if log.is_file() else None),
+        logs_of(run, run.checkpoint.parent.parent / "log.jsonl"),
     )
 
 
@@ -277,6 +276,12 @@ def latent_batches(data: Any, samples: int, seed: int, size: int) -> Iterator[tu
     order = torch.randperm(len(data), generator=generator)[:samples]
     for mean, std, condition in DataLoader(Subset(data, order.tolist()), size):
         yield data.scaling.drawn(mean, std, torch.randn(mean.shape, generator=generator)), condition
+
+
+def logs_of(run: argparse.Namespace, usual: Path | None = None) -> dict[str, list[dict[str, Any]]]:
+    """The log that was named, or the usual one if it is there."""
+    path = run.log or usual
+    return {"": records} if path is not None and (records := read_log(path)) else {}
 
 
 def decoder(vae: Any, scaling: Scaling, device: str) -> Callable[[Tensor], Tensor]:
@@ -336,6 +341,24 @@ def token_picture(run: argparse.Namespace, subject: Subject, report: st.LayerRep
     return f"<p>Rows are layers, columns are guidance scales.</p>{embedded(path)}"
 
 
+def draw_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
+    """Draw every number of the logs over their steps, one panel each."""
+    from matplotlib.figure import Figure
+
+    terms = [key for log in logs.values() for entry in log for key, value in entry.items() if type(value) is float]
+    terms = list(dict.fromkeys(terms))
+    rows = -(-len(terms) // 3) or 1
+    figure = Figure(figsize=(12, 2.6 * rows), layout="constrained")
+    for index, term in enumerate(terms, 1):
+        axes = figure.add_subplot(rows, 3, index, title=term, xlabel="step")
+        for name, log in logs.items():
+            points = [(entry["step"], entry[term]) for entry in log if term in entry]
+            axes.plot([step for step, _ in points], [value for _, value in points], label=name)
+    if len(logs) > 1:
+        figure.legend(logs, loc="outside upper center", ncols=len(logs))
+    figure.savefig(path, dpi=150)
+
+
 def embedded(picture: Path) -> str:
     """A PNG as HTML that needs no other file."""
     data = base64.b64encode(picture.read_bytes()).decode("ascii")
@@ -365,8 +388,8 @@ def main(argv: Sequence[str] | None = None) -> st.LayerReport:
         "Over the layers": embedded(run.out / "report.png"),
         "Tokens as colours": token_picture(run, subject, report),
     }
-    if subject.log:
-        draw_curves(subject.log, run.out / "curves.png")
+    if subject.logs:
+        draw_curves(subject.logs, run.out / "curves.png")
         sections["Training"] = embedded(run.out / "curves.png")
     body = "\n".join(f"<h2>{heading}</h2>\n{content}" for heading, content in sections.items())
     page = PAGE.format(title=html.escape(subject.title), body=body)

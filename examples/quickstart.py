@@ -54,7 +54,7 @@ from typing import Any
 import numpy as np
 import torch
 from common.data import NUM_DIGIT_CLASSES, LabelledImages, LatentData, digits
-from common.images import tile
+from common.images import save_panels, tile
 from common.metrics import accuracy, classifier_features, feature_statistics, frechet_distance, trained_classifier
 from common.paths import denoising_loss, interpolate, linear_path
 from common.run_folder import finished_or_made, locked, open_run_folder, write_json
@@ -67,7 +67,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import selftrans_reg as st
-from selftrans_reg.analysis.draw import ColourBasis, save_panels
+from selftrans_reg.analysis.draw import ColourBasis
 
 IMAGE_SIZE = 32
 TIME = "repa"  # t = 1 is noise

@@ -3,7 +3,7 @@
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -159,6 +159,21 @@ def write_png(image: NDArray[np.uint8], path: Path) -> None:
     partial = path.with_name(path.name + ".partial")
     Image.fromarray(image).save(partial, format="PNG")
     partial.replace(path)
+
+
+def save_panels(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Write rows of pictures, (H, W, 3) in [0, 1], as one: a heading for each row, and a title for each picture."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 2.7 * len(rows)), layout="constrained")
+    figure.get_layout_engine().set(wspace=0.06)  # or white borders would run together
+    for part, (heading, row) in zip(figure.subfigures(len(rows), 1, squeeze=False)[:, 0], rows.items(), strict=True):
+        part.suptitle(heading, fontsize=10)
+        for axes, (title, picture) in zip(part.subplots(1, len(row), squeeze=False)[0], row.items(), strict=True):
+            axes.imshow(picture, interpolation="nearest")
+            axes.set_title(title, fontsize=9)
+            axes.set_axis_off()
+    figure.savefig(path, dpi=150)
 
 
 def tile(images: NDArray[Any] | Tensor, columns: int, *, gap: int = 1) -> NDArray[Any]:

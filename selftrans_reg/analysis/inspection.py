@@ -20,7 +20,7 @@ from ..tokens import Select, Tokens
 from .proposal import NO_CONTRAST, propose
 from .report import LayerMeasures, LayerReport
 from .scores import effective_rank, knn_accuracy, probe_accuracy, similarities
-from .survey import LayerReader, Progress, Survey, noise_generator, survey, time_at
+from .survey import LayerReader, Progress, Survey, survey
 
 _HELD_OUT = 0.25
 # Layers are compared by a matrix of this many samples squared; more would hardly change it.
@@ -84,22 +84,19 @@ def layer_report(
     fractions = tuple(sorted({float(fraction) for fraction in noise_fractions}))
     if not fractions:
         raise SettingError("noise_fractions is empty: name at least one, such as 0.5.")
-    for fraction in fractions:
-        time_at(reader.time, fraction)
     check_positive("samples", samples)
     check_positive("k", k)
-    split = noise_generator(seed)
-    scales = {1.0}
-    if null is not None:
-        published = _published(model, list(reader.modules))
-        scales |= {0.0, *map(float, guidance_scales), *([published.guidance_scale] if published else [])}
     found = survey(reader, batches, fractions, samples, seed, progress)
     if found.samples < max(_FEWEST, k / (1 - _HELD_OUT) + 1):
         raise SettingError(f"{found.samples} samples are too few for k = {k}, a quarter of them held out: give more.")
     device = reader.device if reader.device.type == "cuda" else torch.device("cpu")  # others may have no float64
-    order = torch.randperm(found.samples, generator=split, device="cpu").to(device)
+    order = torch.randperm(found.samples, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(device)
     test, train = order.tensor_split([round(_HELD_OUT * found.samples)])
     counts = None if found.labels is None else found.labels.bincount()
+    published = _published(model, found.layers)
+    scales = {1.0}
+    if null is not None:
+        scales |= {0.0, *map(float, guidance_scales), *([published.guidance_scale] if published else [])}
     report = LayerReport(
         model=type(unwrap(model)).__name__,
         layers=found.layers,
@@ -113,7 +110,6 @@ def layer_report(
     )
     rows, alignment = _measures(report, found, train, test, k, progress)
     report = dataclasses.replace(report, rows=rows, alignment=alignment)
-    published = _published(model, found.layers)
     plan = None if published is None else propose(report, published)
     return dataclasses.replace(report, notes=tuple(_notes(report, found)), recipe=plan)
 
@@ -124,30 +120,23 @@ def _measures(
     """The report's rows, and its alignment."""
     rows, layers, scales, device = [], report.layers, report.guidance_scales, train.device
     labels = found.labels.to(device) if found.labels is not None and report.labelled else None
-    alignment = torch.zeros(len(scales), len(layers), len(layers), dtype=torch.float64, device="cpu")
-    pairs = [(fraction, layer) for fraction in report.noise_fractions for layer in layers]
-    missing = torch.full((min(found.samples, _MOST_COMPARED) ** 2,), torch.nan, dtype=torch.float64, device=device)
-    students: dict[float, Tensor] = {}
-    for fraction, layer in pairs if progress is None else progress(pairs, "measures"):
-        if fraction not in students:  # what every layer's f_c is compared by; those of the last fraction are dropped
-            cells = [found.cells[layer, fraction] for layer in layers]
-            vectors = [missing if c.broken else similarities(c.pooled(1.0, device)[:_MOST_COMPARED]) for c in cells]
-            students = {fraction: torch.stack(vectors)}  # (layers, n * n)
-        cell = found.cells[layer, fraction]
-        column = alignment[:, :, layers.index(layer)]  # a view
-        for index, scale in enumerate(scales):
-            if cell.broken:
-                column[index] = torch.nan
-                rows.append(LayerMeasures(layer, fraction, scale))
-                continue
-            features = cell.pooled(scale, device)
-            cka = students[fraction] @ similarities(features[:_MOST_COMPARED])
-            column[index] += cka.cpu() / len(report.noise_fractions)
-            values = [cell.contrast() if len(scales) > 1 else None, cell.norm(scale), effective_rank(features)]
-            if labels is not None:
-                parts = features[train], labels[train], features[test], labels[test]
-                values += [knn_accuracy(*parts, k), probe_accuracy(*parts)]
-            rows.append(LayerMeasures(layer, fraction, scale, *values))
+    alignment = torch.zeros(len(scales), len(layers), len(layers), dtype=torch.float64, device=device)
+    for fraction in report.noise_fractions if progress is None else progress(report.noise_fractions, "measures"):
+        cells = [found.cells[layer, fraction] for layer in layers]
+        students = torch.stack([similarities(cell.pooled(1.0, device)[:_MOST_COMPARED]) for cell in cells])
+        for column, (layer, cell) in enumerate(zip(layers, cells, strict=True)):
+            for index, scale in enumerate(scales):
+                features = cell.pooled(scale, device)
+                cka = students @ similarities(features[:_MOST_COMPARED])  # (layers,)
+                alignment[index, :, column] += cka / len(report.noise_fractions)
+                values: list[float | None] = []
+                if not cell.broken:
+                    contrast, norm = cell.sizes(scale)
+                    values = [contrast if len(scales) > 1 else None, norm, effective_rank(features)]
+                    if labels is not None:
+                        parts = features[train], labels[train], features[test], labels[test]
+                        values += [knn_accuracy(*parts, k), probe_accuracy(*parts)]
+                rows.append(LayerMeasures(layer, fraction, scale, *values))
     known = tuple(tuple(tuple(None if v != v else v for v in row) for row in matrix) for matrix in alignment.tolist())
     return tuple(rows), known
 
@@ -166,15 +155,11 @@ def _notes(report: LayerReport, found: Survey) -> list[str]:
     contrast = max((row.contrast for row in report.rows if row.contrast is not None), default=1.0)
     if len(report.guidance_scales) == 1:
         notes.append("Without null= there is no guidance to measure: the features are those of the condition.")
-    elif contrast == 0:
-        notes.append(
-            "Condition and null condition give the same features in every layer: f_c − f_u is 0, and guidance would "
-            "do nothing. The model ignores what null= replaces, or null= is no other than the condition."
-        )
     elif contrast < NO_CONTRAST:
         notes.append(
-            f"Condition and null condition give nearly the same features: |f_c − f_u| / |f_c| is at most "
-            f"{contrast:.1g}. Is null= the null condition that the model was trained with, and for long enough?"
+            f"Condition and null condition give the same features: |f_c − f_u| / |f_c| is {contrast:.1g} at most, and "
+            "guidance would do nothing. The model ignores what null= replaces, null= is no other than the condition, "
+            "or the model was hardly trained with it."
         )
     if report.classes == 1:
         notes.append("All labels are the same: there is nothing to tell apart, and accuracies are not measured.")

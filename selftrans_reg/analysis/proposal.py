@@ -10,6 +10,7 @@ Heuristics, each named in the reasons that it gives. The published rule holds un
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 from ..recipes import Recipe
 from .report import LayerReport
@@ -24,54 +25,51 @@ _MUCH_LARGER = 4.0
 def propose(report: LayerReport, published: Recipe) -> Recipe:
     """The published plan with the layers and the scale that the report speaks for, each with its reason."""
     first = report.guidance_scales[0]
-    scores = {layer: report.mean("probe", layer, first) for layer in report.layers}
+    start = report.layers.index(published.stage1_layer) if published.stage1_layer in report.layers else 0
+    scores = {layer: report.mean("probe", layer, first) for layer in report.layers[start:]}
     known = {layer: score for layer, score in scores.items() if score is not None}  # in order of depth
     told = report.conditioned and first != 0  # a probe finds the label that the model was told
     teacher, why_teacher = _teacher(report, published, known, told)
     student, why_student = _student(report, published, {} if told else known, teacher)
     scale, why_scale = _scale(report, published, teacher)
-    reasons = {"student_layer": why_student, "teacher_layer": why_teacher, "guidance_scale": why_scale}
     heuristic = (
         f"Student layer, teacher layer and guidance scale are heuristics on {report.samples:,} samples of one "
         "checkpoint, not results of training; the rest is the published rule. Measurable are two standard errors."
     )
+    reasons = {"student_layer": why_student, "teacher_layer": why_teacher, "guidance_scale": why_scale}
     return dataclasses.replace(
         published,
         student_layer=student,
         teacher_layer=teacher,
         guidance_scale=scale,
         reasons=published.reasons | reasons,
-        notes=(heuristic, *_size_notes(report, teacher, scale), *published.notes),
+        notes=(heuristic, *_size_note(report, teacher, scale), *published.notes),
     )
 
 
 def _teacher(report: LayerReport, published: Recipe, scores: dict[str, float], told: bool) -> tuple[str, str]:
-    # The first layer has none before it that it could teach.
-    candidates = {layer: score for layer, score in scores.items() if layer != report.layers[0]}
+    # The first has none before it that it could teach.
+    candidates = {layer: x for layer, x in scores.items() if layer not in (report.layers[0], published.stage1_layer)}
     best = max(candidates.values(), default=0.0)
     least, rule, held = _least(best, report), published.reasons["teacher_layer"], published.teacher_layer
-    why = ""
-    if report.chance is None or report.classes == 1:
-        why = "no labels to tell apart"
-    elif told:
-        why = "without null= the condition may tell the label"
-    elif not candidates:
-        why = "no layer but the first is finite at every noise fraction"
-    elif least < report.chance:
-        why = f"no layer tells the labels apart, best {_probe(report, best)}"
-    if why:
-        return held, f"not measured, {why}: {rule}"
+    obstacles = {
+        "no labels to tell apart": not report.labelled,
+        "without null= the condition may tell the label": told,
+        "no layer behind stage 1's is finite at every noise fraction": not candidates,
+        f"no layer tells the labels apart, best {_probe(report, best)}": least < (report.chance or 0.0),
+    }
+    if why := [obstacle for obstacle, there in obstacles.items() if there]:
+        return held, f"not measured, {why[0]}: {rule}"
     if candidates.get(held, -1.0) >= least:
         return held, f"{rule}; {_probe(report, candidates[held])}, no layer is measurably above it"
     layer = next(layer for layer, score in candidates.items() if score >= least)
-    why = f"the first that is not measurably below the best, {best:.0%}"
-    return layer, f"measured: {_probe(report, candidates[layer])}, {why}"
+    found = _probe(report, candidates[layer])
+    return layer, f"measured: {found}, the first that is not measurably below the best, {best:.0%}"
 
 
 def _student(report: LayerReport, published: Recipe, scores: dict[str, float], teacher: str) -> tuple[str, str]:
     rule, held = published.reasons["student_layer"], published.student_layer
-    first, last = (report.layers.index(x) if x in report.layers else 0 for x in (published.stage1_layer, teacher))
-    before = [layer for layer in report.layers[first:last] if layer in scores]
+    before = list(itertools.takewhile(lambda layer: layer != teacher, scores))
     if teacher not in scores or not before:
         return held, f"not measured: {rule}"
     behind = [layer for layer in before if scores[layer] < _least(scores[teacher], report)]
@@ -113,18 +111,14 @@ def _probe(report: LayerReport, score: float) -> str:
     return f"probe{' of f_u' if report.guidance_scales[0] == 0 else ''} {score:.0%}"
 
 
-def _size_notes(report: LayerReport, teacher: str, scale: float) -> list[str]:
-    """What the guided features' size and rank at the proposed scale give to mind, if that was measured."""
+def _size_note(report: LayerReport, teacher: str, scale: float) -> list[str]:
+    """What the guided features' size at the proposed scale gives to mind, if that was measured."""
     if teacher not in report.layers or scale not in report.guidance_scales:
         return []
-    notes = []
     norm, plain = (report.mean("norm", teacher, w) or 0.0 for w in (scale, 1.0))
-    rank, plain_rank = (report.mean("effective_rank", teacher, w) or 0.0 for w in (scale, 1.0))
-    if norm > _MUCH_LARGER * plain > 0:
-        notes.append(
-            f"At w = {scale:g} the targets of {teacher} are {norm / plain:.1f} times as long as f_c, and the default "
-            "distance is a squared error: distance='cosine' or a smaller scale may suit better."
-        )
-    if 0 < rank < plain_rank / 2:
-        notes.append(f"At w = {scale:g} the effective rank at {teacher} is {rank:.1f}, against {plain_rank:.1f} at 1.")
-    return notes
+    if not norm > _MUCH_LARGER * plain > 0:
+        return []
+    return [
+        f"At w = {scale:g} the targets of {teacher} are {norm / plain:.1f} times as long as f_c, and the default "
+        "distance is a squared error: distance='cosine' or a smaller scale may suit better."
+    ]

@@ -85,7 +85,7 @@ def similarities(features: Tensor) -> Tensor:
     gram = gram - rows[:, None] - rows + gram.sum() / ((n - 1) * (n - 2))
     flat = gram.fill_diagonal_(0).flatten()
     norm = flat.norm()
-    return flat / norm if norm > 0 else torch.zeros_like(flat)
+    return torch.zeros_like(flat) if norm == 0 else flat / norm
 
 
 def standard_error(accuracy: float, count: int) -> float:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -22,7 +21,7 @@ from ..modules import device_of, find_layer, layer_names, quoted
 from ..null import Null, NullCondition, checked_indices
 from ..recipes import find_blocks
 from ..taps import FeatureTap, watched
-from ..time import TimeConvention, is_number, resolve
+from ..time import TimeConvention, resolve
 from ..tokens import Select, Tokens, described
 
 Progress: TypeAlias = Callable[[Iterable[Any], str], Iterable[Any]] | None
@@ -31,8 +30,8 @@ Progress: TypeAlias = Callable[[Iterable[Any], str], Iterable[Any]] | None
 _NEAR = 0.01
 # A noise level of so many times the data's is beyond any.
 _HIGHEST = 2.0**20
-# Halvings of the interval of t: float32 tells no more of them apart, even from so high an end.
-_HALVINGS = 60
+# Grids of t, each 32 times as fine as the one before: float32 tells no more of them apart, even from so high an end.
+_FINER = 12
 
 
 def guided(features: Tensor, scale: float) -> Tensor:
@@ -40,37 +39,34 @@ def guided(features: Tensor, scale: float) -> Tensor:
     return features[-1] + scale * (features[0] - features[-1])
 
 
-@dataclass
 class Cell:
     """One layer at one noise fraction."""
 
-    means: list[Tensor] = field(default_factory=list)  # (P, N, D) a batch: over the tokens, on the CPU
-    # |f_c|², |f_u|², <f_u, f_c − f_u>, |f_c − f_u|² over all samples and tokens, and the number of tokens
-    sums: list[float] = field(default_factory=lambda: [0.0] * 5)
-    broken: int = 0  # samples whose features are not finite, or so large that their squares are not
+    def __init__(self) -> None:
+        self._means: list[Tensor] = []  # (P, N, D) a batch: over the tokens, on the CPU
+        self._products: list[Tensor] = []  # (4, N) a batch: |f_c|², |f_u|², <f_u, f_c − f_u>, |f_c − f_u|² of a token
 
     def add(self, features: Tensor) -> None:
         """Take in a batch's (P, N, T, D), in float32."""
         null, difference = features[-1], features[0] - features[-1]
         products = (features[0].square(), null.square(), null * difference, difference.square())
-        rows = torch.stack([product.sum((1, 2)) for product in products]).cpu().double()  # (4, N)
-        found = [*rows.sum(1).tolist(), null[..., 0].numel()]
-        self.sums = [total + new for total, new in zip(self.sums, found, strict=True)]
-        self.broken += int((~rows.isfinite().all(0)).sum())
-        self.means.append(features.mean(2).cpu())
+        self._products.append(torch.stack([product.sum(2).mean(1) for product in products]).cpu().double())
+        self._means.append(features.mean(2).cpu())
+
+    @property
+    def broken(self) -> int:
+        """How many samples have features that are not finite, or so large that their squares are not."""
+        return int((~torch.cat(self._products, dim=1).isfinite().all(0)).sum())
 
     def pooled(self, scale: float, device: torch.device) -> Tensor:
         """The pooled guided features of all samples, (n, D), in float64."""
-        return guided(torch.cat(self.means, dim=1).to(device).double(), scale)
+        return guided(torch.cat(self._means, dim=1).to(device).double(), scale)
 
-    def contrast(self) -> float:
-        """|f_c − f_u| / |f_c|."""
-        return math.sqrt(self.sums[3] / self.sums[0]) if self.sums[0] else 0.0
-
-    def norm(self, scale: float) -> float:
-        """Root mean square, over samples and tokens, of the norm of a token's guided features."""
-        _, null, product, difference, tokens = self.sums
-        return math.sqrt(max(null + 2 * scale * product + scale**2 * difference, 0.0) / tokens)
+    def sizes(self, scale: float) -> tuple[float, float]:
+        """|f_c − f_u| / |f_c|, and the root mean square, over samples and tokens, of the norm of a token's f_g."""
+        whole, null, product, difference = torch.cat(self._products, dim=1).mean(1).tolist()
+        squared = null + 2 * scale * product + scale**2 * difference
+        return math.sqrt(difference / whole) if whole else 0.0, math.sqrt(max(squared, 0.0))
 
 
 class Survey(NamedTuple):
@@ -106,52 +102,49 @@ class LayerReader:
         self.modules = {name: find_layer(model, name) for name in names}
         self.spec = CallSpec(model, call)
         if self.spec.x is None or self.spec.t is None:
-            raise SettingError(
-                "x_t and t are put in here, so call= must name their arguments: call=dict(x='x', t='t')."
-            )
+            raise SettingError("call= must name the arguments that x_t and t go to, as in call=dict(x='x', t='t').")
         self.null = None if null is None else NullCondition(null, self.spec).to(self.device)
 
     def read(self, batch: Any) -> tuple[Tensor, Tensor | None, dict[str, Any]]:
         """A caller's batch on the model's device: clean latents (N, ...), labels (N,), and the other arguments."""
-        batch = dict(batch) if isinstance(batch, Mapping) else batch
-        batch = tree_map_only(Tensor, lambda tensor: tensor.to(self.device), batch)
         names = [name for name in self.spec.names if name not in (self.spec.x, self.spec.t)]
-        if by_name := isinstance(batch, dict) and "latents" in batch:
-            latents, labels = batch["latents"], batch.get("labels")
-            own = {"latents"} if "labels" in names else {"latents", "labels"}
-            arguments = {name: value for name, value in batch.items() if name not in own}
-        elif isinstance(batch, list | tuple) and 0 < len(batch) <= 1 + len(names):
-            latents, labels = batch[0], next(iter(batch[1:]), None)
-            arguments = dict(zip(names, batch[1:], strict=False))
-        else:
-            found = f"the keys {quoted(map(str, batch))}" if isinstance(batch, dict) else type(batch).__name__
+        named = dict(batch) if isinstance(batch, Mapping) else {}
+        if by_position := isinstance(batch, list | tuple) and len(batch) <= 1 + len(names):
+            named = dict(zip(("latents", *names), batch, strict=False))
+        if "latents" not in named:
+            found = f"keys {quoted(map(str, batch))}" if isinstance(batch, Mapping) else described(batch)
             found += f" of {len(batch)}" if isinstance(batch, list | tuple) else ""
             raise SettingError(
                 f"A batch must be (latents, *condition), the condition in the order of {quoted(names)}; or a mapping "
                 f"with 'latents', if there are any 'labels', and the model's other arguments by name.\nGot {found}."
             )
-        usable = isinstance(latents, Tensor) and latents.is_floating_point() and latents.ndim > 0 and len(latents) > 0
-        if not usable or not latents.isfinite().all():
+        arguments = tree_map_only(Tensor, lambda tensor: tensor.to(self.device), named)
+        latents, labels = arguments.pop("latents"), arguments.get(names[0] if by_position and names else "labels")
+        if "labels" not in names:
+            arguments.pop("labels", None)
+        floating = isinstance(latents, Tensor) and latents.is_floating_point() and latents.ndim > 0
+        if not floating or not len(latents) or not latents.isfinite().all():
             raise SettingError(
                 "The latents of a batch must be a floating tensor (N, ...) of finite values, one sample or more; got "
                 f"{described(latents)}."
             )
         whole = isinstance(labels, Tensor) and not (labels.is_floating_point() or labels.is_complex())
-        if labels is not None and not (whole and labels.shape == latents.shape[:1]):
-            if by_name:
-                raise ShapeError(
-                    f"Labels must be whole numbers (N,), one for each of {len(latents)} latents; got "
-                    f"{described(labels)}."
-                )
-            labels = None
-        return latents, labels, arguments
+        if labels is None or (whole and labels.shape == latents.shape[:1]):
+            return latents, labels, arguments
+        if by_position:  # a condition that is no label
+            return latents, None, arguments
+        raise ShapeError(
+            f"Labels must be whole numbers (N,), one for each of {len(latents)} latents; got {described(labels)}."
+        )
 
     def run(
         self, latents: Tensor, arguments: dict[str, Any], noise: Tensor, fraction: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """x_t, and of every layer the tokens (P, N, T, D) in float32: f_c and, with a null condition, f_u."""
-        n, t = len(noise), times_at(self.time, fraction, len(noise), self.device)
-        x_t = add_noise(self.time, latents, noise.to(latents), t)
+        n, dtype = len(noise), torch.long if self.time.discrete else torch.float32  # as a loop gives t
+        t = torch.full((n,), time_at(self.time, fraction), dtype=dtype, device=self.device)
+        alpha, sigma = self.time.signal(t[:1]), self.time.noise(t[:1])  # (1,), so that half precision comes last
+        x_t = (alpha * latents + sigma * noise.to(self.device)).to(latents.dtype)
         args, kwargs = self.spec.arguments({str(self.spec.x): x_t, str(self.spec.t): t, **arguments})
         call = self.spec.bind(args, kwargs)
         held = RowTensors(call, self.spec.known, () if self.null is None else self.null.values)
@@ -173,18 +166,16 @@ class LayerReader:
             try:
                 self.model(*args, **kwargs)
             except RuntimeError as error:
-                own = sorted({str(p.dtype).removeprefix("torch.") for p in self.model.parameters()})
-                given = str(dtype).removeprefix("torch.")
-                if "type" not in str(error) or own == [given]:
+                own = sorted({str(p.dtype) for p in self.model.parameters()})
+                if "type" not in str(error) or own == [str(dtype)]:
                     raise
                 raise SettingError(
-                    f"The model fails on latents in {given}; its weights are in {', '.join(own)}: {error}\n"
+                    f"The model fails on latents in {dtype}; its weights are in {', '.join(own)}: {error}\n"
                     "Nothing is cast: give latents and conditions in its dtypes, or measure under torch.autocast."
                 ) from error
             return cast(dict[str, Tensor], tap.pop())
 
 
-@torch.no_grad()
 def survey(
     reader: LayerReader, batches: Iterable[Any], fractions: Sequence[float], samples: int, seed: int, progress: Progress
 ) -> Survey:
@@ -193,10 +184,10 @@ def survey(
     The noise of a sample is the same at all fractions.
     """
     cells = {(layer, fraction): Cell() for layer in reader.modules for fraction in fractions}
-    labels: list[Tensor] = []
+    labels: list[Tensor | None] = []
     order: list[nn.Module] = []
-    batches_read = count = 0
-    generator = noise_generator(seed)
+    count = 0
+    generator = torch.Generator("cpu").manual_seed(seed)
     with undisturbed(reader.model):
         for raw in batches if progress is None else progress(batches, "features"):
             latents, known, arguments = reader.read(raw)
@@ -206,25 +197,26 @@ def survey(
                     _, found = reader.run(latents, arguments, noise, fraction)
                 for layer, features in found.items():
                     cells[layer, fraction].add(features)
-            labels += [] if known is None else [known.cpu()]
-            batches_read, count = batches_read + 1, count + len(latents)
+            labels.append(known)
+            count += len(latents)
             if count >= samples:
                 break
-    if not batches_read:
+    if not labels:
         raise SettingError("There is no batch to measure on: batches= is empty, or an iterator that is used up.")
-    if len(labels) not in (0, batches_read):
-        raise SettingError(f"{len(labels)} of {batches_read} batches have labels: give them with all, or with none.")
+    given = [one.cpu() for one in labels if one is not None]
+    if len(given) not in (0, len(labels)):
+        raise SettingError(f"{len(given)} of {len(labels)} batches have labels: give them with all, or with none.")
     layers = tuple(sorted(reader.modules, key=lambda layer: order.index(reader.modules[layer])))
-    from_0 = torch.unique(torch.cat(labels), return_inverse=True)[1] if labels else None
+    from_0 = torch.unique(torch.cat(given), return_inverse=True)[1] if given else None
     return Survey(layers, cells, from_0, count, bool(arguments))
 
 
 @contextlib.contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
-    """While inside, the model is in eval mode; afterwards it and the global random state are as they were."""
+    """While inside, the model is in eval mode without gradients; then it and the global random state are as before."""
     training = {module: module.training for module in model.modules()}
     device = device_of(model)
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         try:
             model.eval()
             yield
@@ -233,53 +225,23 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
                 module.training = mode
 
 
-def noise_generator(seed: object) -> torch.Generator:
-    """A generator on the CPU, of a seed that is checked."""
-    if type(seed) is not int or not 0 <= seed < 1 << 64:
-        raise SettingError(f"seed must be a whole number from 0 to 2**64 - 1; got {seed!r:.80}.")
-    return torch.Generator("cpu").manual_seed(seed)
-
-
 def time_at(time: TimeConvention, fraction: float) -> float:
     """The t at which ``time.noise_fraction(t)`` is ``fraction``; of steps, the nearest one.
 
-    By bisection: every path from data to noise is monotonic in its noise fraction.
+    The nearest of a grid, which is laid anew around it: every path from data to noise is monotonic.
     """
-    if not is_number(fraction) or not 0 <= fraction <= 1:
-        raise SettingError(f"A noise fraction is a number from 0 (data) to 1 (noise); got {fraction!r}.")
     if time.domain is None:
         raise SettingError(f"Time {time.name!r} does not say how far t goes: give it domain=(smallest t, largest t).")
-
-    def fraction_at(t: float) -> float:
-        return time.noise_fraction(torch.tensor([t], device="cpu")).item()
-
-    low, high = time.domain
-    if time.discrete:
-        candidates = torch.arange(int(low), int(high) + 1, device="cpu")
-    else:
-        high = min(high, _HIGHEST)
-        clean, noisy = (low, high) if fraction_at(high) > fraction_at(low) else (high, low)
-        for _ in range(_HALVINGS):
-            middle = (clean + noisy) / 2
-            clean, noisy = (middle, noisy) if fraction_at(middle) < fraction else (clean, middle)
-        candidates = torch.tensor([low, high, (clean + noisy) / 2], device="cpu")
-    found = time.noise_fraction(candidates)
-    best = (found - fraction).abs().nan_to_num(torch.inf).argmin()
-    if not abs(found[best] - fraction) <= _NEAR:
+    low, high = time.domain[0], min(time.domain[1], _HIGHEST)
+    for _ in range(1 if time.discrete else _FINER):
+        steps = int(high - low) + 1 if time.discrete else 65
+        grid = torch.linspace(low, high, steps, dtype=torch.float64, device="cpu")
+        distance = (time.noise_fraction(grid) - fraction).abs().nan_to_num(torch.inf)
+        best = int(distance.argmin())
+        low, high = grid[max(best - 1, 0)].item(), grid[min(best + 1, len(grid) - 1)].item()
+    if not distance[best] <= _NEAR:
         raise SettingError(
-            f"No t of time {time.name!r} has noise fraction {fraction:g}: the nearest is {found[best]:.4f} at t = "
-            f"{candidates[best]:g}.\nName a noise fraction that it reaches."
+            f"No t of time {time.name!r} has noise fraction {fraction:g}: the nearest is off by {distance[best]:.4f}, "
+            f"at t = {grid[best]:g}.\nName a noise fraction from 0 (data) to 1 (noise) that it reaches."
         )
-    return float(candidates[best])
-
-
-def times_at(time: TimeConvention, fraction: float, rows: int, device: torch.device) -> Tensor:
-    """The same t for every row, (rows,), as a loop gives it: int64 where the convention has steps, else float32."""
-    t = time_at(time, fraction)
-    return torch.full((rows,), t, dtype=torch.long if time.discrete else torch.float32, device=device)
-
-
-def add_noise(time: TimeConvention, latents: Tensor, noise: Tensor, t: Tensor) -> Tensor:
-    """``x_t = α(t) latents + σ(t) noise``, in the latents' shape and dtype; t is (N,)."""
-    alpha, sigma = (factor.reshape(-1, *[1] * (latents.ndim - 1)) for factor in (time.signal(t), time.noise(t)))
-    return (alpha * latents + sigma * noise).to(latents.dtype)
+    return grid[best].float().item()

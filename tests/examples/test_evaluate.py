@@ -20,8 +20,6 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from tiny_runs import FAST, write_run
 
-from selftrans_reg.analysis import draw
-
 FEATURES = '''
 """Features that somebody wrote beside their data."""
 
@@ -222,7 +220,7 @@ def test_the_published_curves_are_drawn_beside_it() -> None:
 
 def test_samples_are_shown_along_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shown = {}
-    monkeypatch.setattr(draw, "save_panels", lambda rows, path: shown.update(rows))
+    monkeypatch.setattr(evaluate, "save_panels", lambda rows, path: shown.update(rows))
     steps = [f"{step:07d}" for step in range(1, 9)]
     for step in steps:
         folder = tmp_path / "samples/run" / step

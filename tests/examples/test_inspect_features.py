@@ -103,7 +103,7 @@ def test_the_batches_are_the_latents_that_the_model_was_trained_on(quickstart_ru
     run = inspect_features.options([str(quickstart_run / "baseline.pt"), *FAST])
     subject = inspect_features.open_subject(run)
     assert subject.measured == {"time": "repa", "null": {"y": 10}}
-    assert [*subject.log] == ["baseline", "stage 1"]
+    assert [*subject.logs] == ["baseline", "stage 1"]
     x, y = (torch.cat(parts) for parts in zip(*subject.batches(20), strict=True))
     again = torch.cat([x for x, _ in subject.batches(20)])
     assert torch.equal(x, again)
@@ -167,7 +167,8 @@ def test_a_foreign_sit_needs_to_be_told_its_time_and_data(
         inspect_features.open_subject(inspect_features.options([str(path), *options]))
     subject = inspect_features.open_subject(inspect_features.options([str(path), f"--data={latents}", *options]))
     assert subject.measured == {"time": time, "null": None}  # without label dropout there is no null class
-    assert subject.log is subject.decode is None
+    assert subject.decode is None
+    assert subject.logs == {}
 
 
 def test_other_latents_than_the_models_are_refused(tmp_path: Path, latents: Path) -> None:
