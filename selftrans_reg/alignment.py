@@ -103,8 +103,8 @@ def align(
     tokens = []
     for layer, capture, head, layout in zip(settings.layers, captures, heads, layouts, strict=True):
         tensor = select_tensor(capture.output, settings.select, layer)
-        if look is not None:
-            tensor = look.branch(tensor)
+        if look is not None and look.probe is not None:
+            tensor = look.probe.branch(tensor, look.denoising)
         found = as_tokens(tensor, None, settings.tokens, layer=layer, layout=layout, arguments=lambda: call.arguments)
         _check_captured(found, layer, head, record)
         try:
@@ -162,7 +162,7 @@ def _teacher_target(
     _check_place(teacher, call.x_t.device, "teacher")
     features = teacher.features(call, rows, chunk, check_indices=checking)
     if look is not None:
-        look.taught, look.features = call, features
+        look.features = features
     return teacher.guide(*features)
 
 

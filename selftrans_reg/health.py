@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from .calls import Call
 from .errors import HealthWarning, NotFiniteError
-from .modules import named_layers, quoted, sharded_parts
+from .modules import named_layers, quoted
 from .plateau import GradientProbe
 from .teacher import CFGFeatureTeacher
 from .tokens import tensors_in
 
-_AVERAGED, _RECENT = 100, 5  # calls that the alignment is averaged over at least; averages compared with the first
+_AVERAGED, _LATER = 100, 5  # calls that the alignment is averaged over at first; later so many times as long
 _LEARNED = 2000  # calls of a run within which any head learns at least the mean of what it is to predict
 _SETTLED = 20  # calls of a process that may look ill in a good run too, such as while the learning rate warms up
 # With less contrast f_u + w (f_c − f_u) is f_c up to 3 % even with w = 30; trained models have 0.02 and more.
@@ -49,26 +48,20 @@ class Look:
     teacher: CFGFeatureTeacher | None
     weight: float = _PUBLISHED_WEIGHT  # of the alignment in this call
     tokens: list[Tensor] = field(default_factory=list)  # (N, T, D) of each layer
-    taught: Call | None = None  # the call as the teacher was shown it
     features: tuple[Tensor, Tensor] | None = None  # (n, T, D) twice: the teacher's (f_c, f_u)
     target: Tensor | None = None  # (n, T, D), or the latents in stage 1; None where no row was inside the window
     rows: Tensor | None = None  # (n,), which rows these are; None for all
     inside: int = 0  # how many rows are inside the window
 
-    def branch(self, tensor: Tensor) -> Tensor:
-        """A tapped tensor, as the alignment is to be computed from it."""
-        return tensor if self.probe is None else self.probe.branch(tensor, self.denoising)
-
 
 @dataclass
 class Trend:
-    """The alignment of the samples inside the window, averaged over stretches of the run."""
+    """The alignment of the samples inside the window, averaged over the run's first stretch and over later ones."""
 
     sum: Tensor | float = 0.0  # since the last stretch ended; 0-d on the device once a sample was inside
     inside: float = 0.0  # the samples of these calls that were, as shares of their batches
     calls: int = 0
     first: float = math.nan  # the run's first average; inf where that was before the run was watched
-    recent: list[float] = field(default_factory=lambda: [math.nan] * _RECENT)  # the latest averages, oldest first
 
     def add(self, alignment: Tensor, inside: float) -> None:
         """Take in one call: its alignment and the share of its samples that were inside. Nothing is read."""
@@ -77,54 +70,16 @@ class Trend:
         if inside:
             self.sum = self.sum + alignment.detach()
 
-    def close(self, total: float, calls: int) -> bool:
-        """End a stretch with this sum at this call of the run if it is long enough; whether it should have fallen."""
-        if self.calls < _AVERAGED or not self.inside:
-            return False
+    def close(self, total: float, calls: int) -> float:
+        """End a stretch with this sum at this call of the run if it is long enough; its average, else NaN."""
+        began = math.isnan(self.first)
+        if self.calls < (_AVERAGED if began else _LATER * _AVERAGED) or not self.inside:
+            return math.nan
         average = total / self.inside
-        if math.isnan(self.first):
+        if began:
             self.first = average if calls - self.calls < _AVERAGED else math.inf
-        else:
-            self.recent = [*self.recent, average][1:]
         self.sum, self.inside, self.calls = 0.0, 0.0, 0
-        return calls >= _LEARNED and sum(self.recent) >= _RECENT * self.first  # never while one is NaN
-
-    def state(self) -> list[float]:
-        """What a resumed run needs, as floating numbers."""
-        return [float(self.sum), self.inside, self.calls, self.first, *self.recent]
-
-    def load(self, state: Sequence[float]) -> None:
-        """Go on from what :meth:`state` gave."""
-        self.sum, self.inside, calls, self.first, *self.recent = state
-        self.calls = int(calls)
-
-
-class Movement:
-    """Whether the heads move while the tapped layers do; ``late`` in a run, a small step may round to none."""
-
-    def __init__(self, late: bool = False) -> None:
-        self._late = late
-        self._start: list[Tensor] | None = []  # as at the first look; None where there is nothing to watch any more
-
-    def since_start(self, look: Look) -> dict[str, Tensor]:
-        """Whether heads and layers differ from what they were at the first look; 0-d, bool; nothing at that one."""
-        if self._start is None:
-            return {}
-        heads = list(look.heads.parameters())
-        trained = [p for layer in look.layers.values() for p in layer.parameters() if p.requires_grad]
-        start, now = self._start, [_values(heads), _values(trained)]
-        if start and [then.shape for then in start] == [found.shape for found in now]:
-            return {"heads_moved": (start[0] != now[0]).any(), "layers_moved": (start[1] != now[1]).any()}
-        rounds = self._late and any(p.dtype in (torch.bfloat16, torch.float16) for p in heads)
-        # Of other shapes than at the start they were wrapped anew.
-        self._start = None if start or rounds or not all(len(values) for values in now) else now
-        return {}
-
-    def left_out(self, found: Mapping[str, float], ready: bool) -> bool:
-        """Whether the layers moved and the heads did not, once ``ready``."""
-        known = found["heads_moved"] == 1 or (ready and found["layers_moved"] == 1)
-        self._start = None if known else self._start
-        return known and found["heads_moved"] == 0
+        return math.nan if began else average
 
 
 def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> Tensor | None:
@@ -132,21 +87,16 @@ def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> Tensor 
 
     Frozen weights are meant to be the same: those of a base that student and teacher share.
     """
-    taught, same = named_layers(teacher), []
-    for name, layer in layers.items():
-        mine = {key: p for key, p in layer.named_parameters() if p.requires_grad}
-        theirs = {key: p for key, p in taught[name].named_parameters() if key in mine} if name in taught else {}
-        if not mine or mine.keys() != theirs.keys():
-            return None
-        if any(
-            p.is_meta or (hasattr(p, "__tensor_flatten__") and not hasattr(p, "full_tensor")) for p in theirs.values()
-        ):
-            return None  # offloaded, or quantised into several tensors
-        a, b = _values(mine.values()), _values(theirs[key] for key in mine)
-        if a.shape != b.shape:
-            return None
-        same.append((a == b.to(a.device)).all())
-    return torch.stack(same).all()
+    mine = {f"{name}.{key}": p for name in layers for key, p in layers[name].named_parameters() if p.requires_grad}
+    taught = {name: layer for name, layer in named_layers(teacher).items() if name in layers}
+    theirs = {f"{name}.{key}": p for name in taught for key, p in taught[name].named_parameters()}
+    if not mine or not mine.keys() <= theirs.keys():
+        return None
+    theirs = {name: theirs[name] for name in mine}
+    if any(p.is_meta or (hasattr(p, "__tensor_flatten__") and not hasattr(p, "full_tensor")) for p in theirs.values()):
+        return None  # offloaded, or quantised into several tensors
+    a, b = _values(mine.values()), _values(theirs.values())
+    return (a == b.to(a.device)).all() if a.shape == b.shape else None
 
 
 def _values(parameters: Iterable[nn.Parameter], each: int = 256) -> Tensor:
@@ -168,7 +118,7 @@ class Health:
         self._empty_calls = self._empty_samples = 0  # in a row
         self._eval_calls = 0  # in a row
         self._trend = Trend()
-        self._movement = Movement()
+        self._start: tuple[Tensor, Tensor] | None = None  # heads and layers as at the first look
         self._entered = False
         self._probe: GradientProbe | None = None  # of the last look: the backward pass came after it
         self._weight = _PUBLISHED_WEIGHT  # of the last look
@@ -207,86 +157,83 @@ class Health:
         if look.features is not None:
             self._contrast = max(self._contrast, found["contrast"])
             self._compared += len(look.features[0])
-        layers = f"layer{'s' * (len(look.layers) > 1)} {quoted(look.layers)}"
-        settled = self._calls >= _SETTLED and self._entered
-        self._judge_gradients(look, found, calls, layers, settled)
-        self._judge_features(look, found, layers, settled)
-        if self.interval and calls % self.interval == 0 and self._trend.close(found["sum"], calls):
-            self.warn(
-                f"alignment_not_falling: After {calls} calls the alignment is {self._trend.recent[-1]:.4g} inside the "
-                f"window, and was {self._trend.first:.4g} at first: it does not fall.\n"
-                "Make sure that the optimiser holds the head (criterion.check_optimizer), and that the latents, or the "
-                "teacher's tokens, are those of the same batch in the same order as the student's.",
-            )
+        for message in self._complaints(look, found, calls):
+            self.warn(message)
         self._probe = look.probe if look.inside else None  # without a row inside there is no gradient
         self._weight = look.weight
 
-    def _judge_gradients(self, look: Look, f: Mapping[str, float], calls: int, layers: str, settled: bool) -> None:
-        """Of the last look: whether the alignment's arrived, whether it trains the head, and how large it is."""
+    def _complaints(self, look: Look, f: Mapping[str, float], calls: int) -> Iterator[str]:
+        """What looks wrong, each as its kind and what to do: of the last look's gradients, then of this call."""
+        layers = f"layer{'s' * (len(look.layers) > 1)} {quoted(look.layers)}"
+        settled = self._calls >= _SETTLED and self._entered
         if self._probe is not None and self._probe.missed and self._probe.sums is None:
-            self.warn(
+            yield (
                 f"no_gradient: A backward pass reached {layers} without the alignment's gradient: nothing is aligned.\n"
-                "Call terms.total.backward(), not backward() of the loop's own loss; to measure only, pass weight=0.0.",
+                "Call terms.total.backward(), not backward() of the loop's own loss; to measure only, pass weight=0.0."
             )
         if f["aligned"] == 0.0 and settled:
-            self.warn(
+            yield (
                 f"no_gradient: The alignment's gradient is exactly 0 at {layers}.\n"
-                "Use a gradient scaler with float16. Without float16, look for a head whose weights are all 0.",
+                "Use a gradient scaler with float16. Without float16, look for a head whose weights are all 0."
             )
-        left_out = self._movement.left_out(f, ready=settled and look.probe is not None)
-        if left_out and "no_gradient" not in self._warned:  # without a gradient it stays as it is
-            self.warn(
+        # Without a gradient it stays as it is.
+        if settled and look.probe and f["layers_moved"] > f["heads_moved"] and "no_gradient" not in self._warned:
+            yield (
                 f"head_not_trained: The criterion's head has not changed in {self._calls} calls, while {layers} has: "
-                "nothing trains it.\n"
-                "Build the optimiser from [*model.parameters(), *criterion.parameters()], after wrapping and moving "
-                "both; criterion.check_optimizer(opt) names what is missing. If nothing is, the head is frozen or its "
-                "learning rate is 0.",
+                "nothing trains it.\nBuild the optimiser from [*model.parameters(), *criterion.parameters()], after "
+                "wrapping and moving both; criterion.check_optimizer(opt) names what is missing. If nothing is, the "
+                "head is frozen or its learning rate is 0."
             )
         # Without a gradient of the loop's own, as of a last layer that begins at 0, there is no ratio.
         scale = _PUBLISHED_WEIGHT / self._weight if self._weight else math.nan
         ratio = scale * math.sqrt(f["aligned"] / f["own"]) if f["own"] > 0 else math.nan
         values = math.prod(look.call.x_t.shape[1:])
         if settled and ((ratio < _FAINT and abs(f["loss"]) > _SUMMED * values) or 0 < ratio < _GONE):
-            self.warn(
+            yield (
                 f"loss_scale: At {layers} the alignment's gradient is only {ratio:.2g} times that of the loop's own "
                 "loss (at the published weight of 0.5), so it has next to no effect. The loop's loss is "
                 f"{f['loss']:.4g}.\n"
                 f"If that loss is a sum over the {values} values of a sample, pass their mean, and scale the total: "
-                f"(terms.total * {values}).backward(). Or pass weight= as many times larger.",
+                f"(terms.total * {values}).backward(). Or pass weight= as many times larger."
             )
         if ratio > _DROWNING and calls >= _LEARNED:
-            self.warn(
+            yield (
                 f"loss_scale: At {layers} the alignment's gradient is {ratio:.2g} times that of the loop's own loss "
                 f"(at the published weight of 0.5), so the loss hardly counts. The loop's loss is {f['loss']:.4g}.\n"
-                "If that loss is divided by the steps of accumulation, pass it undivided, and divide the total.",
+                "If that loss is divided by the steps of accumulation, pass it undivided, and divide the total."
             )
 
-    def _judge_features(self, look: Look, f: Mapping[str, float], layers: str, settled: bool) -> None:
-        """Of this call: what the student, the teacher and the window give."""
         if f["student_norm"] > max(_GROWN * self._first_norm, _LARGE * math.sqrt(look.tokens[0].shape[-1])):
-            self.warn(
+            yield (
                 f"exploding_features: The tokens of {layers} have a mean norm of {f['student_norm']:.4g}; at first it "
-                f"was {self._first_norm:.4g}.\n"
-                "Lower the learning rate or the weight, or clip the gradients.",
+                f"was {self._first_norm:.4g}.\nLower the learning rate or the weight, or clip the gradients."
             )
         if f["same_weights"] == 1:
-            self.warn(
+            yield (
                 f"same_weights: The student's {layers} has the teacher's weights, so it would be aligned with itself.\n"
-                "Stage 2 trains a new model from scratch. If that is meant to start as the teacher, ignore this.",
+                "Stage 2 trains a new model from scratch. If that is meant to start as the teacher, ignore this."
             )
         if settled and self._compared >= _COMPARED and self._contrast < _NO_CONTRAST:
             null = "none" if look.teacher is None else look.teacher.null_condition
-            self.warn(
+            yield (
                 f"no_contrast: The condition changes the teacher's features by only {self._contrast:.2g} of their "
                 f"norm, so guidance has nothing to work with. Null condition: {null}.\n"
-                "Check the null condition, and that the teacher is trained, with the condition dropped at random.",
+                "Check the null condition, and that the teacher is trained, with the condition dropped at random."
             )
         if self._empty_calls >= _EMPTY_CALLS and self._empty_samples >= _EMPTY_SAMPLES:
-            self.warn(
+            yield (
                 f"empty_window: None of the {self._empty_samples} samples of the last {self._empty_calls} calls was "
                 f"inside the window {look.window}, which is in noise fraction; those of this call range from "
-                f"{f['low']:.3g} to {f['high']:.3g}.\n"
-                "Check that time= is what the loop calls t. window=None aligns every sample.",
+                f"{f['low']:.3g} to {f['high']:.3g}.\nCheck that time= is what the loop calls t. window=None aligns "
+                "every sample."
+            )
+        average = self._trend.close(f["sum"], calls) if self.interval and calls % self.interval == 0 else math.nan
+        if calls >= _LEARNED and average >= self._trend.first:
+            yield (
+                f"alignment_not_falling: After {calls} calls the alignment is {average:.4g} inside the window, and was "
+                f"{self._trend.first:.4g} at first: it does not fall.\n"
+                "Make sure that the optimiser holds the head (criterion.check_optimizer), and that the latents, or the "
+                "teacher's tokens, are those of the same batch in the same order as the student's."
             )
 
     def count_in_eval_mode(self) -> None:
@@ -321,13 +268,13 @@ class Health:
 
     def state(self) -> list[float]:
         """What a resumed run needs, as floating numbers."""
-        return [self._first_norm, *self._trend.state()]
+        return [self._first_norm, *map(float, astuple(self._trend))]
 
     def load(self, state: Sequence[float]) -> None:
         """Go on from what :meth:`state` gave."""
-        self._first_norm, *trend = state
-        self._trend.load(trend)
-        self._movement = Movement(late=True)
+        self._first_norm, total, inside, calls, first = state
+        self._trend = Trend(total, inside, int(calls), first)
+        self._start = None
 
     def _read(self, look: Look, calls: int, alignment: Tensor) -> dict[str, float]:
         """Everything that is judged, in one reading; NaN for what there is nothing to read of."""
@@ -337,7 +284,7 @@ class Health:
         values["loss"] = look.denoising.detach().mean()
         values["low"], values["high"] = look.fractions.min(), look.fractions.max()
         values["sum"] = torch.as_tensor(self._trend.sum, device=alignment.device)
-        values |= self._movement.since_start(look)
+        values |= self._moved(look)
         if self._probe is not None and self._probe.sums is not None:
             _, values["own"], values["aligned"] = self._probe.sums
         if calls == 1 and look.teacher is not None:
@@ -346,6 +293,18 @@ class Health:
         read = torch.stack([value.float() for value in values.values()]).tolist()
         there = dict(zip(values, read, strict=True))
         return dict.fromkeys(("own", "aligned", "same_weights", "heads_moved", "layers_moved"), math.nan) | there
+
+    def _moved(self, look: Look) -> dict[str, Tensor]:
+        """Whether heads and layers differ from what they were at the first look; 0-d, bool; none if that is no sign."""
+        trained = [p for layer in look.layers.values() for p in layer.parameters() if p.requires_grad]
+        now = _values(look.heads.parameters()), _values(trained)
+        where = [[(found.shape, found.device) for found in pair] for pair in (self._start or now, now)]
+        if self._start is None or where[0] != where[1]:
+            self._start = now  # elsewhere or of other shapes than at the start: they were moved, or wrapped anew
+        if not all(len(values) for values in now):
+            return {}
+        moved = [(then != found).any() for then, found in zip(self._start, now, strict=True)]
+        return dict(zip(("heads_moved", "layers_moved"), moved, strict=True))
 
 
 _BACK = "Go back to an earlier checkpoint and set health_interval=1: the call in which it begins then names the cause."
@@ -357,7 +316,7 @@ def not_finite(look: Look) -> NotFiniteError:
     fractions, teacher = look.fractions, look.teacher
     for layer, tokens in zip(look.layers, look.tokens, strict=True):
         if (bad := _bad_rows(tokens)).any():
-            cause = _cause(look.model, _BACK, lambda: "up to there", look.call)
+            cause = _cause(look.model, _BACK, look.call)
             return NotFiniteError(f"The student's layer {layer!r} gave NaN or inf {_where(bad, fractions)}.\n{cause}")
     assert look.target is not None  # with no row inside the window nothing else was computed
     if look.rows is not None:
@@ -366,7 +325,7 @@ def not_finite(look: Look) -> NotFiniteError:
         with_what = {"the condition": _bad_rows(look.features[0]), "the null condition": _bad_rows(look.features[1])}
         if (bad := torch.stack(list(with_what.values())).any(0)).any():
             named = " and with ".join(name for name, found in with_what.items() if found.any())
-            cause = _cause(teacher.model, _REBUILD, lambda: _first_module(teacher, look), look.call)
+            cause = _cause(teacher.model, _REBUILD, look.call)
             return NotFiniteError(
                 f"The teacher's layer {teacher.layer!r} gave NaN or inf with {named} {_where(bad, fractions)}.\n{cause}"
             )
@@ -374,7 +333,7 @@ def not_finite(look: Look) -> NotFiniteError:
         return NotFiniteError(f"The latents to align with hold NaN or inf {_where(bad, fractions)}.")
     return NotFiniteError(
         "The alignment is NaN or inf, although the layer's tokens and what they are aligned with are finite.\n"
-        + _cause(look.heads, _BACK, lambda: "in the head or the distance", prefix="heads.")
+        + _cause(look.heads, _BACK, prefix="heads.")
     )
 
 
@@ -395,8 +354,8 @@ def _where(bad: Tensor, fractions: Tensor) -> str:
     return f"in {int(bad.sum())} of {len(bad)} samples" + (f", at {at}" if low != "nan" else "")
 
 
-def _cause(model: nn.Module, advice: str, where: Callable[[], str], call: Call | None = None, prefix: str = "") -> str:
-    """The first that holds: the call's arguments, the model's weights, or an overflow, which ``where`` finds."""
+def _cause(model: nn.Module, advice: str, call: Call | None = None, prefix: str = "") -> str:
+    """The first that holds: the call's arguments, the model's weights, or an overflow."""
     tensors = [found for name, value in (call.arguments if call else {}).items() for found in tensors_in(value, name)]
     if bad := [path for path, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
         return f"The model was called with NaN or inf in {quoted(bad)}: look at what the loop makes it of."
@@ -404,29 +363,9 @@ def _cause(model: nn.Module, advice: str, where: Callable[[], str], call: Call |
         listed = f"{quoted(bad[:3])}{', …' if len(bad) > 3 else ''}"
         return f"NaN or inf is in {len(bad)} of its parameters already: {listed}.\n{advice}"
     return (
-        f"What goes in and all weights are finite, so a value overflowed {where()}. Use bfloat16, float32 or autocast "
+        "What goes in and all weights are finite, so a value overflowed on the way. Use bfloat16, float32 or autocast "
         "where it is float16."
     )
-
-
-def _first_module(teacher: CFGFeatureTeacher, look: Look) -> str:
-    """Where the teacher first gives NaN or inf: it is run again."""
-    if sharded_parts(teacher.model):  # running it takes all ranks
-        return "up to there"
-    found: list[str] = []
-    names = {module: name for name, module in named_layers(teacher.model).items()}
-
-    def see(module: nn.Module, args: Any, output: Any) -> None:
-        if not found and any(t.is_floating_point() and not t.isfinite().all() for _, t in tensors_in(output)):
-            found.append(names[module])
-
-    handles = [module.register_forward_hook(see) for module in names]
-    try:
-        teacher.features(look.taught or look.call, look.rows)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return f"in {(found or [teacher.layer])[0]!r}"
 
 
 def _mean_norm(tokens: Sequence[Tensor]) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,8 +12,6 @@ from torch import Tensor
 
 from .errors import CaptureError, SettingError
 from .modules import check_positive
-
-_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,17 +96,12 @@ class PlateauRule:
         self._below = self._below + 1 if corrected < self.plateau.threshold else 0
         if self._below >= self.plateau.patience:
             self.stopped_at = calls if step is None else step
-            _LOGGER.info(
-                f"The alignment stops at {'call' if step is None else 'step'} {self.stopped_at}: its gradient no "
-                f"longer agrees with the denoising loss's (smoothed cosine {corrected:.4f}, below "
-                f"{self.plateau.threshold:g} in {self._below} measurements)."
-            )
         return {"gradient_cosine_smoothed": torch.full((), corrected, device=device)}
 
     def state(self) -> list[float]:
         """What a resumed run needs, as floating numbers; a measurement that was not read yet is part of it."""
         stopped_at = -1 if self.stopped_at is None else self.stopped_at
-        sums = [0.0] * 3 if self._probe is None else self._probe.sums_on(torch.device("cpu")).tolist()
+        sums = (self._probe or GradientProbe()).sums_on(torch.device("cpu")).tolist()
         return [stopped_at, self._smoothed, self._count, self._below, self._probe is not None, *sums]
 
     def load(self, state: Sequence[float]) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from .errors import SettingError
-from .modules import find_layer, named_layers, nearest, numbered_groups, quoted, unwrap
+from .modules import check_one_of, find_layer, named_layers, nearest, numbered_groups, quoted, unwrap
 
 Variant: TypeAlias = Literal["paper", "released"]
 
@@ -122,17 +122,16 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
         >>> plan.teacher()
         {'layer': 'blocks.7', 'guidance_scale': 30.0}
     """
-    if variant not in ("paper", "released"):
-        raise SettingError(f"variant must be 'paper' or 'released'; got {variant!r}.")
+    check_one_of("variant", variant, _VARIANTS)
     if isinstance(model, nn.Module):
-        name, depth, settings, notes = _of_model(model, blocks)
-    elif not isinstance(model, str):
-        raise SettingError(f"recipe takes a model's name or a model; got {model!r}.")
+        name, depth, layers, text, notes = _of_model(model, blocks)
     elif blocks is not None:
         raise SettingError(f"blocks names the lists of blocks of a live model; {model!r} is a name.")
     else:
-        name, depth, settings, notes = _of_name(model, variant)
-    settings = settings | _VARIANTS[variant] | {"weight": (0.5, "published")}
+        name, depth, layers, text, notes = _of_name(model, variant)
+    settings = _rule(layers, depth, text=text) | _VARIANTS[variant] | {"weight": (0.5, "published")}
+    if isinstance(model, str) and name.startswith("LightningDiT"):
+        settings["guidance_scale"] = (10.0, "reported for LightningDiT")
     return Recipe(
         name=name,
         depth=depth,
@@ -144,6 +143,8 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
 
 # Every setting as its value and the reason for it.
 _Settings: TypeAlias = dict[str, tuple[Any, str]]
+# A model's name, its number of blocks, those that see the whole image, whether it is given text, and notes.
+_Found: TypeAlias = tuple[str, int, list[str], bool, list[str]]
 
 _VARIANTS: dict[Variant, _Settings] = {
     "paper": {
@@ -156,37 +157,31 @@ _VARIANTS: dict[Variant, _Settings] = {
     },
 }
 _DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
-_PUBLISHED = {  # name -> (depth, list of blocks)
-    **{f"SiT-{size}/{patch}": (depth, "blocks") for size, depth in _DEPTHS.items() for patch in (1, 2, 4, 8)},
-    **{f"DiT-{size}/{patch}": (depth, "blocks") for size, depth in _DEPTHS.items() for patch in (2, 4, 8)},
-    **{f"LightningDiT-{size}/{patch}": (_DEPTHS[size], "blocks") for size in ("B", "L", "XL") for patch in (1, 2)},
-    "MMDiT": (24, "joint_blocks"),
+_PUBLISHED = {  # name -> depth
+    **{f"SiT-{size}/{patch}": depth for size, depth in _DEPTHS.items() for patch in (1, 2, 4, 8)},
+    **{f"DiT-{size}/{patch}": depth for size, depth in _DEPTHS.items() for patch in (2, 4, 8)},
+    **{f"LightningDiT-{size}/{patch}": _DEPTHS[size] for size in ("B", "L", "XL") for patch in (1, 2)},
+    "MMDiT": 24,
 }
 
 
-def _of_name(name: str, variant: Variant) -> tuple[str, int, _Settings, list[str]]:
+def _of_name(name: str, variant: Variant) -> _Found:
     if name not in _PUBLISHED:
         by_lower = {known.lower(): known for known in _PUBLISHED}
-        close = [by_lower[found] for found in nearest(name.lower(), by_lower)]
+        close = [by_lower[found] for found in nearest(str(name).lower(), by_lower)]
         raise SettingError(
-            f"No recipe is called {name!r}.\n"
-            f"Known: {quoted(_PUBLISHED)}.\n"
-            + (f"Nearest: {quoted(close)}.\n" if close else "")
-            + "For any other model pass the model itself: recipe(model) applies the published rule."
+            f"No recipe is called {name!r}.\nKnown: {quoted(_PUBLISHED)}.\nNearest: {quoted(close) or 'none'}.\n"
+            "For any other model pass the model itself: recipe(model) applies the published rule."
         )
-    depth, blocks = _PUBLISHED[name]
-    text = name == "MMDiT"
-    settings = _rule([f"{blocks}.{index}" for index in range(depth)], depth, text=text)
+    depth, text = _PUBLISHED[name], name == "MMDiT"
     notes = ["Blocks return (text, image): add select=1."] if text else [_STEPS_NOTE]
-    if name.startswith("LightningDiT"):
-        settings["guidance_scale"] = (10.0, "reported for LightningDiT")
     if variant == "released" and not text:
         notes.append("The released code teaches with raw weights: build_teacher(..., weights='model').")
-    return name, depth, settings, notes
+    return name, depth, [f"{'joint_' * text}blocks.{index}" for index in range(depth)], text, notes
 
 
-def _of_model(model: nn.Module, blocks: str | Sequence[str] | None) -> tuple[str, int, _Settings, list[str]]:
-    name = type(unwrap(model)).__name__
+def _of_model(model: nn.Module, blocks: str | Sequence[str] | None) -> _Found:
+    name, text = type(unwrap(model)).__name__, _takes_text(model)
     layers = find_blocks(model, blocks)
     depth, notes = len(layers), [_STEPS_NOTE]
     whole = [layer for layer in layers if layer.split(".")[-2:-1] == [_MASKED[1]]]
@@ -198,14 +193,11 @@ def _of_model(model: nn.Module, blocks: str | Sequence[str] | None) -> tuple[str
             f"The published rule needs at least {_MIN_DEPTH} blocks that see the whole image; {name} has "
             f"{len(layers)}: {quoted(layers)}.\nChoose the layers yourself."
         )
-    text = _takes_text(model)
-    settings = _rule(layers, depth, text=text)
     if depth < _PUBLISHED_DEPTH and not text:
-        settings["guidance_scale"] = (8.0, "the best of a study with 8 blocks; 30 is published, for 12 and more")
         notes.append("With 8 blocks guidance helped to the end: try stop_step=None. See the page 'Does it work?'.")
     if not text:
         notes.append("Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT').")
-    return name, depth, settings, notes
+    return name, depth, layers, text, notes
 
 
 def _takes_text(model: nn.Module) -> bool:
@@ -223,24 +215,27 @@ def _rule(layers: list[str], depth: int, *, text: bool) -> _Settings:
         if alike and alike[-1] != student:
             student, why = alike[-1], f"layer {alike[-1]}, the last up to depth // 2 of the teacher's resolution"
     first = max(2, len(layers) // 6) if text else 2
-    epochs, sizes = (10, "L and XL (24 and 28 blocks)") if depth >= _LARGE_DEPTH else (20, "S and B (12 blocks)")
     of_stage1 = f"layer {first}; published is 4 of 24, for text to image" if text else "layer 2, whatever the depth"
     settings: _Settings = {
         "stage1_layer": (layers[first - 1], of_stage1),
         "student_layer": (layers[student - 1], why),
         "teacher_layer": (layers[teacher - 1], f"layer {teacher} = floor(2 depth / 3)"),
-        "guidance_scale": (30.0, "the published rule for class labels"),
+    }
+    if text:
+        return settings | {
+            "guidance_scale": (5.0, "published for text to image"),
+            "window": (None, "published for text to image: every t"),
+            "stop_step": (50_000, "published"),
+            "stage1_steps": (150_000, "published"),
+        }
+    shallow = 8.0, "the best of a study with 8 blocks; 30 is published, for 12 and more"
+    epochs, sizes = (10, "L and XL (24 and 28 blocks)") if depth >= _LARGE_DEPTH else (20, "S and B (12 blocks)")
+    return settings | {
+        "guidance_scale": shallow if depth < _PUBLISHED_DEPTH else (30.0, "the published rule for class labels"),
         "window": ((0.4, 0.7), "published for class labels, as noise fraction"),
         "stop_step": (epochs * _STEPS_PER_EPOCH, f"{epochs} epochs, as published for {sizes}"),
         "stage1_steps": (40 * _STEPS_PER_EPOCH, "40 epochs"),
     }
-    of_text: _Settings = {
-        "guidance_scale": (5.0, "published for text to image"),
-        "window": (None, "published for text to image: every t"),
-        "stop_step": (50_000, "published"),
-        "stage1_steps": (150_000, "published"),
-    }
-    return settings | of_text if text else settings
 
 
 def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[str]:
@@ -250,7 +245,12 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[st
         return [block for name in chosen for block in _members(name, find_layer(model, name))]
     layers = named_layers(model)
     groups = numbered_groups(layers)
-    lists = [name for name, members in groups.items() if _are_blocks(layers.get(name), members)]
+    kinds = {name: sorted({_kind(member) for member in members}) for name, members in groups.items()}
+    lists = [  # of one class, whose members have layers of their own
+        name
+        for name, members in groups.items()
+        if isinstance(layers.get(name), nn.ModuleList) and len(kinds[name]) == 1 and unwrap(members[0])._modules
+    ]
     lists = [name for name in lists if not _ASIDE.search(name.rpartition(".")[2])] or lists
     lists += [name for name, layer in layers.items() if isinstance(layer, nn.ModuleDict) and len(layer) >= _MIN_DEPTH]
     chains = []
@@ -263,11 +263,10 @@ def find_blocks(model: nn.Module, blocks: str | Sequence[str] | None) -> list[st
     candidates.sort(key=len, reverse=True)
     # Certain only if nothing else in the model, such as a second tower, comes near in depth.
     if not candidates or (len(candidates) > 1 and 2 * len(candidates[1]) > len(candidates[0])):
-        kinds = {name: " / ".join(sorted({_kind(member) for member in members})) for name, members in groups.items()}
-        seen = ", ".join(f"{name or 'at the top'} ({len(members)} {kinds[name]})" for name, members in groups.items())
+        seen = [f"{name or 'at the top'} ({len(groups[name])} {' / '.join(kind)})" for name, kind in kinds.items()]
         raise SettingError(
             f"It is not certain which layers of {type(unwrap(model)).__name__} are its blocks.\n"
-            f"Seen: {seen or 'no numbered layers'}.\n"
+            f"Seen: {', '.join(seen) or 'no numbered layers'}.\n"
             "Say which, in the order in which they run: recipe(model, blocks='layers') or blocks=['first', 'second']; "
             "or choose the layers yourself."
         )
@@ -282,12 +281,6 @@ def _members(name: str, layer: nn.Module) -> list[str]:
     if isinstance(layer, nn.ModuleList | nn.Sequential):
         return [f"{name}.{index}" for index in range(len(layer))]
     return [name]
-
-
-def _are_blocks(container: nn.Module | None, members: list[nn.Module]) -> bool:
-    """Whether these are blocks: a list of one class, whose members have layers of their own."""
-    alike = len({_kind(member) for member in members}) == 1
-    return isinstance(container, nn.ModuleList) and alike and bool(unwrap(members[0])._modules)
 
 
 def _kind(member: nn.Module) -> str:

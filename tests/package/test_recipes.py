@@ -1,5 +1,7 @@
 """Recipes: the published settings by name, and the published rule on models of many shapes."""
 
+from typing import Any
+
 import diffusers
 import pytest
 import torch
@@ -34,37 +36,32 @@ def layers_of(plan: Recipe) -> tuple[str, str, str]:
     return plan.stage1_layer, plan.student_layer, plan.teacher_layer
 
 
-# --- by name
-
-
 @pytest.mark.parametrize(
     ("name", "layers", "scale", "window", "stop_step", "stage1_steps"),
     [
-        ("SiT-S/2", ("blocks.1", "blocks.5", "blocks.7"), 30, (0.4, 0.7), 100_000, 200_000),
-        ("SiT-B/2", ("blocks.1", "blocks.5", "blocks.7"), 30, (0.4, 0.7), 100_000, 200_000),
-        ("SiT-L/1", ("blocks.1", "blocks.11", "blocks.15"), 30, (0.4, 0.7), 50_000, 200_000),
-        ("SiT-XL/2", ("blocks.1", "blocks.13", "blocks.17"), 30, (0.4, 0.7), 50_000, 200_000),
-        ("DiT-B/8", ("blocks.1", "blocks.5", "blocks.7"), 30, (0.4, 0.7), 100_000, 200_000),
-        ("DiT-XL/2", ("blocks.1", "blocks.13", "blocks.17"), 30, (0.4, 0.7), 50_000, 200_000),
-        ("LightningDiT-XL/1", ("blocks.1", "blocks.13", "blocks.17"), 10, (0.4, 0.7), 50_000, 200_000),
-        ("MMDiT", ("joint_blocks.3", "joint_blocks.11", "joint_blocks.15"), 5, None, 50_000, 150_000),
+        ("SiT-S/2", (1, 5, 7), 30, (0.4, 0.7), 100_000, 200_000),
+        ("SiT-L/1", (1, 11, 15), 30, (0.4, 0.7), 50_000, 200_000),
+        ("DiT-B/8", (1, 5, 7), 30, (0.4, 0.7), 100_000, 200_000),
+        ("DiT-XL/2", (1, 13, 17), 30, (0.4, 0.7), 50_000, 200_000),
+        ("LightningDiT-XL/1", (1, 13, 17), 10, (0.4, 0.7), 50_000, 200_000),
+        ("MMDiT", (3, 11, 15), 5, None, 50_000, 150_000),
     ],
 )
 def test_published_settings(
     name: str,
-    layers: tuple[str, str, str],
+    layers: tuple[int, int, int],
     scale: float,
     window: tuple[float, float] | None,
     stop_step: int,
     stage1_steps: int,
 ) -> None:
     plan = recipe(name)
+    first, student, teacher = (f"{'joint_' if name == 'MMDiT' else ''}blocks.{layer}" for layer in layers)
     shared = {"weight": 0.5, "window": window, "gating": "per-sample", "distance": "mse"}
-    assert plan.stage1() == {"layer": layers[0], "target": "latents", **shared}
-    assert plan.stage2() == {"layer": layers[1], "stop_step": stop_step, **shared}
-    assert plan.teacher() == {"layer": layers[2], "guidance_scale": scale}
-    assert plan.stage1_steps == stage1_steps
-    assert plan.name == name
+    assert plan.stage1() == {"layer": first, "target": "latents", **shared}
+    assert plan.stage2() == {"layer": student, "stop_step": stop_step, **shared}
+    assert plan.teacher() == {"layer": teacher, "guidance_scale": scale}
+    assert (plan.name, plan.stage1_steps) == (name, stage1_steps)
 
 
 @pytest.mark.parametrize("name", ["SiT-B/2", "MMDiT"])
@@ -85,33 +82,23 @@ def test_dictionaries_are_arguments_that_their_functions_take() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "nearby"),
-    [("SiT-B2", "'SiT-B/2'"), ("sit-xl/2", "'SiT-XL/2'"), ("Lightning-DiT-L/2", "'LightningDiT-L/2'")],
+    ("arguments", "parts"),
+    [
+        (("SiT-B2",), ["No recipe is called 'SiT-B2'", "Known: 'SiT-S/1'", "'MMDiT'", "pass the model itself"]),
+        (("sit-xl/2",), ["Nearest: 'SiT-XL/2'"]),
+        (("Lightning-DiT-L/2",), ["Nearest: 'LightningDiT-L/2'"]),
+        ((12,), ["No recipe is called 12"]),
+        (("SiT-B/2", "code"), ["variant must be one of 'paper', 'released'; got 'code'"]),
+        (("SiT-B/2", "paper", "blocks"), ["blocks names the lists of blocks of a live model; 'SiT-B/2' is a name"]),
+    ],
 )
-def test_unknown_name_lists_the_known_and_the_nearest(name: str, nearby: str) -> None:
-    with pytest.raises(SettingError, match=f"No recipe is called '{name}'") as raised:
-        recipe(name)
-    message = str(raised.value)
-    assert nearby in message.partition("Nearest:")[2]
-    assert "Known: 'SiT-S/1'" in message
-    assert "'DiT-XL/8'" in message
-    assert "'MMDiT'" in message
-    assert "pass the model itself" in message
+def test_arguments_that_make_no_sense(arguments: tuple[Any, ...], parts: list[str]) -> None:
+    with pytest.raises(SettingError) as raised:
+        recipe(arguments[0], **dict(zip(("variant", "blocks"), arguments[1:], strict=False)))
+    assert [part for part in parts if part not in str(raised.value)] == []
 
 
-def test_arguments_that_make_no_sense() -> None:
-    with pytest.raises(SettingError, match="variant must be 'paper' or 'released'; got 'code'"):
-        recipe("SiT-B/2", variant="code")
-    with pytest.raises(SettingError, match="recipe takes a model's name or a model; got 12"):
-        recipe(12)
-    with pytest.raises(SettingError, match="blocks names the lists of blocks of a live model; 'SiT-B/2' is a name"):
-        recipe("SiT-B/2", blocks="blocks")
-
-
-# --- live models
-
-
-@pytest.mark.parametrize("depth", [3, 4, 9, 12, 17, 18, 24, 28])
+@pytest.mark.parametrize("depth", [3, 9, 12, 17, 18, 28])
 def test_rule_on_a_live_model(depth: int) -> None:
     plan = recipe(model_of(blocks=depth))
     one_based = (2, depth // 2, int(2 * depth / 3))
@@ -120,9 +107,6 @@ def test_rule_on_a_live_model(depth: int) -> None:
     assert plan.stop_step == (100_000 if depth < 18 else 50_000)
     assert plan.guidance_scale == (8 if depth < 12 else 30)
     assert ("Does it work?" in str(plan)) == (depth < 12)
-    if depth == 28:
-        published = recipe("SiT-XL/2")
-        assert (plan.stage1(), plan.stage2()) == (published.stage1(), published.stage2())
     assert "see recipe('MMDiT')" in str(plan)
 
 
@@ -136,59 +120,46 @@ def test_names_are_those_of_the_unwrapped_model(wrap: str) -> None:
     else:  # every other block, as selective checkpointing does
         for index in range(0, 6, 2):
             model.blocks[index] = checkpoint_wrapper(model.blocks[index])
-    assert layers_of(recipe(model)) == ("blocks.1", "blocks.2", "blocks.3")
-    assert recipe(model).name == "Module"
+    plan = recipe(model)
+    assert (plan.name, layers_of(plan)) == ("Module", ("blocks.1", "blocks.2", "blocks.3"))
 
 
 @pytest.mark.parametrize(
     ("parts", "layers"),
-    [
-        # U-ViT, 13 deep: the student's layer 6, the teacher's 8
-        ({"in_blocks": 6, "mid_block": Block(), "out_blocks": 6}, ("in_blocks.1", "in_blocks.5", "out_blocks.0")),
-        ({"in_blocks": 1, "mid_block": Block(), "out_blocks": 1}, ("mid_block", "in_blocks.0", "mid_block")),
-        # MDTv2, 12 deep; the side block runs only while it masks
+    [  # U-ViT, 13 deep: the student's layer 6, the teacher's 8; MDTv2, 12 deep: the side block runs while it masks
+        ({"in_blocks": 6, "mid_block": Block(), "out_blocks": 6}, "in_blocks.1 in_blocks.5 out_blocks.0"),
+        ({"in_blocks": 1, "mid_block": Block(), "out_blocks": 1}, "mid_block in_blocks.0 mid_block"),
         (
             {"en_inblocks": 4, "en_outblocks": 4, "de_blocks": 4, "sideblocks": 1},
-            ("en_inblocks.1", "en_outblocks.1", "en_outblocks.3"),
+            "en_inblocks.1 en_outblocks.1 en_outblocks.3",
         ),
-        # MaskDiT, 28 + 8, of which the first see a masked image
+        # MaskDiT, of whose blocks the first see a masked image
         (
             {"model": model_of(blocks=28, decoder_blocks=8)},
-            ("model.decoder_blocks.1", "model.decoder_blocks.3", "model.decoder_blocks.4"),
+            "model.decoder_blocks.1 model.decoder_blocks.3 model.decoder_blocks.4",
         ),
-        # HiDream; BriaFibo; ConsisID; Latte, whose temporal blocks run in turn with the others
+        # HiDream; BriaFibo and ConsisID; Latte, whose temporal blocks run in turn with the others
         (
             {"double_stream_blocks": 2, "single_stream_blocks": 4, "caption_projection": 6},
-            ("double_stream_blocks.1", "single_stream_blocks.0", "single_stream_blocks.1"),
+            "double_stream_blocks.1 single_stream_blocks.0 single_stream_blocks.1",
         ),
-        (
-            {"transformer_blocks": 6, "perceiver_cross_attention": 3},
-            tuple(f"transformer_blocks.{i}" for i in (1, 2, 3)),
-        ),
-        (
-            {"transformer_blocks": 6, "temporal_transformer_blocks": 6},
-            tuple(f"transformer_blocks.{i}" for i in (1, 2, 3)),
-        ),
-        # Flux, 19 + 38
-        (
-            {"transformer_blocks": 19, "single_transformer_blocks": 38},
-            ("transformer_blocks.1", "single_transformer_blocks.8", "single_transformer_blocks.18"),
-        ),
-        ({"double_blocks": 2, "single_blocks": 4}, ("double_blocks.1", "single_blocks.0", "single_blocks.1")),
+        ({"layers": 6, "perceiver_cross_attention": 3}, "layers.1 layers.2 layers.3"),
+        ({"layers": 6, "temporal_transformer_blocks": 6}, "layers.1 layers.2 layers.3"),
+        ({"double_blocks": 2, "single_blocks": 4}, "double_blocks.1 single_blocks.0 single_blocks.1"),
         # refiners, heads and norms beside the blocks
-        ({"layers": 26, "noise_refiner": 2, "context_refiner": 2}, ("layers.1", "layers.12", "layers.16")),
+        ({"layers": 26, "noise_refiner": 2, "context_refiner": 2}, "layers.1 layers.12 layers.16"),
         (
             {
                 "blocks": 4,
                 "norms": nn.ModuleList(nn.LayerNorm(2) for _ in range(4)),
                 "head": nn.Sequential(Block(), Block()),
             },
-            ("blocks.1", "blocks.1", "blocks.1"),
+            "blocks.1 blocks.1 blocks.1",
         ),
     ],
 )
-def test_blocks_are_found_in_running_order(parts: dict[str, int | nn.Module], layers: tuple[str, str, str]) -> None:
-    assert layers_of(recipe(model_of(**parts))) == layers
+def test_blocks_are_found_in_running_order(parts: dict[str, int | nn.Module], layers: str) -> None:
+    assert " ".join(layers_of(recipe(model_of(**parts)))) == layers
 
 
 def edm2(per_level: int = 3) -> nn.Module:
@@ -225,16 +196,13 @@ class CaptionEmbedder(Block):
     """PixArt's, behind an argument that is called y."""
 
 
-@pytest.mark.parametrize(("depth", "first"), [(4, 2), (24, 4), (28, 4), (60, 10)])
+@pytest.mark.parametrize(("depth", "first"), [(4, 2), (24, 4), (60, 10)])
 @pytest.mark.parametrize("by", ["argument", "part"])
 def test_a_model_of_text_gets_the_guidance_of_text_to_image(depth: int, first: int, by: str) -> None:
     plan = recipe(Captioned(depth) if by == "argument" else model_of(blocks=depth, y_embedder=CaptionEmbedder()))
     assert (plan.guidance_scale, plan.window, plan.stage1_steps) == (5.0, None, 150_000)
     assert layers_of(plan) == tuple(f"blocks.{i - 1}" for i in (first, depth // 2, 2 * depth // 3))
-    if depth == 24:
-        published = recipe("MMDiT")
-        assert layers_of(plan) == tuple(layer.replace("joint_", "") for layer in layers_of(published))
-        assert plan.stage2() | {"layer": 0} == published.stage2() | {"layer": 0}
+    assert plan.stop_step == 50_000
 
 
 @pytest.mark.parametrize(
@@ -267,12 +235,9 @@ def test_blocks_may_be_named() -> None:
         recipe(model, blocks="refiners")
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_too_few_blocks_for_the_rule(depth: int) -> None:
-    with pytest.raises(
-        SettingError, match=f"needs at least 3 blocks that see the whole image; Module has {depth}: 'blocks.0'"
-    ):
-        recipe(model_of(blocks=depth))
+def test_too_few_blocks_for_the_rule() -> None:
+    with pytest.raises(SettingError, match=r"at least 3 blocks that see the whole image; Module has 2: 'blocks\.0'"):
+        recipe(model_of(blocks=2))
 
 
 @pytest.mark.parametrize(
@@ -280,7 +245,6 @@ def test_too_few_blocks_for_the_rule(depth: int) -> None:
     [
         ("DiTTransformer2DModel", {}, {"transformer_blocks": 28}, 30),
         ("FluxTransformer2DModel", {}, {"transformer_blocks": 19, "single_transformer_blocks": 38}, 5),
-        ("BriaFiboTransformer2DModel", {}, {"transformer_blocks": 19, "single_transformer_blocks": 38}, 5),
         ("AuraFlowTransformer2DModel", {}, {"joint_transformer_blocks": 4, "single_transformer_blocks": 32}, 5),
         ("Lumina2Transformer2DModel", {}, {"layers": 26}, 5),
         ("ConsisIDTransformer3DModel", {}, {"transformer_blocks": 30}, 5),
