@@ -16,19 +16,8 @@ from .analysis.report import LayerReport
 from .artefacts import strip
 from .checkpoints import read_checkpoint
 from .criterion import LossTerms, SelfTransLoss
-from .errors import CallError as CallError
-from .errors import CaptureError as CaptureError
-from .errors import CheckpointError as CheckpointError
-from .errors import HealthWarning as HealthWarning
-from .errors import LayerNotFoundError as LayerNotFoundError
-from .errors import MissingDependencyError as MissingDependencyError
-from .errors import NotFiniteError as NotFiniteError
-from .errors import PrunedModuleError as PrunedModuleError
+from .errors import *  # noqa: F403  # the exceptions and the warning are public too
 from .errors import SelfTransError
-from .errors import SettingError as SettingError
-from .errors import ShapeError as ShapeError
-from .errors import TeacherError as TeacherError
-from .errors import TimeConventionError as TimeConventionError
 from .heads import ProjectionHead, VAEAlignmentLoss, feature_alignment
 from .modules import share_frozen
 from .plateau import Plateau
@@ -40,7 +29,6 @@ from .weights import load_weights
 
 __version__ = "0.1.0"
 
-# The exception classes are public too; they are listed in selftrans_reg.errors.
 __all__ = [
     "CFGFeatureTeacher",
     "FeatureTap",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -14,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .calls import Call, CallSpec
 from .errors import SettingError, ShapeError, TeacherError, TimeConventionError
-from .heads import Head
+from .heads import Head, zero_of
 from .health import Look
 from .modules import Layout, sharded_parts, some_of, unwrap
 from .settings import Settings
@@ -98,7 +97,7 @@ def align(
 ) -> Tensor:
     """The mean over the whole batch of the distances of the rows inside the window; 0-d, float32."""
     gated, heads = record.note, list(heads)
-    call = gated.call
+    call, device = gated.call, gated.call.x_t.device
     captures = [record.capture(layer) for layer in settings.layers]
     tokens = []
     for layer, capture, head, layout in zip(settings.layers, captures, heads, layouts, strict=True):
@@ -120,28 +119,34 @@ def align(
         tokens.append(found)
     if look is not None:
         look.tokens = [found.detach() for found in tokens]
-    if teacher is None:
-        target = partial(_latents_target, settings, call, latents)
-    else:
-        target = partial(_teacher_target, teacher, teacher.spec.adopt(call, spec), settings.teacher_chunk, checking)
+    if teacher is not None:
+        _check_place(teacher, device, "teacher")
+        taught = teacher.spec.adopt(call, spec)
     inside = gated.rows()
     if len(inside) == 0:
         if teacher is not None and sharded_parts(teacher):
             # On other ranks it runs, and gathers its weights from all of them: they wait for this one.
-            target(torch.zeros(1, dtype=torch.long, device=call.x_t.device), None)
+            teacher.features(taught, torch.zeros(1, dtype=torch.long, device=device), settings.teacher_chunk)
         return zero_of(heads)
     released = settings.gating == "released"
     candidates = torch.arange(call.rows, device="cpu") if released else inside
     chosen = sample_rows(candidates, settings.teacher_rows, seed=seed)
-    rows = None if len(chosen) == call.rows else _to_device(chosen, call.x_t.device)
+    rows = None
+    if len(chosen) < call.rows:  # to the device without waiting for it
+        rows = (chosen.pin_memory() if device.type in ASYNCHRONOUS else chosen).to(device, non_blocking=True)
+    weights = gated.inside.float() if gated.inside.ndim == 2 and not released else None  # (N, T)
     if rows is not None:
         tokens = [found.index_select(0, rows) for found in tokens]
-    weights = None
-    if gated.inside.ndim == 2 and not released:
-        weights = (gated.inside if rows is None else gated.inside.index_select(0, rows)).float()  # (n, T)
+        weights = None if weights is None else weights.index_select(0, rows)
     autocast = captures[0].autocast
-    with torch.autocast(call.x_t.device.type, dtype=autocast, enabled=autocast is not None):
-        goal = target(rows, look)
+    with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
+        if teacher is None:
+            goal = _latents_target(settings, call, latents, rows)
+        else:
+            features = teacher.features(taught, rows, settings.teacher_chunk, check_indices=checking)
+            goal = teacher.guide(*features)
+            if look is not None:
+                look.features = features
         distances = [head.distance(found, goal, weights) for head, found in zip(heads, tokens, strict=True)]
     if look is not None:
         look.target, look.rows, look.inside = goal, rows, len(inside)
@@ -150,48 +155,25 @@ def align(
     return mean * (gated.inside.float().mean() if released else len(candidates) / call.rows)
 
 
-def zero_of(heads: Iterable[Head]) -> Tensor:
-    """An exact 0 that depends on every parameter of the heads; 0-d, float32."""
-    return torch.stack([head.zero() for head in heads]).sum()
+def _latents_target(settings: Settings, call: Call, latents: Tensor | None, rows: Tensor | None) -> Tensor:
+    """(n, C, H, W), the latents or the velocity of the given rows.
 
-
-def _teacher_target(
-    teacher: CFGFeatureTeacher, call: Call, chunk: int | None, checking: bool, rows: Tensor | None, look: Look | None
-) -> Tensor:
-    """(n, T, D), the guided features of the given rows."""
-    _check_place(teacher, call.x_t.device, "teacher")
-    features = teacher.features(call, rows, chunk, check_indices=checking)
-    if look is not None:
-        look.features = features
-    return teacher.guide(*features)
-
-
-def _latents_target(
-    settings: Settings, call: Call, latents: Tensor | None, rows: Tensor | None, look: Look | None
-) -> Tensor:
-    """(n, C, H, W), the latents or the velocity of the given rows."""
+    The velocity is ε − x, with ε = (x_t − α x) / σ recovered from x_t = α x + σ ε: the released code's stage-1 target
+    on the linear path; off it that code regresses dα/dt x + dσ/dt ε.
+    """
     assert latents is not None  # check_batch has seen to it
     target = latents.detach()
     if settings.target == "velocity":
         _check_same_shape(call, latents)
-        alpha, sigma = settings.time.signal(call.t), settings.time.noise(call.t)
-        target = velocity_target(call.x_t.detach(), target, alpha, sigma)
+        if call.t.ndim != 1:
+            raise ShapeError(
+                f"target='velocity' needs one time for each sample, but t is {tuple(call.t.shape)}.\n"
+                "Use target='latents', or say which time is the sample's with call=dict(t=...)."
+            )
+        levels = settings.time.signal(call.t), settings.time.noise(call.t).clamp(min=1e-4)
+        alpha, sigma = (level.reshape(-1, *[1] * (latents.ndim - 1)) for level in levels)
+        target = (call.x_t.detach().float() - alpha * target.float()) / sigma - target.float()
     return target if rows is None else target.index_select(0, rows)
-
-
-def velocity_target(x_t: Tensor, latents: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """The velocity ε − x, (N, C, H, W), float32, with ε = (x_t − α x) / σ recovered from x_t = α x + σ ε.
-
-    The released code's stage-1 target on the linear path; off it that code regresses dα/dt x + dσ/dt ε.
-    """
-    if alpha.ndim != 1:
-        raise ShapeError(
-            f"target='velocity' needs one time for each sample, but t is {tuple(alpha.shape)}.\n"
-            "Use target='latents', or say which time is the sample's with call=dict(t=...)."
-        )
-    x_t, latents = x_t.float(), latents.float()
-    alpha, sigma = (level.reshape(-1, *[1] * (latents.ndim - 1)) for level in (alpha, sigma.clamp(min=1e-4)))
-    return (x_t - alpha * latents) / sigma - latents
 
 
 def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Tensor:
@@ -202,11 +184,6 @@ def sample_rows(rows: Tensor, teacher_rows: int | float | None, seed: int) -> Te
     generator = torch.Generator(device="cpu").manual_seed(seed)
     chosen = torch.randperm(len(rows), generator=generator, device="cpu")[:wanted]  # (k,), all where fewer are there
     return rows[chosen.sort().values]
-
-
-def _to_device(rows: Tensor, device: torch.device) -> Tensor:
-    """Indices on ``device``, without waiting for it."""
-    return rows.pin_memory().to(device, non_blocking=True) if device.type in ASYNCHRONOUS else rows.to(device)
 
 
 def check_teacher(teacher: object, model: nn.Module, time: TimeConvention) -> None:

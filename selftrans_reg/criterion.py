@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import operator
 import re
-from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast
 
 import torch
 from torch import Tensor, nn
 
-from .alignment import (
-    Gated,
-    align,
-    check_batch,
-    check_denoising,
-    check_teacher,
-    check_time,
-    gate,
-    unsynchronised,
-    zero_of,
-)
+from .alignment import Gated, align, check_batch, check_denoising, check_teacher, check_time, gate, unsynchronised
 from .calls import Call, CallSpec
-from .errors import CaptureError, CheckpointError, SettingError, TeacherError
-from .heads import Distance, Head, ProjectionHead, VAEAlignmentLoss
+from .errors import CaptureError, SettingError, TeacherError
+from .heads import Head, ProjectionHead, VAEAlignmentLoss, zero_of
 from .health import Health, Look
 from .modules import Layout, device_of, find_layer, layer_names, quoted, resolve_width
 from .plateau import GradientProbe, PlateauRule
@@ -37,7 +26,7 @@ from .time import TimeConvention, resolve
 from .tokens import described
 
 if TYPE_CHECKING:
-    from typing_extensions import Self, Unpack
+    from typing_extensions import Unpack
 
 # A mistake in a new loop shows in the first calls of a process, and is cheap to find there.
 _FIRST = 3
@@ -85,6 +74,7 @@ class SelfTransLoss(nn.Module):
     once it is built:
 
     - ``weight=0.5``: λ. With 0 the alignment is only measured.
+    - ``distance="mse"``: or ``"cosine"`` or ``"smooth_l1"``, of :func:`feature_alignment`.
     - ``window=(0.4, 0.7)``: the noise fractions at which the alignment applies, closed at both ends; None for all.
     - ``gating="per-sample"`` or ``"released"``, as above.
     - ``stop_step=None``: from that step on the alignment is 0, and the teacher is not run.
@@ -112,20 +102,13 @@ class SelfTransLoss(nn.Module):
         def __call__(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> LossTerms:
             """As :meth:`forward`."""
 
-    heads: nn.ModuleList
-    weight: float
     _recorder: Recorder[Gated] | None = None
 
     def __init__(
-        self, model: nn.Module, heads: Iterable[nn.Module], settings: Settings, teacher: CFGFeatureTeacher | None = None
+        self, model: nn.Module, heads: Iterable[Head], settings: Settings, teacher: CFGFeatureTeacher | None = None
     ) -> None:
         super().__init__()
         self.heads = nn.ModuleList(heads)
-        if len(self.heads) != len(settings.layers) or not all(isinstance(head, Head) for head in self.heads):
-            raise SettingError(
-                f"There must be one head for each of the layers {quoted(settings.layers)}, with the in_features, "
-                f"distance, zero and check_fit of ProjectionHead; got {quoted(type(h).__name__ for h in self.heads)}."
-            )
         self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
         self._taught_by = None if teacher is None else bytes(teacher.fingerprint.tolist()).hex()
         self._step = -1
@@ -166,8 +149,6 @@ class SelfTransLoss(nn.Module):
         hidden_size: int | None = None,
         hidden_features: int = 2048,
         target: Target = "latents",
-        distance: Distance = "mse",
-        generator: torch.Generator | None = None,
         **settings: Unpack[Common],
     ) -> SelfTransLoss:
         """Stage 1: align a shallow layer with the VAE's clean latents.
@@ -185,8 +166,6 @@ class SelfTransLoss(nn.Module):
             hidden_features: The head's inner width.
             target: ``"latents"`` (the paper) or ``"velocity"`` (the released code: noise − latents, whatever the sign
                 of the loop's own).
-            distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
-            generator: Source of the head's initial weights; by default a new one with seed 0.
             **settings: ``weight``, ``window``, ``stop_step``, ...: see the class.
 
         Raises:
@@ -194,10 +173,10 @@ class SelfTransLoss(nn.Module):
             SettingError: If a setting makes no sense, or the width is needed.
         """
         names = layer_names(layer)
-        common = Settings(stage=1, layers=names, time=resolve(time), target=target, distance=distance, **settings)
-        shape: dict[str, Any] = {"latent_channels": latent_channels, "patch_size": patch_size}
-        shape |= {"channel_axis": channel_axis, "hidden_features": hidden_features}
-        return cls(model, _heads(VAEAlignmentLoss, shape, model, common, hidden_size, generator), common)
+        common = Settings(stage=1, layers=names, time=resolve(time), target=target, **settings)
+        shape = {"latent_channels": latent_channels, "patch_size": patch_size, "channel_axis": channel_axis}
+        heads = _heads(VAEAlignmentLoss, model, common, hidden_size, hidden_features=hidden_features, **shape)
+        return cls(model, heads, common)
 
     @classmethod
     def stage2(
@@ -210,10 +189,8 @@ class SelfTransLoss(nn.Module):
         hidden_size: int | None = None,
         hidden_features: int = 2048,
         target_size: int | None = None,
-        distance: Distance = "mse",
         teacher_chunk: int | None = None,
         teacher_rows: int | float | None = None,
-        generator: torch.Generator | None = None,
         **settings: Unpack[Common],
     ) -> SelfTransLoss:
         """Stage 2: align a layer of a new model with the guided features of the stage-1 model.
@@ -227,12 +204,10 @@ class SelfTransLoss(nn.Module):
             hidden_size: The student layer's width, where it cannot be read off.
             hidden_features: The head's inner width.
             target_size: The width of the teacher's features, where the teacher does not tell.
-            distance: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
             teacher_chunk: The largest batch that the teacher runs at once, condition and null counted, where memory
                 is short; the result is the same.
             teacher_rows: Run teacher and head only on a random part of the rows inside the window: at most this many,
                 or this share of them. The loss and its gradient stay the same in expectation and vary more.
-            generator: Source of the head's initial weights, as in :meth:`stage1`.
             **settings: ``weight``, ``window``, ``stop_step``, ...: see the class.
 
         Raises:
@@ -256,13 +231,12 @@ class SelfTransLoss(nn.Module):
             stage=2,
             layers=layer_names(layer),
             time=resolve(time),
-            distance=distance,
             teacher_chunk=teacher_chunk,
             teacher_rows=teacher_rows,
             **settings,
         )
         shape = {"out_features": target_size, "hidden_features": hidden_features}
-        return cls(model, _heads(ProjectionHead, shape, model, common, hidden_size, generator), common, teacher)
+        return cls(model, _heads(ProjectionHead, model, common, hidden_size, **shape), common, teacher)
 
     @property
     def measures(self) -> dict[str, Tensor]:
@@ -323,14 +297,18 @@ class SelfTransLoss(nn.Module):
             self._health.stop()
             zero = zero_of(heads)
             return _terms(denoising, zero, zero, 0.0, zero.detach())
-        recorder, weight = self._watching(), self.weight * scale
+        if self._recorder is None:
+            raise CaptureError(
+                "This criterion watches no model: it was detached, or is a copy of one that does.\n"
+                "Call criterion.attach(model) before the model's forward."
+            )
+        recorder, weight = self._recorder, self.weight * scale
         record = recorder.take()
         gated = record.note
         record.check_arguments()
-        checking = self._due(settings.check_interval)
-        self._check(gated, denoising, latents, checking)
+        checking = self._check(gated, denoising, latents, recorder.model)
         look = self._new_look(denoising, gated.call, recorder.model, weight)
-        with torch.no_grad() if weight == 0.0 else contextlib.nullcontext():
+        with torch.set_grad_enabled(weight > 0.0 and torch.is_grad_enabled()):
             student = self.spec, self._layouts, record
             alignment = align(settings, heads, self.teacher, *student, latents, self._calls, checking, look)
         self._health.count(gated.call.rows, len(gated.rows()), alignment)
@@ -377,8 +355,7 @@ class SelfTransLoss(nn.Module):
             SettingError: If it does not hold every parameter of the criterion.
         """
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.named_parameters() if id(p) not in held]
-        if missing:
+        if missing := [name for name, p in self.named_parameters() if id(p) not in held]:
             raise SettingError(
                 f"The optimiser does not hold {len(missing)} of the criterion's {len(list(self.parameters()))} "
                 f"parameters: {quoted(missing[:4])}{', …' if len(missing) > 4 else ''}.\n"
@@ -398,22 +375,17 @@ class SelfTransLoss(nn.Module):
         counts = self._step, self._calls, self.weight, self._taught_by
         return RunState(*counts, self._health.state(), plateau, self.settings.to_json())
 
-    def _read(self, state: Tensor) -> RunState:
-        """A saved state, refused where it is another run's."""
-        saved = RunState.from_tensor(state)
-        if not self._changes_allowed:
-            saved.check_continued_by(self._state(), taught=self.teacher is not None)
-        return saved
-
     def set_extra_state(self, state: Tensor) -> None:
-        """Go on from what :meth:`get_extra_state` gave.
+        """Go on from what :meth:`get_extra_state` gave. ``load_state_dict`` calls this before it loads the heads.
 
         Raises:
             CheckpointError: If it is no such state.
             TeacherError: If the teacher is another.
             SettingError: If settings or schedule are others, or a rule stopped the run that the criterion has not.
         """
-        saved = self._read(state)
+        saved = RunState.from_tensor(state)
+        if not self._changes_allowed:
+            saved.check_continued_by(self._state(), taught=self.teacher is not None)
         self._changes_allowed = False
         self._step, self._calls = saved.step, saved.calls
         if saved.settings.get("weight") == self.settings.weight:
@@ -429,29 +401,14 @@ class SelfTransLoss(nn.Module):
         self._changes_allowed = True
 
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
-        """Check all of a state before any of it is loaded, and look through what wrappers put into its keys."""
-        weights = [*self.heads.named_parameters(remove_duplicate=False), *self.heads.named_buffers()]
-        extra = f"{prefix}_extra_state"
-        own = {extra: (), **{f"{prefix}heads.{name}": tuple(value.shape) for name, value in weights}}
-        names = {_WRAPPER.sub("", name.removeprefix(prefix)): name for name in own}
+        """Look through what wrappers put into the keys, those of the state and those of the heads."""
+        own = ["_extra_state", *(name for name, _ in self.named_parameters())]
+        names = {_WRAPPER.sub("", name): f"{prefix}{name}" for name in own}
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            name = names.get(_WRAPPER.sub("", key.removeprefix(prefix)), key)
-            state_dict[name] = state_dict.pop(key)
-        heads = [key for key in state_dict if key.startswith(f"{prefix}heads.")]
-        found = {key: tuple(getattr(state_dict[key], "shape", ())) for key in heads}
-        if extra in state_dict:
-            self._read(state_dict[extra])
-            found[extra] = ()  # as long as it needs to be
-        if found and found != own:
-            wrong = [key for key in own | found if found.get(key) != own.get(key)]
-            listed = "\n  ".join(f"{key}: saved {found.get(key)}, here {own.get(key)}" for key in wrong[:8])
-            raise CheckpointError(
-                f"The state is not whole, or of other heads than this criterion's; nothing was loaded.\n  {listed}\n"
-                "Heads alone are loaded by criterion.heads.load_state_dict()."
-            )
+            state_dict[names.get(_WRAPPER.sub("", key.removeprefix(prefix)), key)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfTransLoss:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.teacher is not None:
             self.teacher._apply(fn, recurse)
@@ -463,17 +420,13 @@ class SelfTransLoss(nn.Module):
     def __exit__(self, *exception: object) -> None:
         self.detach()
 
-    def _watching(self) -> Recorder[Gated]:
-        if self._recorder is None:
-            raise CaptureError(
-                "This criterion watches no model: it was detached, or is a copy of one that does.\n"
-                "Call criterion.attach(model) before the model's forward."
-            )
-        return self._recorder
-
     def _advance(self, step: int | None, device: torch.device) -> float:
         """Count the call and give the schedule's factor at this step, 0 once the alignment has stopped."""
-        step = None if step is None else checked_step(step)
+        if step is not None:
+            whole = isinstance(step, SupportsIndex) and not isinstance(step, bool | Tensor)
+            if not whole or not 0 <= operator.index(step) <= MAX_STEP:
+                raise SettingError(f"step must be an integer, 0 or more and below 2**63; got {described(step)}.")
+            step = operator.index(step)  # NumPy's too, as Python's
         stop = self.settings.stop_step
         if step is not None and stop is not None and step < self._step:
             self._health.judge_step(step, self._step, stop)
@@ -491,8 +444,8 @@ class SelfTransLoss(nn.Module):
         """Whether to look in this call: in the first ones of a process, and at an interval of the run."""
         return every is not None and (self._seen <= _FIRST or self._calls % every == 0)
 
-    def _check(self, gated: Gated, denoising: Tensor, latents: Tensor | None, checking: bool) -> None:
-        """Make sure that the call's batch can be aligned."""
+    def _check(self, gated: Gated, denoising: Tensor, latents: Tensor | None, model: nn.Module | None) -> bool:
+        """Make sure that the call's batch can be aligned; whether values on the device are looked at too."""
         call, settings = gated.call, self.settings
         check_batch(call, denoising, latents, settings.stage)
         if self.teacher is None and settings.stage == 2:
@@ -501,10 +454,12 @@ class SelfTransLoss(nn.Module):
                 "teacher: it was released, or never given.\nBuild the criterion with the teacher that the run began "
                 "with."
             )
-        if self._seen == 1 and (message := unsynchronised(self, self._watching().model, gated)):
+        if self._seen == 1 and (message := unsynchronised(self, model, gated)):
             self._health.warn(f"head_not_synchronised: {message}")
+        checking = self._due(settings.check_interval)
         if checking and call.times is not None and (message := check_time(settings.time, call, latents)):
             self._health.warn(f"time_not_checked: {message}")
+        return checking
 
     def _new_look(self, denoising: Tensor, call: Call, model: nn.Module | None, weight: float) -> Look | None:
         """Where this call is measured, what is to see it."""
@@ -526,27 +481,11 @@ def _terms(denoising: Tensor, alignment: Tensor, added: Tensor, weight: float, i
     return LossTerms(mean + added, mean.detach(), alignment.detach(), factor, inside.float().mean())
 
 
-def _heads(
-    kind: type[nn.Module],
-    shape: Mapping[str, Any],
-    model: nn.Module,
-    settings: Settings,
-    width: int | None,
-    generator: torch.Generator | None,
-) -> list[nn.Module]:
-    """A head for each layer: its first argument is the layer's width."""
-    shared = {"generator": generator or torch.Generator(device="cpu").manual_seed(0), "device": device_of(model)}
+def _heads(kind: type[Head], model: nn.Module, settings: Settings, width: int | None, **shape: Any) -> list[Head]:
+    """A head for each layer: its first argument is the layer's width. Their weights are alike in every process."""
+    shape |= {"generator": torch.Generator(device="cpu").manual_seed(0), "device": device_of(model)}
     widths = [resolve_width(find_layer(model, layer), layer, width) for layer in settings.layers]
-    return [kind(width, distance=settings.distance, **shape, **shared) for width in widths]
-
-
-def checked_step(step: object) -> int:
-    """An integer, such as NumPy's too, as Python's."""
-    if isinstance(step, SupportsIndex) and not isinstance(step, bool | Tensor):
-        number = operator.index(step)
-        if 0 <= number <= MAX_STEP:
-            return number
-    raise SettingError(f"step must be an integer, 0 or more and below 2**63; got {described(step)}.")
+    return [kind(width, distance=settings.distance, **shape) for width in widths]
 
 
 @functools.cache

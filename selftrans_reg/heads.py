@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal, Protocol, TypeAlias, get_args, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import Literal, TypeAlias, get_args
 
 import torch
 import torch.nn.functional as F
@@ -23,25 +23,6 @@ _PATCHIFY = {
     2: ("n c (h p) (w q) -> n (h w) (p q c)", "pq"),
     3: ("n c (f o) (h p) (w q) -> n (f h w) (o p q c)", "opq"),
 }
-
-
-@runtime_checkable
-class Head(Protocol):
-    """What a criterion asks of a module that it trains on one layer's tokens."""
-
-    in_features: int  # D, the width of the tokens
-
-    def distance(self, tokens: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-        """(n,), float32: how far each row's tokens are from its target; ``weights`` (n, T) says what a token counts."""
-
-    def zero(self) -> Tensor:
-        """An exact 0 that depends on every parameter: without it DDP waits for gradients that never come."""
-
-    def check_fit(self, tokens: Tensor, latents: Tensor) -> None:
-        """Raise ``ShapeError`` unless tokens (N, T, D) can be those of latents, clean or noisy, of this shape."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """As every module has them."""
 
 
 def feature_alignment(
@@ -77,7 +58,9 @@ def feature_alignment(
     check_one_of("distance", distance, get_args(Distance))
     if prediction.shape != target.shape or prediction.ndim != 3:
         raise ShapeError(
-            f"Prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must both be (N, T, D) and alike."
+            f"Prediction {tuple(prediction.shape)} and target {tuple(target.shape)} must both be (N, T, D) and alike.\n"
+            "If they are a student's and a teacher's, tap both at the image's tokens (tokens=), at one resolution and "
+            "patch size, and build the head for this teacher's layer."
         )
     with torch.autocast(prediction.device.type, enabled=False):
         prediction, target = prediction.float(), target.detach().float()
@@ -161,20 +144,12 @@ class ProjectionHead(nn.Sequential):
 
     def distance(self, tokens: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """(n,), the :func:`feature_alignment` of each row's projected tokens with a teacher's features."""
-        prediction = self(tokens)
-        if prediction.shape != target.shape:
-            raise ShapeError(
-                f"The teacher gives features {tuple(target.shape)}, the student's head {tuple(prediction.shape)}.\n"
-                "Tap both at the image's tokens (tokens=), at one resolution and patch size, and build the head for "
-                "this teacher's layer."
-            )
-        return feature_alignment(prediction, target, self.kind, weights)
+        return feature_alignment(self(tokens), target, self.kind, weights)
 
     def zero(self) -> Tensor:
-        """An exact 0 that depends on every parameter."""
-        none = torch.zeros(0, 1, self.in_features, device=next(self.parameters()).device)
-        projected: Tensor = self(none)
-        return projected.float().sum()
+        """As :func:`zero_of` has it."""
+        projected: Tensor = self(torch.zeros(0, 1, self.in_features, device=next(self.parameters()).device))
+        return projected.sum()
 
     def check_fit(self, tokens: Tensor, latents: Tensor) -> None:
         """Raise ``ShapeError`` if so many tokens, as of text, cannot be patches: these divide a sample's values."""
@@ -237,14 +212,12 @@ class VAEAlignmentLoss(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_positive("latent_channels", latent_channels)
-        check_positive("channel_axis", channel_axis)
-        check_one_of("distance", distance, get_args(Distance))
         patch = (patch_size, patch_size) if isinstance(patch_size, int) else patch_size
         if not isinstance(patch, Sequence) or len(patch) not in _PATCHIFY:
             raise SettingError(f"patch_size must be an int, or one for each of 1 to 3 axes; got {patch_size!r}.")
-        for size in patch:
-            check_positive("patch_size", size)
+        sizes = ("latent_channels", latent_channels), ("channel_axis", channel_axis)
+        for name, size in (*sizes, *(("patch_size", size) for size in patch)):
+            check_positive(name, size)
         if channel_axis > len(patch) + 1:
             raise SettingError(
                 f"channel_axis={channel_axis} is no axis of latents with {len(patch)} spatial axes; 0 is the batch."
@@ -253,15 +226,16 @@ class VAEAlignmentLoss(nn.Module):
         self.patch_size = tuple(patch)
         self.channel_axis = channel_axis
         self.in_features = hidden_size
-        self.kind: Distance = distance
         generator = generator or torch.Generator(device="cpu").manual_seed(0)
-        self.head = ProjectionHead(hidden_size, hidden_size, hidden_features, generator=generator, device=device)
+        self.head = ProjectionHead(
+            hidden_size, hidden_size, hidden_features, generator=generator, device=device, distance=distance
+        )
         self.norm = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.linear = linear(hidden_size, math.prod(patch) * latent_channels, generator, device)
 
     def forward(self, tokens: Tensor, latents: Tensor, weights: Tensor | None = None) -> Tensor:
         """The distance for each sample; see the class, and :func:`feature_alignment` for ``weights``."""
-        return feature_alignment(self.predict(tokens), self.patchify(latents, tokens), self.kind, weights)
+        return feature_alignment(self.predict(tokens), self.patchify(latents, tokens), self.head.kind, weights)
 
     def distance(self, tokens: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
         """(n,), the distance of each row's tokens from its latents."""
@@ -269,7 +243,7 @@ class VAEAlignmentLoss(nn.Module):
         return distances
 
     def zero(self) -> Tensor:
-        """An exact 0 that depends on every parameter."""
+        """As :func:`zero_of` has it."""
         device = next(self.parameters()).device
         patch = torch.zeros(0, self.latent_channels, *self.patch_size, device=device).movedim(1, self.channel_axis)
         return self.distance(torch.zeros(0, 1, self.in_features, device=device), patch).sum()
@@ -308,3 +282,11 @@ def linear(
     nn.init.xavier_uniform_(layer.weight, generator=generator)
     nn.init.zeros_(layer.bias)
     return layer.to(device)
+
+
+Head: TypeAlias = ProjectionHead | VAEAlignmentLoss
+
+
+def zero_of(heads: Iterable[Head]) -> Tensor:
+    """An exact 0, float32, that depends on every parameter: without it DDP waits for gradients that never come."""
+    return torch.stack([head.zero().float() for head in heads]).sum()

@@ -17,7 +17,7 @@ from .health import Health
 from .modules import check_one_of, check_positive
 from .plateau import Plateau, PlateauRule
 from .taps import WhichForward
-from .time import TimeConvention, check_window
+from .time import TimeConvention, is_pair
 from .tokens import Select, Tokens, check_choice
 
 Target: TypeAlias = Literal["latents", "velocity"]
@@ -29,7 +29,7 @@ MAX_STEP = 2**63 - 1  # as wherever steps are kept
 _FORMAT = 1
 _DAMAGED = (
     "The criterion's saved state is damaged, or of a later version; nothing was loaded. Take another checkpoint, or "
-    "load whole heads alone, by criterion.heads.load_state_dict()."
+    "load the heads alone, by criterion.heads.load_state_dict()."
 )
 _ON_PURPOSE = "To go on with this criterion's on purpose, call criterion.allow_changes() before loading."
 
@@ -38,6 +38,7 @@ class Common(TypedDict, total=False):
     """What both stages take besides; :class:`SelfTransLoss` describes each."""
 
     weight: float
+    distance: Distance
     window: tuple[float, float] | None
     gating: Gating
     schedule: Schedule
@@ -87,7 +88,7 @@ class Settings:
         for name, (fits, expected) in _VALUES.items():
             if not fits(getattr(self, name)):
                 raise SettingError(f"{name} must be {expected}; got {getattr(self, name)!r}.")
-        object.__setattr__(self, "window", check_window(self.window))
+        object.__setattr__(self, "window", self.window and tuple(float(edge) for edge in self.window))
         object.__setattr__(self, "weight", float(self.weight))
         if self.stop_step is None and self.schedule != "constant":
             raise SettingError(f"schedule={self.schedule!r} decays to 0 at stop_step: give a stop_step.")
@@ -207,6 +208,10 @@ _CHOICES: dict[str, tuple[object, ...]] = {
 }
 _VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "weight": (_is_weight, f"a number from 0 to {_MAX_WEIGHT}"),
+    "window": (
+        lambda window: window is None or (is_pair(window) and 0 <= window[0] < window[1] <= 1),
+        "None or (low, high) in noise fraction, σ / (σ + α), with 0 <= low < high <= 1, such as (0.4, 0.7)",
+    ),
     "stop_step": (lambda step: step is None or _is_whole(step, 0), "None or an integer, 0 or more"),
     "stop_when": (lambda rule: isinstance(rule, Plateau | None), "a Plateau or None, such as st.Plateau()"),
     "teacher_rows": (

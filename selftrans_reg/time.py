@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple, SupportsIndex, TypeAlias, TypeGuard
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .errors import SettingError, ShapeError, TimeConventionError
+from .errors import SettingError, TimeConventionError
 from .modules import nearest, quoted
 
 # A sum of n squared standard normals is above n + 2 √(q n) + 2 q, or below n − 2 √(q n), with a probability of at most
@@ -78,10 +79,9 @@ class TimeConvention:
     discrete: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise SettingError(f"A time convention's name must be a non-empty string; got {self.name!r}.")
         domain = self.domain is None or (is_pair(self.domain) and self.domain[0] < self.domain[1])
         for which, fits, wanted in (
+            ("name", isinstance(self.name, str) and self.name, "a non-empty string"),
             ("alpha", callable(self.alpha), "a function of t"),
             ("sigma", callable(self.sigma), "a function of t"),
             ("data_std", is_number(self.data_std) and 0 < self.data_std < math.inf, "above 0"),
@@ -110,28 +110,24 @@ class TimeConvention:
         return tuple(_NAMED)
 
     @classmethod
-    def from_betas(cls, name: str, betas: Tensor | Sequence[float]) -> TimeConvention:
-        """A convention over whole steps 0..len(betas) − 1, with ᾱ_t = Π_{s ≤ t} (1 − β_s).
-
-        ``x_t = √ᾱ_t x + √(1 − ᾱ_t) ε`` (Ho et al., 2020, eq. 4), t = 0 being the first noisy step. Computed in float64.
-
-        Raises:
-            SettingError: Unless betas are one axis of at least two numbers in [0, 1].
-        """
-        return cls.from_alphas_cumprod(name, torch.cumprod(1 - _steps(name, "betas", betas), 0))
-
-    @classmethod
     def from_alphas_cumprod(cls, name: str, alphas_cumprod: Tensor | Sequence[float]) -> TimeConvention:
-        """A convention over whole steps from ᾱ itself, such as a diffusers scheduler's ``alphas_cumprod``.
+        """A convention over whole steps, the first noisy one being 0: ``x_t = √ᾱ_t x + √(1 − ᾱ_t) ε``.
+
+        ``alphas_cumprod`` is ᾱ_t = Π_{s ≤ t} (1 − β_s) (Ho et al., 2020, eq. 4), as schedulers of diffusers have it.
 
         Raises:
             SettingError: If they are not one axis of at least two numbers in [0, 1] that never grow.
         """
-        alpha_bar = _steps(name, "alphas_cumprod", alphas_cumprod)
-        if (alpha_bar.diff() > 0).any():
+        try:
+            alpha_bar = torch.as_tensor(alphas_cumprod, dtype=torch.float64, device="cpu").detach()
+        except (TypeError, ValueError):
+            alpha_bar = torch.empty(0, device="cpu")
+        one_axis = alpha_bar.ndim == 1 and len(alpha_bar) > 1
+        if not one_axis or not ((alpha_bar >= 0) & (alpha_bar <= 1)).all() or (alpha_bar.diff() > 0).any():
             raise SettingError(
-                f"alphas_cumprod of time convention {name!r} must never grow: give the product of the alphas, from the "
-                "first noisy step on."
+                f"alphas_cumprod of time convention {name!r} must be numbers in [0, 1] along one axis that never grow, "
+                f"one for each of at least two steps; got {str(alphas_cumprod)[:200]}.\n"
+                "Give the product of the alphas, from the first noisy step on."
             )
         alpha, sigma = _Table(alpha_bar.sqrt().float()), _Table((1 - alpha_bar).sqrt().float())
         return cls(name, alpha, sigma, domain=(0, len(alpha_bar) - 1), discrete=True)
@@ -179,23 +175,10 @@ def is_pair(value: object) -> TypeGuard[tuple[float, float]]:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(is_number(edge) for edge in value)
 
 
-def _steps(name: str, which: str, values: Tensor | Sequence[float]) -> Tensor:
-    """Numbers in [0, 1] along one axis, one a step, in float64 on the CPU."""
-    try:
-        steps = torch.as_tensor(values, dtype=torch.float64, device="cpu").detach()
-    except (TypeError, ValueError):
-        steps = torch.empty(0, device="cpu")
-    if steps.ndim != 1 or len(steps) < 2 or not ((steps >= 0) & (steps <= 1)).all():
-        raise SettingError(
-            f"{which} of time convention {name!r} must be numbers in [0, 1] along one axis, one for each "
-            f"of at least two steps; got {str(values)[:200]}."
-        )
-    return steps
-
-
-# Stable Diffusion's schedule; others changed its end.
-def _scaled_linear_betas(end: float = 0.012) -> Tensor:
-    return torch.linspace(0.00085**0.5, end**0.5, 1000, dtype=torch.float64, device="cpu").square()
+def _linear_roots(last: float = 0.012) -> Tensor:
+    """Stable Diffusion's ᾱ: √β grows linearly; others changed its end."""
+    roots = torch.linspace(0.00085**0.5, last**0.5, 1000, dtype=torch.float64, device="cpu")
+    return torch.cumprod(1 - roots.square(), 0)
 
 
 def _cogvideox_alphas_cumprod(shift: float) -> Tensor:
@@ -203,7 +186,7 @@ def _cogvideox_alphas_cumprod(shift: float) -> Tensor:
 
     Followed: ``CogVideoXDDIMScheduler`` of diffusers; zero terminal SNR is algorithm 1 of Lin et al., 2023.
     """
-    alpha_bar = torch.cumprod(1 - _scaled_linear_betas(), 0)
+    alpha_bar = _linear_roots()
     root = (alpha_bar / (shift + (1 - shift) * alpha_bar)).sqrt()
     return ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
 
@@ -230,22 +213,21 @@ _NAMED = {
         TimeConvention("sit", _LINEAR[1], _LINEAR[0], domain=_UNIT),
         TimeConvention("sit-gvp", _COSINE[1], _COSINE[0], domain=_UNIT),
         TimeConvention("sit-vp", *_vp(lambda t: 1 - t), domain=_UNIT),
-        TimeConvention.from_betas("ddpm", torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu")),
-        TimeConvention.from_betas("ddpm-scaled-linear", _scaled_linear_betas()),
+        TimeConvention.from_alphas_cumprod(
+            "ddpm", torch.cumprod(1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64, device="cpu"), 0)
+        ),
+        TimeConvention.from_alphas_cumprod("ddpm-scaled-linear", _linear_roots()),
         TimeConvention("flow", lambda t: 1 - t / 1000, lambda t: t / 1000, domain=(0.0, 1000.0)),
         TimeConvention("flow-unit", *_LINEAR, domain=_UNIT),
         TimeConvention("uvit", *_vp(lambda t: t / 999), domain=(0.0, 999.0)),  # draws s from 0..1, and passes 999 s
-        TimeConvention.from_alphas_cumprod(
-            "uvit-discrete",
-            # it counts the noisy steps from 1
-            torch.cat([torch.ones(1, dtype=torch.float64, device="cpu"), torch.cumprod(1 - _scaled_linear_betas(), 0)]),
-        ),
+        # it counts the noisy steps from 1
+        TimeConvention.from_alphas_cumprod("uvit-discrete", F.pad(_linear_roots(), (1, 0), value=1.0)),
         TimeConvention("edm", *_LEVEL, data_std=0.5, domain=(0.0, math.inf)),
         TimeConvention("maskdit", *_LEVEL, domain=(0.0, math.inf)),
         TimeConvention.from_alphas_cumprod("cogvideox", _cogvideox_alphas_cumprod(shift=3.0)),
         TimeConvention.from_alphas_cumprod("cogvideox-5b", _cogvideox_alphas_cumprod(shift=1.0)),
-        TimeConvention.from_betas("hunyuandit", _scaled_linear_betas(0.03)),
-        TimeConvention.from_betas("hunyuandit-1.2", _scaled_linear_betas(0.018)),
+        TimeConvention.from_alphas_cumprod("hunyuandit", _linear_roots(0.03)),
+        TimeConvention.from_alphas_cumprod("hunyuandit-1.2", _linear_roots(0.018)),
         TimeConvention("stable-audio", *_COSINE, domain=_UNIT),
     )
 }
@@ -261,22 +243,8 @@ def resolve(time: Any) -> TimeConvention:
     return time if isinstance(time, TimeConvention) else TimeConvention.named(time)
 
 
-def check_window(window: object) -> tuple[float, float] | None:
-    """The window as two floats, or None; equal edges would hold no sample."""
-    if window is None:
-        return None
-    if not is_pair(window) or not 0 <= window[0] < window[1] <= 1:
-        raise SettingError(
-            f"window must be None or (low, high) with 0 <= low < high <= 1; got {window!r}.\n"
-            "It is in noise fraction, σ / (σ + α), whatever the loop calls t: the published window is (0.4, 0.7)."
-        )
-    return float(window[0]), float(window[1])
-
-
-def window_mask(fraction: Tensor, window: tuple[float, float] | None) -> Tensor:
+def window_mask(fraction: Tensor, window: tuple[float, float]) -> Tensor:
     """(N,), bool: whose noise fraction, (N,), lies in the window, both edges included with 1e-6 of slack."""
-    if window is None:
-        return torch.ones_like(fraction, dtype=torch.bool)
     fraction = fraction.float()
     return (fraction >= window[0] - _SLACK) & (fraction <= window[1] + _SLACK)
 
@@ -285,12 +253,10 @@ def window_mask(fraction: Tensor, window: tuple[float, float] | None) -> Tensor:
 def check_times(time: TimeConvention, t: Tensor, name: str | None = None) -> None:
     """Raise unless the values of t are ones that the convention knows: finite, in its domain, whole where it has steps.
 
-    Fractions given to a convention that counts up to 1000 lie inside its domain; they are refused as well, as soon as
-    there are two of them, for all t up to 1 are next to the same noise level there. One host sync. ``name`` says what
-    t, of any shape, was read from.
+    Fractions given to a convention that counts up to 1000 lie inside its domain; two of them or more are refused as
+    well, for all t up to 1 are next to the same noise level there. One host sync. ``name``: what t was read from.
     """
-    if t.numel():
-        _raise_unless_known(time, _Times(*_times(t).tolist()), t.device, name)
+    _raise_unless_known(time, t.float().flatten().cpu(), t.device, name)
 
 
 @torch.no_grad()
@@ -310,14 +276,6 @@ def check_against_latents(
     Returns:
         None; or why x_t was not compared: it is not certain which of its values a t of several axes belongs to.
     """
-    if x_t.shape != latents.shape or t.ndim == 0 or t.shape[:1] != x_t.shape[:1]:
-        raise ShapeError(
-            f"Checking time {time.name!r} needs x_t and latents of one shape (N, ...) and t (N,) or (N, T); "
-            f"got x_t {tuple(x_t.shape)}, latents {tuple(latents.shape)}, t {tuple(t.shape)}.\n"
-            "Pass the latents in the shape in which the model is given x_t."
-        )
-    if not x_t.numel():
-        return None
     by_value = _by_value(t.to(x_t.device), x_t.shape)
     if by_value is None:
         check_times(time, t, name)
@@ -328,17 +286,17 @@ def check_against_latents(
     x_t, latents = x_t.float(), latents.to(x_t.device).float()
     shared = [axis for axis, size in enumerate(by_value.shape) if axis and size == 1]
     products = (x_t * x_t, x_t * latents, latents * latents)  # summed over what shares a t
-    sums = torch.stack([(product.sum(shared) if shared else product).flatten() for product in products])  # (3, N)
-    t, size = by_value.flatten(), x_t.numel() // by_value.numel()
-    all_zero = (sums[2] == 0).all().float()
-    numbers = torch.cat([all_zero[None], _times(t), _fit(time, t, sums, size)]).tolist()
-    times, fit = _Times(*numbers[1:6]), _Fit(*numbers[6:])
-    _raise_unless_known(time, times, t.device, name)
-    if numbers[0]:
+    sums = [(product.sum(shared) if shared else product).flatten() for product in products]
+    t = by_value.flatten()
+    device, size = t.device, x_t.numel() // t.numel()
+    t, alpha, sigma, *sums = torch.stack([t.float(), time.signal(t), time.noise(t), *sums]).cpu()  # (N,) each
+    _raise_unless_known(time, t, device, name)
+    if not sums[2].any():
         raise TimeConventionError(
             f"Time {time.name!r} cannot be checked: the latents of all {len(x_t)} samples are zero.\n"
             "Pass the clean latents that the loop adds noise to."
         )
+    fit = _Fit.of(alpha, sigma, sums, size)
     if fit.good():
         return None
     ratio = fit.noise / fit.expected_noise if fit.expected_noise else math.inf
@@ -346,8 +304,8 @@ def check_against_latents(
         f"No other named convention fits. x_t holds {fit.scale:.3g} times as much of these latents as expected: pass "
         "them scaled (and shifted) as the model sees them."
     )
-    known = [other for other in _NAMED.values() if other is not time and _problem(other, times, t.device) is None]
-    fitting = [other.name for other in known if _Fit(*_fit(other, t, sums, size).tolist()).good()]
+    known = [other for other in _NAMED.values() if other is not time and _problem(other, t) is None]
+    fitting = [other.name for other in known if _Fit.of(other.signal(t), other.noise(t), sums, size).good()]
     raise TimeConventionError(
         f"time={time.name!r} contradicts what the model was given: x_t = alpha(t) * latents + sigma(t) * noise fails.\n"
         f"Found: over {fit.samples:.0f} samples the slope of x_t on the latents is off from alpha(t) by "
@@ -364,18 +322,14 @@ def _advice(fitting: Sequence[str], otherwise: str, name: str | None) -> str:
 
 
 def _by_value(t: Tensor, shape: torch.Size) -> Tensor | None:
-    """Lay t out along the axes of an x_t of that shape, 1 where it does not vary; None if that is not certain.
+    """Lay t, (N,) or (N, T), out along the axes of an x_t of that shape, 1 where it does not vary; None if uncertain.
 
-    Followed are t by sample, by the values themselves, by one axis (frames, packed tokens) and, over (N, C, H, W) and
-    (N, C, F, H, W), by square patches in row-major order.
+    Followed are t by sample, by one axis (frames, packed tokens) and, over (N, C, H, W) and (N, C, F, H, W), by square
+    patches in row-major order.
     """
     n, *rest = shape
     if t.numel() == n:
         return t.reshape(n, *[1] * len(rest))
-    if t.ndim == len(shape):
-        return t if all(own in (1, size) for own, size in zip(t.shape, shape, strict=True)) else None
-    if t.ndim != 2:
-        return None
     count = t.shape[1]
     axes = [i for i, size in enumerate(rest) if size == count]
     found = [t.reshape(n, *(count if i == axis else 1 for i in range(len(rest)))) for axis in axes]
@@ -391,13 +345,28 @@ def _by_value(t: Tensor, shape: torch.Size) -> Tensor | None:
 class _Fit(NamedTuple):
     """How well a convention agrees with a batch."""
 
-    samples: float
-    values: float
+    samples: int
+    values: int
     expected_noise: float
     chi2: float
     mean_square: float
     noise: float
     scale: float  # at which the latents would fit best
+
+    @classmethod
+    def of(cls, alpha: Tensor, sigma: Tensor, sums: Sequence[Tensor], size: int) -> _Fit:
+        """From <x_t, x_t>, <x_t, x> and <x, x> of N samples of this size; all (N,)."""
+        used = torch.stack([sums[1] / sums[2], *sums, alpha, sigma]).isfinite().all(0)  # the slope of no latents is NaN
+        given, product, latents, alpha, sigma = (values[used].double() for values in (*sums, alpha, sigma))
+        variance, slope = sigma.square(), product / latents
+        weight = 1 / (variance / latents + _ROUNDING**2)  # of a slope
+        noise_weight = 1 / (variance + _NOISE_FLOOR**2)
+        off = (slope - alpha).square()
+        rest = given - 2 * alpha * product + alpha.square() * latents  # |x_t − α x|²
+        scale = (weight * slope * alpha).sum() / (weight * alpha.square()).sum()  # least squares
+        expected = size * (noise_weight * variance).sum()
+        numbers = expected, (weight * off).sum(), off.mean(), (noise_weight * rest).sum(), scale
+        return cls(len(alpha), len(alpha) * size, *(number.item() for number in numbers))
 
     def good(self) -> bool:
         slope_is_off = self.chi2 > _upper(self.samples) and self.mean_square > _HARMLESS_RMS**2
@@ -413,75 +382,40 @@ def _upper(count: float) -> float:
     return count + 2 * math.sqrt(_TAIL * count) + 2 * _TAIL
 
 
-def _fit(time: TimeConvention, t: Tensor, sums: Tensor, size: int) -> Tensor:
-    """The fields of ``_Fit``, still on the device, from <x_t, x_t>, <x_t, x> and <x, x> of samples of this size."""
-    given, product, latents = sums
-    alpha, sigma, slope = time.signal(t), time.noise(t), product / latents  # (N,), NaN for zero latents
-    used = torch.stack([slope, given, latents, alpha, sigma]).isfinite().all(0)
-    variance = sigma.square()
-    slope_weight = 1 / (variance / latents + _ROUNDING**2)
-    noise_weight = 1 / (variance + _NOISE_FLOOR**2)
-
-    def total(values: Tensor) -> Tensor:
-        return torch.where(used, values, 0.0).sum()
-
-    count = used.sum()
-    scale = total(slope_weight * slope * alpha) / total(slope_weight * alpha.square())  # least squares
-    off = (slope - alpha).square()
-    rest = given - 2 * alpha * product + alpha.square() * latents  # |x_t − α x|²
-    expected = size * total(noise_weight * variance)
-    numbers = [count, count * size, expected, total(slope_weight * off), total(off) / count]
-    return torch.stack([number.float() for number in (*numbers, total(noise_weight * rest), scale)])
-
-
-class _Times(NamedTuple):
-    """What is known of a batch's t: numbers, so that one transfer brings them all."""
-
-    samples: float
-    finite: float
-    smallest: float
-    largest: float
-    whole: float
-
-
-def _times(t: Tensor) -> Tensor:
-    """The fields of ``_Times``, still on the device."""
-    t = t.float().flatten()
-    count = torch.full_like(t[0], t.numel())
-    return torch.stack([count, t.isfinite().all().float(), t.min(), t.max(), (t == t.floor()).all().float()])
-
-
-def _problem(time: TimeConvention, times: _Times, device: torch.device) -> str | None:
-    """What is wrong with such times under a convention; None if nothing is."""
-    if not times.finite:
+def _problem(time: TimeConvention, t: Tensor, device: torch.device | str = "cpu") -> str | None:
+    """What is wrong with such times, on the host, under a convention of that device; None if nothing is."""
+    if not t.isfinite().all():
         return "finite values are expected"
-    if time.discrete and not times.whole:
+    whole = torch.equal(t, t.floor())
+    if time.discrete and not whole:
         return "whole steps are expected"
     if time.domain is None:
         return None
     low, high = time.domain
+    smallest, largest = t.min().item(), t.max().item()
     slack = 0.0 if time.discrete else _ROUNDED_TIME
-    if times.smallest < low - slack * abs(low) - _SLACK or times.largest > high + slack * abs(high) + _SLACK:
+    if smallest < low - slack * abs(low) - _SLACK or largest > high + slack * abs(high) + _SLACK:
         return f"values from {low:g} to {high:g} are expected"
-    if times.smallest >= 0 and times.largest <= 1 < high and not times.whole and times.samples >= _ENOUGH:
+    if smallest >= 0 and largest <= 1 < high and not whole and len(t) >= _ENOUGH:
         first, last = time.noise_fraction(torch.tensor([low, 1.0], device=device)).tolist()
         if abs(last - first) < _ONE_LEVEL:
             return f"values from {low:g} to {high:g} are expected, and none of these is above 1"
     return None
 
 
-def _raise_unless_known(time: TimeConvention, times: _Times, device: torch.device, name: str | None) -> None:
-    problem = _problem(time, times, device)
+def _raise_unless_known(time: TimeConvention, t: Tensor, device: torch.device, name: str | None) -> None:
+    problem = _problem(time, t, device)
     if problem is None:
         return
-    found = f"t of {times.samples:.0f} samples from {times.smallest:g} to {times.largest:g}"
-    if not times.finite:
+    smallest, largest = t.min().item(), t.max().item()
+    found = f"t of {len(t)} samples from {smallest:g} to {largest:g}"
+    if not math.isfinite(largest - smallest):
         raise TimeConventionError(f"Not every t is finite; found {found}. Look at what the loop draws t from.")
     kind = "neither fractions nor steps"
-    if times.smallest >= 0 and (times.whole or times.largest <= 1):
-        kind = "fractions" if times.largest <= 1 else "steps"
+    if smallest >= 0 and (largest <= 1 or torch.equal(t, t.floor())):
+        kind = "fractions" if largest <= 1 else "steps"
     own = "Pass a TimeConvention of your own" if time.is_named else "Give yours the domain= that t really has"
-    fitting = [other.name for other in _NAMED.values() if _problem(other, times, device) is None]
+    fitting = [other.name for other in _NAMED.values() if _problem(other, t) is None]
     advice = _advice(fitting, f"No named convention has such t. {own}, or look at what the loop draws.", name)
     raise TimeConventionError(
         f"t does not fit time={time.name!r}: {problem}.\nFound: {found}, which look like {kind}.\n{advice}"

@@ -3,8 +3,9 @@
 import re
 from typing import NamedTuple
 
+import plain
 import torch
-import torch.nn.functional as F
+from common.sit import SiT
 from torch import Tensor, nn
 from toys import ToyDiT, batch
 
@@ -13,7 +14,6 @@ import selftrans_reg as st
 LAYER, TEACHER_LAYER = 1, 2
 GUIDANCE_SCALE, WEIGHT, NULL_CLASS = 3.0, 0.5, 10
 _WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_checkpoint_wrapped_module)\.")
-WINDOW = (0.3, 0.6)  # t of the default window where t = 1 is data
 
 
 class Batch(NamedTuple):
@@ -33,7 +33,7 @@ class Batch(NamedTuple):
 
 
 def noisy_batch(t: list[float], seed: int = 0) -> Batch:
-    """A batch at the given times, in SiT's convention: x_t = t x + (1 - t) noise."""
+    """A batch at the given times, in SiT's convention: x_t = t x + (1 - t) noise; the window is t from 0.3 to 0.6."""
     b, times = batch(len(t), seed=seed), torch.tensor(t)
     share = times[:, None, None, None]
     return Batch(b["x"], share * b["x"] + (1 - share) * b["noise"], times, b["y"], b["x"] - b["noise"])
@@ -48,6 +48,15 @@ def toy(seed: int, device: torch.device | str = "cpu") -> ToyDiT:
 
 def student(device: torch.device | str = "cpu") -> ToyDiT:
     return toy(1, device)
+
+
+def small_sit(generator: torch.Generator, device: torch.device | str = "cpu") -> SiT:
+    """SiT adds float32 positions to its patches, so under autocast its blocks add to a float32 stream; not the toy."""
+    model = SiT(input_size=8, hidden_size=16, depth=3, num_heads=2, num_classes=10, learn_sigma=False)
+    for parameter in model.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 4
+    model.y_embedder.dropout_prob = 0.0
+    return model.to(device)
 
 
 def new_teacher(model: nn.Module | None = None, **settings: object) -> st.CFGFeatureTeacher:
@@ -93,32 +102,46 @@ def plain_tokens(model: ToyDiT, b: Batch, y: Tensor, layer: int) -> tuple[Tensor
     return seen[layer], tokens
 
 
+def plain_terms(
+    model: ToyDiT,
+    criterion: st.SelfTransLoss,
+    teacher: ToyDiT | None,
+    b: Batch,
+    y: Tensor | None = None,
+    *,
+    layers: tuple[int, ...] = (LAYER,),
+    target: str = "latents",
+    distance: str = "mse",
+    gating: str = "per-sample",
+    window: tuple[float, float] | None = (0.4, 0.7),
+) -> tuple[Tensor, Tensor]:
+    """(denoising, alignment) written out: of stage 2 with the teacher's whole model, of stage 1 with None.
+
+    ``y`` are the labels as the student sees them.
+    """
+    y, p, parts = b.y if y is None else y, dict(criterion.heads.named_parameters()), []
+    inside = plain.inside(1 - b.t, window)
+    for i, layer in enumerate(layers):
+        tokens, last = plain_tokens(model, b, y, layer)
+        if teacher is None:
+            predicted = plain.predict(p, tokens, f"{i}.")
+            goal = plain.patches(b.latents if target == "latents" else -b.velocity)
+        else:
+            predicted = plain.project(p, tokens, f"{i}.")
+            with torch.no_grad():
+                f_c, _ = plain_tokens(teacher, b, b.y, TEACHER_LAYER)
+                f_u, _ = plain_tokens(teacher, b, torch.full_like(b.y, NULL_CLASS), TEACHER_LAYER)
+            goal = f_u + GUIDANCE_SCALE * (f_c - f_u)
+        found = plain.distance(predicted, goal, distance)
+        parts.append((inside * found).mean() if gating == "per-sample" else inside.mean() * found.mean())
+    denoising = (model.final_layer(last) - plain.patches(b.velocity)).square().mean()
+    return denoising, torch.stack(parts).mean()
+
+
 def plain_total(model: ToyDiT, criterion: st.SelfTransLoss, teacher: ToyDiT | None, b: Batch) -> Tensor:
-    """The total loss written out: of stage 2 with the teacher's whole model, of stage 1 with None."""
-    tokens, last = plain_tokens(model, b, b.y, LAYER)
-    grid, p = b.latents.shape[-1] // 2, 2
-    patches = model.final_layer(last).reshape(len(b.t), grid, grid, p, p, 4)
-    prediction = patches.permute(0, 5, 1, 3, 2, 4).reshape_as(b.latents)
-    inside = ((b.t >= WINDOW[0]) & (b.t <= WINDOW[1])).float()
-    if teacher is None:
-        loss = criterion.heads[0]
-        predicted = loss.linear(F.layer_norm(_project(loss.head, tokens), tokens.shape[-1:], eps=1e-6))
-        target = b.latents.reshape(-1, 4, grid, p, grid, p).permute(0, 2, 4, 3, 5, 1).reshape(predicted.shape)
-    else:
-        with torch.no_grad():
-            f_c, _ = plain_tokens(teacher, b, b.y, TEACHER_LAYER)
-            f_u, _ = plain_tokens(teacher, b, torch.full_like(b.y, NULL_CLASS), TEACHER_LAYER)
-        target = f_u + GUIDANCE_SCALE * (f_c - f_u)
-        predicted = _project(criterion.heads[0], tokens)
-    alignment = (inside * (predicted - target).square().mean((1, 2))).sum() / len(b.t)
-    return (prediction - b.velocity).square().mean() + WEIGHT * alignment
-
-
-def _project(head: nn.Module, tokens: Tensor) -> Tensor:
-    """The head's three Linears with SiLU in between."""
-    for i in (0, 2, 4):
-        tokens = F.linear(tokens if i == 0 else F.silu(tokens), head[i].weight, head[i].bias)
-    return tokens
+    """The total loss written out."""
+    denoising, alignment = plain_terms(model, criterion, teacher, b)
+    return denoising + WEIGHT * alignment
 
 
 def gradients(*modules: nn.Module) -> dict[str, Tensor]:

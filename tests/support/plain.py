@@ -35,24 +35,22 @@ def leaves(module: nn.Module) -> dict[str, Tensor]:
 
 def project(p: Mapping[str, Tensor], tokens: Tensor, prefix: str = "") -> Tensor:
     """Linear SiLU Linear SiLU Linear."""
-    hidden = F.silu(F.linear(tokens, p[f"{prefix}0.weight"], p[f"{prefix}0.bias"]))
-    hidden = F.silu(F.linear(hidden, p[f"{prefix}2.weight"], p[f"{prefix}2.bias"]))
-    return F.linear(hidden, p[f"{prefix}4.weight"], p[f"{prefix}4.bias"])
+    for i in (0, 2, 4):
+        tokens = F.linear(tokens if i == 0 else F.silu(tokens), p[f"{prefix}{i}.weight"], p[f"{prefix}{i}.bias"])
+    return tokens
 
 
-def predict_latents(p: Mapping[str, Tensor], tokens: Tensor, channels: int, patch: int, prefix: str = "") -> Tensor:
-    """Stage 1's head with its unpatchify: tokens (N, T, D) -> latents (N, C, H, W), on a square grid."""
-    projected = project(p, tokens, f"{prefix}head.")
+def predict(p: Mapping[str, Tensor], tokens: Tensor, prefix: str = "") -> Tensor:
+    """Stage 1's head: (N, T, D) -> (N, T, p·p·C), the patches of the latents."""
+    projected = project(p, tokens, f"{prefix}head.").float()
     normed = (projected - projected.mean(-1, keepdim=True)) / (projected.var(-1, False, keepdim=True) + 1e-6).sqrt()
-    values = F.linear(normed, p[f"{prefix}linear.weight"], p[f"{prefix}linear.bias"])  # (N, T, p·p·C)
-    side = round(values.shape[1] ** 0.5)
-    image = torch.empty(len(values), channels, side * patch, side * patch)
-    for row in range(side * patch):
-        for column in range(side * patch):
-            token = row // patch * side + column // patch
-            first = (row % patch * patch + column % patch) * channels
-            image[:, :, row, column] = values[:, token, first : first + channels]
-    return image
+    return F.linear(normed, p[f"{prefix}linear.weight"], p[f"{prefix}linear.bias"])
+
+
+def patches(latents: Tensor, size: int = 2) -> Tensor:
+    """(N, C, H, W) -> (N, T, p·p·C), patches row by row, channels innermost."""
+    blocks = F.unfold(latents, size, stride=size).unflatten(1, (latents.shape[1], size**2))  # (N, C, p·p, T)
+    return blocks.permute(0, 3, 2, 1).flatten(2)
 
 
 def distance(prediction: Tensor, target: Tensor, kind: str = "mse") -> Tensor:
