@@ -84,34 +84,35 @@ def test_two_processes_equal_one_also_with_accumulation(steps: int) -> None:
         assert_same(found, plain_gradients(noisy_batch(TIMES)))
 
 
-def test_mixed_precision_keeps_the_loss_in_float32() -> None:
+def test_mixed_precision_reaches_head_and_teacher_and_not_the_loss() -> None:
     accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model, criterion, _, loader = prepare(accelerator, len(TIMES))
-    inner = accelerator.unwrap_model(model)
     seen: list[torch.dtype] = []
-    for module in (inner.blocks[0].fc1, criterion.heads[0][0], criterion.teacher.model.blocks[0].fc1):
-        module.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    for module in (accelerator.unwrap_model(model).blocks[0], criterion.heads[0], criterion.teacher.model.blocks[0]):
+        linear = next(part for part in module.modules() if isinstance(part, nn.Linear))
+        linear.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     b = Batch(*next(iter(loader)))
     terms = criterion(denoising(model, b), latents=b.latents)
     assert isinstance(terms, LossTerms)
-    assert set(seen) == {torch.bfloat16}, "autocast reached not all of student, head and teacher"
+    assert len(seen) > 2
+    assert set(seen) == {torch.bfloat16}
     assert {term.dtype for term in terms} == {torch.float32}
-    assert terms.in_window == 0.5
     accelerator.backward(terms.total)
-    found, wanted = gradients(model, criterion), plain_gradients(noisy_batch(TIMES))
-    for name, tensor in wanted.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0.05 * tensor.abs().max().item() + 1e-6)
+    found = gradients(model, criterion)
+    assert_same(found, plain_gradients(noisy_batch(TIMES)), tolerance=0.05)
 
 
-def test_save_state_where_a_script_saves_models_by_itself(tmp_path: Path) -> None:
-    """As diffusers' scripts do: their hook raises on a prepared model that it does not know."""
+@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "registered"])
+def test_save_state_and_load_state_hold_model_and_criterion(prepared: bool, tmp_path: Path) -> None:
+    """Registered where a script saves models by itself: diffusers' hook raises on a prepared model it does not know."""
 
     def begin() -> tuple[Accelerator, nn.Module, nn.Module]:
+        reset()
         accelerator = Accelerator(cpu=True)
-        model = student()
+        if prepared:
+            return accelerator, *prepare(accelerator, 4)[:2]
+        model = accelerator.prepare(student())
         criterion = new_criterion(model)
-        optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
-        model, optimizer = accelerator.prepare(model, optimizer)
         accelerator.register_for_checkpointing(criterion)
 
         def save_model_hook(models: list[nn.Module], weights: list[object], folder: str) -> None:
@@ -132,32 +133,12 @@ def test_save_state_where_a_script_saves_models_by_itself(tmp_path: Path) -> Non
     b = noisy_batch(TIMES)
     criterion(denoising(model, b), latents=b.latents, step=7)
     with torch.no_grad():
-        for parameter in criterion.parameters():
-            parameter.add_(1.0)
-    accelerator.save_state(str(tmp_path))
-    wanted = criterion.state_dict()
-    reset()
-    accelerator, model, criterion = begin()
-    accelerator.load_state(str(tmp_path))
-    assert [name for name, tensor in criterion.state_dict().items() if not torch.equal(tensor, wanted[name])] == []
-
-
-def test_save_state_and_load_state_hold_model_and_criterion(tmp_path: Path) -> None:
-    def begin() -> tuple[Accelerator, nn.Module, nn.Module]:
-        accelerator = Accelerator(cpu=True)
-        return accelerator, *prepare(accelerator, 4)[:2]
-
-    accelerator, model, criterion = begin()
-    b = noisy_batch(TIMES)
-    criterion(denoising(model, b), latents=b.latents, step=7)
-    with torch.no_grad():
         for parameter in [*model.parameters(), *criterion.parameters()]:
             parameter.add_(1.0)
     accelerator.save_state(str(tmp_path))
     wanted = {**model.state_dict(), **criterion.state_dict()}
-    reset()
     accelerator, model, criterion = begin()
     accelerator.load_state(str(tmp_path))
     found = {**model.state_dict(), **criterion.state_dict()}
     assert [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)] == []
-    assert int(json.loads(bytes(criterion.state_dict()["_extra_state"].tolist()))["step"]) == 7
+    assert json.loads(bytes(found["_extra_state"].tolist()))["step"] == 7

@@ -1,75 +1,63 @@
 """No step waits for the device but those that look: the host goes on to queue the next operations."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from lookalikes import LOOKALIKES
 from loops import assert_same, denoising, gradients, new_criterion, noisy_batch, student
 from pretend_gpu import GPU, on_pretend_gpu, waits
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 import selftrans_reg as st
+from selftrans_reg.time import TimeConvention, check_against_latents
 
 # In SiT's convention the default window is t in [0.3, 0.6]: four of the eight rows are inside.
 TIMES = [0.1, 0.4, 0.5, 0.9, 0.35, 0.95, 0.55, 0.05]
 INTERVAL = 6
 LOOKING = [True, True, True, False, False, True]  # the first three calls, and one at the interval
-SETTINGS = {
-    "stage 1": {"stage": 1},
-    "stage 1, released gating": {"stage": 1, "gating": "released"},
-    "stage 1, velocity": {"stage": 1, "target": "velocity"},
-    "stage 2": {},
-    "stage 2, two layers": {"layer": ["blocks.0", "blocks.1"]},
-    "stage 2, released gating": {"gating": "released"},
-    "stage 2, every row": {"window": None},
-    "stage 2, some rows": {"teacher_rows": 2},
-    "stage 2, in chunks": {"teacher_chunk": 3},
-    "stage 2, until a plateau": {"stop_when": st.Plateau(interval=INTERVAL)},
-}
-
-Steps = list[tuple[bool, dict[str, Tensor]]]
+SETTINGS: list[dict[str, Any]] = [
+    *({"stage": 1}, {"stage": 1, "gating": "released"}, {"stage": 1, "target": "velocity"}),
+    *({}, {"layer": ["blocks.0", "blocks.1"]}, {"gating": "released"}, {"window": None}),
+    *({"teacher_rows": 2}, {"teacher_chunk": 3}, {"stop_when": st.Plateau(interval=INTERVAL)}),
+]
+Steps = list[tuple[bool, dict[str, Tensor]]]  # of each, whether it waited, and its gradients
 
 
-def of_a_loop(settings: dict[str, object], device: str) -> Steps:
-    """Of each step of a loop, whether it waited, and its gradients."""
-    model = student(device)
-    criterion = new_criterion(model, **{"health_interval": INTERVAL, "check_interval": INTERVAL} | settings)
+def steps_of(model: nn.Module, criterion: nn.Module, batches: list[Any], loss_of: Callable[..., Tensor]) -> Steps:
     found = []
-    for seed in range(INTERVAL):
-        b = noisy_batch(TIMES, seed=seed).to(device)
+    for seed, batch in enumerate(batches):
+        torch.manual_seed(seed)
         model.zero_grad(), criterion.zero_grad()
         waits.clear()
-        criterion(denoising(model, b), latents=b.latents).total.backward()
-        found.append((bool(waits), on_host(gradients(model, criterion))))
+        criterion(loss_of(model, batch), latents=batch.latents).total.backward()
+        found.append((bool(waits), {name: tensor.cpu() for name, tensor in gradients(model, criterion).items()}))
     return found
 
 
+def of_a_loop(settings: dict[str, Any], device: str) -> Steps:
+    model = student(device)
+    criterion = new_criterion(model, **{"health_interval": INTERVAL, "check_interval": INTERVAL} | settings)
+    batches = [noisy_batch(TIMES, seed=seed).to(device) for seed in range(INTERVAL)]
+    return steps_of(model, criterion, batches, denoising)
+
+
 def of_a_backbone(name: str, stage: int, device: str) -> Steps:
-    """The same of a look-alike's loop that looks at nothing."""
+    """Of a look-alike's loop that looks at nothing."""
     backbone = LOOKALIKES[name]
-    model = backbone.build(0).to(device)
-    settings = {"health_interval": None, "check_interval": None}
+    model, settings = backbone.build(0).to(device), {"health_interval": None, "check_interval": None}
     if stage == 1:
         criterion = backbone.stage1(model, **settings)
     else:
         criterion = backbone.stage2(model, backbone.make_teacher(backbone.build(1)), **settings)
-    found = []
-    for seed in range(3):
-        batch = backbone.batch(seed=seed)
+    batches = []
+    for batch in (backbone.batch(seed=seed) for seed in range(3)):
         arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch.arguments)
-        batch = replace(batch, latents=batch.latents.to(device), arguments=arguments)
-        torch.manual_seed(seed)
-        model.zero_grad(), criterion.zero_grad()
-        waits.clear()
-        criterion(backbone.losses(model, batch), latents=batch.latents).total.backward()
-        found.append((bool(waits), on_host(gradients(model, criterion))))
-    return found
-
-
-def on_host(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.cpu() for name, tensor in tensors.items()}
+        batches.append(replace(batch, latents=batch.latents.to(device), arguments=arguments))
+    return steps_of(model, criterion, batches, backbone.losses)
 
 
 def assert_same_steps(found: Steps, wanted: Steps) -> None:
@@ -77,8 +65,8 @@ def assert_same_steps(found: Steps, wanted: Steps) -> None:
         assert_same(gradients_found, gradients_wanted)
 
 
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_only_steps_that_look_wait(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_only_steps_that_look_wait(settings: dict[str, Any]) -> None:
     found = on_pretend_gpu(of_a_loop, settings, GPU)
     assert [waited for waited, _ in found] == LOOKING
     assert_same_steps(found, of_a_loop(settings, "cpu"))
@@ -94,9 +82,20 @@ def test_a_step_waits_for_no_backbone(name: str, stage: int) -> None:
     assert_same_steps(found, of_a_backbone(name, stage, "cpu"))
 
 
+def waits_of_a_check(name: str) -> list[str]:
+    b = noisy_batch(TIMES).to(GPU)
+    waits.clear()
+    check_against_latents(TimeConvention.named(name), b.x_t, b.t, b.latents)
+    return list(waits)
+
+
+def test_the_check_against_the_latents_waits_once() -> None:
+    assert len(on_pretend_gpu(waits_of_a_check, "sit")) == 1
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="asks CUDA")
-@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
-def test_on_cuda_too(settings: dict[str, object]) -> None:
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_on_cuda_too(settings: dict[str, Any]) -> None:
     model = student("cuda")
     criterion = new_criterion(model, **{"health_interval": INTERVAL, "check_interval": INTERVAL} | settings)
     batches = [noisy_batch(TIMES, seed=seed).to("cuda") for seed in range(INTERVAL)]
