@@ -82,8 +82,8 @@ class Trend:
         return math.nan if began else average
 
 
-def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> Tensor | None:
-    """Whether all that trains in the layers is as in the teacher's of the same names; 0-d, bool; None if none compares.
+def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> dict[str, Tensor]:
+    """Whether all that trains in the layers is as in the teacher's of the same names; 0-d, bool; none if none compares.
 
     Frozen weights are meant to be the same: those of a base that student and teacher share.
     """
@@ -91,12 +91,12 @@ def same_weights(layers: Mapping[str, nn.Module], teacher: nn.Module) -> Tensor 
     taught = {name: layer for name, layer in named_layers(teacher).items() if name in layers}
     theirs = {f"{name}.{key}": p for name in taught for key, p in taught[name].named_parameters()}
     if not mine or not mine.keys() <= theirs.keys():
-        return None
+        return {}
     theirs = {name: theirs[name] for name in mine}
     if any(p.is_meta or (hasattr(p, "__tensor_flatten__") and not hasattr(p, "full_tensor")) for p in theirs.values()):
-        return None  # offloaded, or quantised into several tensors
+        return {}  # offloaded, or quantised into several tensors
     a, b = _values(mine.values()), _values(theirs.values())
-    return (a == b.to(a.device)).all() if a.shape == b.shape else None
+    return {"same_weights": (a == b.to(a.device)).all()} if a.shape == b.shape else {}
 
 
 def _values(parameters: Iterable[nn.Parameter], each: int = 256) -> Tensor:
@@ -288,8 +288,7 @@ class Health:
         if self._probe is not None and self._probe.sums is not None:
             _, values["own"], values["aligned"] = self._probe.sums
         if calls == 1 and look.teacher is not None:
-            same = same_weights(look.layers, look.teacher.model)
-            values |= {} if same is None else {"same_weights": same}
+            values |= same_weights(look.layers, look.teacher.model)
         read = torch.stack([value.float() for value in values.values()]).tolist()
         there = dict(zip(values, read, strict=True))
         return dict.fromkeys(("own", "aligned", "same_weights", "heads_moved", "layers_moved"), math.nan) | there
@@ -298,13 +297,13 @@ class Health:
         """Whether heads and layers differ from what they were at the first look; 0-d, bool; none if that is no sign."""
         trained = [p for layer in look.layers.values() for p in layer.parameters() if p.requires_grad]
         now = _values(look.heads.parameters()), _values(trained)
-        where = [[(found.shape, found.device) for found in pair] for pair in (self._start or now, now)]
-        if self._start is None or where[0] != where[1]:
-            self._start = now  # elsewhere or of other shapes than at the start: they were moved, or wrapped anew
+        start = self._start or now
+        if any((a.shape, a.device) != (b.shape, b.device) for a, b in zip(start, now, strict=True)):
+            start = now  # they were moved, or wrapped anew
+        self._start = start
         if not all(len(values) for values in now):
             return {}
-        moved = [(then != found).any() for then, found in zip(self._start, now, strict=True)]
-        return dict(zip(("heads_moved", "layers_moved"), moved, strict=True))
+        return {"heads_moved": (start[0] != now[0]).any(), "layers_moved": (start[1] != now[1]).any()}
 
 
 _BACK = "Go back to an earlier checkpoint and set health_interval=1: the call in which it begins then names the cause."

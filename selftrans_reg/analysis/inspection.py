@@ -148,9 +148,8 @@ def _notes(report: LayerReport, found: Survey) -> list[str]:
         if broken := [layer for layer in report.layers if found.cells[layer, fraction].broken]:
             notes.append(
                 f"Layer {broken[0]!r} gives NaN or infinite features at noise fraction {fraction:g}, for "
-                f"{found.cells[broken[0], fraction].broken} of {report.samples} samples"
-                + (f", and so do {len(broken) - 1} behind it" if len(broken) > 1 else "")
-                + ": nothing is measured there. Its weights may be broken, or half precision overflows."
+                f"{found.cells[broken[0], fraction].broken} of {report.samples} samples; {len(broken)} layers do. "
+                "Nothing is measured there. Its weights may be broken, or half precision overflows."
             )
     contrast = max((row.contrast for row in report.rows if row.contrast is not None), default=1.0)
     if len(report.guidance_scales) == 1:
