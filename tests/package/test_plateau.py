@@ -12,7 +12,6 @@ from checkpointed import MODELS
 from loops import LAYER, denoising, new_criterion, new_teacher, noisy_batch, student, total
 from ranks import on_ranks
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 import selftrans_reg as st
 from selftrans_reg.errors import CaptureError
@@ -96,7 +95,7 @@ FALLING = [0.9, 0.6, 0.5, 0.3, 0.35, 0.1, 0.3, 0.05, -0.1, 0.0, -0.3, -0.2, -0.4
 STEADY = [0.5, 0.1, 0.4, 0.3, 0.1, 0.1, 0.5, 0.3, 0.4, 0.1, 0.2, 0.6, 0.3, 0.2, 0.3]
 
 
-@pytest.mark.parametrize(("cosine", "factor"), [(-0.9, 1e-4), (-0.01, 1.0), (0.0, 1e3), (0.3, 1e-4), (0.99, 1e3)])
+@pytest.mark.parametrize(("cosine", "factor"), [(-0.9, 1e-4), (0.0, 1e3), (0.99, 1.0)])
 def test_a_planted_cosine_is_measured(cosine: float, factor: float) -> None:
     run = PlantedRun(EVERY_CALL)
     run.call(cosine, factor=factor)
@@ -168,15 +167,11 @@ def test_stopped_after_any_call_it_goes_on_as_if_it_had_not(done: int) -> None:
     assert torch.equal(*(run.criterion.state_dict()["_extra_state"] for run in (resumed, through)))
 
 
-def test_a_run_that_was_stopped_is_not_resumed_without_the_rule_and_the_advice_works() -> None:
+def test_a_run_that_was_stopped_is_not_resumed_without_the_rule() -> None:
     run, without = PlantedRun(EVERY_CALL), PlantedRun(None)
     assert run.stops_at([-0.5] * 5) == 4
-    state = run.criterion.state_dict()
     with pytest.raises(st.SettingError, match=r"'patience': 3, .*has stopped; this criterion has none"):
-        without.criterion.load_state_dict(state)
-    without.criterion.allow_changes()  # as the message says
-    without.criterion.load_state_dict(state)
-    assert without.call(0.5).weight == 0.5
+        without.criterion.load_state_dict(run.criterion.state_dict())
 
 
 @pytest.mark.parametrize(
@@ -184,17 +179,13 @@ def test_a_run_that_was_stopped_is_not_resumed_without_the_rule_and_the_advice_w
     [
         ({"interval": 0}, "Plateau's interval must be a positive integer; got 0"),
         ({"patience": 2.0}, "Plateau's patience must be a positive integer"),
-        ({"threshold": 1.0}, "Plateau's threshold must be a number from -1 to below 1; got 1.0"),
-        ({"threshold": float("nan")}, "Plateau's threshold must be"),
-        ({"smoothing": -0.1}, "Plateau's smoothing must be a number from 0 to below 1; got -0.1"),
-        ({"smoothing": True}, "Plateau's smoothing must be"),
-        ({"weight": 0.0}, "with weight=0.0 the alignment has none"),
+        ({"threshold": float("nan")}, "Plateau's threshold must be a number from -1 to below 1; got nan"),
+        ({"smoothing": True}, "Plateau's smoothing must be a number from 0 to below 1; got True"),
     ],
 )
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
-    weight = {name: settings.pop(name) for name in ("weight",) if name in settings}
     with pytest.raises(st.SettingError, match=message):
-        PlantedRun(st.Plateau(**settings), **weight)
+        st.Plateau(**settings)
 
 
 def measured(model: nn.Module, run: nn.Module | None = None) -> tuple[Tensor, Tensor]:
@@ -210,39 +201,34 @@ def measured(model: nn.Module, run: nn.Module | None = None) -> tuple[Tensor, Te
     return criterion.measures["gradient_cosine"], F.cosine_similarity((g - d)[:3].flatten(), d[:3].flatten(), dim=0)
 
 
-class TestWrapped:
-    @pytest.mark.parametrize("reentrant", [False, True])
-    @pytest.mark.parametrize("kind", MODELS)
-    def test_checkpointing_changes_nothing(self, kind: str, reentrant: bool) -> None:
-        torch.testing.assert_close(*measured(MODELS[kind](reentrant, torch.device("cpu"))), rtol=1e-4, atol=1e-6)
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("kind", MODELS)
+def test_checkpointing_changes_nothing(kind: str, reentrant: bool) -> None:
+    torch.testing.assert_close(*measured(MODELS[kind](reentrant, torch.device("cpu"))), rtol=1e-4, atol=1e-6)
 
-    def test_blocks_compiled_one_by_one_change_nothing(self) -> None:
-        model = student()
-        for block in model.blocks:
-            block.compile(backend="aot_eager")
-        torch.testing.assert_close(*measured(model), rtol=1e-4, atol=1e-6)
-        torch.compiler.reset()
 
-    def test_a_whole_compiled_model_is_an_error_for_the_rule_and_no_alarm_without(self) -> None:
-        model = student()
-        with pytest.raises(CaptureError, match=r"(?s)PyTorch's graph hides.*one by one instead \(block\.compile\(\)\)"):
-            measured(model, torch.compile(model, backend="aot_eager"))
-        torch.compiler.reset()
-        criterion, b = new_criterion(model, health_interval=1), noisy_batch(TIMES)
-        compiled = torch.compile(model, backend="aot_eager")
-        optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=1e-3)
-        for _ in range(25):
-            total(compiled, criterion, b).backward()
-            optimizer.step()
-        assert criterion.measures.keys() == {"student_norm", "target_norm", "contrast"}
-        torch.compiler.reset()
+def test_blocks_compiled_one_by_one_change_nothing() -> None:
+    model = student()
+    for block in model.blocks:
+        block.compile(backend="aot_eager")
+    torch.testing.assert_close(*measured(model), rtol=1e-4, atol=1e-6)
+    torch.compiler.reset()
 
-    def test_a_detached_loss_is_an_error(self) -> None:
-        model, b = student(), noisy_batch(TIMES)
-        criterion = new_criterion(model, stop_when=st.Plateau())
-        own = denoising(model, b)
-        with pytest.raises(CaptureError, match="detached, or comes from another forward"):
-            criterion(own.detach(), latents=b.latents)
+
+def test_what_hides_the_gradient_is_an_error_for_the_rule_and_no_alarm_without() -> None:
+    model, b = student(), noisy_batch(TIMES)
+    with pytest.raises(CaptureError, match="detached, or comes from another forward"):
+        new_criterion(model, stop_when=st.Plateau())(denoising(model, b).detach(), latents=b.latents)
+    with pytest.raises(CaptureError, match=r"(?s)PyTorch's graph hides.*one by one instead \(block\.compile\(\)\)"):
+        measured(model, torch.compile(model, backend="aot_eager"))
+    torch.compiler.reset()
+    criterion, compiled = new_criterion(model, health_interval=1), torch.compile(model, backend="aot_eager")
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=1e-3)
+    for _ in range(25):
+        total(compiled, criterion, b).backward()
+        optimizer.step()
+    assert criterion.measures.keys() == {"student_norm", "target_norm", "contrast"}
+    torch.compiler.reset()
 
 
 def distributed(rank: int, times: list[list[float]], cosines: list[list[float]]) -> tuple[Tensor, Tensor]:
@@ -263,21 +249,3 @@ def test_ranks_stop_at_the_same_call_though_they_see_different_cosines(second: l
     assert weights[0] > 0 == weights[-1]
     if second is not TIMES:  # what the other one sees is all there is
         assert weights.tolist().index(0.0) + 1 == plain_stop([c[0] for c in cosines], EVERY_CALL)
-
-
-def ddp_cosine(rank: int) -> Tensor:
-    model = student()
-    criterion = new_criterion(model, stop_when=st.Plateau(interval=1))
-    wrapped, head = DistributedDataParallel(model), DistributedDataParallel(criterion)
-    for _ in range(2):
-        total(wrapped, head, noisy_batch(TIMES * 2).rows(slice(4 * rank, 4 * rank + 4))).backward()
-    return criterion.measures["gradient_cosine_smoothed"]
-
-
-def test_under_ddp_the_cosine_is_that_of_the_joined_batch() -> None:
-    model, b = student(), noisy_batch(TIMES * 2)
-    criterion = new_criterion(model, stop_when=st.Plateau(interval=1))
-    for _ in range(2):
-        total(model, criterion, b).backward()
-    for cosine in on_ranks(ddp_cosine):
-        torch.testing.assert_close(cosine, criterion.measures["gradient_cosine_smoothed"], rtol=1e-4, atol=1e-6)
