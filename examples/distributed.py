@@ -17,19 +17,12 @@ import torch.distributed as dist
 from common.data import NUM_DIGIT_CLASSES, digits
 from common.options import Parser, at_least, run_script
 from common.paths import Transport
-from common.sit import SiT
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
+from wrap_sit_loop import new_model
 
 import selftrans_reg as st  # New
-
-
-def new_model() -> SiT:
-    """A small SiT of 64 tokens."""
-    return SiT(
-        input_size=16, patch_size=2, in_channels=1, hidden_size=64, depth=6, num_heads=2, num_classes=NUM_DIGIT_CLASSES
-    )
 
 
 def mean_over_ranks(values: list[Tensor]) -> list[float]:

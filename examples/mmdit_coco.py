@@ -22,6 +22,7 @@ DEMO = {
     "steps": 1600, "batch_size": 32, "lr": 2e-3, "warmup_steps": 100, "ema_decay": 0.99, "log_every": 50,
     "checkpoint_every": 400, "keep_every": 400, "sample_every": 400, "head_features": 256, "stop_step": 800,
 }  # fmt: skip
+SIZE = {"patch_size": 2, "hidden_size": 768, "depth": 24, "num_heads": 24}  # as published
 DEMO_SIZE = {"patch_size": 2, "hidden_size": 96, "depth": 6, "num_heads": 3}  # 16 tokens of image and of text
 PROMPTS = [
     "a cat asleep on a red sofa", "two people on bicycles in a city street", "a bowl of oranges on a wooden table",
@@ -45,18 +46,14 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--context-dropout", type=within(0, 1), default=0.1, help="how often a caption gives way to the empty prompt")
     add("--text-encoder", help="CLIP text model for --prompts: folder or hub name, as openai/clip-vit-large-patch14")
     add("--prompts", nargs="+", help="of the pictures of samples (default: eight of the data's kind)")
-    add("--demo-data", type=Path, help="where the demo's images are kept (default: demo-captions beside --out)")
-    add("--demo-images", type=at_least(32), default=2048, help="how many are drawn")
-    add("--demo-vae-steps", type=at_least(2), default=600, help="the training of their VAE")
+    add("--demo-images", type=at_least(32), default=2048, help="how many images the demo draws")
+    add("--demo-vae-steps", type=at_least(2), default=600, help="the training of the demo's VAE")
     parser.set_defaults(betas=[0.9, 0.9], weight_decay=0.03, sample_cfg=2.0, path="linear")
-    run = parse_long_run(parser, argv)
-    demo = run.data == "demo"
-    run.model = run.model or ("demo" if demo else "MMDiT")
-    run.demo_data = (run.demo_data or run.out.parent / "demo-captions") if demo else None
-    run.prompts = run.prompts or (DEMO_PROMPTS if demo else PROMPTS)
+    run = parse_long_run(parser, argv, model="MMDiT", demo_data="demo-captions")
+    run.prompts = run.prompts or (DEMO_PROMPTS if run.data == "demo" else PROMPTS)
     if run.stage != "baseline" and run.context_dropout == 0:
         parser.error("a teacher needs to know the empty prompt, which --context-dropout 0 never shows it")
-    if not demo and (run.vae is None) != (run.text_encoder is None):
+    if run.data != "demo" and (run.vae is None) != (run.text_encoder is None):
         parser.error("pictures of samples need --vae and --text-encoder: pass both, or none")
     return run
 
@@ -70,9 +67,8 @@ from functools import partial
 from common.coco_features import CocoFeatures
 from common.demo import TEXT_ENCODER, VAE, demo_captions
 from common.long_runs import Backbone, settle, train_long
-from common.mmdit import PUBLISHED_DEPTH, PUBLISHED_SIZE, MMDiT
-from common.samplers import Guidance
-from common.sampling import ImageSampler, matching_vae
+from common.mmdit import MMDiT
+from common.samplers import Guidance, ImageSampler, matching_vae
 from common.text import draw_prompts, encoded_prompts, load_text_encoder, numbers_of, same_features
 from common.trainer import Draw, Trainer
 
@@ -87,29 +83,20 @@ def open_backbone(run: argparse.Namespace) -> Backbone:
         demo_captions(folder, images=run.demo_images, vae_steps=run.demo_vae_steps)
         run.vae, run.text_encoder = run.vae or str(folder / VAE), run.text_encoder or str(folder / TEXT_ENCODER)
     data = CocoFeatures(folder, dropout=run.context_dropout, second=run.moments)
-    length, width = data.empty.shape
-    sizes = {
-        **(DEMO_SIZE if run.model == "demo" else PUBLISHED_SIZE),
-        "input_size": data.size,
-        "in_channels": data.channels,
-        "context_size": width,
-    }
-    shape = (data.channels, data.size, data.size)
-    run.context_length = length
-    return Backbone(
-        "MMDiT", "joint_blocks", partial(MMDiT, **sizes), sizes, {"context": data.empty}, data, shape, data.scaling,
-        data.vae, select=1, draw=new_picture(run, data, shape),  # a joint block returns (text, image)
-    )  # fmt: skip
+    run.context_length, width = data.empty.shape
+    sizes = DEMO_SIZE if run.model == "demo" else SIZE
+    sizes = {**sizes, "input_size": data.size, "in_channels": data.channels, "context_size": width}
+    null, draw = {"context": data.empty}, None if run.text_encoder is None else new_picture(run, data)
+    # Of what a joint block returns, (text, image), the image's tokens are watched.
+    return Backbone("MMDiT", "joint_blocks", partial(MMDiT, **sizes), sizes, null, data, select=1, draw=draw)
 
 
-def new_picture(run: argparse.Namespace, data: CocoFeatures, shape: tuple[int, int, int]) -> Draw | None:
-    """What draws the pictures of samples, if there is a text encoder for the prompts and a VAE for the images.
+def new_picture(run: argparse.Namespace, data: CocoFeatures) -> Draw:
+    """What draws the pictures of samples, with a text encoder for the prompts and a VAE for the images.
 
     Raises:
         Mistake: If one of the two is not that of the data.
     """
-    if run.text_encoder is None:
-        return None
     vae, _ = matching_vae(run.vae, data.scaling, data.channels, run.data)
     encoder = load_text_encoder(run.text_encoder)
     prompts = encoded_prompts(encoder, run.prompts, data.empty.shape, run.data)
@@ -118,10 +105,8 @@ def new_picture(run: argparse.Namespace, data: CocoFeatures, shape: tuple[int, i
             f"{encoder.name} is not the text encoder of {run.data}: the empty prompt has other features.\n"
             "Pass with --text-encoder the one that the captions were encoded with."
         )
-    guidance = Guidance(run.sample_cfg, prompts.null)
-    sampler = ImageSampler(
-        vae, data.scaling, shape, numbers_of, steps=run.sample_steps, guidance=guidance, seed=run.seed
-    )
+    shape, guidance = (data.channels, data.size, data.size), Guidance(run.sample_cfg, prompts.null)
+    sampler = ImageSampler(vae, data.scaling, shape, numbers_of, run.sample_steps, guidance, run.seed)
     return partial(draw_prompts, sampler, prompts)
 
 
@@ -130,17 +115,12 @@ def settle_mmdit(run: argparse.Namespace) -> None:
 
     The recipe names layers of the published 24 blocks; the demo takes those at the same fractions of its depth.
     """
-    plan = st.recipe("MMDiT", variant=run.recipe)
-    if run.model == "demo":
-        names = ("stage1_layer", "student_layer", "teacher_layer")
-        plan = replace(plan, **{name: layer_at(getattr(plan, name), DEMO_SIZE["depth"]) for name in names})
-    settle(run, plan, DEMO if run.model == "demo" else PUBLISHED, teacher_weights="ema")  # in the released code too
-
-
-def layer_at(layer: str, depth: int) -> str:
-    """The layer at the same fraction of another depth than the published one."""
-    blocks, _, index = layer.rpartition(".")
-    return f"{blocks}.{max(1, (int(index) + 1) * depth // PUBLISHED_DEPTH) - 1}"
+    plan, demo = st.recipe("MMDiT", variant=run.recipe), run.model == "demo"
+    for name in ("stage1_layer", "student_layer", "teacher_layer") if demo else ():
+        blocks, _, index = getattr(plan, name).rpartition(".")
+        depth = max(1, (int(index) + 1) * DEMO_SIZE["depth"] // SIZE["depth"])
+        plan = replace(plan, **{name: f"{blocks}.{depth - 1}"})
+    settle(run, plan, DEMO if demo else PUBLISHED)  # the average teaches, in the released code too
 
 
 def main(argv: Sequence[str] | None = None) -> Trainer:

@@ -11,12 +11,10 @@ more images later adds them.
 # ruff: noqa: E402
 
 import argparse
-import os
 import time
-import zipfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from common.options import Mistake, Parser, add_sampling_options, run_script
 
@@ -35,17 +33,25 @@ if __name__ == "__main__":
 
 import numpy as np
 import torch
-from common.data_files import DataError
 from common.images import read_image, tile, write_png
 from common.loading import sit_from_checkpoint
 from common.processes import Processes
 from common.run_folder import newest_checkpoint, open_run_folder, write_whole
-from common.samplers import Guidance, Model, reversed_time
-from common.sampling import ImageSampler, Labels, image_generator, matching_vae, vae_place
+from common.samplers import (
+    ImageSampler,
+    Labels,
+    Model,
+    batches_left,
+    deciding,
+    image_generator,
+    new_sampler,
+    png_of,
+    reversed_time,
+    write_missing,
+)
 from common.tf32 import tf32
 from common.training import progress
-from common.vae import recorded_scaling, weights_digest
-from numpy.typing import NDArray
+from common.vae import weights_digest
 from torch import Tensor
 
 GRID_COLUMNS, GRID_ROWS = 10, 4
@@ -94,65 +100,16 @@ def new_job(run: argparse.Namespace) -> Job:
     )
     run.weights = found.entry or "bare"  # a state dict alone does not say which they are
     convention, path = found.conventions(said_time=run.time, said_path=run.path)
-    channels, side = found.settings["in_channels"], found.settings["input_size"]
-    vae, scaling = matching_vae(
-        run.vae or vae_place(found.args.get("vae"), run.checkpoint),
-        recorded_scaling(found.args, run.checkpoint),
-        channels,
-        run.checkpoint,
-        scale_factor=run.scale_factor,
-    )
     null = sit.num_classes if found.settings["class_dropout_prob"] else None
-    sampler = ImageSampler(
-        vae,
-        scaling,
-        (channels, side, side),
-        labels_named(run.labels, sit.num_classes),
-        steps=run.steps,
-        guidance=Guidance(run.cfg_scale, null, run.guidance_low, run.guidance_high),
-        seed=run.seed,
-        method=run.sampler,
-        path=path,
-    )
-    decided = {
-        "checkpoint": run.checkpoint.name,
-        "checkpoint_weights": weights_digest(sit)[:16],
-        "vae_weights": weights_digest(vae)[:16],
-        "scale_factor": scaling.scale,
-        "shift_factor": scaling.shift,
-        "time": convention,
-        "path": path,
-        **{name: getattr(run, name) for name in ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high")},
-        **{name: getattr(run, name) for name in ("labels", "seed", "precision")},
-    }
+    sampler, identity = new_sampler(run, found, labels_named(run.labels, sit.num_classes), null, path)
+    decided = {"checkpoint": run.checkpoint.name, "checkpoint_weights": weights_digest(sit)[:16], **identity}
+    decided |= {"time": convention, "path": path, "labels": run.labels, "precision": run.precision, **deciding(run)}
     model = sit.to(run.device)
     return Job(
         in_precision(model if convention == "repa" else reversed_time(model), run.precision, run.device),
         sampler,
         decided,
     )
-
-
-def png_name(number: int) -> str:
-    """The file of an image."""
-    return f"{number:06d}.png"
-
-
-def batches_left(folder: Path, count: int, batch_size: int) -> list[range]:
-    """Batches of image numbers, cut at the same places whatever is there, with an image missing in each.
-
-    Cut elsewhere, an image could differ: rounding depends on the rows of a batch.
-    """
-    there = {entry.name for entry in os.scandir(folder)}
-    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
-    return [batch for batch in batches if any(png_name(number) not in there for number in batch)]
-
-
-def write_missing(folder: Path, numbers: range, images: NDArray[np.uint8]) -> None:
-    """Write the images of these numbers, but for those that are there."""
-    for number, image in zip(numbers, images, strict=True):
-        if not (folder / png_name(number)).exists():
-            write_png(image, folder / png_name(number))
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -176,54 +133,34 @@ def sample(run: argparse.Namespace, processes: Processes) -> Path:
     processes.meet()  # or a slower process would find a faster one's images, and count the batches differently
     mine = left[processes.rank :: processes.count]
     start = time.perf_counter()
-    for numbers in progress(mine, "batches") if processes.rank == 0 else mine:
-        write_missing(folder, numbers, sampler.images(model, numbers, run.device))
+    write_missing(folder, progress(mine, "batches") if processes.rank == 0 else mine, sampler, model, run.device)
     processes.meet()
     made, seconds = sum(map(len, left)), time.perf_counter() - start
-    if processes.rank == 0 and made:
-        where = f"{processes.count} x {run.device}" if processes.count > 1 else run.device
-        print(f"{made:,} images in {seconds:.0f} s on {where}: {made / seconds:.2f} images/s")
     npz = run.out / f"samples_{run.num_samples}.npz"
     if processes.rank == 0:
+        if made:
+            where = f"{processes.count} x {run.device}" if processes.count > 1 else run.device
+            print(f"{made:,} images in {seconds:.0f} s on {where}: {made / seconds:.2f} images/s")
         finish(run, sampler, folder, npz)
     return npz
 
 
 def finish(run: argparse.Namespace, sampler: ImageSampler, folder: Path, npz: Path) -> None:
     """The grid and the ``.npz`` of all images."""
-    pngs = [folder / png_name(number) for number in range(run.num_samples)]
+    numbers = range(run.num_samples)
+    pngs = [png_of(folder, number) for number in numbers]
     if npz.exists():
         print(f"{npz}: finished before")
     else:
-        numbers = range(run.num_samples)
-        labels = [sampler.labels([number], [image_generator(run.seed, number)]) for number in numbers]
-        write_npz(pngs, torch.cat(labels).numpy(), npz)
+        labels = torch.cat([sampler.labels([n], [image_generator(run.seed, n)]) for n in numbers]).numpy()
+        images = np.empty((len(pngs), *np.asarray(read_image(pngs[0])).shape), np.uint8)
+        for image, png in zip(images, progress(pngs, npz.name), strict=True):
+            image[...] = read_image(png)
+        write_whole(npz, lambda file: np.savez(file, arr_0=images, arr_1=labels))  # uint8 (N, H, W, 3), int64 (N,)
     shown = np.stack([np.asarray(read_image(png)) for png in pngs[: GRID_COLUMNS * GRID_ROWS]])
     write_png(tile(shown, GRID_COLUMNS, gap=2), run.out / "grid.png")
     made = f"{run.num_samples:,} images of {run.checkpoint} ({run.weights} weights)"
     print(f"{made}: {folder}, {npz} and {run.out / 'grid.png'}.")
-
-
-def write_npz(pngs: Sequence[Path], labels: NDArray[np.int64], path: Path) -> None:
-    """Put PNGs of one size and their labels into one ``.npz`` as ADM's evaluator reads it.
-
-    ``arr_0`` is uint8 (N, H, W, 3), ``arr_1`` the labels. The images are streamed: all of them need not fit in memory.
-    """
-    width, height = read_image(pngs[0]).size
-
-    def write(file: IO[bytes]) -> None:
-        header = {"descr": "|u1", "fortran_order": False, "shape": (len(pngs), height, width, 3)}
-        with zipfile.ZipFile(file, "w") as archive:
-            with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
-                np.lib.format.write_array_header_1_0(stream, header)
-                for png in progress(pngs, path.name):
-                    if (image := read_image(png)).size != (width, height):
-                        raise DataError(f"{png} is {image.width}x{image.height}; the others are {width}x{height}.")
-                    stream.write(image.tobytes())
-            with archive.open("arr_1.npy", "w") as stream:
-                np.lib.format.write_array(stream, labels)
-
-    write_whole(path, write)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from common.options import Mistake, Parser, at_least, finite, positive, run_script, within
+from common.options import Mistake, Parser, add_image_options, run_script
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,18 +26,8 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     texts = parser.add_mutually_exclusive_group()
     texts.add_argument("--prompts", nargs="+", help="the texts (default: those of the run's own pictures)")
     texts.add_argument("--prompts-file", type=Path, help="one prompt a line, instead")
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw")
     add("--text-encoder", help="CLIP text model: folder or hub name (default: the run's own)")
-    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default: the run's own)")
-    add("--scale-factor", type=positive, help="of the latents (default: the run's)")
-    add("--sampler", choices=["euler", "heun", "sde"], default="heun", help="two ODEs, or the SDE")
-    add("--steps", type=at_least(1), default=50, help="of the sampler")
-    add("--cfg-scale", type=finite, default=2.0, help="1 is the conditional model, unguided")
-    add("--guidance-low", type=within(0, 1), default=0.0, help="smallest t, 1 being noise, with guidance")
-    add("--guidance-high", type=within(0, 1), default=1.0, help="largest t with guidance")
-    add("--seed", type=at_least(0), default=0, help="of the noise")
-    add("--batch-size", type=at_least(1), default=32, help="images at a time")
-    add("--device", help="of all models (default: cuda where there is one)")
+    add_image_options(parser, sampler="heun", steps=50, cfg_scale=2.0, batch_size=32)
     run = parser.parse_args(argv)
     if run.prompts_file is not None:
         if not run.prompts_file.is_file():
@@ -57,12 +47,10 @@ from common.loading import Checkpoint, mmdit_from_checkpoint
 from common.mmdit import MMDiT
 from common.processes import default_device
 from common.run_folder import newest_checkpoint, open_run_folder
-from common.samplers import Guidance
-from common.sampling import ImageSampler, matching_vae, vae_place
+from common.samplers import ImageSampler, batches_left, deciding, new_sampler, png_of, write_missing
 from common.text import Prompts, encoded_prompts, load_text_encoder, numbers_of, save_captioned
 from common.training import progress
-from common.vae import recorded_scaling, weights_digest
-from sample import batches_left, png_name, write_missing
+from common.vae import weights_digest
 
 SHOWN = 16  # prompts in the picture
 
@@ -73,7 +61,7 @@ def run_of(checkpoint: Path) -> str:
 
 
 class Job(NamedTuple):
-    """A checkpoint's model, what samples from it, what decides its images, and what their row is called."""
+    """A checkpoint's model, what samples from it, what identifies its weights, and what their row is called."""
 
     model: MMDiT
     prompts: Prompts
@@ -84,34 +72,15 @@ class Job(NamedTuple):
 
 def new_job(run: argparse.Namespace, model: MMDiT, found: Checkpoint, texts: Sequence[str]) -> Job:
     """Put together what a checkpoint needs; what does not fit together is named now."""
-    path, sizes = Path(found.source), found.settings
-    vae, scaling = matching_vae(
-        run.vae or vae_place(found.args.get("vae"), path),
-        recorded_scaling(found.args, path),
-        sizes["in_channels"],
-        path,
-        scale_factor=run.scale_factor,
-    )
     name = run.text_encoder or found.args.get("text_encoder")
     if not isinstance(name, str):
-        raise Mistake(f"{path} does not name its text encoder.\nFound: {name!r}.\nPass --text-encoder.")
+        raise Mistake(f"{found.source} does not name its text encoder.\nFound: {name!r}.\nPass --text-encoder.")
     encoder = load_text_encoder(name, device=run.device)
-    length = found.args.get("context_length", encoder.length)
-    prompts = encoded_prompts(encoder, texts, (length, sizes["context_size"]), str(path))
-    sampler = ImageSampler(
-        vae,
-        scaling,
-        (sizes["in_channels"], sizes["input_size"], sizes["input_size"]),
-        numbers_of,
-        steps=run.steps,
-        guidance=Guidance(run.cfg_scale, prompts.null, run.guidance_low, run.guidance_high),
-        seed=run.seed,
-        method=run.sampler,
-    )
-    parts = {"weights": model, "vae_weights": vae, "text_encoder_weights": encoder.model}
-    identity = {name: weights_digest(part)[:16] for name, part in parts.items()}
-    identity |= {"scale_factor": scaling.scale, "shift_factor": scaling.shift}
-    return Job(model, prompts, sampler, identity, f"{run_of(path)}, {found.steps} steps")
+    shape = found.args.get("context_length", encoder.length), found.settings["context_size"]
+    prompts = encoded_prompts(encoder, texts, shape, found.source)
+    sampler, identity = new_sampler(run, found, numbers_of, prompts.null)
+    identity |= {"weights": weights_digest(model)[:16], "text_encoder_weights": weights_digest(encoder.model)[:16]}
+    return Job(model, prompts, sampler, identity, f"{run_of(Path(found.source))}, {found.steps} steps")
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -126,16 +95,15 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if not texts:
         raise Mistake(f"{loaded[0][1].source} names no prompts of its own pictures.\nPass --prompts TEXT TEXT ...")
     jobs = {name: new_job(run, *found, texts) for name, found in zip(names, loaded, strict=True)}
-    decided = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "seed")
-    settings = {"checkpoints": {name: job.identity for name, job in jobs.items()}, "prompts": texts}
-    open_run_folder(run.out, settings | {name: getattr(run, name) for name in decided})
+    identities = {name: job.identity for name, job in jobs.items()}
+    open_run_folder(run.out, {"checkpoints": identities, "prompts": texts, **deciding(run)})
     rows = {}
     for name, job in jobs.items():
         folder, model = run.out / name, job.prompts.conditioned(job.model.to(run.device))
         folder.mkdir(exist_ok=True)
-        for numbers in progress(batches_left(folder, len(texts), run.batch_size), name):
-            write_missing(folder, numbers, job.sampler.images(model, numbers, run.device))
-        rows[job.heading] = np.stack([read_image(folder / png_name(n)) for n in range(len(texts[:SHOWN]))])
+        batches = batches_left(folder, len(texts), run.batch_size)
+        write_missing(folder, progress(batches, name), job.sampler, model, run.device)
+        rows[job.heading] = np.stack([read_image(png_of(folder, n)) for n in range(len(texts[:SHOWN]))])
         job.model.cpu()
     picture = run.out / "prompts.png"
     save_captioned(rows, texts[:SHOWN], picture)

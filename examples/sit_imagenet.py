@@ -26,6 +26,7 @@ DEMO = {
 }  # fmt: skip
 DEMO_SIZE = {"patch_size": 1, "hidden_size": 96, "depth": 6, "num_heads": 3}  # 64 tokens on the demo's latents
 VAE_DOWNSAMPLING = 8  # of Stable Diffusion's VAE, which the published runs use
+COLUMNS, ROWS = 10, 4  # of the pictures
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -43,12 +44,8 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--num-classes", type=at_least(1), help="default: the data's")
     add("--path", choices=["linear", "cosine"], default="linear", help="between data and noise")
     add("--skip-bad", action="store_true", help="leave out files that cannot be used; they are listed")
-    add("--demo-vae", type=Path, help="where the demo's is kept (default: demo-vae beside --out)")
-    add("--demo-vae-steps", type=at_least(2), default=150, help="its training")
-    run = parse_long_run(parser, argv)
-    demo = run.data == "demo"
-    run.model = run.model or ("demo" if demo else "SiT-XL/2")
-    run.demo_vae = (run.demo_vae or run.out.parent / "demo-vae") if demo else None
+    add("--demo-vae-steps", type=at_least(2), default=150, help="the training of the demo's VAE")
+    run = parse_long_run(parser, argv, model="SiT-XL/2", demo_data="demo-vae")
     run.qk_norm = run.recipe == "released" if run.qk_norm is None else run.qk_norm
     if run.stage != "baseline" and run.class_dropout == 0:
         parser.error("a teacher needs the null class, which --class-dropout 0 takes away")
@@ -59,13 +56,14 @@ if __name__ == "__main__":
     options()  # --help and wrong options end here, before the imports below take their seconds
 
 import torch
-from common.demo import RandomLatents, demo_latents
+from common.demo import demo_latents, random_latents
+from common.images import tile, write_png
 from common.latents import open_latents
 from common.long_runs import Backbone, settle, train_long
-from common.samplers import Guidance
-from common.sampling import ImageSampler, class_columns, draw_grid, matching_vae
+from common.samplers import Guidance, ImageSampler, matching_vae
 from common.sit import SiT, published_sizes
 from common.trainer import Trainer
+from torch import nn
 
 import selftrans_reg as st
 
@@ -78,9 +76,9 @@ def open_backbone(run: argparse.Namespace) -> Backbone:
     """
     vae = None
     if run.data == "demo":
-        data, vae = demo_latents(run.demo_vae, vae_steps=run.demo_vae_steps, device="cpu")
+        data, vae = demo_latents(run.demo_data, vae_steps=run.demo_vae_steps, device="cpu")
     elif run.data == "random":
-        data = RandomLatents((run.resolution or 256) // VAE_DOWNSAMPLING)
+        data = random_latents((run.resolution or 256) // VAE_DOWNSAMPLING)
     else:
         bad_list = run.out.with_name(f"{run.out.name}-bad-files.json")
         data = open_latents(Path(run.data), num_classes=run.num_classes, skip_bad=run.skip_bad, bad_list=bad_list)
@@ -103,17 +101,20 @@ def open_backbone(run: argparse.Namespace) -> Backbone:
     }
     new = partial(SiT, **sizes)
     settle_sit(run, new)
-    shape = (data.channels, data.size, data.size)
     if run.vae is not None:
         vae, _ = matching_vae(run.vae, data.scaling, data.channels, run.data)
-    draw = None
-    if vae is not None:
-        guidance, columns = Guidance(run.sample_cfg, run.num_classes), class_columns(run.num_classes)
-        sampler = ImageSampler(
-            vae, data.scaling, shape, columns, steps=run.sample_steps, guidance=guidance, seed=run.seed, path=run.path
-        )
-        draw = partial(draw_grid, sampler)
-    return Backbone("SiT", "blocks", new, sizes, {"y": run.num_classes}, data, shape, data.scaling, data.vae, draw=draw)
+    classes = torch.linspace(0, run.num_classes - 1, COLUMNS).round().long()  # a column of each
+    sampler = vae and ImageSampler(
+        vae, data.scaling, (data.channels, data.size, data.size),
+        lambda numbers, generators: classes[torch.tensor(numbers) % COLUMNS],
+        run.sample_steps, Guidance(run.sample_cfg, run.num_classes), run.seed, path=run.path,
+    )  # fmt: skip
+
+    def draw(model: nn.Module, path: Path) -> None:
+        images = sampler.images(model, range(COLUMNS * ROWS), next(model.parameters()).device)
+        write_png(tile(images, COLUMNS, gap=2), path)
+
+    return Backbone("SiT", "blocks", new, sizes, {"y": run.num_classes}, data, draw=sampler and draw)
 
 
 def settle_sit(run: argparse.Namespace, new: partial[SiT]) -> None:

@@ -21,7 +21,6 @@ from transformers import AddedToken, CLIPTextConfig, CLIPTextModel, CLIPTokenize
 from common.coco_features import write_coco_features
 from common.data import NUM_DIGIT_CLASSES, digits
 from common.run_folder import open_run_folder
-from common.step_sampler import mixed_seed
 from common.text import load_text_encoder
 from common.vae import Scaling, encode_moments, scaling_of, trained_vae
 
@@ -53,16 +52,7 @@ def _alone_with(folder: Path) -> AbstractContextManager[object]:
 
 
 class MemoryLatents(Dataset[tuple[Tensor, Tensor, int]]):
-    """Posteriors held in memory, with the attributes of `common.latents.LatentFolder`.
-
-    Args:
-        mean: (N, C, h, h), unscaled.
-        std: (N, C, h, h), standard deviations.
-        labels: (N,), int64.
-        num_classes: Labels are in 0 .. num_classes - 1.
-        scaling: From latents to what a model sees.
-        vae: Path of the VAE.
-    """
+    """Posteriors held in memory, mean and std (N, C, h, h), with the attributes of `common.latents.LatentFolder`."""
 
     def __init__(
         self, mean: Tensor, std: Tensor, labels: Tensor, *, num_classes: int, scaling: Scaling, vae: str | None
@@ -80,43 +70,25 @@ class MemoryLatents(Dataset[tuple[Tensor, Tensor, int]]):
         return self.mean[index], self.std[index], int(self.labels[index])
 
 
-def demo_latents(vae_folder: Path, *, vae_steps: int, device: str) -> tuple[MemoryLatents, AutoencoderKL]:
-    """The training digits as (4, 8, 8) posteriors, and their VAE, which is trained now if the folder is not there."""
-    images, labels = digits(IMAGE_SIZE)[0]
-    with _alone_with(vae_folder):
-        vae = trained_vae(vae_folder, images, steps=vae_steps, seed=0, device=device)
-    mean, std = encode_moments(vae, images)
-    scaling = scaling_of(vae.config, f"The VAE in {vae_folder}")
-    data = MemoryLatents(mean, std, labels, num_classes=NUM_DIGIT_CLASSES, scaling=scaling, vae=str(vae_folder))
-    return data, vae
+def digit_latents(vae: AutoencoderKL, place: str, *, held_out: bool = False) -> MemoryLatents:
+    """The training digits as (4, 8, 8) posteriors of a VAE, or all digits; ``place`` is where the VAE is."""
+    images, labels = (torch.cat(parts) for parts in zip(*digits(IMAGE_SIZE)[: 1 + held_out], strict=True))
+    moments, scaling = encode_moments(vae, images), scaling_of(vae.config, f"The VAE in {place}")
+    return MemoryLatents(*moments, labels, num_classes=NUM_DIGIT_CLASSES, scaling=scaling, vae=place)
 
 
-class RandomLatents(Dataset[tuple[Tensor, Tensor, int]]):
-    """Standard normal "posteriors" of ImageNet's number and classes, made as they are read.
+def demo_latents(folder: Path, *, vae_steps: int, device: str) -> tuple[MemoryLatents, AutoencoderKL]:
+    """The training digits' latents, and their VAE, which is trained now if the folder is not there."""
+    with _alone_with(folder):
+        vae = trained_vae(folder, digits(IMAGE_SIZE)[0].images, steps=vae_steps, seed=0, device=device)
+    return digit_latents(vae, str(folder)), vae
 
-    Args:
-        size: Side of the latents.
-        length: Number of items.
-    """
 
-    num_classes = 1000
-    channels = 4
-    scaling = Scaling()
-    vae = None
-
-    def __init__(self, size: int, length: int = 1_281_167) -> None:
-        self.size = size
-        self.length = length
-
-    def __len__(self) -> int:
-        """Items."""
-        return self.length
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
-        """Mean, std 0, label: the same each time."""
-        generator = torch.Generator().manual_seed(mixed_seed(index))
-        mean = torch.randn(self.channels, self.size, self.size, generator=generator)
-        return mean, torch.zeros_like(mean), index % self.num_classes
+def random_latents(size: int, count: int = 4096) -> MemoryLatents:
+    """Standard normal "posteriors" of this side with ImageNet's classes, which cost nothing to read."""
+    mean = torch.randn(count, 4, size, size, generator=torch.Generator().manual_seed(0))
+    std, labels = torch.zeros(()).expand_as(mean), torch.arange(count) % 1000
+    return MemoryLatents(mean, std, labels, num_classes=1000, scaling=Scaling(), vae=None)
 
 
 def demo_captions(folder: Path, *, images: int, vae_steps: int, seed: int = 0) -> None:
@@ -208,21 +180,13 @@ def save_text_encoder(folder: Path, *, seed: int = 0) -> None:
     tokenizer = CLIPTokenizer.from_pretrained(partial, model_max_length=TEXT_LENGTH)
     tokenizer.add_tokens([AddedToken(word, single_word=True) for word in words if len(word) > 1])
     tokenizer.save_pretrained(partial)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, projection_dim=TEXT_WIDTH,
+        num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=TEXT_LENGTH,
+        bos_token_id=0, eos_token_id=1, pad_token_id=1,
+    )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=TEXT_WIDTH,
-                intermediate_size=4 * TEXT_WIDTH,
-                projection_dim=TEXT_WIDTH,
-                num_hidden_layers=1,
-                num_attention_heads=4,
-                max_position_embeddings=TEXT_LENGTH,
-                bos_token_id=0,
-                eos_token_id=1,
-                pad_token_id=1,
-            )
-        )
+        model = CLIPTextModel(config)
     model.save_pretrained(partial)
     partial.rename(folder)

@@ -1,7 +1,6 @@
 """What the long runs do around any backbone: settings, criterion, teacher, training, and the teacher that is left."""
 
 import argparse
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -17,10 +16,10 @@ from torch.utils.data import Dataset
 
 import selftrans_reg as st
 from common.loading import Family, check_claims, saved_args
-from common.options import CHANGEABLE, Mistake
+from common.options import CHANGEABLE, STAGES, Mistake
 from common.paths import denoising_loss, path_named
-from common.run_folder import checkpoint_path, checkpoints_of, locked, open_run_folder
-from common.trainer import Condition, Draw, LongRun, Trainer
+from common.run_folder import checkpoint_path, locked, open_run_folder
+from common.trainer import Condition, Draw, Trainer
 from common.vae import Scaling
 
 TIMES = {"linear": "repa", "cosine": "repa-cosine"}  # t = 1 is noise
@@ -35,10 +34,7 @@ class Backbone(NamedTuple):
         new: Makes another model of this run, with any weights.
         sizes: The model's arguments: what a checkpoint's readers need to build it.
         null: The null condition by argument name.
-        data: Items (mean, std, condition) of unscaled latents.
-        shape: Of a latent, (C, h, w).
-        scaling: From the VAE's latents to the model's.
-        vae: Where the latents' VAE is, if that is known.
+        data: Items (mean, std, condition) of unscaled latents, and what these are: channels, size, scaling, vae.
         select: Which part of a block's output is the image's tokens.
         draw: Writes pictures of samples, if there is a VAE for them.
     """
@@ -49,9 +45,6 @@ class Backbone(NamedTuple):
     sizes: dict[str, Any]
     null: dict[str, Any]
     data: Dataset[Any]
-    shape: tuple[int, int, int]
-    scaling: Scaling
-    vae: str | None
     select: int | None = None
     draw: Draw | None = None
 
@@ -69,35 +62,23 @@ def new_accelerator(
         trackers: Names that accelerate knows, as "tensorboard" or "wandb".
 
     Raises:
-        Mistake: If fp16 is asked for without CUDA, a tracker is not installed, or not all launched processes are there.
+        Mistake: If fp16 is asked for without CUDA, or a tracker is not installed.
     """
     if precision == "fp16" and (cpu or not torch.cuda.is_available()):
         raise Mistake("fp16 with gradient scaling needs CUDA.\nFound: the CPU. Choose bf16 or no mixed precision.")
-    missing = {*trackers} - {tracker.value for tracker in get_available_trackers()}
+    missing = " ".join(sorted({*trackers} - {tracker.value for tracker in get_available_trackers()}))
     if missing:
-        names = " ".join(sorted(missing))
-        raise Mistake(f"The tracker {names} is not installed: pip install {names}, or leave it out of --log-with.")
-    cpu = cpu or not torch.accelerator.is_available()  # said aloud: or accelerate would take every process for itself
-    accelerator = Accelerator(
+        raise Mistake(f"The tracker {missing} is not installed: pip install {missing}, or leave it out of --log-with.")
+    return Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=micro_batches,
-        cpu=cpu,
+        cpu=cpu or not torch.accelerator.is_available(),  # or accelerate would take every process for itself
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "trackers")),
     )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    if accelerator.num_processes != launched:
-        raise Mistake(f"{launched} processes were launched; accelerate found {accelerator.num_processes}.")
-    return accelerator
 
 
-def settle(
-    run: argparse.Namespace,
-    plan: st.Recipe,
-    values: dict[str, Any],
-    *,
-    teacher_weights: str,
-) -> None:
+def settle(run: argparse.Namespace, plan: st.Recipe, values: dict[str, Any], *, teacher_weights: str = "ema") -> None:
     """Put a value where none was given: what the recipe says, or the published runs, or for the demo what suits it.
 
     Args:
@@ -112,12 +93,11 @@ def settle(
         values = {**values, "stop_step": 0, **({"steps": plan.stage1_steps} if run.model != "demo" else {})}
     else:
         aligned |= {"layer": plan.student_layer, "stop_step": plan.stop_step}
-    # What a saved teacher is, it says itself.
-    if run.stage == "1" or (run.stage == "2" and Path(run.teacher).is_file()):
+    if run.stage == "1" or (run.stage == "2" and Path(run.teacher).is_file()):  # a saved teacher says what it is
         aligned |= {"teacher_layer": plan.teacher_layer, "guidance_scale": plan.guidance_scale}
         aligned |= {"teacher_weights": teacher_weights}
     if run.stage == "baseline":
-        aligned, values = {}, {name: value for name, value in values.items() if name in LongRun._fields}
+        aligned, values = {}, {name: value for name, value in values.items() if name not in STAGES["1"]}
     for name, value in (aligned | values).items():
         if getattr(run, name) is None:
             setattr(run, name, value)
@@ -145,11 +125,12 @@ def train_long(
     )  # fmt: skip
     run.precision = accelerator.mixed_precision
     if accelerator.device.type == "cuda":
-        torch.set_float32_matmul_precision("high" if run.tf32 else "highest")
+        torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
     with accelerator.main_process_first():  # what it makes the others find
         backbone = open_backbone(run)
+    scaling = backbone.data.scaling
     check = partial(
-        check_claims, family=backbone.family, time="repa", path=run.path, scaling=backbone.scaling,
+        check_claims, family=backbone.family, time="repa", path=run.path, scaling=scaling,
         settings=backbone.sizes, option="--file-time",
     )  # fmt: skip
     torch.manual_seed(run.seed)
@@ -162,18 +143,17 @@ def train_long(
         accelerator.print(f"Starting from the {found.entry or 'only'} weights in {run.init}{left_out}.")
     criterion = new_criterion(run, model, backbone, check)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
-    says = {"family": backbone.family, "time": "repa", "prediction": "velocity"}
-    says |= {"scale_factor": backbone.scaling.scale, "shift_factor": backbone.scaling.shift}
+    says = {"family": backbone.family, "time": "repa", "prediction": "velocity", "vae": run.vae or backbone.data.vae}
     trainer = Trainer(
         accelerator,
         model,
         criterion=criterion,
         dataset=backbone.data,
-        latents_of=partial(latents_of, scaling=backbone.scaling),
+        latents_of=partial(latents_of, scaling=scaling),
         denoise=partial(denoising_loss, path=path_named(run.path)),
-        settings=LongRun(**{name: getattr(run, name) for name in LongRun._fields}),
+        settings=run,
         out=run.out,
-        args=settings | backbone.sizes | says | {"vae": run.vae or backbone.vae},
+        args=settings | backbone.sizes | says | {"scale_factor": scaling.scale, "shift_factor": scaling.shift},
         draw=backbone.draw,
     )
     if run.compile:
@@ -182,48 +162,48 @@ def train_long(
     accelerator.print(described(run, model, backbone, criterion, accelerator))
     with ExitStack() as held:
         with accelerator.main_process_first():
-            own = {name: settings[name] for name in settings if name not in CHANGEABLE}
-            folders = ("checkpoints", "samples", "teacher", "trackers")
-            open_run_folder(run.out, own, folders=folders, saved=lambda: _newest_args(run.out))
+            open_run_folder(run.out, {name: settings[name] for name in settings if name not in CHANGEABLE})
         if accelerator.is_main_process:
             held.enter_context(locked(run.out))
         trainer.resume(run.resume, check)
-        check_teacher_stays(run, trainer)
+        teacher = run.out / "teacher"
+        left = (teacher / "config.json").exists()
+        if left and trainer.steps < run.steps:
+            raise Mistake(
+                f"{run.out} has left its teacher, on which runs of stage 2 may rest; more steps would make another.\n"
+                f"Found: {trainer.steps} steps done, {run.steps} asked for.\n"
+                f"Name another --out, with --resume {checkpoint_path(trainer.checkpoints, trainer.steps)}."
+            )
         trainer.run()
         if run.stage == "1" and accelerator.is_main_process:
-            source = f"examples/{script} --stage 1 --model {run.model}, {run.teacher_weights} weights"
-            print(f"The teacher for --stage 2: {leave_teacher(run, backbone, trainer, source)}")
+            if not left:
+                weights = (trainer.ema if run.teacher_weights == "ema" else model).state_dict()
+                source = f"examples/{script} --stage 1 --model {run.model}, {run.teacher_weights} weights"
+                shape = (backbone.data.channels, backbone.data.size, backbone.data.size)
+                built_teacher(run, backbone, weights).save_pretrained(
+                    teacher, source=source, step=trainer.steps, latent_scale=scaling.factor, latent_shape=shape
+                )
+            print(f"The teacher for --stage 2: {teacher}")
     accelerator.end_training()
     return trainer
 
 
-def _newest_args(folder: Path) -> dict[str, Any] | None:
-    """What the newest checkpoint of a run says of its settings, if there is one."""
-    found = checkpoints_of(folder)[-1:] if (folder / "checkpoints").is_dir() else []
-    return saved_args(st.read_checkpoint(found[0]), found[0]) if found else None
-
-
 def described(
-    run: argparse.Namespace,
-    model: nn.Module,
-    backbone: Backbone,
-    criterion: st.SelfTransLoss | None,
+    run: argparse.Namespace, model: nn.Module, backbone: Backbone, criterion: st.SelfTransLoss | None,
     accelerator: Accelerator,
-) -> str:
+) -> str:  # fmt: skip
     """What a run is, in a few lines."""
-    count = sum(parameter.numel() for parameter in model.parameters())
+    count, data = sum(parameter.numel() for parameter in model.parameters()), backbone.data
     stage = "Baseline" if criterion is None else f"Stage {run.stage}"
     name = run.model if run.model != "demo" else f"{backbone.family} of the demo's size"
-    lines = [
-        f"{stage}: {name}, {count:,} parameters, on {len(backbone.data):,} latents {backbone.shape} of {run.data}."
-    ]
+    latents = f"{len(data):,} latents ({data.channels}, {data.size}, {data.size}) of {run.data}"
+    lines = [f"{stage}: {name}, {count:,} parameters, on {latents}."]
     if criterion is not None:
-        until = f"until step {run.stop_step:,}" if run.stop_step else "to the end"
         to = f"the {run.target}"
-        if run.stage == "2":
-            teacher = criterion.teacher
+        if (teacher := criterion.teacher) is not None:
             to = f"{teacher.layer} of {run.teacher}, guidance scale {teacher.guidance_scale:g}"
         window = "every t" if run.window == "all" else "noise fractions {:g} to {:g}".format(*run.window)
+        until = f"until step {run.stop_step:,}" if run.stop_step else "to the end"
         lines.append(f"{run.layer} is aligned with {to}: weight {run.weight:g}, {window}, {until}.")
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
@@ -252,7 +232,7 @@ def new_criterion(
         "health_interval": run.log_every * run.micro_batches,
     }
     if run.stage == "1":
-        sizes = {"latent_channels": backbone.shape[0], "patch_size": backbone.sizes["patch_size"]}
+        sizes = {"latent_channels": backbone.data.channels, "patch_size": backbone.sizes["patch_size"]}
         return st.SelfTransLoss.stage1(model, target=run.target, **sizes, **settings)
     teacher = read_teacher(run, backbone, check)
     return st.SelfTransLoss.stage2(model, teacher=teacher, teacher_chunk=run.teacher_chunk, **settings)
@@ -273,59 +253,34 @@ def read_teacher(run: argparse.Namespace, backbone: Backbone, check: Callable[..
                 f"{run.teacher} was trained without dropping its condition: it knows no null condition to guide from.\n"
                 "Pass a checkpoint that was trained with dropout of labels or captions."
             )
-        return _built_teacher(run, backbone, content, weights=run.teacher_weights, compile=run.compile)
+        return built_teacher(run, backbone, content, weights=run.teacher_weights, compile=run.compile)
     if run.teacher_weights is not None:
         raise Mistake(f"--teacher-weights is for a checkpoint; the teacher {run.teacher} was saved with one kind.")
     teacher = st.CFGFeatureTeacher.from_pretrained(run.teacher, model=backbone.new, compile=run.compile)
     scale = teacher.provenance.get("latent_scale")
-    if scale is not None and not Scaling(scale).equals(backbone.scaling):
+    if scale is not None and not Scaling(scale).equals(backbone.data.scaling):
         raise Mistake(
             f"The teacher {run.teacher} was trained on latents times {scale}, which are not those of {run.data}.\n"
-            f"Found: {backbone.scaling}. Train both stages on the same latents."
+            f"Found: {backbone.data.scaling}. Train both stages on the same latents."
         )
-    if not _same_null(teacher.null, backbone.null):
+    if not same_null(teacher.null, backbone.null):
         raise Mistake(
             f"The teacher {run.teacher} was trained with another null condition than {run.data} has.\n"
             f"Found: another {', '.join(backbone.null)}. Train both stages on the same data."
         )
-    asked = {"layer": run.teacher_layer, "guidance_scale": run.guidance_scale}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if not asked:
+    if run.teacher_layer is run.guidance_scale is None:
         return teacher
-    saved = {"layer": teacher.layer, "guidance_scale": teacher.guidance_scale, "select": teacher.select}
+    scale = teacher.guidance_scale if run.guidance_scale is None else run.guidance_scale
     return st.build_teacher(
-        teacher.model, None, **(saved | asked), null=teacher.null, time=teacher.time, compile=run.compile
-    )
+        teacher.model, None, layer=run.teacher_layer or teacher.layer, guidance_scale=scale, null=teacher.null,
+        select=teacher.select, time=teacher.time, compile=run.compile,
+    )  # fmt: skip
 
 
-def leave_teacher(run: argparse.Namespace, backbone: Backbone, trainer: Trainer, source: str) -> Path:
-    """Save the teacher that a finished stage-1 run has trained, if that was not done before."""
-    folder = run.out / "teacher"
-    if not (folder / "config.json").exists():
-        model = trainer.ema if run.teacher_weights == "ema" else trainer.accelerator.unwrap_model(trainer.model)
-        _built_teacher(run, backbone, model.state_dict()).save_pretrained(
-            folder, source=source, step=trainer.steps, latent_scale=backbone.scaling.factor, latent_shape=backbone.shape
-        )
-    return folder
-
-
-def check_teacher_stays(run: argparse.Namespace, trainer: Trainer) -> None:
-    """Refuse to train a run on that has left its teacher, on which runs of stage 2 may rest.
-
-    Raises:
-        Mistake: If that is asked for.
-    """
-    if run.stage == "1" and trainer.steps < run.steps and (run.out / "teacher" / "config.json").exists():
-        raise Mistake(
-            f"{run.out} has left its teacher, on which runs of stage 2 may rest; more steps would make another.\n"
-            f"Found: {trainer.steps} steps done, {run.steps} asked for.\n"
-            f"Name another --out, with --resume {checkpoint_path(trainer.checkpoints, trainer.steps)}."
-        )
-
-
-def _built_teacher(
+def built_teacher(
     run: argparse.Namespace, backbone: Backbone, checkpoint: Any, **settings: Any
 ) -> st.CFGFeatureTeacher:
+    """The teacher that a checkpoint makes, at the layer and scale that were asked for."""
     return st.build_teacher(
         backbone.new(),
         checkpoint,
@@ -338,7 +293,7 @@ def _built_teacher(
     )
 
 
-def _same_null(there: dict[str, Any], here: dict[str, Any]) -> bool:
+def same_null(there: dict[str, Any], here: dict[str, Any]) -> bool:
     """Whether two null conditions are one; features encoded twice differ by what kernels round."""
     return there.keys() == here.keys() and all(
         value.shape == here[name].shape and torch.allclose(value.cpu().float(), here[name], rtol=0.05, atol=0.05)

@@ -6,8 +6,6 @@ Sources followed: Esser et al., 2024, "Scaling Rectified Flow Transformers", htt
 https://github.com/Stability-AI/sd3-ref for the names.
 """
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -25,14 +23,6 @@ from common.sit import (
     sincos_position_embedding,
 )
 
-# The published text-to-image model: width 32 x depth, as many heads as blocks, CLIP ViT-L/14's text width.
-PUBLISHED_DEPTH = 24
-HEAD_SIZE = 32
-PUBLISHED_SIZE = {
-    "patch_size": 2, "hidden_size": HEAD_SIZE * PUBLISHED_DEPTH, "depth": PUBLISHED_DEPTH, "num_heads": PUBLISHED_DEPTH,
-}  # fmt: skip
-CLIP_WIDTH = 768
-
 
 class StreamAttention(nn.Module):
     """One stream's projections into and out of an attention that both streams share; ``pre_only`` has no way out."""
@@ -42,15 +32,6 @@ class StreamAttention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         if not pre_only:
             self.proj = nn.Linear(hidden_size, hidden_size)
-
-
-class Modulation(NamedTuple):
-    """What a stream keeps until after the attention: the two gates and the MLP's shift and scale, each (N, D)."""
-
-    gate_attention: Tensor
-    shift_mlp: Tensor
-    scale_mlp: Tensor
-    gate_mlp: Tensor
 
 
 class StreamBlock(nn.Module):
@@ -64,21 +45,20 @@ class StreamBlock(nn.Module):
 
     def __init__(self, hidden_size: int, mlp_ratio: float, *, pre_only: bool) -> None:
         super().__init__()
-        self.pre_only = pre_only
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = StreamAttention(hidden_size, pre_only=pre_only)
         if not pre_only:
             self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
             self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        parts = 2 if pre_only else 6
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, parts * hidden_size))
+        self.parts = 2 if pre_only else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.parts * hidden_size))
 
-    def before_attention(self, x: Tensor, c: Tensor) -> tuple[Tensor, Modulation | None]:
-        """Queries, keys and values (N, T, 3 D) of the modulated tokens, and the modulation of what follows."""
-        shift, scale, *rest = self.adaLN_modulation(c).chunk(2 if self.pre_only else 6, dim=1)
-        return self.attn.qkv(modulate(self.norm1(x), shift, scale)), Modulation(*rest) if rest else None
+    def before_attention(self, x: Tensor, c: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Queries, keys and values (N, T, 3 D) of the modulated tokens; the modulation of what follows, if it does."""
+        shift, scale, *rest = self.adaLN_modulation(c).chunk(self.parts, dim=1)  # each (N, D)
+        return self.attn.qkv(modulate(self.norm1(x), shift, scale)), rest
 
-    def after_attention(self, x: Tensor, attended: Tensor, modulation: Modulation) -> Tensor:
+    def after_attention(self, x: Tensor, attended: Tensor, modulation: list[Tensor]) -> Tensor:
         """Add the gated attention, then the gated MLP: (N, T, D)."""
         gate_attention, shift, scale, gate_mlp = modulation
         x = x + gate_attention.unsqueeze(1) * self.attn.proj(attended)
@@ -109,33 +89,29 @@ class JointBlock(nn.Module):
 
     def forward(self, context: Tensor, x: Tensor, c: Tensor) -> tuple[Tensor | None, Tensor]:
         """Attend jointly, text first, then go on apart."""
-        context_qkv, context_modulation = self.context_block.before_attention(context, c)
-        x_qkv, x_modulation = self.x_block.before_attention(x, c)
+        context_qkv, context_rest = self.context_block.before_attention(context, c)
+        x_qkv, x_rest = self.x_block.before_attention(x, c)
         joint = torch.cat([context_qkv, x_qkv], dim=1)  # (N, L + T, 3 D)
         q, k, v = rearrange(joint, "n t (qkv h d) -> qkv n h t d", qkv=3, h=self.num_heads)
         attended = rearrange(F.scaled_dot_product_attention(q, k, v), "n h t d -> n t (h d)")
         of_context, of_x = attended.split([context.shape[1], x.shape[1]], dim=1)
-        if context_modulation is not None:
-            context = self.context_block.after_attention(context, of_context, context_modulation)
-        return (
-            None if context_modulation is None else context,
-            self.x_block.after_attention(x, of_x, x_modulation),
-        )
+        text = self.context_block.after_attention(context, of_context, context_rest) if context_rest else None
+        return text, self.x_block.after_attention(x, of_x, x_rest)
 
 
 class MMDiT(nn.Module):
     """Two-stream diffusion transformer on latents, conditioned on the time and on text features.
 
-    The defaults are the published text-to-image model: 24 blocks, D = 768, 24 heads, patch 2, CLIP ViT-L/14's text.
+    The defaults are the published text-to-image model, of width 32 x depth, with CLIP ViT-L/14's text.
     The image's tokens are the second of the two that a block returns: tap it with ``select=1``.
 
     Args:
         input_size: Side of the square latent, in latent pixels.
         patch_size: Latent pixels per token side.
         in_channels: Channels of the latents.
-        hidden_size: Width D of both streams, a multiple of 4 and of ``num_heads``; None for 32 x depth.
+        hidden_size: Width D of both streams, a multiple of 4 and of ``num_heads``.
         depth: Number of blocks, ``joint_blocks.0`` to ``joint_blocks.{depth - 1}``.
-        num_heads: Attention heads; None for as many as blocks.
+        num_heads: Attention heads.
         mlp_ratio: Width of the MLPs over ``hidden_size``.
         context_size: Width of the text features.
 
@@ -153,19 +129,15 @@ class MMDiT(nn.Module):
         input_size: int = 32,
         patch_size: int = 2,
         in_channels: int = 4,
-        hidden_size: int | None = None,
-        depth: int = PUBLISHED_DEPTH,
-        num_heads: int | None = None,
+        hidden_size: int = 768,
+        depth: int = 24,
+        num_heads: int = 24,
         mlp_ratio: float = 4.0,
-        context_size: int = CLIP_WIDTH,
+        context_size: int = 768,
     ) -> None:
         super().__init__()
-        hidden_size = HEAD_SIZE * depth if hidden_size is None else hidden_size
-        num_heads = depth if num_heads is None else num_heads
         check_sizes("MMDiT", input_size, patch_size, hidden_size, num_heads)
-        self.patch_size = patch_size
-        self.context_size = context_size
-        self.grid_size = input_size // patch_size
+        self.patch_size, self.grid_size, self.context_size = patch_size, input_size // patch_size, context_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.context_embedder = nn.Linear(context_size, hidden_size)
@@ -190,6 +162,5 @@ class MMDiT(nn.Module):
         for block in self.joint_blocks:
             context, x = block(context, x, c)
         x = self.final_layer(x, c)  # (N, T, p * p * C)
-        return rearrange(
-            x, "n (h w) (p q c) -> n c (h p) (w q)", h=self.grid_size, p=self.patch_size, q=self.patch_size
-        )
+        p, h = self.patch_size, self.grid_size
+        return rearrange(x, "n (h w) (p q c) -> n c (h p) (w q)", h=h, p=p, q=p)

@@ -5,6 +5,7 @@ Nothing here imports torch: a script reads its options before anything that take
 
 import argparse
 import importlib
+import math
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,40 +50,42 @@ def run_script(main: Callable[[], object]) -> None:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
 
 
-def at_least(least: int) -> Callable[[str], int]:
-    """An argparse type: a whole number from ``least`` on."""
+def imported(name: str, option: str) -> Callable[..., Any]:
+    """What ``module:callable`` names; modules of the working directory are found too."""
+    module, _, attribute = name.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Mistake(f"{option} {name!r} is no module:callable that can be imported: {error}.") from error
+    if not callable(found):
+        raise Mistake(f"{option} {name!r} is a {type(found).__name__}, which cannot be called.")
+    return found
 
-    def number(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"must be {least} or more; got {text}")
-        return int(text)
+
+def _checked(kind: Callable[[str], Any], fits: Callable[[Any], bool], must: str) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
+        value = kind(text)
+        if not fits(value):
+            raise argparse.ArgumentTypeError(f"must be {must}; got {text}")
+        return value
 
     return number
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """An argparse type: a whole number from ``least`` on."""
+    return _checked(int, lambda value: value >= least, f"{least} or more")
 
 
 def within(low: float, high: float) -> Callable[[str], float]:
     """An argparse type: a number from ``low`` to ``high``."""
-
-    def number(text: str) -> float:
-        if not low <= float(text) <= high:
-            raise argparse.ArgumentTypeError(f"must be from {low:g} to {high:g}; got {text}")
-        return float(text)
-
-    return number
+    return _checked(float, lambda value: low <= value <= high, f"from {low:g} to {high:g}")
 
 
-def positive(text: str) -> float:
-    """An argparse type: a number above 0."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"must be above 0; got {text}")
-    return float(text)
-
-
-def finite(text: str) -> float:
-    """An argparse type: a number that is neither infinite nor NaN."""
-    if not abs(float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"must be finite; got {text}")
-    return float(text)
+positive = _checked(float, lambda value: value > 0, "above 0")
+finite = _checked(float, math.isfinite, "finite")
 
 
 def window(text: str) -> tuple[float, float] | str:
@@ -98,66 +101,53 @@ def window(text: str) -> tuple[float, float] | str:
     return low, high
 
 
-def imported(name: str, option: str) -> Callable[..., Any]:
-    """What ``module:callable`` names; modules of the working directory are found too."""
-    module, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Mistake(f"{option} {name!r} is no module:callable that can be imported: {error}.") from error
-    if not callable(found):
-        raise Mistake(f"{option} {name!r} is a {type(found).__name__}, which cannot be called.")
-    return found
+def add_image_options(
+    parser: argparse.ArgumentParser, *, sampler: str, steps: int, cfg_scale: float, batch_size: int
+) -> None:
+    """The weights, the VAE and the sampler that make images, with these defaults."""
+    add = parser.add_argument_group("the weights, the VAE and the sampler").add_argument
+    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw")
+    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default: the run's own)")
+    add("--scale-factor", type=positive, help="of the latents (default: the run's, or the VAE's)")
+    add("--sampler", choices=["euler", "heun", "sde"], default=sampler, help="two ODEs, or the SDE")
+    add("--steps", type=at_least(1), default=steps, help="of the sampler")
+    add("--cfg-scale", type=finite, default=cfg_scale, help="1 is the conditional model, unguided")
+    add("--guidance-low", type=within(0, 1), default=0.0, help="smallest t, 1 being noise, with guidance")
+    add("--guidance-high", type=within(0, 1), default=1.0, help="largest t with guidance")
+    add("--seed", type=at_least(0), default=0, help="of the noise, and of random labels")
+    add("--batch-size", type=at_least(1), default=batch_size, help="of each process")
+    add("--device", help="of all models (default: cuda where there is one)")
 
 
 def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """What decides the images of a SiT, and with what speed they come: for `sample.py` and `evaluate.py`."""
-    add = parser.add_argument_group("the model").add_argument
-    add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw")
+    add_image_options(parser, sampler="sde", steps=250, cfg_scale=1.0, batch_size=64)
+    add = parser.add_argument_group("the model and its images").add_argument
     add("--model", help="the published name that the weights must have, as SiT-B/2")
     add("--num-heads", type=at_least(1), help="for files that do not say it")
     add("--num-classes", type=at_least(1), help="for files that do not say it")
-    add(
-        "--time",
-        choices=["repa", "sit"],
-        help="what training called t: repa, t = 1 is noise; sit, t = 1 is data, as for the published SiT. Needed for "
-        "all files but those of this repository's trainer",
-    )
+    what = "what training called t: repa, t = 1 is noise; sit, t = 1 is data, as for the published SiT."
+    add("--time", choices=["repa", "sit"], help=f"{what} Needed for all files but those of this repository's trainer")
     add("--path", choices=["linear", "cosine"], help="for files that do not say it (default: linear)")
-    add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default: the run's own)")
-    add("--scale-factor", type=positive, help="of the latents (default: the run's, or the VAE's)")
-    add = parser.add_argument_group("the sampler").add_argument
-    add("--sampler", choices=["euler", "heun", "sde"], default="sde", help="two ODEs, or the SDE")
-    add("--steps", type=at_least(1), default=250, help="of the sampler")
-    add("--cfg-scale", type=finite, default=1.0, help="1 is the conditional model, unguided")
-    add("--guidance-low", type=within(0, 1), default=0.0, help="smallest t, 1 being noise, with guidance")
-    add("--guidance-high", type=within(0, 1), default=1.0, help="largest t with guidance")
     add("--num-samples", type=at_least(1), default=50_000, help="how many images")
     add("--labels", default="random", help="random, balanced (0, 1, 2, ...), or classes to go through, as 207,360")
-    add("--seed", type=at_least(0), default=0, help="of noise and random labels")
-    add("--batch-size", type=at_least(1), default=64, help="of each process")
     add("--precision", choices=["fp32", "tf32", "fp16", "bf16"], default="fp32", help="of the model")
-    add("--device", help="of the model and the VAE (default: cuda where there is one)")
 
 
 # --- The long runs ---------------------------------------------------------------------------------------------------
 
 # What only some stages have; None unless given.
-_ALIGNED = ("layer", "head_features", "weight", "window", "gating", "stop_step")
-_TEACHING = ("teacher_layer", "guidance_scale", "teacher_weights")
-STAGES = {
-    "baseline": (),
-    "1": (*_ALIGNED, *_TEACHING, "target"),
-    "2": (*_ALIGNED, *_TEACHING, "teacher", "teacher_chunk"),
-}
+_ALIGNED = (
+    "layer", "head_features", "weight", "window", "gating", "stop_step",
+    "teacher_layer", "guidance_scale", "teacher_weights",
+)  # fmt: skip
+STAGES = {"baseline": (), "1": (*_ALIGNED, "target"), "2": (*_ALIGNED, "teacher", "teacher_chunk")}
 
 # What a run may change when it goes on; all else belongs to its folder.
 CHANGEABLE = (
-    "out", "resume", "cpu", "steps", "micro_batches", "precision", "tf32", "compile", "workers", "teacher_chunk",
-    "log_every", "log_with", "checkpoint_every", "keep", "keep_every", "sample_every", "sample_steps", "sample_cfg",
-    "vae", "prompts", "text_encoder",
+    "out", "resume", "cpu", "steps", "micro_batches", "precision", "compile", "workers", "teacher_chunk", "log_every",
+    "log_with", "checkpoint_every", "keep", "keep_every", "sample_every", "sample_steps", "sample_cfg", "vae",
+    "prompts", "text_encoder",
 )  # fmt: skip
 
 
@@ -172,83 +162,95 @@ def long_run_parser(
         published: Values by option, where none is given; set by `common.long_runs`.
         demo: Those of the demo.
     """
-
-    def by_default(name: str, text: str = "") -> str:
-        return f"{text} (default: {published[name]:g}; for the demo {demo[name]:g})".strip()
-
     parser = Parser(description)
-    add = parser.add_argument
-    add("--stage", choices=list(STAGES), required=True, help="the model as it is, stage 1, or stage 2")
-    add("--out", type=Path, required=True, help="folder of the run")
-    add("--recipe", choices=["paper", "released"], default="paper", help="released: what the authors' code computes")
-    add("--teacher", help="stage 2: the folder that a run of stage 1 left, a name on the hub, or a checkpoint")
-    add("--init", help="checkpoint whose weights the run starts from")
+
+    def group(title: str) -> Callable[..., object]:
+        add_argument = parser.add_argument_group(title).add_argument
+
+        def add(flag: str, help: str, **settings: Any) -> None:  # noqa: A002
+            name = flag[2:].replace("-", "_")
+            if name in published:
+                help += f" (default: {published[name]:g}; for the demo {demo[name]:g})"  # noqa: A001
+            add_argument(flag, help=help, **settings)
+
+        return add
+
+    add = group("the run")
+    add("--stage", "the model as it is, stage 1, or stage 2", choices=list(STAGES), required=True)
+    add("--out", "folder of the run", type=Path, required=True)
+    add("--recipe", "released: what the authors' code computes", choices=["paper", "released"], default="paper")
+    add("--teacher", "stage 2: the folder that a run of stage 1 left, a name on the hub, or a checkpoint")
+    add("--init", "checkpoint whose weights the run starts from")
     unsaid = "of a checkpoint of --teacher or --init that does not say what it called t: repa if t = 1 was noise"
-    add("--file-time", choices=["repa", "sit"], help=f"{unsaid}, sit if it was data")
-    add("--resume", default="auto", help="auto, never, or the path of a checkpoint")
+    add("--file-time", f"{unsaid}, sit if it was data", choices=["repa", "sit"])
+    add("--resume", "auto, for the newest of the folder, or the path of a checkpoint", default="auto")
 
-    add = parser.add_argument_group("the alignment (default: what selftrans_reg.recipe says of the model)").add_argument
-    add("--layer", help=f"layer that is aligned, as {blocks}.5")
-    add("--teacher-layer", help=f"of the stage-1 model, as {blocks}.7")
-    add("--guidance-scale", type=finite, help="of the teacher's features")
-    add("--teacher-weights", choices=["ema", "model"], help="of the stage-1 checkpoint")
-    add("--teacher-chunk", type=at_least(1), help="largest batch of the teacher, to save memory (default: the batch)")
-    add("--window", type=window, help="noise fractions, as 0.4,0.7, or all")
-    add("--weight", type=finite, help="of the alignment in the loss")
-    add("--target", choices=["latents", "velocity"], help="of stage 1")
-    add("--gating", choices=["per-sample", "released"], help="how the window applies")
-    add("--stop-step", type=at_least(0), help="step from which training goes on without the alignment; 0 for never")
-    add("--head-features", type=at_least(1), help=by_default("head_features", "inner width of the projection head"))
+    add = group("the alignment (default: what selftrans_reg.recipe says of the model)")
+    add("--layer", f"layer that is aligned, as {blocks}.5")
+    add("--teacher-layer", f"of the stage-1 model, as {blocks}.7")
+    add("--guidance-scale", "of the teacher's features", type=finite)
+    add("--teacher-weights", "of the stage-1 checkpoint", choices=["ema", "model"])
+    add("--teacher-chunk", "largest batch of the teacher, to save memory (default: the batch)", type=at_least(1))
+    add("--window", "noise fractions, as 0.4,0.7, or all", type=window)
+    add("--weight", "of the alignment in the loss", type=finite)
+    add("--target", "of stage 1", choices=["latents", "velocity"])
+    add("--gating", "how the window applies", choices=["per-sample", "released"])
+    add("--stop-step", "from which training goes on without the alignment; 0: never", type=at_least(0))
+    add("--head-features", "inner width of the projection head", type=at_least(1))
 
-    add = parser.add_argument_group("training").add_argument
-    add(
-        "--steps",
-        type=at_least(1),
-        help=f"{by_default('steps', 'in all; more go on with a run')}; stage 1 has the recipe's",
-    )
-    add("--batch-size", type=at_least(1), help=by_default("batch_size", "over all processes and micro-batches"))
-    add("--micro-batches", type=at_least(1), default=1, help="parts of a process's batch, to save memory")
-    add("--lr", type=within(0, 1), help=by_default("lr", "learning rate"))
-    add("--betas", type=within(0, 1), nargs=2, default=[0.9, 0.999], help="of AdamW")
-    add("--weight-decay", type=within(0, 1), default=0.0, help="of AdamW")
-    add("--warmup-steps", type=at_least(0), help=by_default("warmup_steps"))
-    add("--clip", type=positive, default=1.0, help="largest norm of the gradient; inf for any")
-    add("--ema-decay", type=within(0, 1), help=by_default("ema_decay", "of the averaged weights"))
-    add("--precision", choices=["fp16", "bf16", "no"], help="default: fp16, as published, or no without CUDA")
-    add("--tf32", action=argparse.BooleanOptionalAction, default=True, help="for what is float32 on a GPU")
-    add("--compile", action="store_true", help="compile the blocks of model and teacher")
-    add("--seed", type=at_least(0), default=0, help="of weights, data order and noise")
-    add("--cpu", action="store_true", help="even where there is a GPU")
+    add = group("training")
+    add("--steps", "in all; more go on with a run; stage 1 has the recipe's", type=at_least(1))
+    add("--batch-size", "over all processes and micro-batches", type=at_least(1))
+    add("--micro-batches", "parts of a process's batch, to save memory", type=at_least(1), default=1)
+    add("--lr", "learning rate", type=within(0, 1))
+    add("--betas", "of AdamW", type=within(0, 1), nargs=2, default=[0.9, 0.999])
+    add("--weight-decay", "of AdamW", type=within(0, 1), default=0.0)
+    add("--warmup-steps", "to the whole learning rate", type=at_least(0))
+    add("--clip", "largest norm of the gradient; inf for any", type=positive, default=1.0)
+    add("--ema-decay", "of the averaged weights", type=within(0, 1))
+    add("--precision", "default: fp16, as published, or no without CUDA", choices=["fp16", "bf16", "no"])
+    add("--compile", "compile the blocks of model and teacher", action="store_true")
+    add("--seed", "of weights, data order and noise", type=at_least(0), default=0)
+    add("--cpu", "even where there is a GPU", action="store_true")
 
-    add = parser.add_argument_group("data, logs, checkpoints, pictures").add_argument
-    add("--workers", type=at_least(0), help="processes that read data, for each GPU (default: 4; for the demo 0)")
-    add("--log-every", type=at_least(1), help=by_default("log_every", "steps"))
+    add = group("data, logs, checkpoints, pictures")
+    add("--workers", "processes that read data, for each GPU (default: 4; for the demo 0)", type=at_least(0))
+    add("--log-every", "steps between lines of the log", type=at_least(1))
     trackers = ["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]
-    add("--log-with", nargs="*", default=trackers[:1], choices=trackers, metavar="TRACKER",
-        help=f"accelerate's trackers beside log.jsonl: {', '.join(trackers)} (default: tensorboard)")  # fmt: skip
-    add("--checkpoint-every", type=at_least(1), help=by_default("checkpoint_every", "steps"))
-    add("--keep", type=at_least(1), default=3, help="newest checkpoints that stay")
-    add("--keep-every", type=at_least(1), help=by_default("keep_every", "checkpoints at multiples stay too"))
-    add("--sample-every", type=at_least(1), help=by_default("sample_every", "steps between pictures, which need --vae"))
-    add("--sample-steps", type=at_least(1), default=25, help="of the sampler in these pictures")
-    add("--sample-cfg", type=finite, default=1.0, help="its classifier-free guidance")
-    add("--vae", help="AutoencoderKL that decodes them: folder or hub name, as stabilityai/sd-vae-ft-ema")
+    text = f"accelerate's trackers beside log.jsonl: {', '.join(trackers)} (default: tensorboard)"
+    add("--log-with", text, nargs="*", default=trackers[:1], choices=trackers, metavar="TRACKER")
+    add("--checkpoint-every", "steps between checkpoints", type=at_least(1))
+    add("--keep", "newest checkpoints that stay", type=at_least(1), default=3)
+    add("--keep-every", "checkpoints at multiples stay too", type=at_least(1))
+    add("--sample-every", "steps between pictures, which need --vae", type=at_least(1))
+    add("--sample-steps", "of the sampler in these pictures", type=at_least(1), default=25)
+    add("--sample-cfg", "its classifier-free guidance", type=finite, default=1.0)
+    add("--vae", "AutoencoderKL that decodes them: folder or hub name, as stabilityai/sd-vae-ft-ema")
+    add("--demo-data", "where what the demo needs is made and kept (default: beside --out)", type=Path)
     return parser
 
 
-def parse_long_run(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line; what the stage would ignore or lacks ends in one line."""
+def parse_long_run(parser: Parser, argv: Sequence[str] | None, *, model: str, demo_data: str) -> argparse.Namespace:
+    """Read the command line; what the stage would ignore or lacks ends in one line.
+
+    Args:
+        parser: As from `long_run_parser`.
+        argv: The command line.
+        model: The default one, but for the demo.
+        demo_data: The default name of the folder of what the demo needs.
+    """
     run = parser.parse_args(argv)
     foreign = sorted({name for names in STAGES.values() for name in names} - {*STAGES[run.stage]})
     given = [f"--{name.replace('_', '-')}" for name in foreign if getattr(run, name) is not None]
-    stage = run.stage if run.stage == "baseline" else f"stage {run.stage}"
     if given:
+        stage = run.stage if run.stage == "baseline" else f"stage {run.stage}"
         parser.error(f"{', '.join(given)}: not an option of {stage}; leave it out")
     if run.stage == "2" and run.teacher is None:
         parser.error(
             "stage 2 needs --teacher: the folder that a run of --stage 1 left, a name on the hub, or a checkpoint"
         )
-    if run.out.exists() and not run.out.is_dir():
-        parser.error(f"--out {run.out} is a file, and a run needs a folder")
-    run.workers = (0 if run.data == "demo" else 4) if run.workers is None else run.workers
+    demo = run.data == "demo"
+    run.workers = (0 if demo else 4) if run.workers is None else run.workers
+    run.model = run.model or ("demo" if demo else model)
+    run.demo_data = (run.demo_data or run.out.parent / demo_data) if demo else None
     return run

@@ -1,22 +1,36 @@
-"""Samplers from noise to latents: ODE by Euler and Heun, SDE by Euler-Maruyama, with guidance in an interval.
+"""Images from a model: the ODE by Euler and Heun, the SDE by Euler-Maruyama, guidance in an interval, and the VAE.
 
 REPA's convention: t runs from 1 (noise) to 0 (data) and the model predicts the velocity dx_t / dt. The state is
 float64; the model sees it in the precision of the noise that it started from.
 Source followed: the samplers of REPA, https://github.com/sihyun-yu/REPA.
 """
 
-from collections.abc import Callable, Sequence
+import argparse
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from diffusers.utils.torch_utils import randn_tensor
+from numpy.typing import NDArray
 from torch import Tensor
 
+from common.images import to_uint8, write_png
 from common.options import Mistake
-from common.paths import Path, linear_path
+from common.paths import Path, linear_path, path_named
+from common.vae import Scaling, decode, load_vae, recorded_scaling, scaling_of, weights_digest
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
+
+    from common.loading import Checkpoint
 
 Model = Callable[[Tensor, Tensor, Tensor], Tensor]
+Labels = Callable[[Sequence[int], Sequence[torch.Generator]], Tensor]
 
 # REPA stops the diffusion here and takes the last step without noise: the score's variance vanishes at t = 0.
 LAST_SDE_TIME = 0.04
@@ -49,37 +63,32 @@ def reversed_time(model: Model) -> Model:
     return lambda x, t, y: -model(x, 1 - t, y)
 
 
-class _Velocity:
-    """The guided velocity at a time that all samples share, in float64."""
-
-    def __init__(self, model: Model, y: Tensor, dtype: torch.dtype, guidance: Guidance) -> None:
-        if guidance.scale != 1 and guidance.null is None:
-            raise Mistake(
-                f"Guidance of scale {guidance.scale} needs the null class.\n"
-                "Found: null=None. Pass Guidance(scale, null=num_classes)."
-            )
-        if not 0 <= guidance.low <= guidance.high <= 1:
-            raise Mistake(
-                f"The guidance interval needs 0 <= low <= high <= 1.\nFound: low={guidance.low}, high={guidance.high}."
-            )
-        self.model, self.y, self.dtype, self.guidance = model, y, dtype, guidance
-
-    def __call__(self, x: Tensor, t: Tensor, step_time: Tensor | None = None) -> Tensor:
-        """``step_time`` decides whether guidance acts; by default t itself."""
-        now = (t if step_time is None else step_time).item()
-        guided = self.guidance.scale != 1 and self.guidance.low <= now <= self.guidance.high
-        times = t.to(self.dtype).expand(len(x))
-        if not guided:
-            return self.model(x.to(self.dtype), times, self.y).double()
-        y = torch.cat([self.y, torch.full_like(self.y, self.guidance.null)])
-        both = self.model(x.to(self.dtype).repeat(2, 1, 1, 1), times.repeat(2), y).double()
-        conditional, unconditional = both.chunk(2)
-        return unconditional + self.guidance.scale * (conditional - unconditional)
-
-
-def _check_steps(steps: int, least: int) -> None:
+def _guided(
+    model: Model, noise: Tensor, y: Tensor, guidance: Guidance, steps: int, least: int
+) -> Callable[..., Tensor]:
+    """The velocity in float64 at a time that all samples share; ``start`` is where its step begins, by default t."""
     if steps < least:
         raise Mistake(f"This sampler needs at least {least} steps.\nFound: steps={steps}.")
+    if guidance.scale != 1 and guidance.null is None:
+        raise Mistake(
+            f"Guidance of scale {guidance.scale} needs the null class.\n"
+            "Found: null=None. Pass Guidance(scale, null=num_classes)."
+        )
+    if not 0 <= guidance.low <= guidance.high <= 1:
+        raise Mistake(
+            f"The guidance interval needs 0 <= low <= high <= 1.\nFound: low={guidance.low}, high={guidance.high}."
+        )
+
+    def velocity(x: Tensor, t: Tensor, start: Tensor | None = None) -> Tensor:
+        begun = (t if start is None else start).item()
+        seen, times = x.to(noise.dtype), t.to(noise.dtype).expand(len(x))
+        if guidance.scale == 1 or not guidance.low <= begun <= guidance.high:
+            return model(seen, times, y).double()
+        both = model(seen.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([y, torch.full_like(y, guidance.null)]))
+        conditional, unconditional = both.double().chunk(2)
+        return unconditional + guidance.scale * (conditional - unconditional)
+
+    return velocity
 
 
 @torch.no_grad()
@@ -111,16 +120,15 @@ def sample_ode(
     Raises:
         Mistake: If a setting makes no sense.
     """
-    _check_steps(steps, 1)
     if method not in ("euler", "heun"):
         raise Mistake(f"There is no ODE method named {method!r}.\nKnown: euler, heun.")
-    velocity = _Velocity(model, y, noise.dtype, guidance)
+    velocity = _guided(model, noise, y, guidance, steps, least=1)
     times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=noise.device)
     x = noise.double()
     for i, (t, t_next) in enumerate(pairwise(times)):
         slope = velocity(x, t)
         if method == "heun" and i < steps - 1:
-            slope = (slope + velocity(x + (t_next - t) * slope, t_next, step_time=t)) / 2
+            slope = (slope + velocity(x + (t_next - t) * slope, t_next, start=t)) / 2
         x = x + (t_next - t) * slope
     return x.to(noise.dtype)
 
@@ -139,42 +147,200 @@ def sample_sde(
     y: Tensor,
     *,
     steps: int,
-    generator: torch.Generator | Sequence[torch.Generator],
+    generator: torch.Generator | list[torch.Generator],
     path: Path = linear_path,
     guidance: Guidance = UNGUIDED,
 ) -> Tensor:
     """Follow the reverse SDE with diffusion ``w(t) = 2 t`` by Euler-Maruyama.
 
     ``x <- x + d dt + sqrt(w |dt|) noise`` with the drift ``d = v - w s / 2`` and the score s, at
-    ``linspace(1, 0.04, steps)`` and then 0; the last step has no noise. Guiding the velocity is guiding the drift, as
-    the drift is affine in it.
+    ``linspace(1, 0.04, steps)`` and then 0; the last step, which counts among the steps, has no noise. Guiding the
+    velocity is guiding the drift, as the drift is affine in it.
 
     Args:
-        model: As for `sample_ode`; likewise ``noise``, ``y`` and ``guidance``.
+        model: As for `sample_ode`; likewise ``y``, ``guidance``, the shapes and the errors.
         noise: The starting point.
         y: Labels.
-        steps: Number of steps, the noiseless last one included.
+        steps: Number of steps.
+        guidance: Classifier-free guidance.
         generator: Of the noise; a list with one for each sample makes samples independent of the batch they share.
         path: The path that the model was trained on.
-        guidance: Classifier-free guidance.
-
-    Shape:
-        noise: (N, C, H, W); y: (N,); returns: (N, C, H, W), of the noise's dtype
-
-    Raises:
-        Mistake: If a setting makes no sense.
     """
-    _check_steps(steps, 2)
-    velocity = _Velocity(model, y, noise.dtype, guidance)
+    velocity = _guided(model, noise, y, guidance, steps, least=2)
     times = torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64, device=noise.device)
-    times = torch.cat([times, times.new_zeros(1)])
     x = noise.double()
-    generators = generator if isinstance(generator, torch.Generator) else list(generator)
-    for i, (t, t_next) in enumerate(pairwise(times)):
+    for i, (t, t_next) in enumerate(pairwise([*times, times.new_zeros(())])):
         v, dt, diffusion = velocity(x, t), t_next - t, 2 * t
         x = x + (v - diffusion / 2 * score_from_velocity(v, x, t, path)) * dt
         if i < steps - 1:
             # Drawn in the noise's dtype: a float32 run sees the same stream whatever the state is kept in.
-            fresh = randn_tensor(x.shape, generator=generators, device=x.device, dtype=noise.dtype)
+            fresh = randn_tensor(x.shape, generator=generator, device=x.device, dtype=noise.dtype)
             x = x + torch.sqrt(diffusion * dt.abs()) * fresh
     return x.to(noise.dtype)
+
+
+# --- Images by their numbers -----------------------------------------------------------------------------------------
+
+
+def image_generator(seed: int, number: int) -> torch.Generator:
+    """The random numbers of one image: its label, its first noise, and the noise of the SDE's steps, in this order.
+
+    torch's CPU generator takes 32 bits of a seed. Seeds that count up keep all images of a run apart; among 50,000
+    hashes of 32 bits, two would be equal one time in four.
+    """
+    first = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return torch.Generator().manual_seed((first + number) % 2**32)
+
+
+@dataclass
+class ImageSampler:
+    """Makes the images of some numbers, whatever batches they come in.
+
+    Args:
+        vae: Decodes the latents.
+        scaling: Between its latents and the model's.
+        shape: Of a latent, (C, h, w).
+        labels: From numbers and their generators to the labels y of these images; may draw from the generators.
+        steps: Of the sampler.
+        guidance: Classifier-free guidance.
+        seed: Of the generators.
+        method: "euler" or "heun", the ODE's; or "sde".
+        path: The path that the model was trained on.
+    """
+
+    vae: "AutoencoderKL"
+    scaling: Scaling
+    shape: tuple[int, int, int]
+    labels: Labels
+    steps: int
+    guidance: Guidance
+    seed: int
+    method: Literal["euler", "heun", "sde"] = "heun"
+    path: str = "linear"
+
+    def __post_init__(self) -> None:
+        self._latents(lambda x, t, y: x, [0], "cpu")  # a setting without sense is named now, not after a run
+
+    def images(self, model: Model, numbers: Sequence[int], device: str | torch.device) -> NDArray[np.uint8]:
+        """The images (N, H, W, 3) of these numbers, by a model in eval mode on the device."""
+        latents = self._latents(model, numbers, device)
+        broken = [number for number, latent in zip(numbers, latents, strict=True) if not latent.isfinite().all()]
+        if broken:
+            raise Mistake(
+                f"The model's latents are not finite for {len(broken)} of {len(numbers)} images.\n"
+                f"Found: image {broken[0]}, by {self.method} in {self.steps} steps, guidance {self.guidance.scale}.\n"
+                "Take an earlier checkpoint, --precision fp32, or a smaller guidance scale."
+            )
+        return to_uint8(decode(self.vae.to(device), latents, self.scaling))
+
+    def _latents(self, model: Model, numbers: Sequence[int], device: str | torch.device) -> Tensor:
+        generators = [image_generator(self.seed, number) for number in numbers]
+        y = self.labels(numbers, generators).to(device)
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]).to(device)
+        same = {"steps": self.steps, "guidance": self.guidance}
+        if self.method == "sde":
+            return sample_sde(model, noise, y, generator=generators, path=path_named(self.path), **same)
+        return sample_ode(model, noise, y, method=self.method, **same)
+
+
+def new_sampler(
+    run: argparse.Namespace, found: "Checkpoint", labels: Labels, null: int | None, path: str = "linear"
+) -> tuple[ImageSampler, dict[str, Any]]:
+    """What samples from a checkpoint's model as the options say, and what identifies the VAE and the scaling."""
+    vae, scaling = vae_of(found, run.vae, run.scale_factor)
+    channels, side = found.settings["in_channels"], found.settings["input_size"]
+    guidance = Guidance(run.cfg_scale, null, run.guidance_low, run.guidance_high)
+    sampler = ImageSampler(
+        vae, scaling, (channels, side, side), labels, run.steps, guidance, run.seed, method=run.sampler, path=path
+    )
+    return sampler, {
+        "vae_weights": weights_digest(vae)[:16], "scale_factor": scaling.scale, "shift_factor": scaling.shift
+    }  # fmt: skip
+
+
+def deciding(run: argparse.Namespace) -> dict[str, Any]:
+    """The options of the sampler that decide its images."""
+    names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "seed")
+    return {name: getattr(run, name) for name in names}
+
+
+def png_of(folder: pathlib.Path, number: int) -> pathlib.Path:
+    """The file of an image."""
+    return folder / f"{number:06d}.png"
+
+
+def batches_left(folder: pathlib.Path, count: int, batch_size: int) -> list[range]:
+    """Batches of image numbers, cut at the same places whatever is there, with an image missing in each.
+
+    Cut elsewhere, an image could differ: rounding depends on the rows of a batch.
+    """
+    there = {entry.name for entry in os.scandir(folder)}
+    batches = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    return [batch for batch in batches if any(png_of(folder, number).name not in there for number in batch)]
+
+
+def write_missing(
+    folder: pathlib.Path, batches: Iterable[range], sampler: ImageSampler, model: Model, device: str
+) -> None:
+    """Make the images of these batches, and write those that are not there."""
+    for numbers in batches:
+        for number, image in zip(numbers, sampler.images(model, numbers, device), strict=True):
+            if not png_of(folder, number).exists():
+                write_png(image, png_of(folder, number))
+
+
+# --- The VAE of a model ----------------------------------------------------------------------------------------------
+
+
+def vae_place(recorded: Any, checkpoint: str | os.PathLike[str]) -> str | None:
+    """Where the VAE is that a run has recorded: a folder from here or from the run's, or a name on the hub."""
+    if not isinstance(recorded, str):
+        return None
+    folder = pathlib.Path(checkpoint).parent
+    places = [pathlib.Path(recorded), folder.parent / recorded, folder / recorded]
+    return next((str(place) for place in places if place.exists()), recorded)
+
+
+def vae_of(found: "Checkpoint", name: str | None, scale_factor: float | None = None) -> tuple["AutoencoderKL", Scaling]:
+    """As `matching_vae`, for a checkpoint that may name its VAE itself."""
+    place, trained = vae_place(found.args.get("vae"), found.source), recorded_scaling(found.args, found.source)
+    return matching_vae(name or place, trained, found.settings["in_channels"], found.source, scale_factor=scale_factor)
+
+
+def matching_vae(
+    name: str | os.PathLike[str] | None,
+    trained: Scaling | None,
+    channels: int,
+    of: str | os.PathLike[str],
+    *,
+    scale_factor: float | None = None,
+) -> tuple["AutoencoderKL", Scaling]:
+    """The VAE of a model's latents, and the scaling to decode them with.
+
+    Args:
+        name: Folder or hub name.
+        trained: The scaling of the latents that the model was trained on; None takes the VAE's.
+        channels: Of these latents.
+        of: What messages call their source.
+        scale_factor: To decode with another factor than the one that is known.
+    """
+    if name is None:
+        raise Mistake(
+            f"{of} does not name its VAE.\n"
+            "Pass --vae: a folder of diffusers' AutoencoderKL, or its name on the hub, as stabilityai/sd-vae-ft-mse."
+        )
+    vae = load_vae(name)
+    if vae.config.latent_channels != channels:
+        raise Mistake(
+            f"The VAE {name} decodes latents of {vae.config.latent_channels} channels; those of {of} have {channels}.\n"
+            "Pass with --vae the one that they came from."
+        )
+    own = scaling_of(vae.config, f"The VAE {name}")
+    if scale_factor is not None:
+        return vae, (trained or own)._replace(scale=scale_factor)
+    if trained is not None and not trained.equals(own):
+        raise Mistake(
+            f"The VAE {name} is not the one that the latents of {of} came from.\nFound: {own} in the VAE, {trained} "
+            "in the latents.\nPass with --vae the one that encoded them."
+        )
+    return vae, trained or own

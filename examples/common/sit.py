@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from common.options import Mistake
 
-# Size letter -> depth, hidden_size, num_heads, as published.
+# Size letter -> depth, hidden_size, num_heads, as published; each with a patch of 2, 4 or 8.
 SIZES = {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
-PATCH_SIZES = (2, 4, 8)
 
 
 class PatchEmbed(nn.Module):
@@ -257,16 +256,12 @@ def published_sizes(name: str) -> dict[str, int]:
     Raises:
         Mistake: If the name is not a size S, B, L or XL with a patch of 2, 4 or 8.
     """
-    known = {f"SiT-{size}/{patch}": (*SIZES[size], patch) for size in SIZES for patch in PATCH_SIZES}
+    known = {f"SiT-{size}/{patch}": (*SIZES[size], patch) for size in SIZES for patch in (2, 4, 8)}
     if name not in known:
         raise Mistake(f"There is no SiT named {name!r}.\nKnown: {', '.join(known)}.")
     return dict(zip(("depth", "hidden_size", "num_heads", "patch_size"), known[name], strict=True))
 
 
 def build_sit(name: str, **settings: object) -> SiT:
-    """A SiT by its published name, as "SiT-B/2"; ``settings`` are passed to `SiT`.
-
-    Raises:
-        Mistake: If the name is not a size S, B, L or XL with a patch of 2, 4 or 8.
-    """
+    """A SiT by its published name, as "SiT-B/2", with other ``settings`` of `SiT`; errors as of `published_sizes`."""
     return SiT(**published_sizes(name), **settings)

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from common.data_files import DataError
 from common.options import Mistake
 from common.run_folder import write_whole
-from common.samplers import Model
-from common.sampling import ImageSampler
+from common.samplers import ImageSampler, Model
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

@@ -2,19 +2,25 @@
 
 Every random number of a step is a function of (seed, step, rank, micro-batch), and the order of an epoch one of (seed,
 epoch). A run that was stopped at any step and resumed is therefore bit-equal to one that was not, on a device whose
-kernels repeat themselves, as the CPU's do.
+kernels repeat themselves, as the CPU's do, and no generator's state is saved.
 """
 
+import argparse
 import copy
+import json
+import math
 import multiprocessing
 import os
 import signal
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -26,13 +32,13 @@ from tqdm.auto import tqdm
 import selftrans_reg as st
 from common.loading import saved_args
 from common.options import Mistake
-from common.run_folder import RunLog, checkpoint_path, clear_old, saved_checkpoints, write_whole
-from common.step_sampler import SeededItems, StepSampler, mixed_seed
+from common.run_folder import checkpoint_path, clear_old, saved_checkpoints, write_whole
 
 Condition = Any  # what the model is conditioned on: labels, text features
 LatentsOf = Callable[[Any], tuple[Tensor, Condition]]
 Denoise = Callable[[nn.Module, Tensor, Condition], Tensor]
 Draw = Callable[[nn.Module, Path], None]
+Check = Callable[[Path, Mapping[str, Any]], object]
 
 # gloo's thread needs the interpreter's lock to let go of the last barrier. A process that ends before waits for that
 # thread with the lock held, which is for ever, or is aborted. Destroying the group does not end the thread: DDP's
@@ -52,26 +58,6 @@ _STOPPING = (signal.SIGTERM, signal.SIGINT)
 _ENTRIES = {"model", "ema", "opt", "criterion", "scaler", "steps", "args"}
 
 
-class LongRun(NamedTuple):
-    """How to train: the options of the long runs, by the same names."""
-
-    steps: int
-    batch_size: int = 256
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warmup_steps: int = 0
-    clip: float = 1.0
-    ema_decay: float = 0.9999
-    seed: int = 0
-    workers: int = 0
-    log_every: int = 100
-    checkpoint_every: int = 10_000
-    sample_every: int | None = None
-    keep: int = 3
-    keep_every: int | None = 50_000
-
-
 class Trainer:
     """Trains a model, with a criterion beside it or without, and keeps the run's folder.
 
@@ -86,7 +72,7 @@ class Trainer:
         latents_of: Called with a collated batch on the device; the clean latents as the model sees them, and the
             condition. It may draw from the global generators, which are seeded again.
         denoise: ``denoise(model, latents, condition)`` runs the model once and gives its loss, (N,) or a scalar.
-        settings: How to train.
+        settings: How to train: the options of the long runs, by the same names.
         out: The run's folder.
         args: Plain values that describe the run, for whoever reads a checkpoint.
         draw: ``draw(ema, path)`` writes a picture of samples; called on the first process only.
@@ -100,25 +86,26 @@ class Trainer:
     """
 
     def __init__(
-        self,
-        accelerator: Accelerator,
-        model: nn.Module,
-        *,
-        criterion: st.SelfTransLoss | None,
-        dataset: Dataset[Any],
-        latents_of: LatentsOf,
-        denoise: Denoise,
-        settings: LongRun,
-        out: Path,
-        args: dict[str, Any],
+        self, accelerator: Accelerator, model: nn.Module, *, criterion: st.SelfTransLoss | None, dataset: Dataset[Any],
+        latents_of: LatentsOf, denoise: Denoise, settings: argparse.Namespace, out: Path, args: dict[str, Any],
         draw: Draw | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.accelerator, self.settings, self.dataset = accelerator, settings, dataset
         self.latents_of, self.denoise, self.draw = latents_of, denoise, draw
         self.out, self.args, self.checkpoints = out, args, out / "checkpoints"
         self.micro_batches = accelerator.gradient_accumulation_steps
         self.steps, self._lr = 0, settings.lr
-        self._sampler(0)  # a batch that cannot be cut is named now
+        parts = accelerator.num_processes * self.micro_batches
+        if settings.batch_size % parts:
+            raise Mistake(
+                f"A global batch of {settings.batch_size} cannot be cut evenly.\n"
+                f"Found: {accelerator.num_processes} processes, each with {self.micro_batches} micro-batches.\n"
+                f"Choose a batch size that is a multiple of {parts}."
+            )
+        if len(dataset) < settings.batch_size:
+            raise Mistake(
+                f"The data has {len(dataset)} samples, fewer than one batch of {settings.batch_size}: lower the batch."
+            )
         # Those without a gradient too: the SiT and REPA repositories number the optimiser's state so.
         parameters = [*model.parameters(), *(criterion.parameters() if criterion is not None else [])]
         optimizer = torch.optim.AdamW(
@@ -149,27 +136,17 @@ class Trainer:
             "args": self.args,
         }
 
-    def resume(
-        self, choice: str = "auto", check: Callable[[Path, Mapping[str, Any]], object] = lambda path, args: None
-    ) -> None:
-        """Go on from a checkpoint.
+    def resume(self, choice: str = "auto", check: Check = lambda path, args: None) -> None:
+        """Go on from a checkpoint: with "auto" from the newest, if there is one, else from the one at this path.
 
-        Args:
-            choice: "auto" for the newest if there is one, "never", or a path.
-            check: Called with the file and what it says of its run, before anything is loaded.
+        ``check`` is called with the file and what it says of its run, before anything is loaded.
 
         Raises:
             Mistake: If checkpoints of the folder would be written over, or the file is none or of another run.
             CheckpointError: If it is damaged or does not fit the model.
         """
         saved = saved_checkpoints(self.checkpoints)
-        if choice == "never" and saved:
-            raise Mistake(
-                f"A fresh start would write over what is in {self.checkpoints}.\n"
-                f"Found: {len(saved)} checkpoints, the newest after {max(saved)} steps.\n"
-                "Go on from it with --resume auto, or name another folder with --out."
-            )
-        if choice == "never" or (choice == "auto" and not saved):
+        if choice == "auto" and not saved:
             return
         path = saved[max(saved)] if choice == "auto" else Path(choice)
         if not path.is_file():
@@ -183,15 +160,10 @@ class Trainer:
             )
         self._say(f"Going on from {path}, after {self.steps:,} steps.")
 
-    def _load(self, path: Path, check: Callable[[Path, Mapping[str, Any]], object]) -> None:
+    def _load(self, path: Path, check: Check) -> None:
         content = st.read_checkpoint(path)
-        missing = sorted(_ENTRIES - content.keys())
-        if (
-            missing
-            or type(content["steps"]) is not int
-            or content["steps"] < 0
-            or not isinstance(content["args"], dict)
-        ):
+        missing, steps = sorted(_ENTRIES - content.keys()), content.get("steps")
+        if missing or type(steps) is not int or steps < 0 or not isinstance(content["args"], dict):
             raise Mistake(
                 f"{path} is no checkpoint that training can go on from.\n"
                 f"Found: {sorted(map(str, content))}{f', without {missing}' if missing else ', without sense'}.\n"
@@ -213,7 +185,7 @@ class Trainer:
                 self.accelerator.scaler.load_state_dict(content["scaler"])
         except (KeyError, RuntimeError, ValueError) as error:  # torch names neither the file nor what to do
             raise Mistake(f"{path}: its criterion or optimiser does not fit this run: {error}") from error
-        self.steps = content["steps"]
+        self.steps = steps
 
     # --- The loop ----------------------------------------------------------------------------------------------------
 
@@ -227,22 +199,31 @@ class Trainer:
         if self.steps >= self.settings.steps:
             self._say(f"Nothing to train: {self.steps:,} of {self.settings.steps:,} steps are done.")
             return
-        main = self.accelerator.is_main_process
-        readers = ReaderSignals()
-        batches = self._batches(readers)
-        log = RunLog(self.accelerator, self.out, self.steps, self.args)
-        bar = tqdm(initial=self.steps, total=self.settings.steps, desc="training", dynamic_ncols=True, disable=not main)
+        released, settings, accelerator = multiprocessing.Event(), self.settings, self.accelerator
+        batches = micro_batches(
+            len(self.dataset), batch_size=settings.batch_size, parts=self.micro_batches,
+            rank=accelerator.process_index, ranks=accelerator.num_processes, seed=settings.seed, first_step=self.steps,
+        )  # fmt: skip
+        loader = DataLoader(
+            SeededItems(self.dataset),
+            batch_sampler=batches,
+            num_workers=settings.workers,
+            worker_init_fn=partial(_leave_signals, released),
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        log, hidden = RunLog(accelerator, self.out, self.steps, self.args), not accelerator.is_main_process
+        bar = tqdm(initial=self.steps, total=settings.steps, desc="training", dynamic_ncols=True, disable=hidden)
         try:
             with StopSignals() as signals:
-                self._loop(batches, signals, log, bar)
+                self._loop(iter(loader), signals, log, bar)
         finally:
-            readers.release()
+            released.set()
             bar.close()
             log.close()
-            if self.accelerator.num_processes > 1 and self.accelerator.device.type == "cpu":
+            if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
                 time.sleep(_GLOO_PAUSE)
 
-    def _loop(self, batches: Iterator[Any], signals: "StopSignals", log: RunLog, bar: tqdm) -> None:
+    def _loop(self, batches: Iterator[Any], signals: "StopSignals", log: "RunLog", bar: tqdm) -> None:
         last, since, clock = self.settings.steps, self.steps, time.perf_counter()
         while self.steps < last:
             terms = self._step(batches)
@@ -250,7 +231,7 @@ class Trainer:
             bar.update()
             logged = self._is_due(self.settings.log_every) or self.steps == 1
             if logged or self.steps == last:
-                values = self._read(terms)
+                values = self._read(terms, logged)
                 self._check_finite()
                 rate = (self.steps - since) / (time.perf_counter() - clock) * self.settings.batch_size
                 values["samples_per_second"] = rate
@@ -291,18 +272,17 @@ class Trainer:
                 loss = self.denoise(self.model, latents, condition)
                 if self.criterion is None:
                     total = loss.mean()
-                    terms = {"loss": total, "denoising": total}
+                    terms = {"denoising": total}
                 else:
-                    found = self.criterion(loss, latents=latents, step=self.steps)
-                    total = found.total
-                    terms = {"loss": total, **{k: v for k, v in found._asdict().items() if k != "total"}}
+                    terms = self.criterion(loss, latents=latents, step=self.steps)._asdict()
+                    total = terms.pop("total")
                 accelerator.backward(total)
                 if accelerator.sync_gradients:
                     parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
                     norm = accelerator.clip_grad_norm_(parameters, settings.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-            for name, term in terms.items():
+            for name, term in {"loss": total, **terms}.items():
                 sums[name] = sums.get(name, 0) + term.detach() / self.micro_batches
         self._bad = torch.where(sums["loss"].isfinite() & norm.isfinite(), 0, self._bad + 1)
         with torch.no_grad():
@@ -316,13 +296,13 @@ class Trainer:
         criterion = self._plain[1]
         return {} if criterion is None else criterion.measures
 
-    def _read(self, terms: dict[str, Tensor]) -> dict[str, float]:
+    def _read(self, terms: dict[str, Tensor], logged: bool) -> dict[str, float]:
         """Means over the ranks, read off the device; what the criterion measures is the first rank's."""
         means = self.accelerator.reduce(torch.stack([term.float() for term in terms.values()]), "mean")
         values = {**dict(zip(terms, means.tolist(), strict=True)), "lr": self._lr}
         # A resumed process measures its first calls too, and where no row is inside, what was measured earlier stays:
         # only what this step's last call has measured is the same in both, and belongs into the log.
-        if self._is_due(self.settings.log_every) or self.steps == 1:
+        if logged:
             fresh = {k: v for k, v in self._measures().items() if self._measured_before.get(k) is not v}
             values |= {name: value.item() for name, value in fresh.items()}
         if self.accelerator.device.type == "cuda":
@@ -367,57 +347,134 @@ class Trainer:
     def _is_due(self, every: int | None) -> bool:
         return bool(every) and self.steps % every == 0
 
-    def _sampler(self, first_step: int) -> StepSampler:
-        return StepSampler(
-            len(self.dataset),
-            batch_size=self.settings.batch_size,
-            micro_batches=self.micro_batches,
-            rank=self.accelerator.process_index,
-            ranks=self.accelerator.num_processes,
-            seed=self.settings.seed,
-            first_step=first_step,
-        )
-
-    def _batches(self, readers: "ReaderSignals") -> Iterator[Any]:
-        return iter(
-            DataLoader(
-                SeededItems(self.dataset),
-                batch_sampler=self._sampler(self.steps),
-                num_workers=self.settings.workers,
-                worker_init_fn=readers,
-                pin_memory=self.accelerator.device.type == "cuda",
-            )
-        )
-
     def _say(self, text: str) -> None:
         if self.accelerator.is_main_process:
             tqdm.write(text)
 
 
-# --- SIGTERM and SIGINT as a wish to stop after the current step -----------------------------------------------------
+# --- Which samples a step sees, and which random numbers it draws: functions of the seed and the step ----------------
 
 
-class ReaderSignals:
-    """A loader's ``worker_init_fn``: its processes leave a signal that a whole job gets to the process that trains.
+def mixed_seed(*key: int) -> int:
+    """One seed for a tuple of numbers from 0 on, such as (seed, step, rank); nearby tuples give unrelated seeds."""
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0])
 
-    Until `release`, that is. Afterwards a process that reads ends on a signal, so that the one that trains can end it.
+
+class MicroBatch(NamedTuple):
+    """Indices of the samples, and what seeds the generator before they are read."""
+
+    indices: list[int]
+    seed: int
+
+
+class SeededItems(Dataset[Any]):
+    """A map-style dataset read by micro-batches: what its items draw from the CPU's generator is each batch's own.
+
+    With worker processes too, whose own seeds a resumed run would not repeat.
     """
 
-    def __init__(self) -> None:
-        self._released = multiprocessing.Event()
+    def __init__(self, dataset: Dataset[Any]) -> None:
+        self.dataset = dataset
 
-    def __call__(self, worker: int) -> None:
-        """Take the signals of the process that calls."""
-        for number in _STOPPING:
-            signal.signal(number, self._act)
+    def __getitems__(self, batch: MicroBatch) -> list[Any]:
+        """The samples of a micro-batch: a loader prefers this over single items."""
+        torch.default_generator.manual_seed(batch.seed)
+        return [self.dataset[index] for index in batch.indices]
 
-    def release(self) -> None:
-        """Let the readers be ended: those of a loop that an error has left are, when the process ends."""
-        self._released.set()
 
-    def _act(self, number: int, frame: FrameType | None) -> None:
-        if self._released.is_set():
-            os._exit(0)  # as torch's own handler does: any other code counts as a reader that failed
+def micro_batches(
+    length: int, *, batch_size: int, parts: int, rank: int, ranks: int, seed: int, first_step: int = 0
+) -> Iterator[MicroBatch]:
+    """One rank's micro-batches from a step on, for ever.
+
+    Each epoch is a permutation of its own, cut into global batches; what is left over is not seen in that epoch. A
+    global batch is the same whatever the number of ranks and of micro-batches, ``parts``, that it is cut into.
+    """
+    steps_per_epoch = length // batch_size
+    epoch, first = divmod(first_step, steps_per_epoch)
+    while True:
+        order = torch.randperm(length, generator=torch.Generator().manual_seed(mixed_seed(seed, epoch)))
+        for step in range(first, steps_per_epoch):
+            batch = order[step * batch_size : (step + 1) * batch_size]
+            # Shaped so that another number of parts cuts the same batch.
+            for part, indices in enumerate(batch.view(parts, ranks, -1)[:, rank]):
+                # The 1 keeps it apart from the seed of the same micro-batch's noise.
+                yield MicroBatch(indices.tolist(), mixed_seed(seed, epoch, step, rank, part, 1))
+        epoch, first = epoch + 1, 0
+
+
+# --- The log, and signals as a wish to stop after the current step ---------------------------------------------------
+
+
+class RunLog:
+    """A run's log: one JSON object a line in `log.jsonl`, and the same numbers to accelerate's trackers.
+
+    Lines after the step that the run goes on from were written by a process that was stopped without a checkpoint;
+    those steps run again, so their lines are dropped, as is a last line that was cut off.
+
+    Args:
+        accelerator: Of the run, with its trackers named.
+        folder: The run's.
+        steps: Steps that are done: 0 at the start, the checkpoint's on resuming.
+        config: What the trackers show beside the curves.
+
+    Raises:
+        Mistake: If another line is damaged, as no process that was stopped leaves it.
+    """
+
+    def __init__(self, accelerator: Accelerator, folder: Path, steps: int, config: dict[str, Any]) -> None:
+        self.accelerator = accelerator
+        if not accelerator.is_main_process:
+            return
+        path = folder / "log.jsonl"
+        lines, kept = path.read_bytes().splitlines() if path.exists() else [], []
+        for number, line in enumerate(lines, start=1):
+            try:
+                kept += [line] if json.loads(line)["step"] <= steps else []
+            except (KeyError, TypeError, ValueError) as error:
+                if number < len(lines):
+                    raise Mistake(
+                        f"Line {number} of {path} is damaged: {error}.\nRemove that line, or move the file away: "
+                        "the run goes on without it."
+                    ) from error
+        write_whole(path, lambda file: file.writelines(line + b"\n" for line in kept))
+        self._file = path.open("a")
+        same = {"name": folder.resolve().name, "resume": "allow"}  # a run that goes on continues its curves
+        identity = uuid.uuid5(uuid.NAMESPACE_URL, str(folder.resolve())).hex
+        of_trackers = {"tensorboard": {"purge_step": steps + 1}, "trackio": same}
+        of_trackers["wandb"] = {**same, "id": identity, "dir": str(folder)}
+        accelerator.init_trackers("selftrans-reg", init_kwargs=of_trackers)
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # whose table of settings is a run of its own at each call
+                tracker.store_init_configuration(config)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Add the values after a step; one that is not finite becomes null, as JSON has no other word for it."""
+        if not self.accelerator.is_main_process:
+            return
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        self._file.write(json.dumps({"step": step, **dict.fromkeys(values), **finite}) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self.accelerator.log(finite, step=step)
+
+    def close(self) -> None:
+        """Close the file and the trackers."""
+        if self.accelerator.is_main_process:
+            self._file.close()
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+            self.accelerator.trackers = []
+
+
+def _leave_signals(released: Any, worker: int) -> None:
+    """In a process that reads: leave a signal that a whole job gets to the process that trains, until ``released``.
+
+    Afterwards a reader ends on a signal, with the code of one that did not fail: those of a loop that an error has
+    left are ended so.
+    """
+    for number in _STOPPING:
+        signal.signal(number, lambda *_: os._exit(0) if released.is_set() else None)
 
 
 class StopSignals:

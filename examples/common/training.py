@@ -1,10 +1,8 @@
-"""The training loop of the quickstart and of the study, and what examples share besides: batches, progress, timing."""
+"""The training loop of the quickstart and of the study, and what examples share besides: batches and progress."""
 
-import statistics
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,11 +10,11 @@ from torch.optim.lr_scheduler import LinearLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
-import selftrans_reg as st
 from common.options import Mistake
 
 Item = TypeVar("Item")
 Denoise = Callable[[nn.Module, Tensor, Tensor], Tensor]
+Criterion = nn.Module  # `selftrans_reg.SelfTransLoss`, or a module that is called as it is
 
 # Reading a loss waits for the device, so the log is written at every so-manieth step only.
 _LOG_EVERY = 20
@@ -44,20 +42,6 @@ def progress(items: Iterable[Item], title: str) -> "tqdm[Item]":
     return tqdm(items, desc=title, dynamic_ncols=True)
 
 
-def timed_in_turns(steps: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 2) -> dict[str, float]:
-    """Median seconds of each step. They take turns, so that what else a machine does falls on all alike."""
-    names, seconds = list(steps), {name: [] for name in steps}
-    for turn in progress(range(-warm_up, rounds), "timing"):
-        for name in [names[(turn + k) % len(names)] for k in range(len(names))]:  # nobody is always first
-            start = time.perf_counter()
-            steps[name]()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            if turn >= 0:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
-
-
 class TrainSettings(NamedTuple):
     """How to train: steps of AdamW with a linear warm-up, the gradient clipped, the weights averaged."""
 
@@ -66,19 +50,6 @@ class TrainSettings(NamedTuple):
     warmup_steps: int = 0
     clip: float = 1.0
     ema_decay: float = 0.9999
-
-
-class Criterion(Protocol):
-    """What adds a term to the loss: `selftrans_reg.SelfTransLoss`, or a module that is called as it is."""
-
-    def __call__(self, denoising: Tensor, latents: Tensor | None = None, step: int | None = None) -> st.LossTerms:
-        """The terms, for the batch that the model has just been run on."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """What is trained and saved beside the model."""
-
-    def state_dict(self) -> dict[str, Any]: ...  # noqa: D102
-    def load_state_dict(self, state_dict: dict[str, Any]) -> Any: ...  # noqa: D102
 
 
 def averaged_copy(model: nn.Module, decay: float) -> AveragedModel:
@@ -108,9 +79,7 @@ class Training:
         criterion: Criterion | None = None,
         ema: AveragedModel | None = None,
     ) -> None:
-        self.model = model
-        self.settings = settings
-        self.criterion = criterion
+        self.model, self.settings, self.criterion = model, settings, criterion
         self.ema = averaged_copy(model, settings.ema_decay) if ema is None else ema
         parameters = [*model.parameters(), *(criterion.parameters() if criterion is not None else [])]
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
@@ -171,7 +140,7 @@ def train(
     criterion: Criterion | None = None,
     ema: AveragedModel | None = None,
     resume: dict[str, Any] | None = None,
-    after_step: Callable[[Training], None] | None = None,
+    after_step: Callable[[Training], None] = lambda run: None,
     title: str = "training",
 ) -> Training:
     """Train a model on latents, with the alignment of a criterion or, without one, on the denoising loss alone.
@@ -180,12 +149,12 @@ def train(
     runs that start from one seed see the same with and without it.
 
     Args:
-        model: Trained in place.
+        model: As for `Training`; likewise ``settings``, ``criterion`` and ``ema``.
         batches: Endless ``(latents, labels)`` on the model's device.
         denoise: ``denoise(model, latents, labels)`` runs the model once and gives its loss, (N,) or a scalar.
         settings: How to train.
         criterion: From `SelfTransLoss.stage1` or `.stage2` on this very model, or another with the same call.
-        ema: The average to update, where the criterion has to know it; by default a new one.
+        ema: The average to update, where the criterion has to know it.
         resume: What `Training.state_dict` gave: the run goes on there, on the batches that follow in the same order.
         after_step: Called with the run after every step, to evaluate or to save it; it must leave the global
             generators as they were.
@@ -203,6 +172,5 @@ def train(
         run.step(denoise, latents, labels)
         if run.log[-1]["step"] == run.steps - 1:
             bar.set_postfix({name: f"{term:.3f}" for name, term in run.log[-1].items() if name != "step"})
-        if after_step is not None:
-            after_step(run)
+        after_step(run)
     return run

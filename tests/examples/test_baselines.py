@@ -35,10 +35,11 @@ def own_rng() -> Iterator[None]:
 
 @pytest.fixture
 def model() -> SiT:
-    model = SiT(4, 2, 3, WIDTH, 4, 2, num_classes=5, class_dropout_prob=0.0, learn_sigma=False)
+    model = SiT(4, 2, 3, WIDTH, 4, 2, num_classes=5, learn_sigma=False)
     for name, parameter in model.named_parameters():
         if "adaLN" in name:  # at the initial zeros every layer gives the same tokens
             nn.init.normal_(parameter, std=0.5)
+    model.y_embedder.dropout_prob = 0.0
     return model.train()
 
 
@@ -146,18 +147,18 @@ def test_internal_guidance_samples_away_from_the_averages_early_velocity(model: 
 
 
 @pytest.mark.parametrize("distance", ["cosine", "smooth_l1"])
-def test_sra_regresses_the_averages_layer_at_a_cleaner_time(nullable: SiT, distance: str) -> None:
-    ema = averaged_copy(nullable, 0.9).module
+def test_sra_regresses_the_averages_layer_at_a_cleaner_time(model: SiT, distance: str) -> None:
+    ema = averaged_copy(model, 0.9).module
     for parameter in ema.parameters():
         parameter.mul_(1.1)
     head = st.ProjectionHead(WIDTH, WIDTH, 8)
-    criterion = SRA(nullable, ema, ("blocks.0", "blocks.2"), head, weight=1.0, distance=distance)
-    nullable.y_embedder.dropout_prob = 0.5
+    criterion = SRA(model, ema, ("blocks.0", "blocks.2"), head, weight=1.0, distance=distance)
+    model.y_embedder.dropout_prob = 0.5
     seen: list[Tensor] = []
-    nullable.y_embedder.embedding_table.register_forward_hook(lambda m, args, out: seen.append(args[0]))
+    model.y_embedder.embedding_table.register_forward_hook(lambda m, args, out: seen.append(args[0]))
     ran: list[int] = []
     ema.blocks[3].register_forward_hook(lambda m, a, out: ran.append(1))
-    batch = Batch(nullable)
+    batch = Batch(model)
     terms = batch.terms(criterion, step=7)
     assert not ran  # the average stops at its layer
     assert 0 < (seen[0] == 5).sum() < N  # some labels were dropped, and the average sees the same
@@ -227,12 +228,12 @@ def guided(weights: dict[str, Tensor], batch: Batch) -> Tensor:
 
 
 @pytest.mark.parametrize("window", [(0.0, 1.0), (0.3, 0.8), (2.0, 3.0)])
-def test_a_normalised_target_has_mean_0_and_variance_1(nullable: SiT, window: tuple[float, float]) -> None:
-    snapshot = averaged_copy(nullable, 0.9).module
+def test_a_normalised_target_has_mean_0_and_variance_1(model: SiT, window: tuple[float, float]) -> None:
+    snapshot = averaged_copy(model, 0.9).module
     weights = {name: value.clone() for name, value in snapshot.state_dict().items()}
     head = st.ProjectionHead(WIDTH, WIDTH, 8)
-    criterion = NormalisedTarget(nullable, "blocks.1", taught_by(snapshot), head, weight=1.0, window=window)
-    batch = Batch(nullable)
+    criterion = NormalisedTarget(model, "blocks.1", taught_by(snapshot), head, weight=1.0, window=window)
+    batch = Batch(model)
     terms = batch.terms(criterion)
     target = guided(weights, batch)
     target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
@@ -242,29 +243,20 @@ def test_a_normalised_target_has_mean_0_and_variance_1(nullable: SiT, window: tu
     terms.total.backward()
 
 
-@pytest.fixture
-def nullable() -> SiT:
-    model = SiT(4, 2, 3, WIDTH, 4, 2, num_classes=5, learn_sigma=False)
-    for name, parameter in model.named_parameters():
-        if "adaLN" in name:
-            nn.init.normal_(parameter, std=0.5)
-    return model.train()
-
-
 @pytest.mark.parametrize(("refresh", "taught_at"), [(0, [2] * 4), (2, [2, 2, 4, 4])])
-def test_an_own_average_teaches_as_it_was_when_copied(nullable: SiT, refresh: int, taught_at: list[int]) -> None:
-    ema = averaged_copy(nullable, 0.9).module
-    snapshot = averaged_copy(nullable, 0.9).module
+def test_an_own_average_teaches_as_it_was_when_copied(model: SiT, refresh: int, taught_at: list[int]) -> None:
+    ema = averaged_copy(model, 0.9).module
+    snapshot = averaged_copy(model, 0.9).module
     common = {"time": "repa", "hidden_features": 8, "window": None}
-    first = st.SelfTransLoss.stage1(nullable, layer="blocks.0", latent_channels=3, patch_size=2, **common)
-    then = st.SelfTransLoss.stage2(nullable, layer="blocks.1", teacher=taught_by(snapshot), **common)
+    first = st.SelfTransLoss.stage1(model, layer="blocks.0", latent_channels=3, patch_size=2, **common)
+    then = st.SelfTransLoss.stage2(model, layer="blocks.1", teacher=taught_by(snapshot), **common)
     criterion = OwnAverage(ema, snapshot, first, then, start=2, refresh=refresh)
     averages = []
     for step in range(6):
         for parameter in ema.parameters():
             parameter.mul_(0.95)  # the average moves on
         averages.append({name: value.clone() for name, value in ema.state_dict().items()})
-        batch = Batch(nullable)
+        batch = Batch(model)
         terms = batch.terms(criterion, step)
         if step < 2:
             expected = first.heads[0](batch.tokens[0], batch.latents).mean()
@@ -273,4 +265,4 @@ def test_an_own_average_teaches_as_it_was_when_copied(nullable: SiT, refresh: in
             expected = (projected - guided(averages[taught_at[step - 2]], batch)).square().mean()
         torch.testing.assert_close(terms.alignment, expected.detach(), rtol=1e-3, atol=1e-5)
         terms.total.backward()
-        nullable.zero_grad()
+        model.zero_grad()

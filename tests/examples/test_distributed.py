@@ -14,17 +14,13 @@ TERMS = r"denoising (\d+\.\d+), alignment (\d+\.\d+)"
 
 
 def test_two_processes_run_both_stages(tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(EXAMPLES / "distributed.py", "--steps=2", "--batch-size=4", f"--out={tmp_path}"),
-        ],
+        [*launch, EXAMPLES / "distributed.py", "--steps=2", "--batch-size=4", f"--out={tmp_path}"],
         # Two processes of one thread each, on the CPU even where there is a GPU: there may be only one.
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     for stage in ("stage1", "stage2"):
         for step in range(2):  # one rank alone reports

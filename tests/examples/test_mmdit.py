@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from common.mmdit import JointBlock, MMDiT
+from common.mmdit import MMDiT
 from common.options import Mistake
 from plain_transformers import check_initial_weights, decoded, embedded, gelu, linear, modulated, perturbed, silu
 from torch import Tensor
@@ -68,19 +68,6 @@ def plain_forward(weights: dict[str, Tensor], x: Tensor, t: Tensor, context: Ten
     return decoded(weights, tokens, c, x)
 
 
-@pytest.mark.parametrize("context_pre_only", [False, True])
-def test_a_joint_block_equals_the_plain_formula(generator: torch.Generator, context_pre_only: bool) -> None:
-    block = perturbed(JointBlock(16, 2, context_pre_only=context_pre_only), generator)
-    context, x, c = (torch.randn(2, *shape, generator=generator) for shape in [(5, 16), (9, 16), (16,)])
-    text, image = block(context, x, c=c)
-    expected_text, expected_image = plain_joint_block(block.state_dict(), "", context, x, c, heads=2)
-    torch.testing.assert_close(image, expected_image, rtol=1e-4, atol=1e-5)
-    if context_pre_only:
-        assert text is None
-    else:
-        torch.testing.assert_close(text, expected_text, rtol=1e-4, atol=1e-5)
-
-
 def test_forward_equals_the_plain_formula(generator: torch.Generator) -> None:
     model = tiny_mmdit(generator)
     x, t, context = inputs(generator)
@@ -125,15 +112,7 @@ def test_every_parameter_has_a_gradient(generator: torch.Generator) -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-@pytest.mark.parametrize("shape", [(3, 5, 7), (3, 6)])
-def test_text_features_of_another_width_are_named(generator: torch.Generator, shape: tuple[int, ...]) -> None:
+def test_text_features_of_another_width_are_named(generator: torch.Generator) -> None:
     x, t, _ = inputs(generator)
-    for match in [r"takes text features \(N, L, 6\)", f"Found: .{', '.join(map(str, shape))}", "context_size"]:
-        with pytest.raises(Mistake, match=match):
-            tiny_mmdit(generator)(x, t, torch.zeros(shape))
-
-
-def test_sizes_that_do_not_divide_are_named() -> None:
-    for match in ["divisible by patch_size", "input_size=9, patch_size=2, hidden_size=16, num_heads=2"]:
-        with pytest.raises(Mistake, match=match):
-            MMDiT(**(TINY | {"input_size": 9}))
+    with pytest.raises(Mistake, match=r"takes text features \(N, L, 6\).\nFound: .3, 5, 7(.|\n)*context_size"):
+        tiny_mmdit(generator)(x, t, torch.zeros(3, 5, 7))

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from common.options import Mistake
-from common.paths import PATHS, Transport, denoising_loss, interpolate, path_named, velocity_loss
+from common.paths import PATHS, Transport, denoising_loss, path_named, velocity_loss
 from torch import Tensor, nn
 
 
@@ -27,20 +27,6 @@ def test_derivatives_are_those_of_the_coefficients(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_a_path_runs_from_data_to_noise(name: str, generator: torch.Generator) -> None:
-    latents, noise = torch.randn(2, 2, 3, 4, 4, generator=generator)
-    start, _ = interpolate(PATHS[name], latents, noise, torch.zeros(2))
-    end, _ = interpolate(PATHS[name], latents, noise, torch.ones(2))
-    torch.testing.assert_close(start, latents)
-    torch.testing.assert_close(end, noise, atol=1e-6, rtol=1e-5)
-
-
-def test_cosine_path_keeps_the_variance() -> None:
-    alpha, sigma, *_ = path_named("cosine")(torch.linspace(0, 1, 7))
-    torch.testing.assert_close(alpha**2 + sigma**2, torch.ones(7))
-
-
-@pytest.mark.parametrize("name", PATHS)
 def test_velocity_loss_equals_the_plain_formula(name: str, generator: torch.Generator) -> None:
     latents, noise = torch.randn(2, 3, 2, 4, 4, generator=generator)
     t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
@@ -57,17 +43,14 @@ def test_velocity_loss_equals_the_plain_formula(name: str, generator: torch.Gene
         torch.testing.assert_close(actual[i], expected)
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_denoising_loss_draws_uniform_times_then_the_noise(name: str, generator: torch.Generator) -> None:
+def test_denoising_loss_draws_uniform_times_then_the_noise(generator: torch.Generator) -> None:
     latents, y = torch.randn(64, 2, 4, 4, generator=generator), torch.arange(64) % 3
-    model = Affine()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        actual = denoising_loss(model, latents, y, PATHS[name])
+        actual = denoising_loss(Affine(), latents, y, PATHS["cosine"])
         torch.manual_seed(0)
         t, noise = torch.rand(64), torch.randn_like(latents)
-    assert torch.equal(model.seen[1], t)
-    torch.testing.assert_close(actual, velocity_loss(model, latents, y, t, noise, PATHS[name]))
+    torch.testing.assert_close(actual, velocity_loss(Affine(), latents, y, t, noise, PATHS["cosine"]))
 
 
 @pytest.mark.parametrize("name", PATHS)
@@ -96,6 +79,5 @@ def test_transport_draws_inside_and_speaks_sits_convention(name: str, generator:
 
 
 def test_an_unknown_path_is_named() -> None:
-    for match in ["no path named 'quadratic'", "Known: linear, cosine"]:
-        with pytest.raises(Mistake, match=match):
-            path_named("quadratic")
+    with pytest.raises(Mistake, match=r"no path named 'quadratic'.\nKnown: linear, cosine"):
+        path_named("quadratic")

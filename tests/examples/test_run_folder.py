@@ -4,9 +4,7 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,7 +15,6 @@ from common.run_folder import (
     locked,
     newest_checkpoint,
     open_run_folder,
-    read_log,
     write_json,
     write_whole,
 )
@@ -25,49 +22,33 @@ from common.run_folder import (
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
-def test_the_same_settings_open_the_folder_again(tmp_path: Path) -> None:
+def test_the_same_settings_open_the_folder_again_and_others_are_refused(tmp_path: Path) -> None:
     for _ in range(2):
-        open_run_folder(tmp_path / "run", {"steps": 3, "window": (0.4, 0.7)})
-    assert json.loads((tmp_path / "run/settings.json").read_text()) == {"steps": 3, "window": [0.4, 0.7]}
-
-
-def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
-    open_run_folder(tmp_path, {"steps": 3, "seed": 0, "old": 1})
-    with pytest.raises(
-        Mistake, match=r"other settings.\nFound: old: 1 there, None now; steps: 3 there, 4 now.\n.*--out"
-    ):
-        open_run_folder(tmp_path, {"steps": 4, "seed": 0})
-    assert json.loads((tmp_path / "settings.json").read_text())["steps"] == 3
+        open_run_folder(tmp_path / "run", {"steps": 3, "window": (0.4, 0.7), "old": 1})
+    saved = (tmp_path / "run/settings.json").read_bytes()
+    assert json.loads(saved) == {"steps": 3, "window": [0.4, 0.7], "old": 1}
+    found = r"other settings.\nFound: old: 1 there, None now; steps: 3 there, 4 now.\n.*--out"
+    with pytest.raises(Mistake, match=found):
+        open_run_folder(tmp_path / "run", {"steps": 4, "window": (0.4, 0.7)})
+    assert (tmp_path / "run/settings.json").read_bytes() == saved
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "holiday.jpg").touch()
     with pytest.raises(Mistake, match=r"not empty, and no run made it.\nFound: holiday.jpg(.|\n)*another folder"):
         open_run_folder(tmp_path, {})
-    assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.jpg"]
     with pytest.raises(Mistake, match="is a file, and a run needs a folder"):
         open_run_folder(tmp_path / "holiday.jpg", {})
-    open_run_folder(tmp_path / "run", {}, folders=["samples"])
-    (tmp_path / "run" / "samples").touch()
-    with pytest.raises(Mistake, match="samples is a file"):
-        open_run_folder(tmp_path / "run", {}, folders=["samples"])
+    assert [entry.name for entry in tmp_path.iterdir()] == ["holiday.jpg"]
 
 
-@pytest.mark.parametrize("damaged", [b"", b'{"steps": 3', b"[]", b"\x00\x00\x00", b"\xff\xfe"])
-def test_damaged_settings_are_recovered_or_named(tmp_path: Path, damaged: bytes) -> None:
+@pytest.mark.parametrize("damaged", [b"", b'{"steps": 3', b"[1]", b"3", b"\xff\xfe"])
+def test_damaged_settings_are_named_and_left(tmp_path: Path, damaged: bytes) -> None:
     path = tmp_path / "settings.json"
     path.write_bytes(damaged)
     with pytest.raises(Mistake, match=r"settings.json is damaged(.|\n)*--out"):
         open_run_folder(tmp_path, {"steps": 3})
     assert path.read_bytes() == damaged
-
-    def saved() -> dict[str, Any]:
-        return {"steps": 3, "more": 1}
-
-    with pytest.raises(Mistake, match="steps: 3 there, 4 now"):
-        open_run_folder(tmp_path, {"steps": 4}, saved=saved)
-    open_run_folder(tmp_path, {"steps": 3}, saved=saved)
-    assert json.loads(path.read_text()) == {"steps": 3}
 
 
 def test_work_is_done_once_and_written_whole(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -105,20 +86,19 @@ HOLD = "import sys, time; from pathlib import Path; from common.run_folder impor
 HOLD += "with locked(Path(sys.argv[1])): print('in', flush=True); time.sleep(60)"
 
 
-def test_a_second_process_is_kept_out_until_the_first_ends_or_dies(tmp_path: Path) -> None:
+def test_a_second_process_is_kept_out_until_the_first_ends_or_dies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("common.run_folder._AFTER_A_KILL", 0.2)
     command, where = [sys.executable, "-c", HOLD, tmp_path], os.environ | {"PYTHONPATH": str(EXAMPLES)}
     with subprocess.Popen(command, env=where, stdout=subprocess.PIPE) as first:
         assert first.stdout.readline() == b"in\n"
-        start = time.monotonic()
         with pytest.raises(Mistake, match=rf"at work in {tmp_path}: process {first.pid} on "), locked(tmp_path):
             pass
-        assert time.monotonic() - start < 5
         first.kill()
-    mine = f"process {os.getpid()} on "  # what the dead one has left is no obstacle
-    with locked(tmp_path), pytest.raises(Mistake, match=mine), locked(tmp_path):
-        pass
-    with locked(tmp_path):
-        pass
+    for _ in range(2):  # what the dead one has left is no obstacle
+        with locked(tmp_path):
+            pass
 
 
 def test_checkpoints_are_found_by_their_steps(tmp_path: Path) -> None:
@@ -132,22 +112,3 @@ def test_checkpoints_are_found_by_their_steps(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path / "bare/last.pt") == tmp_path / "bare/last.pt"
     with pytest.raises(Mistake, match=r"no checkpoint of a run in .*\nFound: bare, run"):
         newest_checkpoint(tmp_path)
-    (tmp_path / "checkpoints").touch()
-    with pytest.raises(Mistake, match="checkpoints is a file"):
-        newest_checkpoint(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "tail", [b"", b'{"step": 4, "lo', b'{"step": 4, "lo\n', b"\x00\x00\x00\x00", b"4\n", b"{}\n", b"\xff\n"]
-)
-def test_a_logs_last_line_is_droppable_and_no_other(tmp_path: Path, tail: bytes) -> None:
-    path, whole = tmp_path / "log.jsonl", b'{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n'
-    assert read_log(path) == []
-    path.write_bytes(whole + tail)
-    assert read_log(path) == [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}]
-    if tail:
-        path.write_bytes(whole + tail.rstrip(b"\n") + b"\n" + whole)
-        with pytest.raises(Mistake, match=r"Line 3 of .*log.jsonl is damaged(.|\n)*Remove that line"):
-            read_log(path)
-    with pytest.raises(Mistake, match="is no file"):
-        read_log(tmp_path)

@@ -10,11 +10,10 @@ import pytest
 import sample
 import torch
 from common.data_files import DataError
-from common.images import write_png
 from common.loading import sit_from_checkpoint
 from common.options import Mistake
 from common.processes import Processes
-from common.sampling import image_generator
+from common.samplers import image_generator
 from common.vae import load_vae
 from numpy.typing import NDArray
 from PIL import Image
@@ -87,27 +86,13 @@ def test_an_image_is_its_formula(run_folder: Path, finished: Path) -> None:
         assert archive["arr_1"][7] == y.item()
 
 
-@pytest.mark.parametrize("sampler", ["euler", "heun", "sde"])
-def test_images_do_not_depend_on_the_batches(run_folder: Path, tmp_path: Path, sampler: str) -> None:
-    found = []
-    for size in (1, 4, 7):
-        out = tmp_path / str(size)
-        sample.main(
-            [f"--checkpoint={run_folder}", f"--out={out}", *FAST, f"--batch-size={size}", f"--sampler={sampler}"]
-        )
-        found.append(images_of(out).astype(int))
-    # A matrix product may round differently in another batch: that is 1e-7 of a pixel's range, rarely one grey level.
-    for other in found[1:]:
-        assert np.abs(other - found[0]).max() <= 1
-        assert (other != found[0]).mean() < 1e-3
-    assert found[0].std() > 10
-
-
-def test_guidance_acts_in_its_interval_alone(run_folder: Path, finished: Path, tmp_path: Path) -> None:
-    for name, interval, same in [("always", (0, 1), False), ("late", (0, 0.6), False), ("never", (0.1, 0.2), True)]:
-        more = ["--cfg-scale=3", *(f"--guidance-{end}={t}" for end, t in zip(("low", "high"), interval, strict=True))]
-        found = images_with(run_folder, tmp_path / name, *more)
-        assert np.array_equal(found, images_of(finished)) == same  # no step begins between 0.1 and 0.2
+def test_images_do_not_depend_on_the_batches(run_folder: Path, finished: Path, tmp_path: Path) -> None:
+    expected = images_of(finished).astype(int)
+    for size in (1, 7):
+        found = images_with(run_folder, tmp_path / str(size), f"--batch-size={size}").astype(int)
+        # A matrix product may round differently in another batch: 1e-7 of a pixel's range, rarely one grey level.
+        assert np.abs(found - expected).max() <= 1
+        assert (found != expected).mean() < 1e-3
 
 
 def test_going_on_makes_only_what_is_missing(
@@ -131,9 +116,9 @@ def test_going_on_makes_only_what_is_missing(
 
 def test_more_images_are_added_to_those_that_are_there(run_folder: Path, finished: Path, tmp_path: Path) -> None:
     for count in (5, 10):
-        sample.main([f"--checkpoint={run_folder}", f"--out={tmp_path / 'out'}", *FAST, f"--num-samples={count}"])
+        found = images_with(run_folder, tmp_path / "out", f"--num-samples={count}")
     assert {"samples_5.npz", "samples_10.npz"} <= {entry.name for entry in (tmp_path / "out").iterdir()}
-    assert np.abs(images_of(tmp_path / "out").astype(int) - images_of(finished)).max() <= 1
+    assert np.abs(found.astype(int) - images_of(finished)).max() <= 1
 
 
 def test_another_run_is_never_written_into(run_folder: Path, finished: Path) -> None:
@@ -167,29 +152,20 @@ def test_labels_leave_the_noise_as_it_is() -> None:
 
 
 def test_no_two_images_of_a_run_begin_alike() -> None:
-    def first(seed: int) -> float:
-        return torch.randn(1, generator=torch.Generator().manual_seed(seed)).item()
-
-    assert first(7) == first(7 + 2**32)  # why the numbers count up, instead of being hashes of 64 bits
     seeds = {image_generator(3, index).initial_seed() for index in range(0, 1_000_000, 997)}
     assert len(seeds) == 1004
-    assert max(seeds) < 2**32
+    assert max(seeds) < 2**32  # torch's CPU generator takes no more
 
 
 def test_two_processes_make_the_images_of_one(run_folder: Path, finished: Path, tmp_path: Path) -> None:
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *(EXAMPLES / "sample.py", f"--checkpoint={run_folder}", f"--out={tmp_path / 'out'}", *FAST),
-        ],
+        [*launch, EXAMPLES / "sample.py", f"--checkpoint={run_folder}", f"--out={tmp_path / 'out'}", *FAST],
         env=os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("10 images of") == 1  # one process alone reports
-    assert np.array_equal(images_of(tmp_path / "out"), images_of(finished))
     with np.load(tmp_path / "out/samples_10.npz") as own, np.load(finished / "samples_10.npz") as other:
         assert all(np.array_equal(own[name], other[name]) for name in ("arr_0", "arr_1"))
 
@@ -231,71 +207,39 @@ def test_a_model_of_the_sit_repository_is_turned_around(run_folder: Path, tmp_pa
     assert run.weights == "bare"
 
 
-def test_what_a_checkpoint_claims_is_held_against_the_options(run_folder: Path, tmp_path: Path) -> None:
-    args = ARGS | {"path": "cosine", "vae": str(run_folder / "vae")}
-    path = write_checkpoint(tmp_path / "cosine.pt", 3, args)
-    assert job_of(f"--checkpoint={path}").sampler.path == "cosine"
-    with pytest.raises(Mistake, match=r"trained on the cosine path.\nFound: --path linear"):
-        job_of(f"--checkpoint={path}", "--path=linear")
-    with pytest.raises(Mistake, match=r"in the convention 'repa'.\nFound: --time sit. Leave it out"):
-        job_of(f"--checkpoint={run_folder}", "--time=sit")
-    for claim, match in [
-        ({"prediction": "noise"}, "predict 'noise'"),
-        ({"model": "DiT-XL/2"}, "trained as a 'DiT-XL/2'"),
-    ]:
-        path = write_checkpoint(tmp_path / "claims.pt", 3, args | claim)
-        with pytest.raises(Mistake, match=match):
-            job_of(f"--checkpoint={path}")
-
-
 def test_latents_are_decoded_with_the_vaes_own_shift(run_folder: Path, finished: Path, tmp_path: Path) -> None:
     plain = write_checkpoint(tmp_path / "run/plain.pt", 12, ARGS)  # says no scaling, as others' files
     images = {}
-    for name, config in {
-        "none": {},
-        "shift": {"shift_factor": 3.0},
-        "mean": {"latents_mean": [3.0] * 4},
-        "std": {"latents_std": [0.5] * 4},
-        "half": {"scale": 2 * SCALE},
-    }.items():
+    for name, config in {"none": {}, "shift": {"shift_factor": 3.0}, "mean": {"latents_mean": [3.0] * 4}}.items():
         vae = write_vae(tmp_path / name, **config)
         images[name] = images_with(plain, tmp_path / f"out-{name}", f"--vae={vae}")
     assert np.array_equal(images["none"], images_of(finished))
     assert not np.array_equal(images["none"], images["shift"])
     assert np.array_equal(images["shift"], images["mean"])
-    assert np.array_equal(images["std"], images["half"])
     with pytest.raises(Mistake, match=r"other settings(.|\n)*shift_factor: 3.0 there, 0.0 now"):
         images_with(plain, tmp_path / "out-shift", f"--vae={tmp_path / 'none'}")
 
 
-def test_a_vae_that_does_not_fit_is_named(run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    newest = f"--checkpoint={run_folder}"
-    other, shifted = write_vae(tmp_path / "other", scale=0.5), write_vae(tmp_path / "shifted", shift_factor=3.0)
-    for vae, match in [
-        (other, r"scale 0.5, shift 0.0 in the VAE, scale 0.8, shift 0.0 in the latents"),
-        (shifted, r"scale 0.8, shift 3.0 in the VAE, scale 0.8, shift 0.0 in the latents"),
-    ]:
-        with pytest.raises(Mistake, match=match):
-            job_of(newest, f"--vae={vae}")
+def test_a_vae_that_does_not_fit_is_named(run_folder: Path, tmp_path: Path) -> None:
+    newest, other = f"--checkpoint={run_folder}", write_vae(tmp_path / "other", scale=0.5)
+    with pytest.raises(Mistake, match=r"scale 0.5, shift 0.0 in the VAE, scale 0.8, shift 0.0 in the latents"):
+        job_of(newest, f"--vae={other}")
     assert job_of(newest, f"--vae={other}", "--scale-factor=0.8").sampler.scaling == (0.8, 0.0)
     with pytest.raises(DataError, match=r"no VAE of diffusers' AutoencoderKL at '.*nowhere'"):
         job_of(newest, f"--vae={tmp_path / 'nowhere'}")
-    shift = write_checkpoint(tmp_path / "shift.pt", 3, ARGS | {"scale_factor": SCALE, "shift_factor": 3.0})
-    assert job_of(f"--checkpoint={shift}", f"--vae={shifted}").sampler.scaling == (SCALE, 3.0)
-    odd = write_checkpoint(tmp_path / "odd.pt", 3, ARGS | {"scale_factor": "0.8"})
-    with pytest.raises(DataError, match=r"odd.pt records a scaling that no latents can have"):
-        job_of(f"--checkpoint={odd}", f"--vae={other}")
-    wide = write_checkpoint(tmp_path / "wide.pt", 3, ARGS | {"in_channels": 3}, in_channels=3)
-    with pytest.raises(Mistake, match=r"decodes latents of 4 channels; .*wide.pt have 3(.|\n)*Pass with --vae the one"):
-        job_of(f"--checkpoint={wide}", f"--vae={run_folder / 'vae'}")
+    for name, args, sizes, match in [
+        ("odd", {"scale_factor": "0.8"}, {}, r"odd.pt records a scaling that no latents can have"),
+        ("wide", {"in_channels": 3}, {"in_channels": 3}, r"decodes latents of 4 channels; .*wide.pt have 3"),
+    ]:
+        path = write_checkpoint(tmp_path / f"{name}.pt", 3, ARGS | args, **sizes)
+        with pytest.raises((Mistake, DataError), match=match):
+            job_of(f"--checkpoint={path}", f"--vae={run_folder / 'vae'}")
     nameless = write_checkpoint(tmp_path / "nameless.pt", 3, ARGS | {"vae": None})
     with pytest.raises(Mistake, match=r"does not name its VAE(.|\n)*stabilityai/sd-vae-ft-mse"):
         job_of(f"--checkpoint={nameless}")
 
 
-def test_settings_without_sense_are_named_before_a_folder_is_made(
-    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_settings_without_sense_are_named_before_a_folder_is_made(run_folder: Path, tmp_path: Path) -> None:
     vae = f"--vae={run_folder / 'vae'}"
     unconditional = write_checkpoint(tmp_path / "all.pt", 3, ARGS | {"class_dropout_prob": 0.0}, class_dropout_prob=0.0)
     for arguments, match in [
@@ -309,10 +253,6 @@ def test_settings_without_sense_are_named_before_a_folder_is_made(
     ]:
         with pytest.raises(Mistake, match=match):
             sample.main([*FAST, *arguments, f"--out={tmp_path / 'out'}"])
-    for wrong in ("--scale-factor=0", "--guidance-low=-1", "--cfg-scale=nan", "--num-samples=0"):
-        with pytest.raises(SystemExit):
-            sample.main([*FAST, f"--checkpoint={run_folder}", wrong, f"--out={tmp_path / 'out'}"])
-        assert wrong.partition("=")[0] in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -320,21 +260,15 @@ def test_latents_that_are_not_finite_are_named(run_folder: Path) -> None:
     def broken(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         return x * torch.where(t > 0.9, 1.0, float("inf"))[:, None, None, None]
 
-    for match in ["not finite for 3 of 3 images", "Found: image 4, by sde in 3 steps", "Take an earlier checkpoint"]:
-        with pytest.raises(Mistake, match=match):
-            job_of(f"--checkpoint={run_folder}").sampler.images(broken, [4, 5, 6], "cpu")
+    found = r"not finite for 3 of 3 images.\nFound: image 4, by sde in 3 steps(.|\n)*Take an earlier checkpoint"
+    with pytest.raises(Mistake, match=found):
+        job_of(f"--checkpoint={run_folder}").sampler.images(broken, [4, 5, 6], "cpu")
 
 
 @pytest.mark.parametrize(
-    ("name", "product", "tf32"),
-    [
-        ("fp32", torch.float32, False),
-        ("tf32", torch.float32, True),
-        ("fp16", torch.float16, False),
-        ("bf16", torch.bfloat16, False),
-    ],
+    ("name", "product"), [("fp32", torch.float32), ("tf32", torch.float32), ("bf16", torch.bfloat16)]
 )
-def test_the_precision_is_the_models_alone(name: str, product: torch.dtype, tf32: bool) -> None:
+def test_the_precision_is_the_models_alone(name: str, product: torch.dtype) -> None:
     seen = set()
 
     def switches() -> tuple[object, ...]:
@@ -347,22 +281,5 @@ def test_the_precision_is_the_models_alone(name: str, product: torch.dtype, tf32
 
     before, x = switches(), torch.ones(1, 4, 4, 4)
     sample.in_precision(model, name, "cpu")(x, x[:, 0, 0, 0], x[:, 0, 0, 0])
-    assert seen == {(torch.float32, product, "high" if tf32 else "highest", tf32, True)}
+    assert seen == {(torch.float32, product, "high" if name == "tf32" else "highest", name == "tf32", True)}
     assert switches() == before
-
-
-def test_the_npz_is_what_numpy_writes(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).integers(256, size=(5, 4, 6, 3), dtype=np.uint8)
-    pngs = [tmp_path / f"{i}.png" for i in range(5)]
-    for image, png in zip(images, pngs, strict=True):
-        write_png(image, png)
-    sample.write_npz(pngs, np.array([3, 1, 4, 1, 5]), tmp_path / "set.npz")
-    with np.load(tmp_path / "set.npz", allow_pickle=False) as archive:
-        assert archive.files == ["arr_0", "arr_1"]
-        assert archive["arr_0"].dtype == np.uint8
-        assert np.array_equal(archive["arr_0"], images)
-        assert archive["arr_1"].tolist() == [3, 1, 4, 1, 5]
-    write_png(images[0, :3], pngs[3])
-    with pytest.raises(DataError, match=r"3.png is 6x3; the others are 6x4"):
-        sample.write_npz(pngs, np.arange(5), tmp_path / "other.npz")
-    assert not (tmp_path / "other.npz").exists()

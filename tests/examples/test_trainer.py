@@ -17,8 +17,7 @@ import torch
 from common.long_runs import new_accelerator
 from common.options import Mistake
 from common.run_folder import saved_checkpoints
-from common.step_sampler import StepSampler
-from common.trainer import Trainer
+from common.trainer import Trainer, micro_batches
 from long_runs import (
     Items,
     differences,
@@ -52,14 +51,24 @@ def checkpoint(out: Path, steps: int) -> Path:
 # --- What a step computes --------------------------------------------------------------------------------------------
 
 
-def plain_run(data: Tensor, *, steps: int, lr: float, warmup: int, clip: float, decay: float) -> nn.Module:
-    """The averaged model after some full-batch steps of AdamW, written out."""
+def plain_run(
+    data: Tensor, precision: str, *, steps: int, lr: float, warmup: int, clip: float, decay: float
+) -> tuple[nn.Module, list[float]]:
+    """The averaged model after some full-batch steps of AdamW, written out, and the losses."""
     model = new_sit(class_dropout_prob=0.0)  # nothing is drawn
     parameters = [p for p in model.parameters() if p.requires_grad]
     averages = [p.detach().clone() for p in parameters]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in parameters]
+    losses = []
+
+    def called(*inputs: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            return model(*inputs).float()
+
     for step in range(1, steps + 1):
-        gradients = torch.autograd.grad(fixed_loss(model, data, torch.arange(len(data)) % 5).mean(), parameters)
+        loss = fixed_loss(called, data, torch.arange(len(data)) % 5).mean()
+        losses.append(loss.item())
+        gradients = torch.autograd.grad(loss, parameters)
         norm = torch.cat([g.flatten() for g in gradients]).norm()
         for p, g, (m, v) in zip(parameters, gradients, moments, strict=True):
             g = g * min(1.0, clip / norm.item())
@@ -71,26 +80,30 @@ def plain_run(data: Tensor, *, steps: int, lr: float, warmup: int, clip: float, 
             average.mul_(decay).add_((1 - decay) * p.detach())
     for average, p in zip(averages, parameters, strict=True):
         p.data.copy_(average)
-    return model
+    return model, losses
 
 
-def test_steps_equal_a_plain_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_steps_equal_a_plain_loop(tmp_path: Path, precision: str) -> None:
     data = Items(length=8, noise=0.0)
+    settings = {"lr": 1e-2, "warmup_steps": 4, "clip": 0.05, "ema_decay": 0.8, "steps": 6, "precision": precision}
     model = new_sit(class_dropout_prob=0.0)
-    settings = {"lr": 1e-2, "warmup_steps": 4, "clip": 0.05, "ema_decay": 0.8, "steps": 6}
     trainer = trained(tmp_path, stage="baseline", dataset=data, denoise=fixed_loss, model=model, **settings)
-    wanted = plain_run(data.latents, steps=6, lr=1e-2, warmup=4, clip=0.05, decay=0.8).state_dict()
+    wanted, losses = plain_run(data.latents, precision, steps=6, lr=1e-2, warmup=4, clip=0.05, decay=0.8)
+    close = {"rtol": 1e-3, "atol": 1e-5} if precision == "no" else {"rtol": 1e-2, "atol": 1e-3}
     for name, tensor in trainer.ema.state_dict().items():
-        torch.testing.assert_close(tensor, wanted[name], rtol=1e-3, atol=1e-5)
+        if precision == "no" or not name.endswith("qkv.bias"):  # the keys' has no gradient, but what rounding leaves
+            torch.testing.assert_close(tensor, wanted.state_dict()[name], **close)
+    assert lines(tmp_path)[0]["loss"] == pytest.approx(losses[0], rel=1e-6)  # in float32 it differs by much more
+    assert [line["loss"] for line in lines(tmp_path)] == pytest.approx([losses[n - 1] for n in (1, 2, 4, 6)], rel=1e-3)
     assert [line["lr"] for line in lines(tmp_path)] == pytest.approx([0.0025, 0.005, 0.01, 0.01])
     assert all(line["gradient_norm"] > 0.05 for line in lines(tmp_path)), "nothing was clipped"
     assert not trainer.ema.training
     assert not any(p.requires_grad for p in trainer.ema.parameters())
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_micro_batches_add_up_to_the_batch(tmp_path: Path, stage: str) -> None:
-    same = {"stage": stage, "dataset": Items(noise=0.0), "denoise": fixed_loss, "steps": 3}
+def test_micro_batches_add_up_to_the_batch(tmp_path: Path) -> None:
+    same = {"stage": "2", "dataset": Items(noise=0.0), "denoise": fixed_loss, "steps": 3}
     trained(tmp_path / "whole", model=new_sit(class_dropout_prob=1e-9), **same)
     trained(tmp_path / "parts", model=new_sit(class_dropout_prob=1e-9), micro_batches=4, **same)
     whole, parts = (torch.load(checkpoint(tmp_path / name, 3))["model"] for name in ("whole", "parts"))
@@ -139,7 +152,7 @@ def test_what_a_checkpoint_holds(tmp_path: Path) -> None:
 # --- Going on --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("stage", "micro_batches"), [("baseline", 1), ("1", 2), ("2", 1), ("2", 2)])
+@pytest.mark.parametrize(("stage", "micro_batches"), [("baseline", 1), ("2", 2)])
 def test_a_resumed_run_is_bit_equal(tmp_path: Path, stage: str, micro_batches: int) -> None:
     """Label dropout, noise, times, what items draw and the teacher's rows included; over the end of an epoch."""
     same = {"stage": stage, "micro_batches": micro_batches}
@@ -165,12 +178,11 @@ class NoRowInside:
         return (model(x_t, t, y) - (noise - latents)).square().flatten(1).mean(1)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
-def test_a_resumed_runs_log_is_the_uninterrupted_ones(tmp_path: Path, stop: int) -> None:
+def test_a_resumed_runs_log_is_the_uninterrupted_ones(tmp_path: Path) -> None:
     """Where no row is inside, what an earlier call has measured is no measure of the step that is logged."""
     trained(tmp_path / "once", stage="1", steps=8, denoise=NoRowInside())
-    trained(tmp_path / "twice", stage="1", steps=stop, denoise=NoRowInside())
-    trained(tmp_path / "twice", stage="1", steps=8, denoise=NoRowInside(stop))
+    trained(tmp_path / "twice", stage="1", steps=3, denoise=NoRowInside())
+    trained(tmp_path / "twice", stage="1", steps=8, denoise=NoRowInside(3))
     once, twice = (lines(tmp_path / name) for name in ("once", "twice"))
     assert [line["step"] for line in once] == [1, 2, 4, 6, 8]
     assert twice == once
@@ -178,13 +190,18 @@ def test_a_resumed_runs_log_is_the_uninterrupted_ones(tmp_path: Path, stop: int)
     assert all("gradient_cosine" not in line and line["in_window"] == 0 for line in once[1:])
 
 
-def test_lines_that_a_stopped_process_wrote_beyond_its_checkpoint_are_not_doubled(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tail", [b'{"step": 6, "lo', b"\x00\x00\n", b"4\n", b"{}\n"])
+def test_what_a_stopped_process_wrote_beyond_its_checkpoint_is_not_doubled(tmp_path: Path, tail: bytes) -> None:
     trained(tmp_path, steps=2)
-    with (tmp_path / "log.jsonl").open("a") as log:
-        log.write('{"step": 4, "loss": 0.5}\n{"step": 6, "lo')
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(log.read_bytes() + b'{"step": 4, "loss": 0.5}\n' + tail)
+    damaged = log.read_bytes() + b"\n{}"
     trained(tmp_path, steps=4)
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 4]
     assert lines(tmp_path)[-1]["loss"] != 0.5
+    log.write_bytes(damaged)  # elsewhere than in its last line
+    with pytest.raises(Mistake, match=r"Line 4 of .*log.jsonl is damaged(.|\n)*Remove that line"):
+        trained(tmp_path, steps=5)
 
 
 def test_a_finished_run_has_nothing_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -199,48 +216,27 @@ def test_a_checkpoint_of_another_folder_is_gone_on_from(tmp_path: Path) -> None:
     trained(tmp_path / "a", steps=4, checkpoint_every=2)
     trained(tmp_path / "b", resume=str(checkpoint(tmp_path / "a", 2)), steps=4)
     assert differences(*(checkpoint(tmp_path / name, 4) for name in "ab")) == []
-    trained(tmp_path / "c", steps=4, seed=1)
-    assert differences(*(checkpoint(tmp_path / name, 4) for name in "ac")) != []
 
 
 def test_what_cannot_be_resumed_is_named_and_nothing_written(tmp_path: Path) -> None:
     trained(tmp_path, steps=4, checkpoint_every=2)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
     torch.save({"model": new_sit().state_dict(), "steps": 3}, tmp_path / "theirs")
+    (tmp_path / "cut.pt").write_bytes(checkpoint(tmp_path, 4).read_bytes()[:1000])
     cases = [
-        (
-            Mistake,
-            {"resume": str(tmp_path / "theirs")},
-            ["can go on from", "without ['args', 'crit", "--init"],
-        ),
-        (Mistake, {"resume": "never"}, ["would write over", "2 checkpoints, the newest after 4", "--out"]),
+        (Mistake, {"resume": str(tmp_path / "theirs")}, ["can go on from", "without ['args', 'crit", "--init"]),
         (Mistake, {"resume": str(checkpoint(tmp_path, 2))}, ["over newer checkpoints", "0000004.pt", "--out"]),
         (Mistake, {"resume": str(tmp_path / "none.pt")}, ["There is no checkpoint", "none.pt"]),
         (Mistake, {"stage": "2"}, ["criterion or optimiser does not fit", "0000004.pt"]),
         (Mistake, {"stage": "baseline"}, ["another stage", "holds a criterion", "this run has none"]),
         (CheckpointError, {"model": new_sit(depth=3)}, ["does not fit SiT", "blocks.3.attn.qkv.weight"]),
+        (CheckpointError, {"resume": str(tmp_path / "cut.pt")}, ["cut.pt"]),
     ]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.pt")}
     for kind, settings, texts in cases:
         with pytest.raises(kind) as caught:
             trained(tmp_path, steps=6, **settings)
         assert all(text in str(caught.value) for text in texts), caught.value
     assert {path: path.read_bytes() for path in tmp_path.rglob("*.pt")} == before
-
-
-@pytest.mark.parametrize("size", [0, 1000, -1])
-def test_a_damaged_newest_checkpoint_is_named(tmp_path: Path, size: int) -> None:
-    trained(tmp_path, steps=4, checkpoint_every=2)
-    path = checkpoint(tmp_path, 4)
-    path.write_bytes(path.read_bytes()[:size])
-    with pytest.raises(CheckpointError, match=r"0000004\.pt"):
-        trained(tmp_path, steps=6)
-
-
-def test_a_folder_whose_checkpoints_are_a_file_is_named_before_anything_is_trained(tmp_path: Path) -> None:
-    (tmp_path / "checkpoints").touch()
-    with pytest.raises(Mistake, match="checkpoints is a file"):
-        trained(tmp_path)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoints"]
 
 
 # --- Being stopped ---------------------------------------------------------------------------------------------------
@@ -264,10 +260,8 @@ class Stopping:
         return fixed_loss(model, latents, y)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_the_step_and_stops(
-    tmp_path: Path, number: signal.Signals, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_signal_saves_the_step_and_stops(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    number = signal.SIGTERM
     handler = signal.getsignal(number)
     trained(tmp_path / "once", denoise=fixed_loss)
     loss = Stopping(3, number)
@@ -369,16 +363,11 @@ def test_overflows_without_end_stop_the_run(tmp_path: Path) -> None:
 # --- Schedules -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("keep", "keep_every", "left"), [(1, None, [7]), (2, 3, [3, 6, 7]), (99, None, [*range(1, 8)])]
-)
-def test_the_newest_checkpoints_and_the_milestones_stay(
-    tmp_path: Path, keep: int, keep_every: int | None, left: list[int]
-) -> None:
+def test_the_newest_checkpoints_and_the_milestones_stay(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "0000002.pt.host-1.partial").write_bytes(b"of a save that was killed")
-    trained(tmp_path, stage="baseline", checkpoint_every=1, keep=keep, keep_every=keep_every)
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"{n:07d}.pt" for n in left]
+    trained(tmp_path, stage="baseline", checkpoint_every=1, keep=2, keep_every=3)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"{n:07d}.pt" for n in (3, 6, 7)]
 
 
 def test_pictures_are_drawn_from_the_average_and_change_nothing(tmp_path: Path) -> None:
@@ -402,8 +391,8 @@ def test_pictures_are_drawn_from_the_average_and_change_nothing(tmp_path: Path) 
 
 
 def batches(count: int, **settings: int) -> list[list[int]]:
-    sampler = StepSampler(22, **({"batch_size": 8, "micro_batches": 1, "rank": 0, "ranks": 1, "seed": 3} | settings))
-    return [batch.indices for batch, _ in zip(sampler, range(count), strict=False)]
+    found = micro_batches(22, **({"batch_size": 8, "parts": 1, "rank": 0, "ranks": 1, "seed": 3} | settings))
+    return [batch.indices for batch, _ in zip(found, range(count), strict=False)]
 
 
 def test_every_epoch_is_a_permutation_of_its_own() -> None:
@@ -417,7 +406,7 @@ def test_every_epoch_is_a_permutation_of_its_own() -> None:
 
 
 def test_ranks_and_micro_batches_cut_one_global_batch() -> None:
-    parts = [batches(8, micro_batches=2, rank=rank, ranks=2) for rank in range(2)]
+    parts = [batches(8, parts=2, rank=rank, ranks=2) for rank in range(2)]
     for step, batch in enumerate(batches(4)):
         assert [i for part in (0, 1) for rank in parts for i in rank[2 * step + part]] == batch
 
@@ -467,11 +456,10 @@ def on_a_rank(rank: int, out: str, stage: str, signalled: int) -> dict[str, Tens
         return {"noise": torch.stack(noise), "code": torch.tensor(code), "steps": torch.tensor(trainer.steps)}
 
 
-@pytest.mark.parametrize("stage", ["1", "2"])
-def test_two_processes_equal_one_and_draw_noise_of_their_own(tmp_path: Path, stage: str) -> None:
-    same = {"stage": stage, "steps": 3, "dataset": Items(noise=0.0), "denoise": fixed_loss}
+def test_two_processes_equal_one_and_draw_noise_of_their_own(tmp_path: Path) -> None:
+    same = {"stage": "2", "steps": 3, "dataset": Items(noise=0.0), "denoise": fixed_loss}
     trained(tmp_path / "one", model=new_sit(class_dropout_prob=1e-9), **same)
-    ranks = on_ranks(on_a_rank, str(tmp_path / "two"), stage, -1)
+    ranks = on_ranks(on_a_rank, str(tmp_path / "two"), "2", -1)
     assert not torch.equal(ranks[0]["noise"], ranks[1]["noise"])
     one, two = (torch.load(checkpoint(tmp_path / name, 3)) for name in ("one", "two"))
     for part in ("model", "ema", "criterion"):

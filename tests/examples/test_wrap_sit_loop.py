@@ -23,7 +23,3 @@ def test_both_stages_run_and_save(
     printed = capsys.readouterr().out
     assert "stage1, epoch 0: denoising" in printed
     assert "stage2, epoch 0: denoising" in printed
-
-
-def test_it_is_short() -> None:
-    assert len(Path(wrap_sit_loop.__file__).read_text().splitlines()) < 100

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from common.long_runs import new_accelerator
 from common.paths import denoising_loss
 from common.sit import SiT
-from common.trainer import LongRun, Trainer
+from common.trainer import Trainer
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -21,7 +22,11 @@ import selftrans_reg as st
 
 CLASSES = 5
 SIZE = {"input_size": 4, "patch_size": 1, "in_channels": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
-SETTINGS = {"batch_size": 8, "lr": 1e-2, "ema_decay": 0.9, "log_every": 2, "checkpoint_every": 100, "keep_every": None}
+SETTINGS = {
+    "batch_size": 8, "lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.0, "warmup_steps": 0, "clip": 1.0,
+    "ema_decay": 0.9, "seed": 0, "workers": 0, "log_every": 2, "checkpoint_every": 100, "sample_every": None,
+    "keep": 3, "keep_every": None,
+}  # fmt: skip
 UNREPEATABLE = {"samples_per_second"}
 
 
@@ -90,7 +95,7 @@ def new_trainer(
         dataset=Items() if dataset is None else dataset,
         latents_of=lambda batch: (batch[0], batch[1]),
         denoise=denoise,
-        settings=LongRun(steps=steps, **(SETTINGS | settings)),
+        settings=Namespace(steps=steps, **(SETTINGS | settings)),
         out=out,
         args={"model": "tiny"},
         draw=draw,
