@@ -227,21 +227,6 @@ def test_a_run_that_was_cut_off_ends_as_it_would_have(
         assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
-def test_weights_of_a_teacher_that_were_lost_are_trained_anew_but_counted_once(
-    finished: Path, data: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(finished / "out", tmp_path / "out")
-    teacher = run_of(SMALL).teacher()
-    assert teacher is not None
-    teacher.weights(tmp_path / "out", 4).unlink()
-    keep = [line for line in lines_of(finished) if line["key"] != run_of(SMALL).key]
-    (tmp_path / "results.jsonl").write_text("".join(json.dumps(line) + "\n" for line in keep))
-    convergence.main([*arguments(tmp_path, data), f"--method={SMALL}", "--seeds=0"])
-    assert sorted(line["key"] for line in lines_of(tmp_path)) == sorted(line["key"] for line in lines_of(finished))
-    whole, anew = (torch.load(teacher.weights(f / "out", 4), weights_only=True)["ema"] for f in (finished, tmp_path))
-    assert all(torch.equal(whole[name], anew[name]) for name in whole)
-
-
 def test_a_run_that_another_process_is_at_is_left_to_it(
     finished: Path, setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -362,12 +347,6 @@ def test_a_crossing_is_linear_between_the_steps() -> None:
     assert crossing([10, 20], [3.0, 1.0]) == math.inf
 
 
-def test_a_price_is_the_teachers_and_that_of_the_steps(study: Study) -> None:
-    assert study.teacher_price("self") == pytest.approx(10 * 40 / 4000)  # its whole run over the whole plain one
-    assert study.total("self", 20) == pytest.approx(0.1 + 20 * 150 / 4000)
-    assert study.total("none", 40) == 1.0
-
-
 def test_the_goal_is_the_plain_runs_end_seed_by_seed(study: Study) -> None:
     above = [(24 - 10, 28 - 12), (14 - 10, 16 - 12), (6 - 10, 10 - 12)]  # of both seeds, at the three steps
     means = [sum(pair) / 2 for pair in above]
@@ -378,7 +357,7 @@ def test_the_goal_is_the_plain_runs_end_seed_by_seed(study: Study) -> None:
     assert upper > 0
     assert found.high == math.inf  # two seeds leave it open at the last step
     row = price_table(study, ["self"]).splitlines()[-1].split(" | ")
-    assert row[2:5] == ["0.10", "1.50", f"{at / 40:.2f}"]
+    assert row[2:5] == ["0.10", "1.50", f"{at / 40:.2f}"]  # the teacher's whole run over the whole plain one
     assert row[5].startswith(f"{0.1 + at * 150 / 4000:.2f} (")
     assert row[5].endswith("to > 1.60)")
     assert price_table(study, ["layersync"]).splitlines()[-1].split(" | ")[4] == "> 1.00"  # not reached

@@ -112,7 +112,9 @@ def test_every_parameter_has_a_gradient(generator: torch.Generator) -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
-def test_text_features_of_another_width_are_named(generator: torch.Generator) -> None:
+def test_what_does_not_fit_is_named(generator: torch.Generator) -> None:
     x, t, _ = inputs(generator)
     with pytest.raises(Mistake, match=r"takes text features \(N, L, 6\).\nFound: .3, 5, 7(.|\n)*context_size"):
         tiny_mmdit(generator)(x, t, torch.zeros(3, 5, 7))
+    with pytest.raises(Mistake, match="divisible by patch_size"):
+        MMDiT(**(TINY | {"input_size": 9}))

@@ -177,14 +177,12 @@ def test_the_model_sees_the_noises_precision_and_the_state_is_float64() -> None:
     assert end.item() == pytest.approx(1 - 1e-5, abs=1e-7)
 
 
-def test_bad_settings_are_named(generator: torch.Generator) -> None:
+def test_bad_settings_are_named() -> None:
     for settings, match in [
-        ({"steps": 0}, r"at least 1 steps.\nFound: steps=0"),
-        ({"steps": 2, "method": "rk45"}, r"no ODE method named 'rk45'.\nKnown: euler, heun"),
-        ({"steps": 2, "guidance": Guidance(2.0)}, r"scale 2.0 needs the null class(.|\n)*null=num_classes"),
-        ({"steps": 2, "guidance": Guidance(2.0, 7, 0.8, 0.2)}, r"0 <= low <= high <= 1.\nFound: low=0.8, high=0.2"),
+        ({"steps": 0}, "at least 1 steps"),
+        ({"steps": 2, "method": "rk45"}, "no ODE method named 'rk45'"),
+        ({"steps": 2, "guidance": Guidance(2.0)}, "scale 2.0 needs the null class"),
+        ({"steps": 2, "guidance": Guidance(2.0, 7, 0.8, 0.2)}, "0 <= low <= high <= 1"),
     ]:
         with pytest.raises(Mistake, match=match):
             sample_ode(labelled, points(0.0), Y, **settings)
-    with pytest.raises(Mistake, match="at least 2 steps"):
-        sample_sde(labelled, points(0.0), Y, steps=1, generator=generator)

@@ -164,32 +164,6 @@ def test_a_resumed_run_is_bit_equal(tmp_path: Path, stage: str, micro_batches: i
     assert often == lines(tmp_path / "once")
 
 
-class NoRowInside:
-    """The fixed loss at t = 0.5, but in every second step at t = 0, outside the window."""
-
-    def __init__(self, step: int = 0) -> None:
-        self.step = step
-
-    def __call__(self, model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
-        self.step += 1
-        t = torch.full((len(latents),), 0.5 if self.step % 2 else 0.0)
-        noise = latents.flip(-1)
-        x_t = torch.lerp(latents, noise, t.view(-1, 1, 1, 1))
-        return (model(x_t, t, y) - (noise - latents)).square().flatten(1).mean(1)
-
-
-def test_a_resumed_runs_log_is_the_uninterrupted_ones(tmp_path: Path) -> None:
-    """Where no row is inside, what an earlier call has measured is no measure of the step that is logged."""
-    trained(tmp_path / "once", stage="1", steps=8, denoise=NoRowInside())
-    trained(tmp_path / "twice", stage="1", steps=3, denoise=NoRowInside())
-    trained(tmp_path / "twice", stage="1", steps=8, denoise=NoRowInside(3))
-    once, twice = (lines(tmp_path / name) for name in ("once", "twice"))
-    assert [line["step"] for line in once] == [1, 2, 4, 6, 8]
-    assert twice == once
-    assert "gradient_cosine" in once[0]
-    assert all("gradient_cosine" not in line and line["in_window"] == 0 for line in once[1:])
-
-
 @pytest.mark.parametrize("tail", [b'{"step": 6, "lo', b"\x00\x00\n", b"4\n", b"{}\n"])
 def test_what_a_stopped_process_wrote_beyond_its_checkpoint_is_not_doubled(tmp_path: Path, tail: bytes) -> None:
     trained(tmp_path, steps=2)
@@ -202,14 +176,6 @@ def test_what_a_stopped_process_wrote_beyond_its_checkpoint_is_not_doubled(tmp_p
     log.write_bytes(damaged)  # elsewhere than in its last line
     with pytest.raises(Mistake, match=r"Line 4 of .*log.jsonl is damaged(.|\n)*Remove that line"):
         trained(tmp_path, steps=5)
-
-
-def test_a_finished_run_has_nothing_to_train(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    trained(tmp_path, steps=2)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    trained(tmp_path, steps=2)
-    assert "Nothing to train: 2 of 2 steps are done." in capsys.readouterr().out
-    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_a_checkpoint_of_another_folder_is_gone_on_from(tmp_path: Path) -> None:
@@ -290,14 +256,8 @@ def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
 def test_a_killed_save_loses_nothing_older(tmp_path: Path) -> None:
     script = ROOT / "tests" / "support" / "interrupted_checkpoints.py"
     paths = os.pathsep.join(map(str, (ROOT / "examples", ROOT / "tests" / "support")))
-    done = subprocess.run(
-        [sys.executable, script, tmp_path],
-        env=os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
+    where = os.environ | {"PYTHONPATH": paths, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([sys.executable, script, tmp_path], env=where, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout.splitlines()[-1])
     # Before the rename the old one alone, then both, then the new one alone.
@@ -330,8 +290,7 @@ def scaled(out: Path, overflows: range, **settings: object) -> Trainer:
     """A trainer with gradient scaling, which accelerate has on CUDA only; in some steps the gradient overflows."""
 
     def loss(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
-        found = fixed_loss(model, latents, y)
-        return found * (1e38 if trainer.steps in overflows else 1.0)
+        return fixed_loss(model, latents, y) * (1e38 if trainer.steps in overflows else 1.0)
 
     accelerator = new_accelerator("no", micro_batches=1, cpu=True, out=out)
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
@@ -340,24 +299,18 @@ def scaled(out: Path, overflows: range, **settings: object) -> Trainer:
     return trainer
 
 
-def test_a_step_that_overflows_under_gradient_scaling_is_skipped(tmp_path: Path) -> None:
-    trainer = scaled(tmp_path, range(2, 4), checkpoint_every=1, keep=9, clip=math.inf)
-    trainer.run()
+def test_steps_that_overflow_under_gradient_scaling_are_skipped_but_not_without_end(tmp_path: Path) -> None:
+    scaled(tmp_path, range(2, 4), checkpoint_every=1, keep=9, clip=math.inf).run()
     weights = {n: torch.load(checkpoint(tmp_path, n))["model"]["blocks.0.mlp.fc1.weight"] for n in range(1, 8)}
-    assert torch.equal(weights[2], weights[3])
-    assert torch.equal(weights[3], weights[4])
+    assert torch.equal(weights[2], weights[4])
     assert not torch.equal(weights[4], weights[5])
-    assert torch.load(checkpoint(tmp_path, 7))["scaler"]["scale"] == 2.0**8
     reset()
     resumed = scaled(tmp_path, range(0), steps=8)
     resumed.resume()
     assert resumed.accelerator.scaler.get_scale() == 2.0**8
-
-
-def test_overflows_without_end_stop_the_run(tmp_path: Path) -> None:
-    trainer = scaled(tmp_path, range(3, 100), steps=100, checkpoint_every=3, log_every=50)
+    reset()
     with pytest.raises(NotFiniteError, match="for the last 42 steps, up to step 45"):
-        trainer.run()
+        scaled(tmp_path / "endless", range(3, 100), steps=100, checkpoint_every=3, log_every=50).run()
 
 
 # --- Schedules -------------------------------------------------------------------------------------------------------
@@ -368,23 +321,6 @@ def test_the_newest_checkpoints_and_the_milestones_stay(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / "0000002.pt.host-1.partial").write_bytes(b"of a save that was killed")
     trained(tmp_path, stage="baseline", checkpoint_every=1, keep=2, keep_every=3)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == [f"{n:07d}.pt" for n in (3, 6, 7)]
-
-
-def test_pictures_are_drawn_from_the_average_and_change_nothing(tmp_path: Path) -> None:
-    drawn = {}
-
-    def draw(model: nn.Module, path: Path) -> None:
-        torch.randn(3)  # from the generator that the training uses
-        assert not model.training
-        drawn[path] = model.blocks[0].mlp.fc1.weight.clone()
-
-    trained(tmp_path / "with", sample_every=3, checkpoint_every=3, draw=draw)
-    trained(tmp_path / "without", checkpoint_every=3)
-    assert list(drawn) == [tmp_path / "with" / "samples" / f"{steps:07d}.png" for steps in (3, 6)]
-    for path, weight in drawn.items():
-        content = torch.load(tmp_path / "with" / "checkpoints" / f"{path.stem}.pt")
-        assert torch.equal(weight, content["ema"]["blocks.0.mlp.fc1.weight"])
-    assert differences(*(checkpoint(tmp_path / name, 7) for name in ("with", "without"))) == []
 
 
 # --- Batches and processes -------------------------------------------------------------------------------------------
@@ -412,18 +348,19 @@ def test_ranks_and_micro_batches_cut_one_global_batch() -> None:
 
 
 def test_settings_that_cannot_be_are_named(tmp_path: Path) -> None:
-    with pytest.raises(Mistake, match=r"batch of 8 cannot be cut evenly(.|\n)*1 processes, each with 3"):
-        new_trainer(tmp_path, micro_batches=3)
-    reset()
-    with pytest.raises(Mistake, match="20 samples, fewer than one batch of 64"):
-        new_trainer(tmp_path, batch_size=64)
-    with pytest.raises(Mistake, match=r"fp16 with gradient scaling needs CUDA(.|\n)*bf16"):
-        new_accelerator("fp16", micro_batches=1, cpu=True, out=tmp_path)
+    for settings, match in [
+        ({"micro_batches": 3}, r"batch of 8 cannot be cut evenly(.|\n)*1 processes, each with 3"),
+        ({"batch_size": 64}, "20 samples, fewer than one batch of 64"),
+        ({"precision": "fp16"}, r"fp16 with gradient scaling needs CUDA(.|\n)*bf16"),
+    ]:
+        with pytest.raises(Mistake, match=match):
+            new_trainer(tmp_path, **settings)
+        reset()
     with (
         patch("common.long_runs.get_available_trackers", list),
-        pytest.raises(Mistake, match="pip install trackio, or leave it out"),
+        pytest.raises(Mistake, match="pip install tensorboard"),
     ):
-        new_accelerator("no", micro_batches=1, cpu=True, out=tmp_path, trackers=["trackio"])
+        new_trainer(tmp_path)
 
 
 def on_a_rank(rank: int, out: str, stage: str, signalled: int) -> dict[str, Tensor]:
