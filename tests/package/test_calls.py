@@ -271,7 +271,8 @@ class TestRows:
 
     def test_others_take_their_place_and_containers_keep_their_kind(self) -> None:
         class Attributes(dict):
-            __getattr__ = dict.__getitem__
+            def __getattr__(self, name: str) -> Any:
+                return self[name] if name in self else self.__getattribute__(name)
 
         held = self.rows(cond={"a": [Y, 5], "b": Pair(Y, "kept")}, size=(64, 64), c=Condition(Y), d=Attributes(text=Y))
         assert held.paths[2:] == ["cond['a'][0]", "cond['b'][0]", "c['text']", "d['text']"]

@@ -228,7 +228,8 @@ class Settings:
 
 
 class Attributes(dict):  # type: ignore[type-arg]
-    __getattr__ = dict.__getitem__
+    def __getattr__(self, name: str) -> Any:
+        return self[name] if name in self else self.__getattribute__(name)
 
 
 class TestWalk:
