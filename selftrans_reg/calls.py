@@ -81,18 +81,19 @@ class CallSpec:
         self.t = self._name_of("t", call, named if len(named) == 1 else self.names[1:2] if needs_t else [])
         if self.x is not None and self.x == self.t:
             raise SettingError(f"x_t and t cannot both be the argument {self.x!r}: name the other one in call=.")
-        shared = call.get("shared", ())
+        shared, rows, self.fixed = call.get("shared", ()), dict(call.get("rows", {})), dict(call.get("fixed", {}))
         shared = [shared] if isinstance(shared, str) else shared
-        ways: dict[str, Any] = dict.fromkeys(shared, "shared") | dict(call.get("rows", {}))
-        for path, way in ways.items():
-            key, why = ("shared", "which are never shared") if way == "shared" else ("rows", "whose axis is the first")
-            self._check_condition(path, key, why)
+        why = {"shared": "which are never shared", "rows": "whose axis is the first", "fixed": "which differ by call"}
+        for key, paths in zip(why, (shared, rows, self.fixed), strict=True):
+            for path in paths:
+                name = re.split(r"[.\[]", path)[0] if isinstance(path, str) and key != "fixed" else path
+                self.check_name(name, f"call=dict({key}=...)")
+                if name in (self.x, self.t):
+                    raise SettingError(f"call=dict({key}=...) names {path!r}: x_t or t, {why[key]}.")
+        for path, way in rows.items():
             if way not in ("shared", "list") and (type(way) is not int or way < 0):
                 raise SettingError(f"call=dict(rows=...) takes an axis or 'list'; got {way!r} for {path!r}.")
-        self.ways = {bracketed(path): way for path, way in ways.items()}
-        self.fixed = dict(call.get("fixed", {}))
-        for name in self.fixed:
-            self._check_condition(name, "fixed", "which differ by call")
+        self.ways = {bracketed(path): way for path, way in (dict.fromkeys(shared, "shared") | rows).items()}
 
     @property
     def config(self) -> dict[str, Any]:
@@ -119,12 +120,6 @@ class CallSpec:
         name = names[0] if names else None
         self._sources[key] = f"argument {name!r} of {self.model_name}"
         return name
-
-    def _check_condition(self, path: object, key: str, why: str) -> None:
-        root = re.split(r"[.\[]", path)[0] if isinstance(path, str) and key != "fixed" else path
-        self.check_name(root, f"call=dict({key}=...)")
-        if root in (self.x, self.t):
-            raise SettingError(f"call=dict({key}=...) names {path!r}: x_t or t, {why}.")
 
     def check_name(self, name: object, where: str, advice: str = "") -> None:
         """Raise ``SettingError``, with ``advice``, unless the model can take an argument called ``name``."""
@@ -288,11 +283,7 @@ class RowTensors:
                 return ...
             return dict(enumerate(rows)) if isinstance(container, Mapping) else type(container)(rows)
 
-        arguments = dict(self._arguments)
-        for name, value in arguments.items():
-            plain = isinstance(value, Tensor) and name not in self._axes
-            arguments[name] = new.get(name, value) if plain else walk(value, put, name, enter=enter, fresh=True)
-        return arguments
+        return {name: walk(value, put, name, enter=enter, fresh=True) for name, value in self._arguments.items()}
 
     def __str__(self) -> str:
         """What was taken for rows, and what was not."""
@@ -371,20 +362,6 @@ class RowTensors:
             f"Pass a tensor with {self._n} rows; or say what it is: call=dict(shared=[{path!r}]) if all samples share "
             f"it, call=dict(rows={{{path!r}: {way}}}) if it holds one entry for each."
         )
-
-
-def take_rows(rows: Rows, index: Tensor | slice) -> Rows:
-    """Some of the rows that :class:`RowTensors` has found; a list waits for the device of ``index``."""
-    if isinstance(index, slice):
-        return rows[index]
-    return rows.index_select(0, index) if isinstance(rows, Tensor) else [rows[i] for i in index.tolist()]
-
-
-def join_rows(parts: Sequence[Rows]) -> Rows:
-    """The rows of all parts, one part behind the other."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(list(parts))  # type: ignore[arg-type]  # of one kind, all of them
-    return [row for part in parts for row in part]
 
 
 def at(value: Any, path: Iterable[object]) -> Any:

@@ -210,7 +210,7 @@ class Layout:
     @classmethod
     def of(cls, layer: nn.Module, hidden_size: int | None = None) -> Layout:
         """The layout of a layer's output, of width ``hidden_size`` if given."""
-        width = hidden_size or infer_width(layer)
+        width = infer_width(layer, hidden_size)
         widths = frozenset([width]) if width else _possible_widths(layer)
         last = _last(layer)
         if isinstance(last, _CHANNELS_FIRST):
@@ -218,13 +218,16 @@ class Layout:
         return cls(-1 if isinstance(last, nn.Linear | nn.LayerNorm | nn.RMSNorm | nn.Embedding) else None, widths)
 
 
-def infer_width(layer: nn.Module) -> int | None:
-    """The width of a layer's output tokens where its parts leave no doubt, else None.
+def infer_width(layer: nn.Module, hidden_size: int | None = None) -> int | None:
+    """``hidden_size`` if given, else the width of a layer's output tokens where its parts leave no doubt, or None.
 
     In a transformer block the residual width is the one that is normalised, enters a Linear and leaves at least two,
     the attention's last and the MLP's. The MLP's inner width is not normalised, a head's width (qk-norm) enters no
     Linear, and in a final layer at most one Linear gives it, that of the condition.
     """
+    if hidden_size is not None:
+        check_positive("hidden_size", hidden_size)
+        return hidden_size
     last = _last(layer)
     if isinstance(last, nn.Linear):
         return last.out_features
@@ -265,11 +268,7 @@ def _possible_widths(layer: nn.Module) -> frozenset[int]:
 
 def resolve_width(layer: nn.Module, name: str, hidden_size: int | None) -> int:
     """``hidden_size`` if given, else the layer's width; a ``SettingError`` if that is not certain."""
-    if hidden_size is not None:
-        check_positive("hidden_size", hidden_size)
-        return hidden_size
-    width = infer_width(layer)
-    if width is None:
+    if (width := infer_width(layer, hidden_size)) is None:
         lazy = any(is_lazy(parameter) for parameter in layer.parameters())
         more = "; or run the model once, as some of its parameters are not initialised yet" if lazy else ""
         raise SettingError(

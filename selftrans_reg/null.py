@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .artefacts import nested
-from .calls import ABSENT, Call, CallSpec, Rows, RowTensors, Way, at, join_rows, take_rows
+from .calls import ABSENT, Call, CallSpec, Rows, RowTensors, Way, at
 from .errors import CheckpointError, SettingError
 from .modules import nearest, quoted
 from .taps import watched
@@ -102,12 +102,14 @@ class NullCondition(nn.Module):
             fits = False
             others.append((path, new))
 
-        def chosen(side: Sequence[Rows]) -> list[Rows]:
-            return list(side) if rows is None else [take_rows(values, rows) for values in side]
+        def chosen(side: Sequence[Rows]) -> list[Any]:
+            if rows is None:
+                return list(side)
+            return [v.index_select(0, rows) if isinstance(v, Tensor) else [v[i] for i in rows.tolist()] for v in side]
 
         if fits:
             pairs = zip(chosen(held.tensors), chosen(found), strict=True)
-            return [(held, [join_rows(pair) for pair in pairs])]
+            return [(held, [torch.cat(pair) if isinstance(pair[0], Tensor) else pair[0] + pair[1] for pair in pairs])]
         arguments: Any = held.rebuild(found)
         for path, new in others:
             arguments = _put(arguments, path, new)

@@ -16,7 +16,7 @@ import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, Literal, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -118,10 +118,6 @@ def _ran_often(layer: str, outputs: Sequence[Any], whose: str) -> CaptureError:
     )
 
 
-class _UnscriptableError(CaptureError, AttributeError):
-    """Raised where ``torch.jit.script`` asks a hook for its name; no error to those who ask by ``hasattr``."""
-
-
 class _Hook(Generic[Owner]):
     """A hook that knows its owner and its module weakly, and turns inert in copies and pickles of the module."""
 
@@ -129,13 +125,6 @@ class _Hook(Generic[Owner]):
         self.owner: weakref.ref[Owner] = weakref.ref(owner)
         self.module = weakref.ref(module)
         self.what = what  # the layer that is captured, or the method that is called
-
-    @property
-    def __name__(self) -> NoReturn:
-        raise _UnscriptableError(
-            "torch.jit.script cannot compile a model that this library watches, as it would compile the hooks too.\n"
-            "Script it before, or after detach(); torch.compile takes it as it is."
-        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return functools.partial, (_inert,)
@@ -456,7 +445,7 @@ class FeatureTap:
         self.select = select
         self.tokens = tokens
         root = unwrap(model)
-        self._model_name, self._signature = type(root).__name__, inspect.signature(root.forward)
+        self._by_name = functools.partial(by_name, inspect.signature(root.forward), model_name=type(root).__name__)
         layers = {name: find_layer(model, name) for name in layer_names(layer)}
         self._layers = {name: (weakref.ref(module), Layout.of(module)) for name, module in layers.items()}
         self._recorder: Recorder[None] | None = Recorder(model, list(layers), lambda record: None)
@@ -478,12 +467,8 @@ class FeatureTap:
                 "This tap watches no model: it was detached, as on leaving its with block, or is a copy of one that "
                 "does.\nPop before leaving the block; for another model make a new FeatureTap."
             )
-        record = self._recorder.take()
-
-        def arguments() -> dict[str, Any]:
-            return by_name(self._signature, record.args, record.kwargs, self._model_name)
-
-        found = {}
+        record, found = self._recorder.take(), {}
+        arguments = functools.partial(self._by_name, record.args, record.kwargs)
         for name, (ref, layout) in self._layers.items():
             output = record.capture(name).output
             tokens = as_tokens(output, self.select, self.tokens, layer=name, layout=layout, arguments=arguments)

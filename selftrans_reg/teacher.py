@@ -21,7 +21,6 @@ from .hub import Details, Shareable, Source, fetch
 from .modules import (
     SHARED,
     Layout,
-    check_positive,
     find_layer,
     fingerprint,
     freeze,
@@ -98,13 +97,11 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         check_guidance_scale(guidance_scale)
         check_choice(select, tokens)
         tapped = find_layer(model, layer)
-        if hidden_size is not None:
-            check_positive("hidden_size", hidden_size)
         self.layer = layer
         self.guidance_scale = float(guidance_scale)
         self.select = select
         self.tokens = tokens
-        self.hidden_size = infer_width(tapped) if hidden_size is None else hidden_size
+        self.hidden_size = infer_width(tapped, hidden_size)
         self.time = None if time is None else resolve(time)
         self.spec = CallSpec(model, call)
         self.null = null
@@ -530,7 +527,8 @@ def build_teacher(
         SettingError: If the guidance scale or another setting makes no sense.
     """
     # The settings are checked first: a checkpoint can take minutes to load.
-    check_settings(model, layer=layer, guidance_scale=guidance_scale, null=null, call=call)
+    settings: dict[str, Any] = {"layer": layer, "guidance_scale": guidance_scale, "null": null, "call": call}
+    check_settings(model, **settings)
     report = load_weights(model, checkpoint, weights=weights)
     if report.left_out:
         _LOGGER.warning(
@@ -539,7 +537,6 @@ def build_teacher(
             report.source or "the state dict",
             quoted(report.left_out),
         )
-    settings: dict[str, Any] = {"layer": layer, "guidance_scale": guidance_scale, "null": null, "call": call}
     settings |= {"select": select, "tokens": tokens, "hidden_size": hidden_size, "time": time}
     teacher = CFGFeatureTeacher(model, **settings, compile=compile, truncate=truncate)
     source = None if report.source is None else Path(report.source).name  # no paths: they would tell of the machine

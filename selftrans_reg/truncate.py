@@ -152,23 +152,18 @@ def drop(model: nn.Module, names: Iterable[str]) -> Callable[[], None]:
     for name in names:
         for module in layers[name].modules() if name in layers else ():
             gone.setdefault(module, name)
-    places = [(m, n, t) for m in gone for n, t in _own(m).items()]
-    homes = [module._parameters if name in module._parameters else module._buffers for module, name, _ in places]
-    for home, (module, name, _) in zip(homes, places, strict=True):
+    homes: list[tuple[nn.Module, dict[str, Any]]] = [(m, h) for m in gone for h in (m._parameters, m._buffers)]
+    places = [(*home, name, tensor) for home in homes for name, tensor in home[1].items() if tensor is not None]
+    for module, home, name, _ in places:
         del home[name]
         module.__dict__[name] = Dropped(gone[module], touched)
 
     def put_back() -> None:
-        for home, (module, name, tensor) in zip(homes, places, strict=True):
+        for module, home, name, tensor in places:
             del module.__dict__[name]
-            home[name] = tensor  # type: ignore[assignment]
+            home[name] = tensor
 
     return put_back
-
-
-def _own(module: nn.Module) -> dict[str, Tensor]:
-    """A module's own parameters and buffers, without its children's."""
-    return {name: t for name, t in (*module._parameters.items(), *module._buffers.items()) if t is not None}
 
 
 def _dropped(model: nn.Module) -> Iterator[Dropped]:
