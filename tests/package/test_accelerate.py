@@ -4,7 +4,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -33,8 +32,9 @@ def reset() -> None:
     GradientState._reset_state()
 
 
-def prepare(accelerator: Accelerator, batch_size: int) -> list[Any]:
-    """Model, criterion, optimiser and loader."""
+def prepare(
+    accelerator: Accelerator, batch_size: int
+) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, DataLoader]:
     model = student()
     criterion = new_criterion(model)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.0)
@@ -42,11 +42,9 @@ def prepare(accelerator: Accelerator, batch_size: int) -> list[Any]:
     return accelerator.prepare(model, criterion, optimizer, loader)
 
 
-def epoch(steps: int, processes: int) -> dict[str, Tensor]:
+def epoch(accelerator: Accelerator, batch_size: int) -> dict[str, Tensor]:
     """One pass over the eight rows as a single optimiser step; the gradients that it would have used."""
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
-    assert accelerator.num_processes == processes
-    model, criterion, optimizer, loader = prepare(accelerator, len(TIMES) // steps // processes)
+    model, criterion, optimizer, loader = prepare(accelerator, batch_size)
     found = {}
     for rows in loader:
         b = Batch(*rows)
@@ -63,7 +61,8 @@ def epoch(steps: int, processes: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_one_process_also_with_accumulation(steps: int) -> None:
-    assert_same(epoch(steps, 1), plain_gradients(noisy_batch(TIMES)))
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+    assert_same(epoch(accelerator, len(TIMES) // steps), plain_gradients(noisy_batch(TIMES)))
 
 
 def on_a_rank(rank: int, steps: int) -> dict[str, Tensor]:
@@ -72,7 +71,9 @@ def on_a_rank(rank: int, steps: int) -> dict[str, Tensor]:
     launched["OMP_NUM_THREADS"] = 1
     with patch.dict(os.environ, {name: str(value) for name, value in launched.items()}):
         try:
-            return epoch(steps, RANKS)
+            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+            assert accelerator.num_processes == RANKS
+            return epoch(accelerator, len(TIMES) // steps // RANKS)
         finally:
             reset()
 

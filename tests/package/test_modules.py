@@ -40,12 +40,7 @@ def test_wrappers_are_looked_through(wrap: type) -> None:
     inner = unwrap(model)
     assert isinstance(inner, ToyDiT)
     assert find_layer(model, "blocks.1") is inner.blocks[1]
-
-
-@pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS.keys())
-def test_the_names_are_those_of_the_unwrapped_model(wrap: type) -> None:
-    expected = [name for name, _ in ToyDiT().named_modules() if name]
-    assert list(named_layers(wrap(ToyDiT()))) == expected
+    assert list(named_layers(model)) == [name for name, _ in ToyDiT().named_modules() if name]
 
 
 @pytest.mark.parametrize("wrap", [checkpoint_wrapper, compiled], ids=["checkpointed", "compiled"])
@@ -79,10 +74,6 @@ def test_a_childs_name_alone_makes_no_wrapper(child: str, name: str) -> None:
     ("package", "name", "child"),
     [
         ("deepspeed.runtime.engine", "DeepSpeedEngine", "module"),
-        ("deepspeed.runtime.pipe.engine", "DeepSpeedEngine", "module"),
-        ("apex.parallel.distributed", "DistributedDataParallel", "module"),
-        ("fairscale.nn.data_parallel", "ShardedDataParallel", "module"),
-        ("torch_xla.distributed.fsdp", "XlaFullyShardedDataParallel", "module"),
         ("torch.distributed.fsdp", "FullyShardedDataParallel", "_fsdp_wrapped_module"),
         ("lightning.fabric.wrappers", "_FabricModule", "_forward_module"),
         ("peft.tuners.lora.model", "LoraModel", "model"),
@@ -155,49 +146,32 @@ def test_a_width_that_is_not_certain_is_asked_for() -> None:
         resolve_width(nn.ModuleList([nn.LazyLinear(4)]), "a", None)
 
 
-def test_every_name_of_a_shared_module_is_known() -> None:
-    block = nn.Linear(2, 2)
-    model = nn.ModuleDict({"blocks": nn.ModuleList([block] * 3)})
-    assert find_layer(model, "blocks.2") is block
-    with pytest.raises(LayerNotFoundError, match=r"blocks\.0 … blocks\.2 \(3 Linear\)"):
-        find_layer(model, "blocks.3")
-
-
 def test_groups_are_the_outermost_lists() -> None:
     model = nn.ModuleDict({"blocks": nn.ModuleList(nn.ModuleList([nn.Linear(2, 2)]) for _ in range(3))})
     assert {group: len(members) for group, members in numbered_groups(named_layers(model)).items()} == {"blocks": 3}
 
 
-@pytest.mark.parametrize("name", ["block.2", "blocks.12", "Blocks.2", "blocks.2.", "blocks", "", "module.blocks.1"])
+@pytest.mark.parametrize("name", ["block.2", "blocks.12", "blocks.2.", "", "module.blocks.1"])
 def test_an_unknown_name_is_answered_with_groups_and_nearest_names(name: str) -> None:
     model = nn.DataParallel(ToyDiT())
-    if name == "blocks":  # a list is a module, though it never runs
-        assert find_layer(model, name) is unwrap(model).blocks
-        return
-    with pytest.raises(LayerNotFoundError) as error:
+    assert find_layer(model, "blocks") is unwrap(model).blocks  # a list is a module, though it never runs
+    with pytest.raises(
+        LookupError, match=rf"ToyDiT has no layer '{name}'\.\nFound: blocks\.0 … blocks\.3 \(4 ToyBlock\)"
+    ):
         find_layer(model, name)
-    message = str(error.value)
-    assert f"ToyDiT has no layer {name!r}.\n" in message
-    assert "Found: blocks.0 … blocks.3 (4 ToyBlock).\n" in message
-    assert "Nearest: 'blocks." in message or name == ""
-    assert isinstance(error.value, LookupError)
 
 
 def test_a_model_without_lists_names_its_own_layers() -> None:
     with plain.refused(LayerNotFoundError, "Found: stem, body.\nNearest: 'stem'."):
         find_layer(nn.ModuleDict({"stem": nn.Linear(2, 2), "body": nn.Linear(2, 2)}), "sten")
-
-
-def test_a_model_without_any_layer_says_so() -> None:
-    with pytest.raises(LayerNotFoundError, match="Found: no layers at all"):
+    with plain.refused(LayerNotFoundError, "Found: no layers at all"):
         find_layer(nn.Linear(2, 2), "blocks.0")
+    block = nn.Linear(2, 2)
+    shared = nn.ModuleDict({"blocks": nn.ModuleList([block] * 3)})  # every name of a shared module is known
+    assert find_layer(shared, "blocks.2") is block
 
 
-@pytest.mark.parametrize("name", [7, None, ("blocks", 7)])
+@pytest.mark.parametrize("name", [7, None])
 def test_a_depth_in_place_of_a_name_is_explained(name: object) -> None:
-    with plain.refused(
-        SettingError,
-        f"such as 'blocks.7'; got {name!r}.\n",
-        "count from 0: the eighth block (REPA's encoder_depth=8) is 'blocks.7'",
-    ):
+    with plain.refused(SettingError, f"such as 'blocks.7'; got {name!r}.\n", "count from 0: the eighth block"):
         find_layer(ToyDiT(), name)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from toys import ToyDiT, batch
 
 import selftrans_reg as st
-from selftrans_reg.errors import CallError, CaptureError, LayerNotFoundError, SettingError, ShapeError
+from selftrans_reg.errors import CallError, CaptureError, LayerNotFoundError, SettingError, ShapeError, TeacherError
 
 B = batch(6)
 CALL = (B["x"], B["t"], B["y"])
@@ -26,156 +26,118 @@ def teacher_of(model: nn.Module, **settings: Any) -> st.CFGFeatureTeacher:
     return st.build_teacher(model, None, **{"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}} | settings)
 
 
-class TestGuidance:
-    @pytest.mark.parametrize("scale", [0, 1, 1.5, 30.0])
-    def test_features_are_f_u_plus_w_times_the_difference(self, scale: float) -> None:
-        model = ToyDiT()
-        expected = plain.guided(model, "blocks.2", scale, CALL, NULL_CALL)
-        teacher = teacher_of(model, guidance_scale=scale)
-        for _ in range(2):  # the first call drops modules
-            found = teacher(*CALL)
-            assert found.dtype == torch.float32
-            assert not found.requires_grad
-            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1, scale))
-
-    def test_pair_gives_both_sides_and_guide_combines_them(self) -> None:
-        model = ToyDiT()
-        reference = copy.deepcopy(model).eval()
-        teacher = teacher_of(model)
-        conditional, unconditional = teacher.pair(*CALL)
-        torch.testing.assert_close(conditional, plain.tapped(reference, "blocks.2", *CALL)[1].detach(), **TOLERANCE)
-        torch.testing.assert_close(
-            unconditional, plain.tapped(reference, "blocks.2", *NULL_CALL)[1].detach(), **TOLERANCE
-        )
-        assert (conditional - unconditional).abs().max() > 0.1
-        torch.testing.assert_close(teacher.guide(conditional, unconditional), teacher(*CALL), **TOLERANCE)
-
-    @pytest.mark.parametrize("chunk", [1, 5, 6, 12, 100])
-    def test_one_doubled_batch_equals_passes_of_any_size(self, chunk: int) -> None:
-        teacher = teacher_of(ToyDiT())
-        expected = teacher.pair(*CALL)
-        sizes: list[int] = []
-        teacher.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
-        found = teacher.features(teacher.spec.bind(CALL, {}), chunk=chunk)
-        torch.testing.assert_close(found, expected, **TOLERANCE)
-        assert sum(sizes) == 12
-        assert max(sizes) == min(chunk, 12)
-
-    @pytest.mark.parametrize("rows", [[0], [4, 1], [0, 1, 2, 3, 4, 5]])
-    def test_rows_of_a_batch_are_those_of_the_whole(self, rows: list[int]) -> None:
-        teacher = teacher_of(ToyDiT())
-        expected = [side[rows] for side in teacher.pair(*CALL)]
-        found = teacher.features(teacher.spec.bind(CALL, {}), torch.tensor(rows))
-        torch.testing.assert_close(list(found), expected, **TOLERANCE)
-
-    def test_keyword_arguments_are_the_same_call(self) -> None:
-        teacher = teacher_of(ToyDiT())
-        expected = teacher(*CALL)
-        torch.testing.assert_close(teacher(y=B["y"], t=B["t"], x=B["x"]), expected, rtol=0, atol=0)
-        torch.testing.assert_close(teacher(B["x"], B["t"], y=B["y"]), expected, rtol=0, atol=0)
-
-    def test_a_scalar_time_is_shared(self) -> None:
-        class Scalar(ToyDiT):
-            def forward(self, x: Tensor, t: float, y: Tensor) -> Tensor:
-                return super().forward(x, torch.full((len(x),), t), y)
-
-        rows = torch.full((6,), 0.3)
-        expected = plain.guided(ToyDiT(), "blocks.2", 3.0, (B["x"], rows, B["y"]), (B["x"], rows, NULL_CALL[2]))
-        torch.testing.assert_close(teacher_of(Scalar())(B["x"], 0.3, B["y"]), expected, **TOLERANCE)
-
-    def test_it_runs_under_the_autocast_that_is_active(self) -> None:
-        teacher = teacher_of(ToyDiT())
-        expected = teacher(*CALL)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            found = teacher(*CALL)
+@pytest.mark.parametrize("scale", [0, 1.5, 30.0])
+def test_features_are_f_u_plus_w_times_the_difference(scale: float) -> None:
+    model = ToyDiT(dropout=0.9)  # no label is dropped in eval mode
+    expected = plain.guided(model, "blocks.2", scale, CALL, NULL_CALL)
+    sides = [plain.guided(model, "blocks.2", w, CALL, NULL_CALL) for w in (1, 0)]
+    teacher = teacher_of(model, guidance_scale=scale)
+    for _ in range(2):  # the first call drops modules
+        found = teacher(*CALL)
         assert found.dtype == torch.float32
-        assert not torch.equal(found, expected)
-        assert (found - expected).norm() < 0.03 * expected.norm()
+        assert not found.requires_grad
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * max(1, scale))
+    torch.testing.assert_close(list(teacher.pair(y=B["y"], t=B["t"], x=B["x"])), sides, **TOLERANCE)
+    assert (sides[0] - sides[1]).abs().max() > 0.1
 
 
-class Loops(ToyDiT):
-    """Goes through its blocks twice."""
+@pytest.mark.parametrize("chunk", [1, 5, 12, 100])
+@pytest.mark.parametrize("rows", [None, [4, 1]])
+def test_some_rows_in_passes_of_any_size_are_those_of_the_whole(chunk: int, rows: list[int] | None) -> None:
+    teacher = teacher_of(ToyDiT())
+    expected = [side[rows or slice(None)] for side in teacher.pair(*CALL)]
+    sizes: list[int] = []
+    teacher.model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    found = teacher.features(teacher.spec.bind(CALL, {}), None if rows is None else torch.tensor(rows), chunk)
+    torch.testing.assert_close(list(found), expected, **TOLERANCE)
+    assert sum(sizes) == 2 * len(rows or CALL[0])
+    assert max(sizes) == min(chunk, sum(sizes))
 
-    def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
-        return super().through_blocks(super().through_blocks(tokens, c), c)
+
+def test_a_scalar_time_is_shared() -> None:
+    class Scalar(ToyDiT):
+        def forward(self, x: Tensor, t: float, y: Tensor) -> Tensor:
+            return super().forward(x, torch.full((len(x),), t), y)
+
+    rows = torch.full((6,), 0.3)
+    expected = plain.guided(ToyDiT(), "blocks.2", 3.0, (B["x"], rows, B["y"]), (B["x"], rows, NULL_CALL[2]))
+    torch.testing.assert_close(teacher_of(Scalar())(B["x"], 0.3, B["y"]), expected, **TOLERANCE)
 
 
-class Shares(ToyDiT):
-    """All blocks are one."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([self.blocks[0]] * 4)
+def test_it_runs_under_the_autocast_that_is_active() -> None:
+    teacher = teacher_of(ToyDiT())
+    expected = teacher(*CALL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = teacher(*CALL)
+    assert found.dtype == torch.float32
+    assert not torch.equal(found, expected)
+    assert (found - expected).norm() < 0.03 * expected.norm()
 
 
 class TestLayer:
-    @pytest.mark.parametrize(("model", "times"), [(Loops(), 2), (Shares(), 4)], ids=["loops", "shares"])
-    def test_a_layer_that_runs_several_times_is_refused(self, model: ToyDiT, times: int) -> None:
-        teacher = teacher_of(model, layer="blocks.2")
+    def test_a_layer_that_runs_several_times_is_refused(self) -> None:
+        model = ToyDiT()
+        model.blocks[3] = model.blocks[1]
+        teacher = teacher_of(model, layer="blocks.1")
         for _ in range(2):
-            with pytest.raises(CaptureError, match=rf"Layer 'blocks\.2' ran {times} times in one forward") as error:
+            with plain.refused(CaptureError, "Layer 'blocks.1' ran 2 times in one forward of the teacher, and nothing"):
                 teacher(*CALL)
-            assert error.match("nothing is guessed")
-            assert error.match("Tap a layer that runs once")
 
-    def test_what_lies_behind_the_layer_may_fail(self) -> None:
+    def test_what_lies_behind_the_layer_may_fail_or_work_in_place(self) -> None:
         model = ToyDiT()
         expected = plain.guided(model, "blocks.2", 3.0, CALL, NULL_CALL)
+        model.blocks[3].forward = lambda x, c: x.mul_(2)
         model.final_layer = nn.Linear(3, 3)  # does not fit
         torch.testing.assert_close(teacher_of(model)(*CALL), expected, **TOLERANCE)
 
-    def test_a_batch_of_no_rows_is_refused_in_words(self) -> None:
-        teacher = teacher_of(ToyDiT())
-        with pytest.raises(ShapeError, match=r"x_t \(0, .* has no rows"):
-            teacher(*(tensor[:0] for tensor in CALL))
+    def test_a_layer_with_other_rows_or_that_never_runs_is_refused(self) -> None:
+        class Shallow(ToyDiT):
+            def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+                return x
+
+        with pytest.raises(CaptureError, match=r"ended without running layer 'blocks\.2'"):
+            teacher_of(Shallow())(*CALL)
+        model = ToyDiT()
+        model.blocks[2].register_forward_hook(lambda module, args, output: torch.cat([output, output]))
+        with pytest.raises(ShapeError, match=r"layer 'blocks\.2' gives 24 rows for a batch of 12"):
+            teacher_of(model)(*CALL)
 
 
 class TestFrozen:
+    @pytest.mark.usefixtures("global_rng_untouched")
     def test_it_takes_the_model_over_frozen_and_in_eval_mode_for_good(self) -> None:
-        model = ToyDiT().train()
+        with plain.global_seed(0):
+            model = ToyDiT().train()
         teacher = teacher_of(model)
+        teacher(*CALL)
         assert teacher.model is model
         nn.ModuleDict({"trainer": teacher}).train()
-        teacher.train(True)
         assert not any(module.training for module in teacher.modules())
         assert not any(p.requires_grad for p in teacher.parameters())
-
-    def test_labels_are_not_dropped_and_calls_are_repeatable(self) -> None:
-        teacher = teacher_of(ToyDiT(dropout=0.9))
-        torch.testing.assert_close(teacher(*CALL), teacher(*CALL), rtol=0, atol=0)
-        assert teacher.model.dropped is None
-
-    @pytest.mark.usefixtures("global_rng_untouched")
-    def test_building_and_calling_draw_nothing_from_the_global_generator(self) -> None:
-        with plain.global_seed(0):
-            model = ToyDiT()
-        teacher_of(model)(*CALL)
+        assert "layer='blocks.2', guidance_scale=3, null: y = 10, time=None" in repr(teacher)
 
     def test_a_model_that_is_random_in_eval_mode_is_refused(self) -> None:
         class Masked(ToyDiT):
             def forward(self, x: Tensor, t: Tensor, y: Tensor, mask_ratio: float = 0.5) -> Tensor:
                 return super().forward(x * (torch.rand(x.shape) >= mask_ratio), t, y)
 
-        with plain.global_seed(0), pytest.raises(st.SelfTransError) as error:
+        advice = "call=dict(fixed=dict(mask_ratio=0.0))"
+        with plain.global_seed(0), plain.refused(TeacherError, "other features at layer 'blocks.2' each time", advice):
             teacher_of(Masked())(*CALL)
-        assert "gives other features at layer 'blocks.2' each time" in str(error.value)
-        assert "call=dict(fixed=dict(mask_ratio=0.0))" in str(error.value)
         with plain.global_seed(0):
             fixed = teacher_of(Masked(), call={"fixed": {"mask_ratio": 0.0}})(*CALL)
         torch.testing.assert_close(fixed, plain.guided(ToyDiT(), "blocks.2", 3.0, CALL, NULL_CALL), **TOLERANCE)
 
     @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
-    @pytest.mark.parametrize("after", ["building", "its first call"])
-    def test_a_copy_works_by_itself(self, how: str, after: str) -> None:
-        teacher = teacher_of(ToyDiT())
-        expected = copy.deepcopy(teacher)(*CALL)
-        if after == "its first call":
+    @pytest.mark.parametrize("called", [False, True])
+    def test_a_copy_works_by_itself(self, how: str, called: bool) -> None:
+        teacher, expected = teacher_of(ToyDiT()), teacher_of(ToyDiT())(*CALL)
+        if called:
             teacher(*CALL)
         if how == "deepcopy":
             other = copy.deepcopy(teacher)
         else:
-            file = io.BytesIO()
-            torch.save(teacher, file)
+            torch.save(teacher, file := io.BytesIO())
             other = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
         del teacher
         torch.testing.assert_close(other(*CALL), expected, **TOLERANCE)
@@ -190,69 +152,43 @@ class TestFrozen:
 
 
 class TestSettings:
-    def test_it_prints_its_settings(self) -> None:
-        teacher = teacher_of(ToyDiT(), time="sit", tokens=slice(1, None))
-        for part in ("layer='blocks.2', guidance_scale=3, null: y = 10, time='sit'", "tokens=slice(1, None, None)"):
-            assert part in repr(teacher)
-
-    @pytest.mark.parametrize("scale", [-1, float("nan"), float("inf"), "30", None, True])
-    def test_a_guidance_scale_that_makes_no_sense_is_refused(self, scale: Any) -> None:
-        with pytest.raises(SettingError) as error:
-            teacher_of(ToyDiT(), guidance_scale=scale)
-        assert "guidance_scale must be a finite number, 0 or more (1 is the conditional feature)" in str(error.value)
-        assert f"got {scale!r}." in str(error.value)
-
     @pytest.mark.parametrize(
         ("settings", "error", "part"),
         [
+            *(
+                ({"guidance_scale": scale}, SettingError, f"a finite number, 0 or more .*; got {scale!r}")
+                for scale in (-1, float("nan"), float("inf"), "30", None, True)
+            ),
             ({"layer": "block.2"}, LayerNotFoundError, "ToyDiT has no layer 'block.2'"),
-            ({"layer": 8}, SettingError, "got 8"),
             ({"hidden_size": 0}, SettingError, "hidden_size must be a positive integer; got 0"),
             ({"weights": ""}, SettingError, "weights names the entry of the checkpoint to take, such as 'ema'; got ''"),
             ({"time": "siT"}, SettingError, "Unknown time convention 'siT'"),
             ({"call": {"x": "image"}}, SettingError, "names 'image'"),
             ({"select": 0.5}, SettingError, "select must be"),
-            ({"tokens": 16}, SettingError, "tokens must be"),
+            ({"example": CALL, "hidden_size": 24}, ShapeError, r"hidden_size=24, but .* gives \(6, 16, 16"),
         ],
     )
-    def test_other_settings_too(self, settings: dict[str, Any], error: type[Exception], part: str) -> None:
-        with pytest.raises(error) as caught:
+    def test_a_setting_that_makes_no_sense_is_refused(
+        self, settings: dict[str, Any], error: type[Exception], part: str
+    ) -> None:
+        with pytest.raises(error, match=part):
             teacher_of(ToyDiT(), **settings)
-        assert part in str(caught.value)
 
     def test_the_settings_are_checked_before_anything_is_loaded(self) -> None:
         with pytest.raises(SettingError, match="guidance_scale"):
             st.build_teacher(ToyDiT(), "no/such/file.pt", layer="blocks.2", guidance_scale=-1, null={"y": 10})
 
-    def test_a_wrong_width_is_found_with_an_example(self) -> None:
-        with pytest.raises(ShapeError, match=r"hidden_size=24, but layer 'blocks\.2' gives \(6, 16, 16\)"):
-            teacher_of(ToyDiT(), hidden_size=24, example=CALL)
-
-    def test_a_layer_with_other_rows_is_refused(self) -> None:
-        class Doubling(ToyDiT):
-            def __init__(self) -> None:
-                super().__init__()
-                self.blocks[2].register_forward_hook(lambda module, args, output: torch.cat([output, output]))
-
-        with pytest.raises(ShapeError) as error:
-            teacher_of(Doubling())(*CALL)
-        assert "layer 'blocks.2' gives 24 rows for a batch of 12" in str(error.value)
-
-    def test_a_layer_that_never_runs_is_refused(self) -> None:
-        class Shallow(ToyDiT):
-            def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-                return x
-
-        with pytest.raises(CaptureError, match=r"ended without running layer 'blocks\.2'"):
-            teacher_of(Shallow())(*CALL)
-
-    def test_a_state_dict_is_loaded_strictly(self) -> None:
-        other = ToyDiT(seed=3)
-        teacher = st.build_teacher(ToyDiT(), other.state_dict(), layer="blocks.2", guidance_scale=3.0, null={"y": 10})
+    def test_a_state_dict_is_loaded_strictly_but_for_projection_heads(self, caplog: pytest.LogCaptureFixture) -> None:
+        other, settings = ToyDiT(seed=3), {"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}}
+        state = other.state_dict()
+        teacher = st.build_teacher(ToyDiT(), state, **settings)
+        assert not caplog.records
         torch.testing.assert_close(teacher(*CALL), plain.guided(other, "blocks.2", 3.0, CALL, NULL_CALL), **TOLERANCE)
-        state = {name: value for name, value in other.state_dict().items() if "blocks.1" not in name}
+        st.build_teacher(ToyDiT(), state | {"projectors.0.weight": torch.ones(2, 2)}, **settings)
+        assert "left out: 'projectors.0.weight'" in caplog.records[0].message
+        del state["blocks.1.qkv.weight"]
         with pytest.raises(st.SelfTransError, match=r"blocks\.1\.qkv\.weight"):
-            st.build_teacher(ToyDiT(), state, layer="blocks.2", guidance_scale=3.0, null={"y": 10})
+            st.build_teacher(ToyDiT(), state, **settings)
 
 
 class TestFingerprint:
@@ -286,39 +222,19 @@ class TestFingerprint:
             flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0))
         assert not torch.equal(before, teacher_of(model, layer="blocks.0").fingerprint)
 
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-    def test_any_precision_and_scalar_or_empty_buffers_can_be_hashed(self, dtype: torch.dtype) -> None:
-        model = ToyDiT().to(dtype)
-        model.register_buffer("scale", torch.tensor(0.18215))
-        model.register_buffer("empty", torch.zeros(0, 4))
-        assert teacher_of(model).fingerprint.any()
-
-    def test_state_that_is_no_tensor_is_left_out(self) -> None:
-        class WithExtra(ToyDiT):
-            def get_extra_state(self) -> dict[str, int]:
-                return {"version": 1}
-
-            def set_extra_state(self, state: dict[str, int]) -> None: ...
-
-        assert torch.equal(teacher_of(WithExtra()).fingerprint, teacher_of(ToyDiT()).fingerprint)
+    def test_any_precision_and_scalar_or_empty_buffers_can_be_hashed(self) -> None:
+        prints = []
+        for dtype in (torch.bfloat16, torch.float16, torch.float64):
+            model = ToyDiT().to(dtype)
+            model.register_buffer("scale", torch.tensor(0.18215))
+            model.register_buffer("empty", torch.zeros(0, 4))
+            prints.append(tuple(teacher_of(model).fingerprint.tolist()))
+        assert len(set(prints)) == 3
 
 
 def test_state_holds_the_models_weights_only() -> None:
     teacher = teacher_of(ToyDiT(), null={"y": torch.tensor(10)})
     assert set(teacher.state_dict()) == {f"model.{name}" for name in ToyDiT().state_dict()}
-
-
-def test_keys_of_projection_heads_are_left_out_by_name(caplog: pytest.LogCaptureFixture) -> None:
-    weights = ToyDiT(seed=3).state_dict()
-    heads = {"projectors.0.weight": torch.ones(2, 2), "projectors.0.bias": torch.ones(2)}
-    settings = {"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}}
-    st.build_teacher(ToyDiT(), weights, **settings)
-    assert not caplog.records
-    st.build_teacher(ToyDiT(), weights | heads, **settings)
-    (record,) = caplog.records
-    assert record.levelname == "WARNING"
-    assert "2 keys of" in record.message
-    assert "left out: 'projectors.0.weight', 'projectors.0.bias'" in record.message
 
 
 class TestRowsAreProved:
@@ -336,8 +252,6 @@ class TestRowsAreProved:
                 t = t + cond[(torch.arange(len(t)) * 0 + y) % len(cond)] / 10
             elif self.how == "by place":
                 t = t + torch.arange(len(t)) / 10
-            elif self.how == "a mean":
-                t = t + cond.mean()
             elif self.how == "whole":  # said to be shared, and taken by sample
                 t = t + cond["size"][: len(t)] / 10
             return super().forward(x, t, y)
@@ -347,7 +261,6 @@ class TestRowsAreProved:
         [
             ("a table", torch.arange(6.0), None, "look at 'y', 'cond'"),
             ("by place", None, None, "look at 'y'"),
-            ("a mean", torch.arange(6.0), None, "look at 'y', 'cond'"),
             ("whole", {"size": torch.arange(6.0)}, {"shared": ["cond"]}, "look at \"cond['size']\""),
         ],
     )
