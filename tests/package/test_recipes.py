@@ -6,9 +6,7 @@ import diffusers
 import pytest
 import torch
 from torch import Tensor, nn
-from toys import ToyDiT
 
-from selftrans_reg import SelfTransLoss, build_teacher
 from selftrans_reg.errors import LayerNotFoundError, SettingError
 from selftrans_reg.recipes import Recipe, find_blocks, recipe
 
@@ -57,14 +55,6 @@ def test_published_settings(
     assert (plan.name, plan.stage1_steps) == (name, stage1_steps)
     assert released.stage1() == plan.stage1() | {"target": "velocity", "gating": "released"}
     assert released.stage2() == plan.stage2() | {"gating": "released"}
-
-
-def test_dictionaries_are_arguments_that_their_functions_take() -> None:
-    plan, model = recipe("SiT-B/2"), ToyDiT(depth=12)
-    stage1 = SelfTransLoss.stage1(model, time="sit", latent_channels=4, patch_size=2, hidden_size=16, **plan.stage1())
-    teacher = build_teacher(ToyDiT(depth=12), None, null={"y": 10}, hidden_size=16, **plan.teacher())
-    stage2 = SelfTransLoss.stage2(model, teacher=teacher, time="sit", hidden_size=16, **plan.stage2())
-    assert (stage1.layers, stage2.layers, teacher.layer) == (("blocks.1",), ("blocks.5",), "blocks.7")
 
 
 @pytest.mark.parametrize(
