@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 import selftrans_reg as st
 from common.loading import Family, check_claims, saved_args
 from common.options import CHANGEABLE, STAGES, Mistake
-from common.paths import denoising_loss, path_named
+from common.paths import PATHS, denoising_loss
 from common.run_folder import checkpoint_path, locked, open_run_folder
 from common.trainer import Condition, Draw, Trainer
 from common.vae import Scaling
@@ -150,7 +150,7 @@ def train_long(
         criterion=criterion,
         dataset=backbone.data,
         latents_of=partial(latents_of, scaling=scaling),
-        denoise=partial(denoising_loss, path=path_named(run.path)),
+        denoise=partial(denoising_loss, path=PATHS[run.path]),
         settings=run,
         out=run.out,
         args=settings | backbone.sizes | says | {"scale_factor": scaling.scale, "shift_factor": scaling.shift},

@@ -10,8 +10,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from common.options import Mistake
-
 
 class PathCoefficients(NamedTuple):
     """alpha and sigma of ``x_t = alpha x + sigma noise`` and their derivatives in t, each of t's shape."""
@@ -38,17 +36,6 @@ def cosine_path(t: Tensor) -> PathCoefficients:
 
 
 PATHS: dict[str, Path] = {"linear": linear_path, "cosine": cosine_path}
-
-
-def path_named(name: str) -> Path:
-    """The path called "linear" or "cosine".
-
-    Raises:
-        Mistake: If there is no such path.
-    """
-    if name not in PATHS:
-        raise Mistake(f"There is no path named {name!r}.\nKnown: {', '.join(PATHS)}.")
-    return PATHS[name]
 
 
 def interpolate(path: Path, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -89,7 +76,7 @@ class Transport:
     """
 
     def __init__(self, path: str = "linear") -> None:
-        self.path = path_named(path)
+        self.path = PATHS[path]
 
     def training_losses(
         self, model: nn.Module, x: Tensor, model_kwargs: dict[str, Tensor] | None = None

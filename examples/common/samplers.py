@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.images import to_uint8, write_png
 from common.options import Mistake
-from common.paths import Path, linear_path, path_named
+from common.paths import PATHS, Path, linear_path
 from common.vae import Scaling, decode, load_vae, recorded_scaling, scaling_of, weights_digest
 
 if TYPE_CHECKING:
@@ -239,7 +239,7 @@ class ImageSampler:
         noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in generators]).to(device)
         same = {"steps": self.steps, "guidance": self.guidance}
         if self.method == "sde":
-            return sample_sde(model, noise, y, generator=generators, path=path_named(self.path), **same)
+            return sample_sde(model, noise, y, generator=generators, path=PATHS[self.path], **same)
         return sample_ode(model, noise, y, method=self.method, **same)
 
 

@@ -133,13 +133,10 @@ def test_a_foreign_sit_needs_to_be_told_its_time_and_data(
 
 def test_other_latents_than_the_models_are_refused(tmp_path: Path, latents: Path) -> None:
     known, vae = f"--data={latents}", str(write_vae(tmp_path / "vae", scale=0.18215))
-    for changes, match in [
-        ({"scale_factor": 0.13025}, "trained on 4, 4 and scale 0.13025, shift 0.0"),
-        ({"scale_factor": 0.18215, "shift_factor": 3.0}, r"4 pixels a side, scale 0.18215, shift 0.0; .* shift 3.0"),
-    ]:
-        path = write_checkpoint(tmp_path / "a.pt", 1, ARGS | {"vae": vae} | changes)
-        with pytest.raises(Mistake, match=rf"trained on other latents than these(.|\n)*{match}"):
-            subject_of(path, known)
+    changes = {"scale_factor": 0.18215, "shift_factor": 3.0}
+    path = write_checkpoint(tmp_path / "a.pt", 1, ARGS | {"vae": vae} | changes)
+    with pytest.raises(Mistake, match=r"other latents than these(.|\n)*scale 0.18215, shift 0.0; .* shift 3.0"):
+        subject_of(path, known)
     shifted = write_vae(tmp_path / "shifted", scale=0.18215, shift_factor=3.0)
     path = write_checkpoint(tmp_path / "a.pt", 1, ARGS | {"vae": vae})
     with pytest.raises(Mistake, match="is not the one that the latents of"):

@@ -15,27 +15,28 @@ EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
 
 @pytest.mark.parametrize(
-    ("kind", "fine", "wrong"),
+    ("kind", "fine", "wrong", "message"),
     [
-        (at_least(2), {"2": 2}, {"1": "must be 2 or more; got 1"}),
-        (within(0, 1), {"0": 0, "0.5": 0.5, "1": 1}, {"-0.1": "0 to 1; got -0.1", "1.1": "got 1.1", "nan": "got nan"}),
-        (positive, {"1e-9": 1e-9, "inf": float("inf")}, {"0": "must be above 0; got 0", "nan": "got nan"}),
-        (finite, {"-3": -3}, {"inf": "must be finite; got inf", "nan": "got nan"}),
-        (window, {"0.4,0.7": (0.4, 0.7), "all": "all"}, {"0.4": "as 0.4,0.7, or all; got 0.4", "0.7,0.4": "lower first",
-                                                         "0,2": "within 0 and 1", "nan,1": "within 0 and 1"}),
+        (at_least(2), {"2": 2}, ["1", "many"], "must be 2 or more"),
+        (within(0, 1), {"0": 0, "0.5": 0.5, "1": 1}, ["-0.1", "1.1", "nan"], "must be from 0 to 1"),
+        (positive, {"1e-9": 1e-9, "inf": float("inf")}, ["0", "nan"], "must be above 0"),
+        (finite, {"-3": -3}, ["inf", "nan"], "must be finite"),
+        (window, {"0.4,0.7": (0.4, 0.7), "all": "all"}, ["0.4", "0.7,0.4", "0,2", "nan,1"], "two noise fractions"),
     ],
-)  # fmt: skip
+)
 def test_a_number_outside_is_refused_in_one_line(
-    kind: Callable[[str], object], fine: dict[str, object], wrong: dict[str, str], capsys: pytest.CaptureFixture[str]
-) -> None:
+    kind: Callable[[str], object], fine: dict[str, object], wrong: list[str], message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     parser = Parser("What it does.")
     parser.add_argument("--x", type=kind)
     assert {text: parser.parse_args([f"--x={text}"]).x for text in fine} == fine
-    for text, message in {**wrong, "many": "many"}.items():
+    for text in wrong:
         with pytest.raises(SystemExit, match="2"):
             parser.parse_args([f"--x={text}"])
         (line,) = capsys.readouterr().err.splitlines()
-        assert message in line
+        assert text in line
+        assert message in line or text == "many"
 
 
 def test_a_mistake_ends_in_one_line() -> None:

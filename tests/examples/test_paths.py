@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from common.options import Mistake
-from common.paths import PATHS, Transport, denoising_loss, path_named, velocity_loss
+from common.paths import PATHS, Transport, denoising_loss, velocity_loss
 from torch import Tensor, nn
 
 
@@ -76,8 +75,3 @@ def test_transport_draws_inside_and_speaks_sits_convention(name: str, generator:
     torch.testing.assert_close(losses["pred"], model(x_t, t, y))
     expected_loss = ((losses["pred"] - target) ** 2).mean(dim=(1, 2, 3))
     torch.testing.assert_close(losses["loss"], expected_loss, rtol=1e-4, atol=1e-5)
-
-
-def test_an_unknown_path_is_named() -> None:
-    with pytest.raises(Mistake, match=r"no path named 'quadratic'.\nKnown: linear, cosine"):
-        path_named("quadratic")
