@@ -16,6 +16,7 @@ from common.paths import denoising_loss
 from common.sit import SiT
 from common.trainer import Trainer
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.data import Dataset
 
 import selftrans_reg as st
@@ -83,7 +84,6 @@ def new_trainer(
     dataset: Dataset[Any] | None = None,
     denoise: Callable[[nn.Module, Tensor, Tensor], Tensor] = denoising_loss,
     model: SiT | None = None,
-    draw: Callable[[nn.Module, Path], None] | None = None,
     **settings: Any,
 ) -> Trainer:
     model = new_sit() if model is None else model
@@ -98,7 +98,6 @@ def new_trainer(
         settings=Namespace(steps=steps, **(SETTINGS | settings)),
         out=out,
         args={"model": "tiny"},
-        draw=draw,
     )
 
 
@@ -132,24 +131,12 @@ def lines(out: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in UNREPEATABLE} for line in found]
 
 
-def flat(content: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Every leaf of nested containers with its place."""
-    if isinstance(content, dict):
-        for key, value in content.items():
-            yield from flat(value, f"{name}/{key}")
-    elif isinstance(content, list | tuple):
-        for index, value in enumerate(content):
-            yield from flat(value, f"{name}/{index}")
-    else:
-        yield name, content
-
-
 def differences(a: Path, b: Path) -> list[str]:
     """Places at which two checkpoints are not bit-equal."""
-    left, right = (dict(flat(torch.load(path, weights_only=True))) for path in (a, b))
-    assert left.keys() == right.keys(), left.keys() ^ right.keys()
+    left, right = (tree_flatten_with_path(torch.load(path, weights_only=True))[0] for path in (a, b))
+    assert [place for place, _ in left] == [place for place, _ in right]
 
     def same(x: Any, y: Any) -> bool:
         return torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, Tensor) else x == y
 
-    return [name for name in left if not same(left[name], right[name])]
+    return [keystr(place) for (place, x), (_, y) in zip(left, right, strict=True) if not same(x, y)]
