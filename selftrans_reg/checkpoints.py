@@ -229,6 +229,12 @@ _ALLOWING = threading.Lock()  # what is allowed, is allowed to the whole process
 
 
 def _read_torch(file: Path) -> dict[str, Any]:
+    if torch.__version__ < "2.10":  # which compares as versions, not as text
+        warnings.warn(
+            f"{file}: PyTorch {torch.__version__} can be made to run code by a crafted .pt file (CVE-2026-24747, fixed "
+            "in 2.10). Load only files that you trust, or safetensors.",
+            stacklevel=2,
+        )
     with opened(file) as stream:
         before = torch.serialization.get_safe_globals()
         # Leaving the context also removes what was allowed before it, so nothing is listed that already was.

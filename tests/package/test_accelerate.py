@@ -4,6 +4,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -32,9 +33,8 @@ def reset() -> None:
     GradientState._reset_state()
 
 
-def prepare(
-    accelerator: Accelerator, batch_size: int
-) -> tuple[nn.Module, nn.Module, torch.optim.Optimizer, DataLoader]:
+def prepare(accelerator: Accelerator, batch_size: int) -> list[Any]:
+    """Model, criterion, optimiser and loader."""
     model = student()
     criterion = new_criterion(model)
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.0)
@@ -42,9 +42,11 @@ def prepare(
     return accelerator.prepare(model, criterion, optimizer, loader)
 
 
-def epoch(accelerator: Accelerator, batch_size: int) -> dict[str, Tensor]:
+def epoch(steps: int, processes: int) -> dict[str, Tensor]:
     """One pass over the eight rows as a single optimiser step; the gradients that it would have used."""
-    model, criterion, optimizer, loader = prepare(accelerator, batch_size)
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+    assert accelerator.num_processes == processes
+    model, criterion, optimizer, loader = prepare(accelerator, len(TIMES) // steps // processes)
     found = {}
     for rows in loader:
         b = Batch(*rows)
@@ -61,8 +63,7 @@ def epoch(accelerator: Accelerator, batch_size: int) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("steps", [1, 4])
 def test_one_process_also_with_accumulation(steps: int) -> None:
-    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
-    assert_same(epoch(accelerator, len(TIMES) // steps), plain_gradients(noisy_batch(TIMES)))
+    assert_same(epoch(steps, 1), plain_gradients(noisy_batch(TIMES)))
 
 
 def on_a_rank(rank: int, steps: int) -> dict[str, Tensor]:
@@ -71,9 +72,7 @@ def on_a_rank(rank: int, steps: int) -> dict[str, Tensor]:
     launched["OMP_NUM_THREADS"] = 1
     with patch.dict(os.environ, {name: str(value) for name, value in launched.items()}):
         try:
-            accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
-            assert accelerator.num_processes == RANKS
-            return epoch(accelerator, len(TIMES) // steps // RANKS)
+            return epoch(steps, RANKS)
         finally:
             reset()
 

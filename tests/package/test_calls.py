@@ -313,7 +313,8 @@ def test_a_batch_of_one_is_asked_about_as_others_are(n: int) -> None:
 
 def test_others_take_their_place_and_containers_keep_their_kind_and_are_nobody_elses() -> None:
     class Attributes(dict):
-        __getattr__ = dict.__getitem__
+        def __getattr__(self, name: str) -> Any:
+            return self[name] if name in self else self.__getattribute__(name)
 
     buffer: dict[str, Tensor] = {}  # into which a model puts its own: no rows, and one for each call
     e = {"a": [Y, 5], "b": Pair(Y, "kept"), "c": Condition(Y), "d": Attributes(text=Y), "e": LAYERS, "f": CAPTIONS}

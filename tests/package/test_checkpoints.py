@@ -764,6 +764,13 @@ class Bomb:
         return os.mkdir, (str(self.marker),)
 
 
+def test_an_older_pytorch_warns_of_pt_files(tmp_path: Path, model: ToyDiT, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save(model.state_dict(), tmp_path / "stage1.pt")
+    monkeypatch.setattr(torch, "__version__", type(torch.__version__)("2.9.1+cu128"))
+    with pytest.warns(UserWarning, match=r"stage1\.pt: PyTorch 2\.9\.1\S* can be made to run code .* fixed in 2\.10"):
+        read_checkpoint(tmp_path / "stage1.pt")
+
+
 @pytest.mark.parametrize("write", WRITERS)
 def test_code_in_a_file_is_refused_and_not_run(tmp_path: Path, model: ToyDiT, ema: State, write: Any) -> None:
     marker, path = tmp_path / "ran", tmp_path / "bomb.pt"

@@ -35,12 +35,7 @@ STAGES = pytest.mark.parametrize("stage", [1, 2])
 
 
 def hooks_of(model: nn.Module) -> int:
-    return sum(
-        len(hooks)
-        for module in model.modules()
-        for name, hooks in vars(module).items()
-        if name.endswith("_hooks") and isinstance(hooks, dict)
-    )
+    return sum(len(value) for m in model.modules() for name, value in vars(m).items() if "hook" in name and value)
 
 
 class TestTheModelStaysAsItIs:
@@ -55,29 +50,19 @@ class TestTheModelStaysAsItIs:
         del criterion
 
     @STAGES
-    def test_training_with_weight_0_is_bit_equal_to_training_without(self, stage: int) -> None:
+    def test_with_weight_0_a_step_is_bit_equal_to_one_without(self, stage: int) -> None:
         with_it, without, projected = student(), student(), []
+        with_it.dropout = without.dropout = 0.5
         criterion = new_criterion(with_it, stage, weight=0.0)
         criterion.heads[0].register_forward_hook(lambda module, args, output: projected.append(output.requires_grad))
-        losses = []
-        for model, parameters in ((with_it, [*with_it.parameters(), *criterion.parameters()]), (without, None)):
-            model.dropout = 0.2
-            optimizer = torch.optim.AdamW(parameters or model.parameters(), lr=1e-2, weight_decay=0.1)
-            with plain.global_seed(0):
-                for step in range(4):
-                    b = noisy_batch([0.35, 0.5, 0.1, 0.45], seed=step)
-                    loss = denoising(model, b).mean()
-                    if model is with_it:
-                        terms = criterion(loss, latents=b.latents)
-                        assert terms.alignment > 0  # measured all the same
-                        loss = terms.total
-                    losses.append(loss.item())
-                    optimizer.zero_grad()
-                    loss.backward()
-                    optimizer.step()
-        assert losses[:4] == losses[4:]
-        assert len(set(losses)) == 4
-        assert all(torch.equal(p, q) for p, q in zip(with_it.parameters(), without.parameters(), strict=True))
+        with plain.global_seed(0):
+            terms = criterion(denoising(with_it, B), latents=B.latents)
+        with plain.global_seed(0):
+            loss = denoising(without, B).mean()
+        terms.total.backward(), loss.backward()
+        assert terms.total.item() == loss.item()
+        assert_same(gradients(with_it), gradients(without), tolerance=0.0)
+        assert terms.alignment > 0  # measured all the same
         assert projected[0] is False  # without a graph
 
     def test_attached_to_another_model_or_dropped_it_leaves_no_hook(self) -> None:
@@ -186,7 +171,7 @@ class Watched(ToyDiT):
         return sum(reference() is not None for reference in self.alive)
 
 
-@pytest.fixture
+@pytest.fixture(scope="class")
 def _no_garbage_collector() -> Iterator[None]:
     """Only reference counts free memory, as between two collections of a real run."""
     gc.collect()
@@ -214,8 +199,8 @@ class TestDisturbances:
         one, two = plain_gradients(B, 1), plain_gradients(OTHER, 1)
         assert_same(gradients(model, criterion), {name: one[name] + two[name] for name in one})
 
-    @pytest.mark.parametrize("which", [None, "first", "last"])
-    def test_a_loop_that_never_calls_the_criterion_holds_one_forward(self, which: Any) -> None:
+    @pytest.mark.parametrize("which", ["first", "last"])
+    def test_of_several_forwards_one_is_held(self, which: Any) -> None:
         model = Watched()
         criterion = new_criterion(model, 1, forward=which)
         for _ in range(3):

@@ -158,36 +158,27 @@ class TestTheCall:
         with refused(st.ShapeError, "'blocks.1' gave 8 rows in a call of 4 samples", "one row for each sample"):
             step(model, new_criterion(model))
 
-    def test_a_layer_of_another_width_than_the_head_reads(self) -> None:
+    @pytest.mark.parametrize(
+        ("stage", "settings", "messages"),
+        [
+            (2, {"hidden_size": 24}, ["tokens of width 16, but the head reads 24", "hidden_size=16"]),
+            (
+                1,
+                {"tokens": slice(1, None)},
+                ["15 tokens do not fit the latent grid", "slice(1, None, None) was given"],
+            ),
+        ],
+    )
+    def test_tokens_that_do_not_fit(self, stage: int, settings: dict[str, Any], messages: list[str]) -> None:
         model = student()
-        with refused(st.ShapeError, "tokens of width 16, but the head reads 24", "hidden_size=16"):
-            step(model, new_criterion(model, hidden_size=24))
-
-    def test_tokens_that_were_picked_and_do_not_fit_the_latent_grid(self) -> None:
-        model = student()
-        given = "tokens=slice(1, None, None) was given: these are the tokens that it leaves"
-        with refused(st.ShapeError, "15 tokens do not fit the latent grid", given):
-            step(model, new_criterion(model, 1, tokens=slice(1, None)))
+        with refused(st.ShapeError, *messages):
+            step(model, new_criterion(model, stage, **settings))
 
     def test_a_frozen_student(self) -> None:
         model = student().requires_grad_(False)
         model.final_layer.requires_grad_(True)
         with refused(st.CaptureError, "'blocks.1' carry no gradient", "frozen: tap a later one", "use_reentrant=False"):
             step(model, new_criterion(model, 1))
-
-    def test_a_head_elsewhere_than_the_tokens(self) -> None:
-        class Elsewhere(nn.Module):
-            def __init__(self) -> None:
-                super().__init__()
-                self.net = student().to("meta")
-
-            def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-                return self.net(x.to("meta"), t.to("meta"), y.to("meta"))
-
-        model = Elsewhere()
-        criterion = new_criterion(model, layer="net.blocks.1")
-        with refused(st.ShapeError, "The head lies on cpu, the batch on meta: call criterion.to("):
-            step(model, criterion, denoising=torch.zeros(()))
 
 
 def test_what_an_optimiser_does_not_hold_is_named() -> None:

@@ -20,7 +20,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import constants, file_download
 
 TOKEN = "hf_stand_in"  # may read and write everything
 
@@ -258,6 +258,7 @@ def running_hub(cache: Path) -> Iterator[Hub]:
             warnings.filterwarnings("ignore", "Use 'content=", DeprecationWarning)
             for name, value in settings.items():
                 patch.setattr(constants, name, value)
+                patch.setattr(file_download, name, value, raising=False)  # before release 1.0 it has its own copies
             patch.setenv("HF_TOKEN", "")  # none of whoever runs the tests
             yield hub
     finally:

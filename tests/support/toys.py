@@ -241,11 +241,8 @@ class ToyMDT(ToyDiT):
         tokens, c = self.to_tokens(x), self.condition(t, y)
         full = tokens
         if enable_mask:
-            kept = (
-                torch.rand(tokens.shape[:2], device=x.device)
-                .argsort(1)[:, : tokens.shape[1] // 2, None]
-                .expand(-1, -1, full.shape[2])
-            )
+            order = torch.rand(tokens.shape[:2], device=x.device).argsort(1)
+            kept = order[:, : tokens.shape[1] // 2, None].expand(-1, -1, full.shape[2])
             tokens = tokens.gather(1, kept)
         for block in self.named_blocks("en_inblocks", "en_outblocks"):
             tokens = block(tokens, c)
