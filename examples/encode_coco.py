@@ -12,6 +12,7 @@ import argparse
 import hashlib
 import os
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,35 +62,29 @@ def read_captions(path: Path, folder: Path) -> Captioned:
     """The captions of each image."""
     content = read_json(path)
     with readable(path, "COCO's captions"):
-        images, annotations = content["images"], content["annotations"]
-        names = {image["id"]: image["file_name"] for image in images}
-        ids, annotated = [image["id"] for image in images], [annotation["image_id"] for annotation in annotations]
-        files = Counter(image["file_name"] for image in images)
-        captions: dict[Any, list[str]] = {image: [] for image in names}
-        for annotation in annotations:
-            captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
-    problems = [(f"id {i!r}", "is no whole number") for i in {*ids, *annotated} if type(i) is not int]
-    problems += [(f"id {i!r}", f"is that of {n} images") for i, n in Counter(ids).items() if n > 1]
+        images = [(image["id"], image["file_name"]) for image in content["images"]]
+        texts = [(annotation["image_id"], annotation["caption"]) for annotation in content["annotations"]]
+        ids, files = Counter(i for i, _ in images), Counter(file for _, file in images)
+        captions: dict[Any, list[Any]] = {i: [] for i in ids}
+        for i, text in texts:
+            captions.setdefault(i, []).append(text)
+    problems = [(f"id {i!r}", "is no whole number") for i in captions if type(i) is not int]
+    problems += [(f"id {i!r}", f"is that of {n} images") for i, n in ids.items() if n > 1]
     problems += [(f"{file!r}", f"is the file of {n} images") for file, n in files.items() if n > 1]
     problems += [
-        (f"id {i!r}", f"has {n} captions and no image") for i, n in Counter(annotated).items() if i not in names
+        (f"id {i!r}", f"has {len(some)} captions and no image") for i, some in captions.items() if i not in ids
     ]
-    problems += [(f"{names[i]} (id {i!r})", "has no captions") for i in names if not captions[i]]
-    problems += [
-        (f"{str(caption)[:50]!r} (id {i!r})", "is no caption")
-        for i, some in captions.items()
-        for caption in some
-        if not isinstance(caption, str)
-    ]
+    problems += [(f"{file} (id {i!r})", "has no captions") for i, file in images if not captions[i]]
+    problems += [(f"{str(text)[:50]!r} (id {i!r})", "is no caption") for i, text in texts if not isinstance(text, str)]
     problems += [(str(file), f"is not in {folder}") for file in files if not (folder / str(file)).is_file()]
-    if problems or not names:
+    if problems or not images:
         raise DataError(
-            f"The captions in {path} and the images in {folder} do not fit: {len(problems)} problems in {len(names)} "
+            f"The captions in {path} and the images in {folder} do not fit: {len(problems)} problems in {len(images)} "
             f"images.\n{first_ones(problems)}\n"
             "Every image needs an id of its own, a whole number, its file, and at least one caption."
         )
-    order = sorted(names)
-    return Captioned([names[i] for i in order], [captions[i] for i in order])
+    images.sort()
+    return Captioned([file for _, file in images], [captions[i] for i, _ in images])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,12 +94,8 @@ def main(argv: list[str] | None = None) -> None:
     found = read_captions(run.captions, run.images)
     vae, _ = load_encoder(run.vae, run.precision, run.size)
     texts = load_text_encoder(run.text_encoder, device=run.device)
-    settings = {
+    settings = {name: getattr(run, name) for name in ("text_encoder", "size", "precision", "cut_long")} | {
         "vae_weights": weights_digest(vae),
-        "text_encoder": run.text_encoder,
-        "size": run.size,
-        "precision": run.precision,
-        "cut_long": run.cut_long,
         "captions": hashlib.sha256(repr(found).encode()).hexdigest(),
     }
     empty, scaling = texts.encode([""]).features[0], scaling_of(vae.config, f"The VAE {run.vae!r}")
@@ -116,16 +107,15 @@ def main(argv: list[str] | None = None) -> None:
     bad: list[tuple[str, str]] = []
     cut: list[str] = []
     with tf32(run.precision == "tf32"):
-        for rows, (pixels, reasons) in zip(batches, progress(loader, "encoding"), strict=True):
-            bad += [(found.images[row], reason) for row, reason in zip(rows, reasons, strict=True) if reason]
-            good = [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-            if pixels is None:
+        for rows, pixels, unreadable in progress(loader, "encoding"):
+            bad += unreadable
+            if not rows:
                 continue
-            captions = [caption for row in good for caption in found.captions[row]]
-            features = texts.encode(captions, cut_long=run.cut_long)
+            captions = [found.captions[row] for row in rows]
+            features = texts.encode([*chain(*captions)], cut_long=run.cut_long)
             cut += features.cut
-            contexts = features.features.split([len(found.captions[row]) for row in good])
-            for row, mean, std, context in zip(good, *encode_moments(vae, pixels / 127.5 - 1), contexts, strict=True):
+            contexts = features.features.split([*map(len, captions)])
+            for row, mean, std, context in zip(rows, *encode_moments(vae, pixels / 127.5 - 1), contexts, strict=True):
                 writer.write(row, mean, std, context)
     if cut:
         print(f"{len(cut)} captions are longer than the {texts.length} tokens that are read, such as {cut[0]!r}")

@@ -11,10 +11,9 @@ files. Stopped at any time, the same command goes on where it was. Several proce
 import argparse
 import hashlib
 import os
-import time
-from itertools import groupby
+from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from common.options import Mistake, Parser, at_least, run_script
 
@@ -46,9 +45,10 @@ if __name__ == "__main__":
 
 import torch
 from common.data_files import DataError, first_ones
-from common.images import find_images, image_batches, skipped_line
-from common.latents import INDEX, Index, OpenShard, moment_names, read_index, shard_name, write_index, write_shard
+from common.images import find_images, image_batches
+from common.latents import INDEX, Index, OpenShard, ShardFolder, shard_name, write_index, write_shard
 from common.processes import Processes
+from common.run_folder import open_run_folder
 from common.tf32 import tf32
 from common.training import progress
 from common.vae import encode_moments, load_encoder, scaling_of, weights_digest
@@ -61,125 +61,30 @@ if TYPE_CHECKING:
 
 
 STORED = {"float32": torch.float32, "float16": torch.float16}
-WAIT_SECONDS = 600.0  # for the process that writes the index
 
 
-class ImageFolder(NamedTuple):
-    """What a folder of class folders holds.
-
-    Attributes:
-        classes: The names of the class folders, sorted; a label is a place in this list.
-        images: Relative to the folder, with slashes, sorted within each class.
-        labels: One for each image.
-        skipped: What is no image.
-    """
-
-    classes: list[str]
-    images: list[str]
-    labels: list[int]
-    skipped: list[str]
-
-
-def list_classes(folder: Path) -> ImageFolder:
-    """Find the images of each class; nothing is opened."""
-    images, skipped = find_images(folder)
-    classes = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    by_class: dict[str, list[str]] = {name: [] for name in classes}
+def list_classes(folder: Path) -> dict[str, list[str]]:
+    """The images of each class, whose label is its place: by name, relative to the folder; nothing is opened."""
+    images = find_images(folder)
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    classes: dict[str, list[str]] = {name: [] for name in names}
     problems = [(name, "an image in no class folder") for name in images if "/" not in name]
     for name in images:
-        if "/" in name:
-            by_class[name.partition("/")[0]].append(name)
-    problems += [(name, "a class folder without images") for name in classes if not by_class[name]]
+        classes.get(name.partition("/")[0], []).append(name)
+    problems += [(name, "a class folder without images") for name in names if not classes[name]]
     if problems or not classes:
         raise DataError(
             f"{folder} should hold a folder for each class, and in each of them PNG, JPEG or WebP images.\n"
             f"{first_ones(problems) or 'Found: no folders.'}\n"
             "Move images into the folders of their classes, and folders without images away."
         )
-    labels = [label for label, name in enumerate(classes) for _ in by_class[name]]
-    return ImageFolder(classes, [image for name in classes for image in by_class[name]], labels, skipped)
+    return classes
 
 
-def planned_index(run: argparse.Namespace, vae: "AutoencoderKL", side: int, found: ImageFolder) -> Index:
-    """What the folder of shards will hold."""
-    settings = {
-        "vae": run.vae,
-        "vae_weights": weights_digest(vae),
-        "size": run.size,
-        "precision": run.precision,
-        "store": run.store,
-        "shard_images": run.shard_images,
-        "images": len(found.images),
-        "image_names": hashlib.sha256("\0".join(found.images).encode("utf-8", "surrogateescape")).hexdigest(),
-    }
-    return Index(
-        settings=settings,
-        scaling=scaling_of(vae.config, f"The VAE {run.vae!r}"),
-        shape=[vae.config.latent_channels, side, side],
-        mirrored=run.flip,
-        shards=-(-len(found.images) // run.shard_images),
-        classes=found.classes,
-        library=st.__version__,
-    )
-
-
-def open_folder(folder: Path, index: Index, rank: int) -> None:
-    """Write the index, or make sure that the one that is there says the same. The first process does the writing."""
-    path = folder / INDEX
-    if not path.exists() and rank == 0:
-        if folder.exists() and any(folder.iterdir()):
-            there = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5])
-            raise Mistake(f"{folder} is not empty, and holds no latents.\nFound: {there}.\nName another with --out.")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_index(index, folder)
-    waited_since = time.monotonic()
-    while not path.exists():
-        if time.monotonic() - waited_since > WAIT_SECONDS:
-            raise Mistake(f"Process 0 has not written {path} in {WAIT_SECONDS:.0f} seconds. Is {folder} shared?")
-        time.sleep(0.2)
-    there, now = (_compared(index) for index in (read_index(folder), index))
-    differences = [
-        f"{name}: {str(there.get(name))[:80]} there, {str(now.get(name))[:80]} now"
-        for name in sorted(there.keys() | now.keys())
-        if there.get(name) != now.get(name)
-    ]
-    if differences:
-        raise Mistake(
-            f"{folder} holds latents of another kind.\nFound: {'; '.join(differences)}.\n"
-            "Name another folder with --out, or the same settings and images as before."
-        )
-
-
-def _compared(index: Index) -> dict[str, Any]:
-    """What must be the same when work goes on; the VAE's weights count, not the path to them."""
-    entries = {**index._asdict(), **index.settings}
-    return {name: value for name, value in entries.items() if name not in ("settings", "vae", "library")}
-
-
-def unfinished(folder: Path, index: Index, shards: range) -> list[int]:
-    """Those of the shards that are not there."""
-    there = [shard for shard in shards if (folder / shard_name(shard)).exists()]
-    for shard in there:
-        OpenShard(folder, shard, index)
-    return sorted({*shards} - {*there})
-
-
-def batches_of(shards: list[int], shard_images: int, images: int, batch_size: int) -> list[tuple[int, list[int]]]:
-    """The shards' images in batches, none of which reaches into another shard: (shard, images)."""
-    ranges = [(shard, shard * shard_images, min((shard + 1) * shard_images, images)) for shard in shards]
-    return [
-        (shard, list(range(begin, min(begin + batch_size, end))))
-        for shard, start, end in ranges
-        for begin in range(start, end, batch_size)
-    ]
-
-
-def encoded(run: argparse.Namespace, vae: "AutoencoderKL", pixels: Tensor) -> list[Tensor]:
-    """What a shard stores of a batch, in the order of `moment_names`."""
-    images = pixels / 127.5 - 1
-    moments = [*encode_moments(vae, images), *(encode_moments(vae, images.flip(-1)) if run.flip else ())]
-    stored = [part.to(STORED[run.store]) for part in moments]
-    if not all(part.isfinite().all() for part in stored):
+def moments(run: argparse.Namespace, vae: "AutoencoderKL", pixels: Tensor) -> Tensor:
+    """What a shard stores of a batch: (2, n, C, h, w), mean and std."""
+    stored = torch.stack(encode_moments(vae, pixels / 127.5 - 1)).to(STORED[run.store])
+    if not stored.isfinite().all():
         raise Mistake(
             f"The VAE's posteriors are not finite with --precision {run.precision} --store {run.store}.\n"
             "Take fp32 or bf16, and float32, into another folder."
@@ -188,72 +93,76 @@ def encoded(run: argparse.Namespace, vae: "AutoencoderKL", pixels: Tensor) -> li
 
 
 def encode(
-    run: argparse.Namespace, vae: "AutoencoderKL", found: ImageFolder, index: Index, shards: list[int], *, show: bool
-) -> list[tuple[str, str]]:
-    """Make the shards. One with images that cannot be read is not written, unless they may be left out.
+    run: argparse.Namespace, vae: "AutoencoderKL", images: list[tuple[str, int]], shape: list[int], shards: list[int],
+    *, show: bool,
+) -> list[tuple[str, str]]:  # fmt: skip
+    """Make shards of images with labels. One with unreadable images is not written, unless they may be left out.
 
     Returns:
         (name, reason) of the images that cannot be read.
     """
-    plan = batches_of(shards, run.shard_images, len(found.images), run.batch_size)
-    batches = image_batches(run.images, found.images, [rows for _, rows in plan], size=run.size, workers=run.workers)
-    work = zip(plan, progress(batches, "encoding") if show and plan else batches, strict=True)
+    names = [name for name, _ in images]
+    places = [range(len(names))[shard * run.shard_images :][: run.shard_images] for shard in shards]
+    plan = [[[*rows[i : i + run.batch_size]] for i in range(0, len(rows), run.batch_size)] for rows in places]
+    loader = image_batches(run.images, names, [*chain(*plan)], size=run.size, workers=run.workers)
+    read = iter(progress(loader, "encoding") if show and plan else loader)
     bad: list[tuple[str, str]] = []
-    for shard, group in groupby(work, key=lambda item: item[0][0]):
-        parts = [[torch.empty(0, *index.shape, dtype=STORED[run.store])] for _ in moment_names(mirrored=run.flip)]
-        kept: list[int] = []
+    for shard, batches in zip(shards, plan, strict=True):
+        kept: list[tuple[str, int]] = []
         left_out: list[tuple[str, str]] = []
-        for (_, rows), (pixels, reasons) in group:
-            left_out += [(found.images[row], reason) for row, reason in zip(rows, reasons, strict=True) if reason]
-            if pixels is not None and (run.skip_bad or not left_out):
-                kept += [row for row, reason in zip(rows, reasons, strict=True) if not reason]
-                for part, moment in zip(parts, encoded(run, vae, pixels), strict=True):
-                    part.append(moment)
+        plain, mirrored = [torch.empty(2, 0, *shape, dtype=STORED[run.store])], []
+        for rows, pixels, unreadable in islice(read, len(batches)):
+            left_out += unreadable
+            if rows and (run.skip_bad or not left_out):
+                kept += [images[row] for row in rows]
+                plain.append(moments(run, vae, pixels))
+                mirrored += [moments(run, vae, pixels.flip(-1))] if run.flip else []
         bad += left_out
         if run.skip_bad or not left_out:
-            labels = torch.tensor([found.labels[row] for row in kept], dtype=torch.int64)
-            images = [found.images[row] for row in kept]
-            write_shard(run.out, shard, [torch.cat(part) for part in parts], labels, images, left_out)
+            kept += [(f"{name} (mirrored)", label) for name, label in kept if run.flip]
+            labels = torch.tensor([label for _, label in kept], dtype=torch.int64)
+            stored = torch.cat([*plain, *mirrored], dim=1)
+            write_shard(run.out, shard, stored, labels, [name for name, _ in kept], left_out)
     return bad
-
-
-def report(folder: Path, index: Index) -> None:
-    """Say what the folder holds, if all of it is there."""
-    files = [folder / shard_name(number) for number in range(index.shards)]
-    if missing := sum(not path.exists() for path in files):
-        print(f"{folder}: {missing} of {index.shards} shards are still to be made, by the other processes")
-        return
-    shards = [OpenShard(folder, number, index) for number in range(index.shards)]
-    left_out = [entry for shard in shards for entry in shard.left_out]
-    print(
-        f"{folder}: {sum(len(shard.images) for shard in shards)} images of {len(index.classes)} classes"
-        f"{', and mirrored' * index.mirrored}, as latents {'x'.join(map(str, index.shape))} in {index.shards} shards, "
-        f"{sum(path.stat().st_size for path in files) / 1e9:.2f} GB"
-    )
-    if left_out:
-        print(f"{len(left_out)} images that cannot be read were left out:\n{first_ones(left_out)}")
 
 
 def main(argv: list[str] | None = None) -> None:
     """Encode what is not encoded yet."""
     run = options(argv)
-    here = Processes()
-    found = list_classes(run.images)
+    classes = list_classes(run.images)
+    images = [(name, label) for label, names in enumerate(classes.values()) for name in names]
     vae, side = load_encoder(run.vae, run.precision, run.size)
-    index = planned_index(run, vae, side, found)
-    open_folder(run.out, index, here.rank)
-    shards = unfinished(run.out, index, range(here.rank, index.shards, here.count))
-    if here.rank == 0 and found.skipped:
-        print(skipped_line(run.images, found.skipped))
-    with tf32(run.precision == "tf32"):
-        bad = encode(run, vae.to(here.device(run.device)), found, index, shards, show=here.rank == 0)
-    if bad and not run.skip_bad:
-        raise DataError(
-            f"{len(bad)} of {len(found.images)} images cannot be read, and the shards that they belong to are not "
-            f"written; all others are.\n{first_ones(bad)}\n"
-            "Put whole images in their place and run the same command again, or leave them out with --skip-bad."
-        )
-    report(run.out, index)
+    scaling = scaling_of(vae.config, f"The VAE {run.vae!r}")
+    shape, shards = [vae.config.latent_channels, side, side], -(-len(images) // run.shard_images)
+    index = Index(run.vae, scaling, shape, shards, [*classes], st.__version__)
+    settings = {name: getattr(run, name) for name in ("size", "flip", "precision", "store", "shard_images")}
+    listed = "\0".join(name for name, _ in images).encode("utf-8", "surrogateescape")
+    settings |= {"vae_weights": weights_digest(vae), "image_names": hashlib.sha256(listed).hexdigest()}
+    settings |= scaling._asdict()
+    with Processes() as here:
+        if here.rank == 0:
+            open_run_folder(run.out, settings)
+            if not (run.out / INDEX).exists():
+                write_index(index, run.out)
+        here.meet()
+        mine = range(here.rank, shards, here.count)
+        todo = [number for number in mine if not (run.out / shard_name(number)).exists()]
+        for number in {*mine} - {*todo}:
+            OpenShard(run.out, number, index)  # a damaged one is named
+        with tf32(run.precision == "tf32"):
+            bad = encode(run, vae.to(here.device(run.device)), images, shape, todo, show=here.rank == 0)
+        here.meet()
+        if bad and not run.skip_bad:
+            raise DataError(
+                f"{len(bad)} of {len(images)} images cannot be read, and the shards that they belong to are not "
+                f"written; all others are.\n{first_ones(bad)}\n"
+                "Put whole images in their place and run the same command again, or leave them out with --skip-bad."
+            )
+        if here.rank == 0:
+            data = ShardFolder(run.out)
+            print(f"{run.out}: {len(data)} items of {len(classes)} classes, as latents {'x'.join(map(str, shape))}")
+            if data.left_out:
+                print(f"{len(data.left_out)} images that cannot be read were left out:\n{first_ones(data.left_out)}")
 
 
 if __name__ == "__main__":

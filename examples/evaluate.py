@@ -70,10 +70,8 @@ from common.metrics import (
     feature_statistics,
     frechet_distance,
     frechet_spread,
-    load_reference,
     precision_recall,
     reference_of,
-    save_reference,
 )
 from common.processes import Processes, default_device
 from common.run_folder import checkpoints_of, open_run_folder, write_json, write_whole
@@ -95,17 +93,6 @@ MARKERS = "os^Dv"  # hollow, so that of two curves in one place both are seen
 LOGARITHMIC_FROM = 4  # largest over smallest distance: nearer ones are read better on a plain axis
 
 Row = dict[str, Any]
-
-
-def reference_for(run: argparse.Namespace, extractor: Extractor) -> Reference:
-    """The data's features: from the file of statistics if it is there, else computed, and written if one is named."""
-    images = None if run.reference is None else ImageSet(run.reference)
-    if run.statistics is not None and (images is None or run.statistics.exists()):
-        return load_reference(run.statistics, extractor, None if images is None else images.name)
-    reference = reference_of(images, extractor, batch_size=run.batch_size)
-    if run.statistics is not None:
-        save_reference(reference, extractor, images.name, run.statistics)
-    return reference
 
 
 def measured(run: argparse.Namespace, images: ImageSet, extractor: Extractor, reference: Reference) -> Row:
@@ -212,17 +199,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
     run = options(argv)
     run.device = default_device(run.device)
     extractor = extractor_named(run.features, classifier=run.classifier, device=run.device)
+    data = None if run.reference is None else ImageSet(run.reference)
     if run.samples is not None:
         images = ImageSet(run.samples)
-        reference = reference_for(run, extractor)
+        reference = reference_of(data, run.statistics, extractor, batch_size=run.batch_size)
         rows = {run.samples.name: measured(run, images, extractor, reference)}
     else:
         apart = {"run", "out", "samples", "published", "classifier", "device", "batch_size"}
         settings = {name: value for name, value in vars(run).items() if name not in apart}
         statistics = None if run.statistics is None else str(run.statistics)
         open_run_folder(run.out, settings | {"features": extractor.name, "statistics": statistics})
-        run.statistics = run.statistics or run.out / "statistics.npz"
-        reference = reference_for(run, extractor)
+        path = run.statistics or run.out / "statistics.npz"
+        reference = reference_of(data, path, extractor, batch_size=run.batch_size)
         curves = {folder.name: curve(run, folder, extractor, reference) for folder in run.run}
         write_json(curves, run.out / "results.json")
         figure = drawn_curves(curves, published=run.published)

@@ -8,10 +8,8 @@ On the disk: ``empty_context.npy`` (L, D), ``train/{i}.npy`` (2C, h, w) and ``tr
 caption of image i; both count from 0. CLIP ViT-L/14 has L = 77 and D = 768. Source: https://github.com/baofff/U-ViT.
 """
 
-import os
-import re
 import shutil
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
@@ -31,14 +29,14 @@ EMPTY = "empty_context.npy"
 _FACTS = "features.json"  # not U-ViT's: what its layout leaves to the code
 _UNFINISHED = "unfinished.npy"
 _SCALE = 0.18215  # what U-ViT's code multiplies by
-_NAME = re.compile(r"(0|[1-9][0-9]{0,8})(?:_(0|[1-9][0-9]{0,8}))?\.npy")
 
 
 class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
     """Images with captions: ``data[i]`` is mean and std, twice (C, h, w), and a caption's features (L, D), float32.
 
-    The caption is one of the image's, at random, or the empty prompt: both are drawn from the global generator, which
-    in a loader's workers is another in every worker and epoch.
+    The caption is one of the image's, at random, or, as often as ``dropout`` says, the empty prompt: both are drawn
+    from the global generator, which in a loader's workers is another in every worker and epoch. ``second`` is what is
+    behind the mean in ``{i}.npy``: REPA's code and `CocoWriter` store the std, U-ViT's own script the log-variance.
 
     Attributes:
         captions: (N,), int64: how many captions each image has.
@@ -47,13 +45,6 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         size: h, which is w.
         scaling: From latents to what a model sees.
         vae: Path or name of the VAE, where `CocoWriter` recorded it.
-
-    Args:
-        folder: The one that holds ``empty_context.npy``.
-        split: The folder in it: "train" or "val".
-        dropout: How often a caption gives way to the empty prompt, from 0 to 1.
-        second: What the second half of ``{i}.npy`` holds. REPA's code and `CocoWriter` store the standard deviation;
-            U-ViT's own script stores the log-variance.
     """
 
     def __init__(
@@ -101,41 +92,28 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
 class CocoWriter:
     """Writes a split image by image, under another name; only `finish` gives it its own. What is there is whole.
 
-    Args:
-        folder: Made if need be; a second split goes into the same folder.
-        split: "train" or "val"; what is there under this name is never replaced.
-        empty: (L, D), the features of the empty prompt.
-        scaling: The VAE's; the same in every split.
-        vae: Path or name of the VAE; the same in every split.
-        settings: What decides the features. A split that was begun with them goes on; without them it begins anew.
+    A second split goes into the same folder, if it has the same VAE, scaling and features (L, D) of the empty prompt; a
+    split that is there is never replaced. One that was begun with these settings goes on; without any it begins anew.
     """
 
     def __init__(
-        self,
-        folder: Path,
-        split: str,
-        empty: Tensor,
-        *,
-        scaling: Scaling,
-        vae: str | None = None,
+        self, folder: Path, split: str, empty: Tensor, *, scaling: Scaling, vae: str | None = None,
         settings: dict[str, Any] | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         self._folder, self._split, self._empty = folder, split, empty.float().cpu()
         self._facts = scaling._asdict() | {"vae": vae}
         self._partial = folder / f"{split}.partial"
         if (folder / split).exists():
             raise Mistake(f"{folder / split} is there already. Name another folder, or delete this one.")
-        if (folder / _FACTS).exists() and (found := {"shift": 0.0} | read_json(folder / _FACTS)) != self._facts:
+        if (folder / _FACTS).exists() and (found := read_json(folder / _FACTS)) != self._facts:
             raise Mistake(
                 f"{folder} holds features of another VAE.\nFound: {found}; now: {self._facts}.\nName another folder."
             )
         if (folder / EMPTY).exists() and not same_features(_read_context(folder / EMPTY), self._empty):
             raise Mistake(f"{folder / EMPTY} has other features than the empty prompt has now. Name another folder.")
-        if settings is not None:
-            open_run_folder(self._partial, settings)
-        elif self._partial.exists():
-            shutil.rmtree(self._partial)
-        self._partial.mkdir(parents=True, exist_ok=True)
+        if settings is None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        open_run_folder(self._partial, settings or {})
 
     def has(self, index: int) -> bool:
         """Whether an image is written, with its captions."""
@@ -185,10 +163,9 @@ def _facts(path: Path, channels: int) -> tuple[Scaling, str | None]:
         return Scaling(_SCALE), None
     content = read_json(path)
     with readable(path, "notes on features", "Make it again."):
-        vae = content["vae"]
-        if not isinstance(vae, str | None):
-            raise TypeError(f"it has no name of a VAE, but {str(vae)[:100]}")
-        return checked_scaling(content["scale"], content.get("shift", 0.0), channels), vae
+        if not isinstance(content["vae"], str | None):
+            raise TypeError(f"it has no name of a VAE, but {str(content['vae'])[:100]}")
+        return checked_scaling(content["scale"], content["shift"], channels), content["vae"]
 
 
 def _read_context(path: Path) -> Tensor:
@@ -206,34 +183,16 @@ def _caption_counts(folder: Path) -> Tensor:
         begun = folder.with_name(f"{folder.name}.partial").exists()
         advice = f"finish {folder.name}.partial" if begun else f"name the one that holds {folder.name}/ and {EMPTY}"
         raise DataError(f"There is no folder {folder}: {advice}.")
-    images: set[int] = set()
-    captions: dict[int, set[int]] = defaultdict(set)
-    problems: list[tuple[str, str]] = []
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if not entry.name.endswith(".npy"):
-                continue  # U-ViT keeps the images there, too
-            if not (match := _NAME.fullmatch(entry.name)):
-                problems.append((entry.name, "neither an image, '7.npy', nor a caption, '7_0.npy'"))
-            elif match[2] is None:
-                images.add(int(match[1]))
-            else:
-                captions[int(match[1])].add(int(match[2]))
-    problems += [(f"{i}.npy", "missing, though it has captions") for i in sorted(captions.keys() - images)]
-    problems += [(f"{i}.npy", "missing, though there are images behind it") for i in _first_gap({*images, *captions})]
-    for i in sorted(images):
-        there = captions.get(i, set())
-        missing = _first_gap(there) if there else [0]
-        problems += [(f"{i}_{k}.npy", f"missing: the image has {len(there)} captions") for k in missing]
-    if problems or not images:
+    there = {path.name for path in folder.glob("*.npy")}  # U-ViT keeps the images there, too
+    captions = Counter(name.partition("_")[0] for name in there if "_" in name)
+    counts = [captions[str(i)] for i in range(len(there) - captions.total())]
+    expected = {f"{i}.npy" for i in range(len(counts))}
+    expected |= {f"{i}_{k}.npy" for i, count in enumerate(counts) for k in range(max(1, count))}
+    problems = [(name, "missing") for name in sorted(expected - there)]
+    problems += [(name, "there, but no image's or caption's next number") for name in sorted(there - expected)]
+    if problems or not counts:
         raise DataError(
             f"The features in {folder} are not complete: {len(problems)} files.\n{first_ones(problems)}\n"
-            "Images and their captions count from 0 without gaps. Copy or make the features again."
+            "Images, '7.npy', and their captions, '7_0.npy', count from 0 without gaps. Copy or make them again."
         )
-    return torch.tensor([len(captions[i]) for i in range(len(images))])
-
-
-def _first_gap(numbers: set[int]) -> list[int]:
-    """The first whole number from 0 on that is not there although a larger one is; nothing if there is none."""
-    gap = next(i for i in range(len(numbers) + 1) if i not in numbers)
-    return [gap] if gap < len(numbers) else []
+    return torch.tensor(counts)

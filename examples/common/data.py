@@ -1,20 +1,18 @@
-"""Small real images that need no download: scikit-learn's 1,797 handwritten digits."""
+"""Small real images: scikit-learn's digits, and Fashion-MNIST from its files; and what small models of them take."""
 
 import gzip
-import zlib
-from collections.abc import Iterator
+import struct
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from common.options import Mistake
-from common.training import endless
+from common.data_files import DataError, readable
+from common.training import endless, progress
 
 NUM_DIGIT_CLASSES = 10
 NUM_FASHION_CLASSES = 10
@@ -22,7 +20,7 @@ PACKAGED = Path("/usr/share/datasets/fashion-mnist")
 
 # A quarter is enough to judge the classifier and to see the floor of the distance; the rest is little to train on.
 _HELD_OUT_FRACTION = 0.25
-_SIZE = 28
+_FASHION_SIDE = 28
 
 
 class LabelledImages(NamedTuple):
@@ -36,9 +34,6 @@ def digits(size: int = 32) -> tuple[LabelledImages, LabelledImages]:
     """The digits, enlarged from 8x8 to ``size`` by bicubic interpolation: 1,347 to train on and 450 held out.
 
     The split is the same at every call, with every class in proportion.
-
-    Returns:
-        The training images and the held-out ones.
     """
     from sklearn.datasets import load_digits  # which takes a second
     from sklearn.model_selection import train_test_split
@@ -54,48 +49,33 @@ def digits(size: int = 32) -> tuple[LabelledImages, LabelledImages]:
 
 
 def fashion(folder: Path = PACKAGED, size: int = 32) -> tuple[LabelledImages, LabelledImages]:
-    """The images, padded with background from 28x28 to ``size``, in [-1, 1]: 60,000 to train on and 10,000 held out.
+    """Fashion-MNIST: 60,000 grey images of clothes in ten classes to train on, and 10,000 held out.
 
-    Args:
-        folder: Where the four files lie, gzipped or not.
-        size: Side of the padded images, 28 or more, even.
-
-    Raises:
-        Mistake: If a file is missing or broken, or the size is none.
+    They are padded with background from 28x28 to ``size``. Debian and Ubuntu have the four original files, gzipped, as
+    the package ``dataset-fashion-mnist``. Source: Xiao et al., 2017, https://arxiv.org/abs/1708.07747
     """
-    if size < _SIZE or size % 2:
-        raise Mistake(f"The images are padded evenly from {_SIZE}: size must be even and no less; got {size}.")
-    margin, parts = (size - _SIZE) // 2, []
+    assert size in range(_FASHION_SIDE, 1024, 2)
+    margin, parts = (size - _FASHION_SIDE) // 2, []
     for part in ("train", "t10k"):
-        labels = _read(folder, f"{part}-labels-idx1-ubyte", ())
-        images = _read(folder, f"{part}-images-idx3-ubyte", (_SIZE, _SIZE))
+        images = _idx(folder / f"{part}-images-idx3-ubyte.gz", (_FASHION_SIDE, _FASHION_SIDE))
+        labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", ())
         if len(images) != len(labels):
-            raise Mistake(f"The '{part}' files in {folder} have {len(images)} images and {len(labels)} labels.")
-        pixels = torch.from_numpy(images.copy()).float().unsqueeze(1) / 127.5 - 1
-        padded = F.pad(pixels, [margin] * 4, value=-1.0)
-        parts.append(LabelledImages(padded, torch.from_numpy(labels.copy()).long()))
+            raise DataError(f"The '{part}' files in {folder} have {len(images)} images and {len(labels)} labels.")
+        pixels = images.float().unsqueeze(1) / 127.5 - 1
+        parts.append(LabelledImages(F.pad(pixels, [margin] * 4, value=-1.0), labels.long()))
     train, held_out = parts
     return train, held_out
 
 
-def _read(folder: Path, name: str, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """An idx file of unsigned bytes: 0, 0, 8 and the number of axes, each axis as a big-endian uint32, the bytes."""
-    path = next((path for path in (folder / name, folder / f"{name}.gz") if path.exists()), None)
-    if path is None:
-        raise Mistake(
-            f"There is no {name} or {name}.gz in {folder}.\n"
-            "Name the folder of the four original files with --data, or install the package dataset-fashion-mnist."
-        )
-    try:
-        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError, zlib.error) as error:
-        raise Mistake(f"{path} cannot be read: {error}.\nCopy it again.") from error
-    start = 4 * (2 + len(shape))
-    count, *found = np.frombuffer(raw[4:start].ljust(start - 4, b"\0"), ">u4").tolist()
-    whole = len(raw) == start + count * int(np.prod(shape))
-    if raw[:4] != bytes([0, 0, 8, 1 + len(shape)]) or tuple(found) != shape or not whole:
-        raise Mistake(f"{path} is not the original file {name}, or not whole: copy it again.")
-    return np.frombuffer(raw, np.uint8, offset=start).reshape(count, *shape)
+def _idx(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """An idx file of bytes: 0, 0, 8 and the number of axes, each axis as a big-endian uint32, then the bytes."""
+    advice = "Name the folder of the four original files with --data, or install the package dataset-fashion-mnist."
+    with readable(path, "a file of Fashion-MNIST", advice):
+        raw = bytearray(gzip.decompress(path.read_bytes()))
+        magic, count, *found = struct.unpack_from(f">{2 + len(shape)}I", raw)
+        if magic != 0x801 + len(shape) or tuple(found) != shape:
+            raise ValueError(f"it is of another kind: {magic:#x} {found}")
+        return torch.frombuffer(raw, dtype=torch.uint8, offset=4 * (2 + len(shape))).reshape(count, *shape)
 
 
 def shuffled_batches(*tensors: Tensor, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:
@@ -108,15 +88,30 @@ def shuffled_batches(*tensors: Tensor, batch_size: int, seed: int) -> DataLoader
     return DataLoader(dataset, batch_size=batch_size, shuffle=True, drop_last=True, generator=generator)
 
 
-class LatentData(NamedTuple):
-    """Images as their VAE posteriors, with labels.
+def fit(
+    model: nn.Module, loss: Callable[..., Tensor], data: tuple[Tensor, ...], *, steps: int, batch_size: int, lr: float,
+    seed: int, title: str,
+) -> None:  # fmt: skip
+    """Train on tensors that share their first axis; the model ends in eval mode, frozen.
 
-    Attributes:
-        mean: (N, C, H, W), the posteriors' means.
-        std: (N, C, H, W), their standard deviations (not log-variances).
-        labels: (N,).
-        scale: The VAE's scale factor.
+    The learning rate is one cycle with ``lr`` as its peak; the seed decides the order of the data.
     """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
+    batches = endless(shuffled_batches(*data, batch_size=batch_size, seed=seed))
+    model.train()
+    for _ in progress(range(steps), title):
+        value = loss(*(part.to(device) for part in next(batches)))
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        schedule.step()
+    model.eval().requires_grad_(False)
+
+
+class LatentData(NamedTuple):
+    """Images as their VAE posteriors: means and standard deviations (N, C, H, W), labels (N,), the VAE's scale."""
 
     mean: Tensor
     std: Tensor

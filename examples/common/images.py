@@ -1,10 +1,11 @@
-"""Images on disk: which files of a folder are images, their pixels as a viewer shows them, and writing PNGs."""
+"""Images on disk: files and sets of them, their pixels as a viewer shows them, batches of crops, and writing PNGs."""
 
 import os
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -18,57 +19,47 @@ from torch.utils.data import DataLoader, Dataset
 from common.data_files import DataError, readable
 from common.options import Mistake
 
+DIGITS = "digits"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")
 _PNG_BITS = 24  # the byte of a PNG that holds its bits a channel
 _SHOWN = 3
-DIGITS = "digits"
 _ARRAY = "arr_0.npy"  # what numpy calls the first array of an .npz, where ADM's evaluator looks for the images
 
 
-class ImageFiles(NamedTuple):
-    """What a folder holds, relative to it, with slashes, sorted.
+def find_images(folder: Path) -> list[str]:
+    """The PNG, JPEG and WebP files of a folder, at any depth, sorted, relative to it with slashes.
 
-    Attributes:
-        images: PNG, JPEG and WebP files, by their names.
-        skipped: Everything else: files of other kinds, what is hidden, and folders that a link leads back to.
+    Links are followed, nothing is opened. What is skipped is counted in a line: other files, what is hidden, and
+    folders that a link leads back to.
     """
-
-    images: list[str]
-    skipped: list[str]
-
-
-def find_images(folder: Path) -> ImageFiles:
-    """Find the images in a folder, at any depth; links are followed, nothing is opened."""
     if not folder.is_dir():
         raise DataError(f"There is no folder {folder}.")
-    found, seen = ImageFiles([], []), {os.path.realpath(folder)}
+    images: list[str] = []
+    skipped: list[str] = []
+    seen: set[str] = set()
     for parent, folders, files in os.walk(folder, onerror=_not_listed, followlinks=True):
         prefix = "" if Path(parent) == folder else f"{Path(parent).relative_to(folder).as_posix()}/"
-        entered = []
-        for name in sorted(folders):
-            place = os.path.realpath(f"{parent}/{name}")
-            if name.startswith(".") or place in seen:  # a link to a folder that was looked through, as to a parent
-                found.skipped.append(f"{prefix}{name}/")
-            else:
-                seen.add(place)
-                entered.append(name)
-        folders[:] = entered
+        if (place := os.path.realpath(parent)) in seen:  # a link to a folder that was looked through, as to a parent
+            skipped.append(prefix)
+            folders.clear()
+            continue
+        seen.add(place)
+        skipped += [f"{prefix}{name}/" for name in folders if name.startswith(".")]
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in files:
             # Opening a pipe would wait for a writer; a link may lead nowhere.
             fine = name.lower().endswith(_SUFFIXES) and name[0] != "." and Path(parent, name).is_file()
-            (found.images if fine else found.skipped).append(prefix + name)
-    return ImageFiles(sorted(found.images), sorted(found.skipped))
+            (images if fine else skipped).append(prefix + name)
+    if skipped:
+        first, more = ", ".join(sorted(skipped)[:_SHOWN]), len(skipped) - _SHOWN
+        others = f" and {more:,} more" if more > 0 else ""
+        print(f"{folder}: {len(skipped):,} entries are no images and are skipped: {first}{others}")
+    return sorted(images)
 
 
 def _not_listed(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be looked through: {error.strerror}.") from error
-
-
-def skipped_line(folder: Path, skipped: list[str]) -> str:
-    """What a script says of the files that it does not take for images."""
-    more = f" and {len(skipped) - _SHOWN:,} more" if len(skipped) > _SHOWN else ""
-    return f"{folder}: {len(skipped):,} entries are no images and are skipped: {', '.join(skipped[:_SHOWN])}{more}"
 
 
 def read_image(path: Path) -> Image.Image:
@@ -76,21 +67,16 @@ def read_image(path: Path) -> Image.Image:
 
     Grey, palette and CMYK images become RGB as Pillow converts them; 16 bits a channel become 8.
     """
-    try:
-        with readable(path, "an image"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd metadata
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            with path.open("rb") as stream:
-                head = stream.read(_PNG_BITS + 1)
-            with Image.open(path, formats=_FORMATS) as image:
-                frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's other views
-                if frames > 1:
-                    raise DataError(f"{path} has {frames} frames, and one of them would have to be chosen.")  # noqa: TRY301
-                return _on_white(ImageOps.exif_transpose(image), head[_PNG_BITS] if image.format == "PNG" else 8)
-    except DataError:
-        raise
-    except Exception as error:  # a decoder raises whatever a damaged file makes it stumble over
-        raise DataError(f"{path} cannot be read as an image: {type(error).__name__}: {error}.") from error
+    with readable(path, "an image"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of odd metadata
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        with path.open("rb") as stream:
+            head = stream.read(_PNG_BITS + 1)
+        with Image.open(path, formats=_FORMATS) as image:
+            frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's other views
+            if frames > 1:
+                raise ValueError(f"it has {frames} frames, and one of them would have to be chosen")
+            return _on_white(ImageOps.exif_transpose(image), head[_PNG_BITS] if image.format == "PNG" else 8)
 
 
 def _on_white(image: Image.Image, bits: int) -> Image.Image:
@@ -112,19 +98,6 @@ def _on_white(image: Image.Image, bits: int) -> Image.Image:
     return image.convert("RGB")
 
 
-def read_square(path: Path, size: int) -> Tensor:
-    """An image as uint8 (3, size, size): as `read_image` reads it, cropped as `centre_crop` does."""
-    image = read_image(path)
-    scale = size / min(image.size)
-    scaled = round(image.width * scale) * round(image.height * scale)
-    if Image.MAX_IMAGE_PIXELS is not None and scaled > Image.MAX_IMAGE_PIXELS:
-        raise DataError(
-            f"{path}: {image.width}x{image.height} pixels become {scaled} when the shorter side is {size}, more than "
-            "Pillow's limit against decompression bombs."
-        )
-    return torch.from_numpy(np.array(centre_crop(image, size))).permute(2, 0, 1)
-
-
 def centre_crop(image: Image.Image, size: int) -> Image.Image:
     """Scale the shorter side to ``size`` and cut the longer one evenly, as ADM's data loader does.
 
@@ -139,6 +112,49 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
+def read_square(path: Path, size: int) -> Tensor:
+    """An image as uint8 (3, size, size): as `read_image` reads it, cropped as `centre_crop` does."""
+    image = read_image(path)
+    longer = size * max(image.size) / min(image.size)
+    if size * longer > (Image.MAX_IMAGE_PIXELS or np.inf):
+        raise DataError(f"{path}: {size}x{longer:.0f} pixels, when scaled, are beyond Pillow's limit against bombs.")
+    return torch.from_numpy(np.array(centre_crop(image, size))).permute(2, 0, 1)
+
+
+class ImageBatch(NamedTuple):
+    """The places of the images that can be read, their pixels (n, 3, S, S), uint8, and (name, reason) of the others."""
+
+    rows: list[int]
+    pixels: Tensor
+    bad: list[tuple[str, str]]
+
+
+class _Crops(Dataset[ImageBatch]):
+    def __init__(self, folder: Path, names: list[str], size: int) -> None:
+        self._folder, self._size = folder, size
+        # One array: a list of strings would be copied into every worker, page by page.
+        self._names = np.array([os.fsencode(name) for name in names])
+
+    def __getitem__(self, row: int) -> ImageBatch:
+        name = os.fsdecode(self._names[row])
+        try:
+            return ImageBatch([row], read_square(self._folder / name, self._size)[None], [])
+        except DataError as error:
+            return ImageBatch([], torch.empty(0, 3, self._size, self._size, dtype=torch.uint8), [(name, str(error))])
+
+
+def image_batches(
+    folder: Path, names: list[str], batches: list[list[int]], *, size: int, workers: int
+) -> DataLoader[ImageBatch]:
+    """The named images of a folder, cropped, batch by batch as ``batches`` lists their places."""
+    return DataLoader(_Crops(folder, names, size), batch_sampler=batches, num_workers=workers, collate_fn=_joined)
+
+
+def _joined(items: list[ImageBatch]) -> ImageBatch:
+    rows, pixels, bad = zip(*items, strict=True)
+    return ImageBatch([*chain(*rows)], torch.cat(pixels), [*chain(*bad)])
+
+
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     """Images in [-1, 1] as bytes, by DiT's and SiT's rule: ``127.5 x + 128``, cut to 0 .. 255. Grey ones become RGB.
 
@@ -147,8 +163,7 @@ def to_uint8(images: Tensor) -> NDArray[np.uint8]:
     """
     if images.dim() != 4 or images.shape[1] not in (1, 3):
         raise Mistake(
-            f"Images have one channel or three: (N, 1 or 3, H, W).\nFound: {tuple(images.shape)}.\n"
-            "Decode with a VAE of images."
+            f"Images are (N, 1 or 3, H, W).\nFound: {tuple(images.shape)}. Decode with a VAE of grey or colour images."
         )
     rgb = images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
     return (127.5 * rgb.float() + 128).clamp(0, 255).byte().cpu().numpy()
@@ -162,7 +177,7 @@ def write_png(image: NDArray[np.uint8], path: Path) -> None:
 
 
 def save_panels(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
-    """Write rows of pictures, (H, W, 3) in [0, 1], as one: a heading for each row, and a title for each picture."""
+    """Write rows of pictures, (H, W, 3), as one: a heading for each row, and a title for each picture."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 2.7 * len(rows)), layout="constrained")
@@ -188,103 +203,58 @@ def tile(images: NDArray[Any] | Tensor, columns: int, *, gap: int = 1) -> NDArra
     return grid
 
 
-class _Images(Dataset[tuple[Tensor | None, str]]):
-    def __init__(self, folder: Path, names: list[str], size: int) -> None:
-        self._folder, self._size = folder, size
-        # One array: a list of strings would be copied into every worker, page by page.
-        self._names = np.array([os.fsencode(name) for name in names])
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
-        try:
-            return read_square(self._folder / os.fsdecode(self._names[index]), self._size), ""
-        except DataError as error:
-            return None, str(error)
-
-
-def image_batches(
-    folder: Path, names: list[str], batches: list[list[int]], *, size: int, workers: int
-) -> DataLoader[tuple[Tensor | None, list[str]]]:
-    """Batches of cropped images: uint8 (n, 3, size, size) of those that can be read, or None without any; and reasons.
-
-    The reasons are one for each image of the batch, empty where it can be read.
-
-    Args:
-        folder: Of the images.
-        names: Their files, relative to it.
-        batches: Which of them, batch by batch.
-        size: Pixels a side.
-        workers: Processes that read; 0 reads in this one.
-    """
-    return DataLoader(_Images(folder, names, size), batch_sampler=batches, num_workers=workers, collate_fn=_collate)
-
-
-def _collate(items: list[tuple[Tensor | None, str]]) -> tuple[Tensor | None, list[str]]:
-    good = [pixels for pixels, _ in items if pixels is not None]
-    return torch.stack(good) if good else None, [reason for _, reason in items]
-
-
 class ImageSet:
-    """Images in order, as often as asked: of a folder, at any depth, of the ``arr_0`` of an ``.npz``, or the digits.
+    """Images in order, as often as asked, of which no more than a batch is held at a time.
 
     Args:
-        source: The file, the folder, or "digits"; a folder with a folder ``images`` in it, such as that of
-            ``sample.py``, means that.
+        source: A folder of images of one size; an ``.npz`` with them in ``arr_0``; or "digits". A folder ``images`` in
+            the folder, such as that of ``sample.py``, is taken in its place.
     """
 
     def __init__(self, source: str | Path) -> None:
         path = Path(source)
         self.path = (path / "images" if (path / "images").is_dir() else path).resolve()
-        self.name, self._files, self._held = str(self.path), [], None
+        self.name, self._files, self._length = str(self.path), [], 0
         if str(source) == DIGITS:
             from common.data import digits
 
             self.name, self._held = DIGITS, to_uint8(digits(32)[0].images)
             self._length = len(self._held)
         elif self.path.is_dir():
-            self._files, skipped = find_images(self.path)
+            self._files = find_images(self.path)
             self._length = len(self._files)
-            if skipped:
-                print(skipped_line(self.path, skipped))
         elif self.path.suffix == ".npz" and self.path.exists():
             with _array_stream(self.path) as (_, shape):
                 self._length = shape[0]
-        else:
-            raise DataError(f"There are no images at {path}.\nPass a folder of images, or an .npz of ADM's layout.")
         if not self._length:
-            raise DataError(f"{self.path} holds no image.\nPass a folder of images, or an .npz of ADM's layout.")
+            raise DataError(f"There are no images at {path}.\nPass a folder of images, or an .npz of ADM's layout.")
 
     def __len__(self) -> int:
         return self._length
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one."""
-        for images in self._rows(size):
+        for images in self._rows(range(i, min(i + size, len(self))) for i in range(0, len(self), size)):
             yield torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
-    def _rows(self, size: int) -> Iterator[NDArray[np.uint8]]:
-        starts = range(0, self._length, size)
-        if self._held is not None:
-            yield from (self._held[start : start + size] for start in starts)
+    def _rows(self, batches: Iterable[range]) -> Iterator[NDArray[np.uint8]]:
+        if self.name == DIGITS:
+            yield from (self._held[batch.start : batch.stop] for batch in batches)
         elif self._files:
-            width, height = read_image(self.path / self._files[0]).size
-            for start in starts:
-                yield np.stack([self._image(name, width, height) for name in self._files[start : start + size]])
+            size = read_image(self.path / self._files[0]).size
+            yield from (np.stack([self._pixels(self._files[i], size) for i in batch]) for batch in batches)
         else:
             with _array_stream(self.path) as (stream, shape):
-                row = int(np.prod(shape[1:]))
-                for start in starts:
-                    count = min(size, self._length - start)
-                    raw = stream.read(count * row)
-                    if len(raw) != count * row:
-                        raise DataError(f"{self.path} ends in the middle of its images. Copy or make it again.")
-                    yield np.frombuffer(raw, np.uint8).reshape(count, *shape[1:]).copy()
+                for batch in batches:
+                    raw = np.frombuffer(stream.read(len(batch) * int(np.prod(shape[1:]))), np.uint8)
+                    yield raw.reshape(len(batch), *shape[1:]).copy()  # an error, if the file ends too early
 
-    def _image(self, name: str, width: int, height: int) -> NDArray[np.uint8]:
+    def _pixels(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
         image = read_image(self.path / name)
-        if image.size != (width, height):
+        if image.size != size:
             raise DataError(
-                f"The images of a set have one size.\nFound: {width}x{height}, and {self.path / name} with "
-                f"{image.width}x{image.height}.\nCrop and resize them alike, or name the folder of one size."
+                f"The images of a set have one size.\nFound: {size}, and {image.size} of {self.path / name}.\n"
+                "Crop and resize them alike, or name the folder of one size."
             )
         return np.asarray(image)
 
@@ -292,18 +262,12 @@ class ImageSet:
 @contextmanager
 def _array_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """The ``arr_0`` of an ``.npz``, opened and read up to its data, and its shape."""
-    with readable(path, ".npz"), zipfile.ZipFile(path) as archive:
+    with readable(path, "images in an .npz"), zipfile.ZipFile(path) as archive:
         if _ARRAY not in archive.namelist():
-            raise DataError(
-                f"{path} holds no images under 'arr_0'.\nFound: {', '.join(archive.namelist()[:8])}.\n"
-                "Statistics are passed with --statistics."
-            )
+            raise ValueError(f"it has {archive.namelist()[:8]}, and no 'arr_0'. Statistics belong to --statistics")
         with archive.open(_ARRAY) as stream:
             version = np.lib.format.read_magic(stream)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
             if version != (1, 0) or fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-                raise DataError(
-                    f"{path} holds no images: 'arr_0' has to be uint8 (N, H, W, 3).\nFound: {dtype} {shape}.\n"
-                    "Pass images as sample.py or ADM's scripts write them."
-                )
+                raise ValueError(f"'arr_0' has to be uint8 (N, H, W, 3), as sample.py writes it; it is {dtype} {shape}")
             yield stream, shape

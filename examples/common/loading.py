@@ -9,7 +9,7 @@ import argparse
 import math
 import os
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple, NoReturn
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,21 +51,14 @@ class Conventions(NamedTuple):
 class Checkpoint(NamedTuple):
     """What a checkpoint is and says, beside its weights.
 
-    Attributes:
-        source: Its path.
-        family: Of the model.
-        settings: The arguments with which the model was built.
-        entry: The entry that was taken, ``"ema"`` or ``"model"``, or None for a bare state dict.
-        left_out: Keys of projection heads, which are no part of the model.
-        steps: The training step, if the file names it.
-        args: The settings of the run that saved it; empty if the file has none.
+    ``settings`` are the model's arguments, ``args`` those of the run that saved it, if the file has them; ``entry`` is
+    what was taken, "ema" or "model", or None for a bare state dict; ``steps`` the training step, if the file names it.
     """
 
     source: str
     family: Family
     settings: dict[str, Any]
     entry: str | None
-    left_out: tuple[str, ...]
     steps: int | None
     args: dict[str, Any]
 
@@ -75,83 +68,59 @@ class Checkpoint(NamedTuple):
 
 
 def check_claims(
-    source: object,
-    args: Mapping[str, Any],
-    family: Family,
-    *,
-    said_time: str | None = None,
-    said_path: str | None = None,
-    option: str = "--time",
-    time: str | None = None,
-    path: str | None = None,
-    scaling: Scaling | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> Conventions:
+    source: object, args: Mapping[str, Any], family: Family, *, said_time: str | None = None,
+    said_path: str | None = None, option: str = "--time", time: str | None = None, path: str | None = None,
+    scaling: Scaling | None = None, settings: Mapping[str, Any] | None = None,
+) -> Conventions:  # fmt: skip
     """Compare what a checkpoint says of its model with what the user says and with what it is to be used for.
 
-    To be called wherever a raw file enters: that its weights fit the shapes proves none of this.
-
-    Args:
-        source: The file, for messages.
-        args: The settings that it holds, as from `saved_args`.
-        family: The model that it is taken for.
-        said_time: The user's word on its time, "repa" or "sit"; likewise ``said_path``.
-        said_path: On its path.
-        option: With what option to say ``said_time``.
-        time: What it is to be used with, where that is fixed; likewise ``path``, ``scaling`` and ``settings``.
-        path: Of the run.
-        scaling: Of the latents.
-        settings: The arguments of the model that the weights go into: those that no shape shows have to agree.
+    To be called wherever a raw file enters: that its weights fit the shapes proves none of this. ``args`` are the
+    settings that it holds, as from `saved_args`. ``said_time`` (by ``option``) and ``said_path`` are the user's words
+    on its time, "repa" or "sit", and its path; ``time``, ``path``, the latents' ``scaling`` and the model's
+    ``settings`` are those of the run that it is for, where they are fixed.
 
     Returns:
         The time and the path, from the file or from the user.
-
-    Raises:
-        Mistake: If the file is of another family, path, time, prediction or scale, or nothing says its time.
     """
 
-    def refuse(said: str, here: str, advice: str) -> NoReturn:
-        raise Mistake(f"{source} was trained {said}{here}.\n{advice}")
+    def refuse(if_: object, trained: str, advice: str) -> None:
+        if if_:
+            raise Mistake(f"{source} was trained {trained}.\n{advice}")
 
     # Other repositories' settings may have words of ours for something else: a folder's path, a job's time.
     ours = all(key in args for key in _RECORDED[family])
     stated = {key: args[key] for key, known in _OUR_WORDS.items() if key in args and (ours or args[key] in known)}
-    for name in (stated.get("family"), args.get("model")):
-        if name is not None and str(name) != "demo" and not str(name).startswith(family):
-            refuse(f"as a {str(name)[:60]!r}", f", and is taken for a {family}", f"Pass one of {_FROM[family]}.")
-    if (prediction := args.get("prediction", "velocity")) not in _PREDICTIONS:
-        refuse(f"to predict {prediction!r:.60}", "; a model of the velocity is needed here", "Pass another checkpoint.")
-    named = stated.get("path", args.get("path_type", "linear"))
-    if not isinstance(named, str) or named not in _PATHS:
-        refuse(f"on the path {named!r:.60}", "", "Known: linear and cosine ('Linear' and 'GVP' in SiT's files).")
-    found_path = _PATHS[named] if "path" in stated or "path_type" in args else None
+    names = [str(name)[:60] for name in (stated.get("family"), args.get("model")) if name not in (None, "demo")]
+    others = ", ".join(repr(name) for name in names if not name.startswith(family))
+    refuse(others, f"as a {others}, and is taken for a {family}", f"Pass one of {_FROM[family]}.")
+    prediction = args.get("prediction", "velocity")
+    here = f"to predict {prediction!r:.60}; a model of the velocity is needed here"
+    refuse(prediction not in _PREDICTIONS, here, "Pass another checkpoint.")
+    named = stated.get("path", args.get("path_type"))
+    found_path = _PATHS.get(named) if isinstance(named, str) else None
+    refuse(named is not None and found_path is None, f"on the path {named!r:.60}", f"Known: {', '.join(_PATHS)}.")
+    refuse(_differ(found_path, said_path), f"on the {found_path} path", f"Found: --path {said_path}. Leave it out.")
     found_time = stated.get("time", "repa" if ours else None)
-    if found_time is None and said_time is None:
+    here = f"in the convention {found_time!r}"
+    refuse(_differ(found_time, said_time), here, f"Found: {option} {said_time}. Leave it out.")
+    found = Conventions(found_time or said_time, found_path or said_path or path or "linear")
+    if found.time is None:
         raise Mistake(
             f"{source} does not say what its training called t, and its weights do not show it.\n"
             f"Pass {option} repa if t = 1 was noise (REPA and its forks), or {option} sit if it was data (SiT's own "
             "files)."
         )
-    if None not in (found_time, said_time) and found_time != said_time:
-        refuse(f"in the convention {found_time!r}", "", f"Found: {option} {said_time}. Leave it out.")
-    if None not in (found_path, said_path) and found_path != said_path:
-        refuse(f"on the {found_path} path", "", f"Found: --path {said_path}. Leave it out.")
-    found = Conventions(found_time or said_time, found_path or said_path or path or "linear")
-    if time not in (None, found.time):
-        advice = "Its weights predict the opposite velocity at every t: pass a checkpoint of the same convention."
-        refuse(_at_one(found.time), f"; this run is {_at_one(time)}", advice)
-    if path not in (None, found.path):
-        refuse(f"on the {found.path} path", f"; this run is on the {path} path", "Pass one of the same path.")
+    advice = "Its weights predict the opposite velocity at every t: pass a checkpoint of the same convention."
+    refuse(_differ(found.time, time), f"{_at_one(found.time)}; this run is {_at_one(time)}", advice)
+    here = f"on the {found.path} path; this run is on the {path} path"
+    refuse(_differ(found.path, path), here, "Pass one of the same path.")
     found_scaling = recorded_scaling(args, source)
-    if None not in (scaling, found_scaling) and not found_scaling.equals(scaling):
-        advice = "Pass a checkpoint that was trained on the same latents."
-        refuse(f"on latents of {found_scaling}", f"; here they have {scaling}", advice)
+    unlike = None not in (scaling, found_scaling) and not found_scaling.equals(scaling)
+    here = f"on latents of {found_scaling}; here they have {scaling}"
+    refuse(unlike, here, "Pass a checkpoint that was trained on the same latents.")
     own = {**(settings or {}), "class_dropout_prob": None}  # how often labels are dropped is each run's own business
-    differences = [
-        f"{key}: {value} there, {own[key]} here"
-        for key, value in _claims(args, family, source).items()
-        if own.get(key) not in (None, value)
-    ]
+    claims = _claims(args, family, source).items()
+    differences = [f"{key}: {value} there, {own[key]} here" for key, value in claims if _differ(own.get(key), value)]
     if differences:
         raise Mistake(
             f"{source} holds another {family} than this run's.\nFound: {'; '.join(differences)}.\n"
@@ -160,33 +129,28 @@ def check_claims(
     return found
 
 
-def _at_one(time: str) -> str:
+def _differ(one: Any, other: Any) -> bool:
+    return None not in (one, other) and one != other
+
+
+def _at_one(time: str | None) -> str:
     return f"with the time of {time!r} (t = 1 is {'data' if time == 'sit' else 'noise'})"
 
 
 def saved_args(content: Mapping[str, Any], source: object) -> dict[str, Any]:
-    """The settings that a checkpoint holds under ``args``; empty if there are none.
-
-    Raises:
-        Mistake: If something else is there.
-    """
+    """The settings that a checkpoint holds under ``args``; empty if there are none."""
     args = content.get("args", {})
     args = vars(args) if isinstance(args, argparse.Namespace) else args
     if not isinstance(args, dict):
-        raise Mistake(
-            f"{source} has under 'args' a {type(args).__name__}, no settings: save it anew without that entry."
-        )
+        kind = type(args).__name__
+        raise Mistake(f"{source} has under 'args' a {kind}, no settings: save it anew without that entry.")
     return args
 
 
 def sit_from_checkpoint(
-    path: str | os.PathLike[str],
-    *,
-    weights: Literal["ema", "model"] = "ema",
-    model: str | None = None,
-    num_heads: int | None = None,
-    num_classes: int | None = None,
-) -> tuple[SiT, Checkpoint]:
+    path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema", model: str | None = None,
+    num_heads: int | None = None, num_classes: int | None = None,
+) -> tuple[SiT, Checkpoint]:  # fmt: skip
     """Build the SiT that a checkpoint's weights fit, and load them strictly; no code of the file runs.
 
     Args:
@@ -198,10 +162,6 @@ def sit_from_checkpoint(
 
     Returns:
         The model on the CPU, float32, frozen and in eval mode; and what the file says.
-
-    Raises:
-        CheckpointError: If the file is unsafe or broken.
-        Mistake: If it holds no SiT, or another one than is said, or there is no SiT named ``model``.
     """
     content = st.read_checkpoint(path)
     args, saved = saved_args(content, path), _weights_in(content, weights, path)
@@ -218,22 +178,17 @@ def sit_from_checkpoint(
 def mmdit_from_checkpoint(
     path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema"
 ) -> tuple[MMDiT, Checkpoint]:
-    """Build the MMDiT of a checkpoint of `mmdit_coco.py`, with the sizes that it records; as `sit_from_checkpoint`.
-
-    Raises:
-        CheckpointError: If the file is unsafe or broken.
-        Mistake: If it holds no MMDiT, or another one than it says.
-    """
+    """Build the MMDiT of a checkpoint of `mmdit_coco.py`, with the sizes that it records; as `sit_from_checkpoint`."""
     content = st.read_checkpoint(path)
     args, saved = saved_args(content, path), _weights_in(content, weights, path)
     check_claims(path, args, "MMDiT", time="repa", path="linear", said_time=None if args.get("time") else "repa")
     settings = {name: args.get(name) for name in _RECORDED["MMDiT"]}
     depth = len({key.split(".")[1] for key in saved if key.startswith("joint_blocks.")})
     if not all(type(size) is int and size > 0 for size in settings.values()) or settings["depth"] != depth:
+        sizes = ", ".join(f"{name}={value!r}"[:60] for name, value in settings.items())
         raise Mistake(
-            f"{path} does not say what MMDiT it holds, or holds none.\n"
-            f"Found: {', '.join(f'{name}={value!r}'[:60] for name, value in settings.items())}; "
-            f"{depth} joint blocks among its weights.\nPass a checkpoint of {_FROM['MMDiT']}."
+            f"{path} does not say what MMDiT it holds, or holds none.\nFound: {sizes}; {depth} joint blocks among its "
+            f"weights.\nPass a checkpoint of {_FROM['MMDiT']}."
         )
     return _loaded(MMDiT, "MMDiT", settings, content, saved, weights, path, args)
 
@@ -263,7 +218,7 @@ def _loaded(
     if described > 2 * there:
         raise Mistake(f"{path} is damaged: it describes a {family} of {described:,} weights, and holds {there:,}.")
     report = st.load_weights(model.to_empty(device="cpu"), content, weights=weights)
-    found = Checkpoint(os.fspath(path), family, settings, report.entry, report.left_out, report.step, args)
+    found = Checkpoint(os.fspath(path), family, settings, report.entry, report.step, args)
     return model.eval().requires_grad_(False), found
 
 
@@ -289,47 +244,43 @@ def _sizes(saved: Mapping[str, Tensor], source: object) -> dict[str, Any]:
             f"{source} holds no SiT: it has no {', '.join(missing)}.\n"
             f"Found: {', '.join(map(repr, list(saved)[:5])) or 'no tensor'}.\nPass a checkpoint of {_FROM['SiT']}."
         )
-    kernel, positions, table, final, mlp = (tuple(saved[key].shape) for key in _NEEDED)
-    depth = len({key.split(".")[1] for key in saved if key.startswith("blocks.")})
-    qk_norm = "blocks.0.attn.q_norm.weight" in saved
+    norm = saved.get("blocks.0.attn.q_norm.weight")
     try:
-        hidden_size, in_channels, patch_size, _ = kernel
-        _, tokens, _ = positions
-        rows, _ = table
-        outputs = final[0] / (patch_size**2 * in_channels)
-        mlp_ratio = mlp[0] / hidden_size
-        heads = hidden_size / saved["blocks.0.attn.q_norm.weight"].numel() if qk_norm else 1
-        sensible = outputs in (1, 2) and math.isqrt(tokens) ** 2 == tokens and heads in range(1, hidden_size + 1)
-    except (ValueError, ZeroDivisionError, IndexError):
+        (hidden_size, in_channels, patch_size, _), (_, tokens, _), (rows, _), (channels, _), (mlp, _) = (
+            saved[key].shape for key in _NEEDED
+        )
+        sizes = {
+            "input_size": math.isqrt(tokens) * patch_size,
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": len({key.split(".")[1] for key in saved if key.startswith("blocks.")}),
+            "mlp_ratio": mlp / hidden_size,
+            "learn_sigma": channels == 2 * patch_size**2 * in_channels,
+            "qk_norm": norm is not None,
+            "rows": rows,
+        } | ({} if norm is None else {"num_heads": hidden_size // norm.numel()})
+        outputs = patch_size**2 * in_channels * (1 + sizes["learn_sigma"])
+        heads = 1 if norm is None else hidden_size / norm.numel()
+        sensible = channels == outputs and math.isqrt(tokens) ** 2 == tokens and heads in range(1, hidden_size + 1)
+    except (ValueError, ZeroDivisionError):
         sensible = False
     if not sensible:
         shapes = "; ".join(f"{key} {tuple(saved[key].shape)}" for key in _NEEDED)
         raise Mistake(f"{source} holds no SiT on square latents: the shapes do not go together.\nFound: {shapes}.")
-    sizes = {
-        "input_size": math.isqrt(tokens) * patch_size,
-        "patch_size": patch_size,
-        "in_channels": in_channels,
-        "hidden_size": hidden_size,
-        "depth": depth,
-        "mlp_ratio": mlp_ratio,
-        "learn_sigma": outputs == 2,
-        "qk_norm": qk_norm,
-        "rows": rows,
-    }
-    return sizes | ({"num_heads": int(heads)} if qk_norm else {})
+    return sizes
 
 
 def _settled(sizes: dict[str, Any], said: Mapping[str, Mapping[str, Any]], source: object) -> dict[str, Any]:
     """SiT's arguments from the shapes and, where they do not show it, from what is said; all has to agree."""
     known = dict(sizes)
     for who, claims in said.items():
-        differences = [
-            f"{name}: {known[name]} there, {value} said"
-            for name, value in claims.items()
-            if known.setdefault(name, value) != value
+        different = [
+            f"{k}: {known[k]} there, {value} said" for k, value in claims.items() if _differ(known.get(k), value)
         ]
-        if differences:
-            raise Mistake(f"{source} holds another model than {who} says.\nFound: {'; '.join(differences)}.")
+        if different:
+            raise Mistake(f"{source} holds another model than {who} says.\nFound: {'; '.join(different)}.")
+        known = {**claims, **known}
     rows = known.pop("rows")
     published = {(depth, width): heads for depth, width, heads in SIZES.values()}
     known.setdefault("num_heads", published.get((known["depth"], known["hidden_size"])))

@@ -1,11 +1,14 @@
-"""How far samples are from data, in features: the Fréchet distance, its spread, and precision and recall.
+"""How far samples are from data, in features of an extractor that has a name, and statistics kept in a file with it.
 
-Also a classifier of small images, whose features serve where the data is small too.
+Of a set of images, which may be larger than the memory, nothing here holds more than a batch and some features. A small
+classifier serves as the extractor where the images are small.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,80 +16,49 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from common.data import LabelledImages, digits, fit
 from common.data_files import DataError, readable
 from common.images import DIGITS, ImageSet
 from common.options import Mistake, imported
 from common.run_folder import finished_or_made, write_whole
-from common.training import endless, progress
+from common.training import progress
 from common.vae import weights_digest
-
-if TYPE_CHECKING:
-    from common.data import LabelledImages
 
 _BATCH_SIZE = 64
 _FEATURE_BATCH = 512
-_DISTANCE_ROWS = 1024
 INCEPTION = "inception"
 _CLASSIFIER_STEPS = 300  # what the quickstart gives it
 _PAIRED = 10_000
+_OURS, _ADMS = ("mean", "covariance"), ("mu", "sigma")
 
 
 class SmallClassifier(nn.Module):
-    """A convolutional classifier of small grey or colour images; its features feed the Fréchet distance.
-
-    Shape:
-        images: (N, C, H, W) in [-1, 1]; returns: (N, num_classes) logits
-    """
+    """A classifier of images (N, C, H, W) in [-1, 1], small ones; its features feed the Fréchet distance."""
 
     def __init__(self, num_classes: int, image_channels: int = 1, feature_size: int = 64) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(image_channels, 16, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.SiLU(),
-            nn.AdaptiveAvgPool2d(4),
-            nn.Flatten(),
-            nn.Linear(64 * 16, feature_size),
-            nn.SiLU(),
-        )
+        widths, layers = (image_channels, 16, 32, 64), []
+        for i, o in pairwise(widths):
+            layers += [nn.Conv2d(i, o, 3, stride=2, padding=1), nn.SiLU()]
+        layers += [nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * widths[-1], feature_size), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
         self.head = nn.Linear(feature_size, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Classify the images."""
+        """Logits (N, num_classes)."""
         return self.head(self.features(images))
 
 
-def train_classifier(
-    classifier: SmallClassifier, images: Tensor, labels: Tensor, *, steps: int, lr: float = 2e-3, seed: int = 0
-) -> None:
-    """Train by cross-entropy with a one-cycle learning rate; the classifier ends in eval mode, frozen."""
-    from common.data import shuffled_batches
-
-    device = classifier.head.weight.device
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    batches = endless(shuffled_batches(images, labels, batch_size=_BATCH_SIZE, seed=seed))
-    classifier.train()
-    for _ in progress(range(steps), "classifier"):
-        batch, target = next(batches)
-        loss = F.cross_entropy(classifier(batch.to(device)), target.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    classifier.eval().requires_grad_(False)
-
-
-def trained_classifier(path: Path, data: "LabelledImages", *, steps: int, seed: int, device: str) -> SmallClassifier:
+def trained_classifier(path: Path, data: LabelledImages, *, steps: int, seed: int, device: str) -> SmallClassifier:
     """The classifier saved at the path; if there is none yet, one is trained on the data, from the seed, and saved."""
     torch.manual_seed(seed)
     classifier = SmallClassifier(int(data.labels.max()) + 1, data.images.shape[1]).to(device)
 
+    def loss(images: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(classifier(images), labels)
+
     def make() -> dict[str, Any]:
-        train_classifier(classifier, data.images, data.labels, steps=steps, seed=seed)
+        fit(classifier, loss, data, steps=steps, batch_size=_BATCH_SIZE, lr=2e-3, seed=seed, title="classifier")
         return classifier.state_dict()
 
     classifier.load_state_dict(finished_or_made(path, make))
@@ -152,22 +124,16 @@ def streamed_statistics(batches: Iterable[NDArray[np.floating]]) -> FeatureStati
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     """Squared 2-Wasserstein distance of two Gaussians: ``|m - n|^2 + tr(A + B - 2 (A B)^(1/2))``.
 
-    The trace of the root is the sum of the roots of the eigenvalues of ``A^(1/2) B A^(1/2)``, which is symmetric: no
-    complex root and no failure on a singular covariance.
-
     Reference: Dowson and Landau, 1982; Heusel et al., 2017, https://arxiv.org/abs/1706.08500
     """
     return _distance(a, _root(a.covariance), b)
 
 
 def frechet_spread(reference: FeatureStatistics, features: NDArray[np.floating], *, draws: int, seed: int = 0) -> float:
-    """Standard deviation of the Fréchet distance over bootstrap draws: as many features again, with replacement.
+    """Standard deviation of the Fréchet distance of features (N, D) over bootstrap draws: N again, with replacement.
 
     How far the distance would move with other samples. A draw's own distance is larger than that of all samples, since
     it holds fewer different ones: only their spread is of use.
-
-    Shape:
-        features: (N, D), of the samples
     """
     rng = np.random.default_rng(seed)
     root = _root(reference.covariance)
@@ -190,6 +156,7 @@ def _distance(a: FeatureStatistics, root: NDArray[np.float64], b: FeatureStatist
         )
     from scipy.linalg import eigvalsh
 
+    # The root's trace, from a symmetric product: no complex root, and no failure on a singular covariance.
     cross = np.sqrt(eigvalsh(root @ b.covariance @ root).clip(0)).sum()
     return float(((a.mean - b.mean) ** 2).sum() + np.trace(a.covariance) + np.trace(b.covariance) - 2 * cross)
 
@@ -204,14 +171,10 @@ class PrecisionRecall(NamedTuple):
 def precision_recall(
     data: NDArray[np.floating], samples: NDArray[np.floating], *, neighbours: int = 3
 ) -> PrecisionRecall:
-    """Improved precision and recall.
+    """Improved precision and recall, of features (N, D) of the data and (M, D) of the samples.
 
-    A set's manifold is the union of a ball around each of its points, that reaches its k-th nearest other point.
-
-    Args:
-        data: Features (N, D) of the data.
-        samples: Features (M, D) of the samples.
-        neighbours: k.
+    A set's manifold is the union of a ball around each of its points, that reaches its k-th nearest other point, k
+    being ``neighbours``.
 
     Reference: Kynkäänniemi et al., 2019, https://arxiv.org/abs/1904.06991
     """
@@ -229,26 +192,17 @@ def precision_recall(
 
 def _share_inside(points: NDArray[np.float64], others: NDArray[np.float64], neighbours: int) -> float:
     """Share of the points within a ball of the others."""
-    radii = np.concatenate(
-        [np.partition(rows, neighbours, axis=1)[:, neighbours] for rows in _squared_distances(others, others)]
-    )  # a point's nearest is itself: index k is its k-th other
-    inside = [(rows <= radii).any(1) for rows in _squared_distances(points, others)]
-    return float(np.concatenate(inside).mean())
+    from sklearn.metrics import pairwise_distances_chunked as distances  # some rows at a time
 
-
-def _squared_distances(a: NDArray[np.float64], b: NDArray[np.float64]) -> Iterator[NDArray[np.float64]]:
-    """``|a_i - b_j|^2``, some rows i at a time."""
-    norms = (b**2).sum(1)
-    for start in range(0, len(a), _DISTANCE_ROWS):
-        rows = a[start : start + _DISTANCE_ROWS]
-        yield ((rows**2).sum(1, keepdims=True) + norms - 2 * rows @ b.T).clip(0)
+    # A point's nearest is itself: index k is its k-th other.
+    chunks = distances(others, reduce_func=lambda rows, _: np.partition(rows, neighbours, axis=1)[:, neighbours])
+    radii = np.concatenate([*chunks])
+    inside = distances(points, others, reduce_func=lambda rows, _: (rows <= radii).any(1))
+    return float(np.concatenate([*inside]).mean())
 
 
 def kernel_distance(data: NDArray[np.float64], samples: NDArray[np.float64]) -> float:
-    """The kernel (Inception) distance: an unbiased squared MMD with the kernel ``(x · y / D + 1)^3``.
-
-    Shape:
-        data: (N, D); samples: (M, D)
+    """The kernel (Inception) distance of (N, D) and (M, D): an unbiased squared MMD with ``(x · y / D + 1)^3``.
 
     Reference: Binkowski et al., 2018, https://arxiv.org/abs/1801.01401
     """
@@ -264,11 +218,9 @@ def kernel_distance(data: NDArray[np.float64], samples: NDArray[np.float64]) -> 
 
 
 class Extractor(NamedTuple):
-    """What turns images into features.
+    """What turns images (N, 3, H, W), uint8 on the CPU, into features (N, D), an array or a tensor.
 
-    Attributes:
-        name: Features of another name are never compared with its own.
-        function: From (N, 3, H, W), uint8 on the CPU, to (N, D), an array or a tensor.
+    Features of another name are never compared with its own.
     """
 
     name: str
@@ -299,54 +251,41 @@ class Extractor(NamedTuple):
 def extractor_named(name: str, *, classifier: Path, device: str) -> Extractor:
     """The extractor "digits" or "inception", or that of an import path ``module:callable``.
 
-    Args:
-        name: Of the extractor.
-        classifier: Where the digits' classifier is; trained now, in seconds, if it is not there.
-        device: Of a network that is made here; a callable of one's own chooses its device itself.
+    The digits' classifier is trained now, in seconds, if it is not at ``classifier``. The device is that of a network
+    that is made here; a callable of one's own chooses its device itself.
     """
     if name == DIGITS:
-        return _digits(classifier, device)
-    return _inception(device) if name == INCEPTION else Extractor(name, imported(name, "--features"))
-
-
-def _digits(path: Path, device: str) -> Extractor:
-    """A small classifier of the handwritten digits."""
-    from common.data import digits
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    model = trained_classifier(path, digits(32)[0], steps=_CLASSIFIER_STEPS, seed=0, device=device)
-
-    def features(images: Tensor) -> NDArray[np.float64]:
-        if images.shape[1:] != (3, 32, 32):
+        classifier.parent.mkdir(parents=True, exist_ok=True)
+        model = trained_classifier(classifier, digits(32)[0], steps=_CLASSIFIER_STEPS, seed=0, device=device)
+        function = partial(_digits_features, model)
+    elif name == INCEPTION:  # of published FIDs, with TensorFlow's weights and resizing
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
             raise Mistake(
-                f"The digits' classifier takes images of 32x32.\nFound: {tuple(images.shape)}.\n"
-                "Name another extractor: inception, or module:callable."
-            )
-        return classifier_features(model, images.float().mean(1, keepdim=True) / 127.5 - 1)
+                f"--features inception needs torch-fidelity, which cannot be imported: {error}.\n"
+                "Install it with pip install torch-fidelity; it downloads the weights (91 MB) when it first runs."
+            ) from error
+        model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
+        function = lambda images: model(images.to(device))[0]  # noqa: E731
+    else:
+        return Extractor(name, imported(name, "--features"))
+    return Extractor(f"{name}-{weights_digest(model)[:8]}", function)  # another training's features are others
 
-    return Extractor(f"{DIGITS}-{weights_digest(model)[:8]}", features)  # another training's features are others
 
-
-def _inception(device: str) -> Extractor:
-    """The Inception of published FIDs, with TensorFlow's weights and resizing, as torch-fidelity has ported it."""
-    try:
-        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
+def _digits_features(model: SmallClassifier, images: Tensor) -> NDArray[np.float64]:
+    if images.shape[1:] != (3, 32, 32):
         raise Mistake(
-            f"--features inception needs torch-fidelity, which cannot be imported: {error}.\n"
-            "Install it with pip install torch-fidelity; it downloads the weights (91 MB) when it first runs."
-        ) from error
-    model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
-    return Extractor(f"{INCEPTION}-{weights_digest(model)[:8]}", lambda images: model(images.to(device))[0])
+            f"The digits' classifier takes images of 32x32.\nFound: {tuple(images.shape)}.\n"
+            "Name another extractor: inception, or module:callable."
+        )
+    return classifier_features(model, images.float().mean(1, keepdim=True) / 127.5 - 1)
 
 
 class Reference(NamedTuple):
-    """The data's features, as far as distances need them.
+    """The data's statistics, over so many images, and the features (M, D) that `evenly` picks of them.
 
-    Attributes:
-        statistics: Mean and covariance over all images.
-        count: How many images; None if the file does not say.
-        features: (M, D), those that `evenly` picks, for precision and recall; None if the file has none.
+    A file that does not say the last two has None.
     """
 
     statistics: FeatureStatistics
@@ -362,8 +301,13 @@ def evenly(count: int) -> NDArray[np.int64]:
     return np.linspace(0, count - 1, min(_PAIRED, count)).round().astype(np.int64)
 
 
-def reference_of(images: ImageSet, extractor: Extractor, *, batch_size: int) -> Reference:
-    """Features of the data, of which no more is held than statistics and `evenly` need."""
+def reference_of(images: ImageSet | None, path: Path | None, extractor: Extractor, *, batch_size: int) -> Reference:
+    """The data's features: from the ``.npz`` at the path if that is there, else computed and, with a path, written.
+
+    No more of them is held than statistics and `evenly` need.
+    """
+    if path is not None and (images is None or path.exists()):
+        return _read_reference(path, extractor, None if images is None else images.name)
     wanted = evenly(len(images))
     held: list[NDArray[np.float32]] = []
 
@@ -375,45 +319,35 @@ def reference_of(images: ImageSet, extractor: Extractor, *, batch_size: int) -> 
             start += len(features)
             yield features
 
-    return Reference(streamed_statistics(batches()), len(images), np.concatenate(held))
+    found = Reference(streamed_statistics(batches()), len(images), np.concatenate(held))
+    if path is not None:
+        content = found.statistics._asdict() | {"count": found.count, "features": found.features}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda file: np.savez(file, **content, extractor=extractor.name, source=images.name))
+    return found
 
 
-def save_reference(reference: Reference, extractor: Extractor, source: str, path: Path) -> None:
-    """Write statistics, held features and where they come from as ``.npz``."""
-    (mean, covariance), count, features = reference
-    content = {"mean": mean, "covariance": covariance, "features": features, "count": count}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, lambda file: np.savez(file, **content, extractor=extractor.name, source=source))
-
-
-def load_reference(path: Path, extractor: Extractor, source: str | None) -> Reference:
-    """Statistics of `save_reference`, or the ``mu`` and ``sigma`` of an ADM reference ``.npz``.
+def _read_reference(path: Path, extractor: Extractor, source: str | None) -> Reference:
+    """What `reference_of` wrote, or the ``mu`` and ``sigma`` of an ADM reference ``.npz``.
 
     The latter do not say whose features they are: only that they are as wide as the extractor's can be checked, later.
-
-    Args:
-        path: The file.
-        extractor: With which the samples are compared.
-        source: The name of the images that are the reference, if they are named.
+    Ours have to be those of the extractor and, if that is not None, of the images named ``source``.
     """
     advice = "Pass a file that --statistics wrote, or an ADM reference batch with 'mu' and 'sigma'."
     with readable(path, "statistics of features", advice), np.load(path, allow_pickle=False) as archive:
-        ours = {"mean", "covariance", "features", "count", "extractor", "source"} <= set(archive.files)
-        names = ("mean", "covariance") if ours else ("mu", "sigma")
-        mean, covariance = (archive[name].astype(np.float64) for name in names)
-        extra = {name: archive[name] for name in ("features", "count", "extractor", "source") if ours}
+        content = dict(archive)
+        ours = "extractor" in content
+        mean, covariance = (content[name].astype(np.float64) for name in (_OURS if ours else _ADMS))
         if mean.ndim != 1 or covariance.shape != mean.shape * 2:
             raise ValueError(f"no mean (D,) and covariance (D, D), but {mean.shape} and {covariance.shape}")
         if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
             raise ValueError("they are not finite")
-    statistics = FeatureStatistics(mean, covariance)
-    if not ours:
-        return Reference(statistics, None, None)
-    for what, asked in [("extractor", extractor.name), ("source", source)]:
-        if asked is not None and str(extra[what]) != asked:
+        count, features = (int(content["count"]), content["features"]) if ours else (None, None)
+    for what, asked in [("extractor", extractor.name), ("source", source)] if ours else []:
+        if asked is not None and str(content[what]) != asked:
             raise DataError(
                 f"{path} holds statistics of other {'features' if what == 'extractor' else 'images'}.\n"
-                f"Found: {what} {str(extra[what])!r} there, {asked!r} asked for.\n"
+                f"Found: {what} {str(content[what])!r} there, {asked!r} asked for.\n"
                 "Name another file with --statistics, or remove this one."
             )
-    return Reference(statistics, int(extra["count"]), extra["features"])
+    return Reference(FeatureStatistics(mean, covariance), count, features)

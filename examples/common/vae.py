@@ -9,9 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common.data import fit
 from common.data_files import DataError
 
 if TYPE_CHECKING:
@@ -29,12 +31,7 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float1
 
 
 class Scaling(NamedTuple):
-    """A scale and a shift, each one number for all channels or one number a channel.
-
-    Attributes:
-        scale: What latents are multiplied by, after the shift is subtracted.
-        shift: What is subtracted, in the units of the VAE.
-    """
+    """What latents are multiplied by, after the shift is subtracted; each one number, or one number a channel."""
 
     scale: float | list[float] = 1.0
     shift: float | list[float] = 0.0
@@ -53,14 +50,12 @@ class Scaling(NamedTuple):
 
     def equals(self, other: "Scaling") -> bool:
         """Whether the two are the same, as far as five digits tell."""
-        channels = max(len(part) for part in (*self, *other, [0]) if isinstance(part, list))
-        mine, theirs = ([_listed(part, channels) for part in scaling] for scaling in (self, other))
-        if {len(part) for part in (*mine, *theirs)} != {channels}:
+        try:
+            a, x, b, y = np.broadcast_arrays(self.scale, self.shift, other.scale, other.shift)
+        except ValueError:  # they have other numbers of channels
             return False
-        return all(
-            math.isclose(a, b, rel_tol=_TOLERANCE) and abs(x - y) * a <= _TOLERANCE * max(1.0, abs(x) * a)
-            for a, x, b, y in zip(*mine, *theirs, strict=True)
-        )
+        near = abs(x - y) * a <= _TOLERANCE * np.maximum(1.0, abs(x) * a)
+        return np.allclose(a, b, rtol=_TOLERANCE, atol=0.0) and bool(near.all())
 
     @property
     def factor(self) -> float | None:
@@ -72,31 +67,22 @@ class Scaling(NamedTuple):
 
 
 def scaling_of(config: Mapping[str, Any], where: str) -> Scaling:
-    """The scaling that the configuration of diffusers' ``AutoencoderKL`` states.
+    """The scaling that ``vae.config`` of diffusers' ``AutoencoderKL`` states; ``where`` is what an error calls it.
 
     That is ``scaling_factor`` with ``shift_factor``, or with ``latents_mean`` and ``latents_std``, one number a
     channel; then the latents are divided by the standard deviation, too.
-
-    Args:
-        config: ``vae.config``.
-        where: What the error calls the VAE.
     """
-    mean, std, shift = (config.get(name) for name in ("latents_mean", "latents_std", "shift_factor"))
-    if mean is not None and shift:
-        raise DataError(
-            f"{where} states two shifts of its latents.\nFound: shift_factor {shift} and latents_mean {mean}.\n"
-            "Keep in its config.json the one that the latents were made with."
-        )
-    scale = config.get("scaling_factor")
-    scale = 1.0 if scale is None else scale
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    factor, shift, mean, std = (config.get(name) for name in names)
+    scale = 1.0 if factor is None else factor
     try:
+        if mean is not None and shift:
+            raise ValueError("it has two shifts. Keep in its config.json the one that the latents were made with")  # noqa: TRY301
         scale = scale if std is None else [scale / deviation for deviation in std]
         return checked_scaling(scale, (shift or 0.0) if mean is None else list(mean), config["latent_channels"])
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise DataError(
-            f"{where} states a scaling that no latents can have: {error}\nFound: scaling_factor "
-            f"{config.get('scaling_factor')}, shift_factor {shift}, latents_mean {mean}, latents_std {std}."
-        ) from error
+        found = ", ".join(f"{name} {config.get(name)}" for name in names)
+        raise DataError(f"{where} states a scaling that no latents can have: {error}.\nFound: {found}.") from error
 
 
 def checked_scaling(scale: Any, shift: Any, channels: int | None = None) -> Scaling:
@@ -107,10 +93,10 @@ def checked_scaling(scale: Any, shift: Any, channels: int | None = None) -> Scal
     """
     for name, value, low in [("scale", scale, 0.0), ("shift", shift, -math.inf)]:
         numbers = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and channels is not None and len(value) != channels:
-            raise ValueError(f"the {name} has {len(value)} numbers, the latents {channels} channels.")
+        if isinstance(value, list) and channels not in (None, len(value)):
+            raise ValueError(f"the {name} has {len(value)} numbers, the latents {channels} channels")
         if not all(type(number) in (int, float) and low < number < math.inf for number in numbers):
-            raise ValueError(f"the {name} is {value}; finite numbers are needed{', above 0' * (name == 'scale')}.")
+            raise ValueError(f"the {name} is {value}; finite numbers are needed{', above 0' * (name == 'scale')}")
     return Scaling(scale, shift)
 
 
@@ -121,17 +107,13 @@ def recorded_scaling(args: Mapping[str, Any], source: object) -> Scaling | None:
     try:
         return checked_scaling(args["scale_factor"], args.get("shift_factor", 0.0))
     except ValueError as error:
-        raise DataError(f"{source} records a scaling that no latents can have: {error}") from error
+        raise DataError(f"{source} records a scaling that no latents can have: {error}.") from error
 
 
 def _per_channel(value: float | list[float], latents: Tensor) -> Tensor | float:
     if isinstance(value, list):
         return torch.tensor(value, dtype=latents.dtype, device=latents.device)[:, None, None]
     return value
-
-
-def _listed(value: float | list[float], channels: int) -> list[float]:
-    return value if isinstance(value, list) else [value] * channels
 
 
 def new_vae(
@@ -152,44 +134,6 @@ def new_vae(
         sample_size=image_size,
         mid_block_add_attention=False,
     )
-
-
-def train_vae(vae: "AutoencoderKL", images: Tensor, *, steps: int, lr: float = 2e-3, seed: int = 0) -> None:
-    """Train on squared error and a weak KL term, and record the latents' scale in ``vae.config.scaling_factor``.
-
-    As in latent diffusion, the scale is one over the standard deviation of all latents: what the SiT sees has
-    variance 1. The VAE ends in eval mode, frozen.
-
-    Args:
-        vae: As from `new_vae`.
-        images: (N, C, H, W) in [-1, 1].
-        steps: Optimiser steps.
-        lr: Peak of the one-cycle learning rate.
-        seed: Of the order of the images.
-    """
-    from common.data import shuffled_batches
-    from common.training import endless, progress
-
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps)
-    batches = endless(shuffled_batches(images, batch_size=_BATCH_SIZE, seed=seed))
-    vae.train()
-    for _ in progress(range(steps), "VAE"):
-        (batch,) = next(batches)
-        batch = batch.to(vae.device)
-        posterior = vae.encode(batch).latent_dist
-        reconstruction = vae.decode(posterior.sample()).sample
-        kl = posterior.kl().mean() / posterior.mean[0].numel()
-        loss = (reconstruction - batch).square().mean() + _KL_WEIGHT * kl
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    vae.eval().requires_grad_(False)
-    mean, std = encode_moments(vae, images)
-    # The variance of a posterior's sample: that of the means plus the mean of the variances.
-    variance = mean.var(correction=0) + std.square().mean()
-    vae.register_to_config(scaling_factor=variance.rsqrt().item())
 
 
 def save_vae(vae: "AutoencoderKL", folder: Path) -> None:
@@ -226,14 +170,29 @@ def load_encoder(name: str, precision: str, size: int) -> tuple["AutoencoderKL",
 
 
 def trained_vae(folder: Path, images: Tensor, *, steps: int, seed: int, device: str) -> "AutoencoderKL":
-    """The VAE saved in the folder; if there is none yet, one is trained on the images, from the seed, and saved."""
+    """The VAE saved in the folder; if there is none yet, one is trained, from the seed, and saved.
+
+    It learns from images (N, C, H, W) in [-1, 1] by squared error and a weak KL term. As in latent diffusion, its
+    ``scaling_factor`` is one over the standard deviation of all latents: what the SiT sees has variance 1.
+    """
     if folder.exists():
         print(f"{folder}: finished before")
-    else:
-        torch.manual_seed(seed)
-        vae = new_vae(images.shape[-1], images.shape[1]).to(device)
-        train_vae(vae, images, steps=steps, seed=seed)
-        save_vae(vae, folder)
+        return load_vae(folder).to(device)
+    torch.manual_seed(seed)
+    vae = new_vae(images.shape[-1], images.shape[1]).to(device)
+
+    def loss(batch: Tensor) -> Tensor:
+        posterior = vae.encode(batch).latent_dist
+        reconstruction = vae.decode(posterior.sample()).sample
+        kl = posterior.kl().mean() / posterior.mean[0].numel()
+        return (reconstruction - batch).square().mean() + _KL_WEIGHT * kl
+
+    fit(vae, loss, (images,), steps=steps, batch_size=_BATCH_SIZE, lr=2e-3, seed=seed, title="VAE")
+    mean, std = encode_moments(vae, images)
+    # The variance of a posterior's sample: that of the means plus the mean of the variances.
+    variance = mean.var(correction=0) + std.square().mean()
+    vae.register_to_config(scaling_factor=variance.rsqrt().item())
+    save_vae(vae, folder)
     return load_vae(folder).to(device)
 
 
@@ -247,10 +206,9 @@ def weights_digest(model: nn.Module) -> str:
 
 @torch.no_grad()
 def encode_moments(vae: "AutoencoderKL", images: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation (not log-variance) of each image's posterior, unscaled.
+    """Mean and standard deviation (not log-variance) of the posteriors of images (N, C, H, W) in [-1, 1], unscaled.
 
-    Shape:
-        images: (N, C, H, W) in [-1, 1]; returns: twice (N, 4, H / 4, W / 4), float32, on the images' device
+    Twice (N, 4, H / 4, W / 4), float32, on the images' device.
     """
     posteriors = [vae.encode(chunk.to(vae.device, vae.dtype)).latent_dist for chunk in images.split(_DECODE_BATCH)]
     mean = torch.cat([posterior.mean for posterior in posteriors]).float()
@@ -261,13 +219,7 @@ def encode_moments(vae: "AutoencoderKL", images: Tensor) -> tuple[Tensor, Tensor
 
 @torch.no_grad()
 def decode(vae: "AutoencoderKL", latents: Tensor, scaling: Scaling | None = None) -> Tensor:
-    """Images (N, C, H, W), clamped to [-1, 1], from latents as a SiT makes them.
-
-    Args:
-        vae: Of the latents.
-        latents: (N, C, h, w), as the model sees them.
-        scaling: With which they were made; by default the VAE's own.
-    """
+    """Images (N, C, H, W), clamped to [-1, 1], from latents as a model sees them, by default with the VAE's scaling."""
     scaling = scaling or scaling_of(vae.config, "The VAE")
     chunks = [vae.decode(scaling.to_vae(chunk.to(vae.device))).sample for chunk in latents.split(_DECODE_BATCH)]
     return torch.cat(chunks).clamp(-1, 1)

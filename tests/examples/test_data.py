@@ -1,31 +1,30 @@
-"""The examples' digits: real, split once and for all, batched in the seed's order."""
+"""The examples' small images: real, split once and for all, batched in the seed's order."""
 
+import gzip
+import re
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
-from common.data import LatentData, digits, shuffled_batches
+from common.data import LatentData, digits, fashion, shuffled_batches
 from common.options import Mistake
+from idx_files import write_idx, write_small_fashion
 from sklearn.datasets import load_digits
 
 
 def test_the_digits_are_sklearns_split_without_overlap() -> None:
-    train, held_out = digits(size=8)  # at their own size nothing is interpolated
-    raw = torch.from_numpy(load_digits().images).float() / 8 - 1
-    rows = torch.cat([train.images, held_out.images]).flatten(1)
-    assert rows.shape == (1797, 64)
-    assert len(held_out.labels) == 450
-    order = [sorted(map(tuple, part.flatten(1).tolist())) for part in (rows, raw)]
-    assert order[0] == order[1]
-    lookup = dict(zip(map(tuple, raw.flatten(1).tolist()), load_digits().target.tolist(), strict=True))
-    assert [lookup[tuple(row)] for row in held_out.images.flatten(1).tolist()] == held_out.labels.tolist()
-
-
-def test_the_split_is_the_same_each_time_and_keeps_the_classes_in_proportion() -> None:
-    (train, held_out), (again, _) = digits(16), digits(16)
+    (train, held_out), (again, _) = digits(size=8), digits(size=8)  # at their own size nothing is interpolated
     assert torch.equal(train.images, again.images)
-    assert train.images.shape == (1347, 1, 16, 16)
-    assert train.images.min() >= -1
-    assert train.images.max() <= 1
     assert (train.labels.bincount() / 3 - held_out.labels.bincount()).abs().max() < 1
+    lookup = {tuple(image.ravel() / 8 - 1): label for image, label in zip(*load_digits(return_X_y=True), strict=True)}
+    rows = {
+        tuple(row): label
+        for part in (train, held_out)
+        for row, label in zip(part.images.flatten(1).tolist(), part.labels.tolist(), strict=True)
+    }
+    assert (len(train.labels), len(held_out.labels), rows) == (1347, 450, lookup)
+    assert digits(16)[0].images.shape == (1347, 1, 16, 16)
 
 
 def test_batches_follow_the_seed_and_cover_an_epoch(global_rng_untouched: None) -> None:
@@ -55,9 +54,27 @@ def test_latents_are_drawn_from_their_posterior_and_scaled() -> None:
     torch.testing.assert_close(latents.mean((1, 2, 3)), 2.0 * found, atol=0.1, rtol=0)
     torch.testing.assert_close(latents.std((1, 2, 3)), torch.ones(4), atol=0.07, rtol=0)
     assert not torch.equal(latents, again)
-
-
-def test_fewer_latents_than_a_batch_are_an_error() -> None:
-    data = LatentData(torch.zeros(4, 1, 2, 2), torch.zeros(4, 1, 2, 2), torch.arange(4), scale=1.0)
     with pytest.raises(Mistake, match="no batch"):
         next(data.batches(batch_size=5, seed=0))
+
+
+def test_fashion_is_padded_scaled_and_keeps_its_labels(tmp_path: Path) -> None:
+    images, labels = write_small_fashion(tmp_path, train=5, held_out=3)
+    for part, raw, wanted in zip(fashion(tmp_path), images, labels, strict=True):
+        assert part.labels.tolist() == wanted.tolist()
+        expected = torch.full((len(raw), 1, 32, 32), -1.0)  # black, the background
+        expected[:, 0, 2:30, 2:30] = torch.from_numpy(raw).float() / 127.5 - 1
+        assert torch.equal(part.images, expected)
+    assert fashion(tmp_path, size=28)[0].images.shape == (5, 1, 28, 28)
+    write_idx(tmp_path / "train-labels-idx1-ubyte.gz", np.zeros(3, dtype=np.uint8))
+    with pytest.raises(Mistake, match="5 images and 3 labels"):
+        fashion(tmp_path)
+    (path := tmp_path / "train-images-idx3-ubyte.gz").unlink()
+    with pytest.raises(Mistake, match=f"{re.escape(str(path))} is missing.*--data"):
+        fashion(tmp_path)
+    raw = bytes([0, 0, 8, 3, 0, 0, 0, 1, 0, 0, 0, 28, 0, 0, 0, 28]) + bytes(28 * 28)
+    broken = [gzip.compress(part) for part in (b"", raw[:-1], raw + b"\0", raw[:2] + b"\x09" + raw[3:])]
+    for content in [b"no gzip", gzip.compress(raw)[:-9], *broken]:
+        path.write_bytes(content)
+        with pytest.raises(Mistake, match=f"{path.name} cannot be read as a file of Fashion-MNIST"):
+            fashion(tmp_path)

@@ -13,11 +13,10 @@ from common.data_files import DataError
 from common.demo import save_text_encoder
 from common.options import Mistake
 from common.text import TextEncoder, load_text_encoder
-from common.vae import Scaling, new_vae
+from common.vae import Scaling
 from diffusers import AutoencoderKL
-from PIL import Image
+from small_images import CLOSE, SIZE, plain_posterior, write_noise, write_rgb_vae
 
-SIZE = 16
 # By id: 7 comes before 12.
 NAMES = {12: "twelve.jpg.png", 7: "seven.png", 30: "thirty.png"}
 CAPTIONS = {12: ["a red circle", "a small red circle"], 7: ["a blue square"], 30: ["a green cross"] * 3}
@@ -35,22 +34,15 @@ class Source(NamedTuple):
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models")
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = new_vae(image_size=SIZE, image_channels=3, widths=(8, 8, 8)).requires_grad_(False)
-    vae.quant_conv.bias[4:] = -3.0  # a trained posterior is narrow
-    vae.register_to_config(scaling_factor=0.31, shift_factor=0.5)
-    vae.save_pretrained(folder / "vae")
+    write_rgb_vae(folder / "vae", shift_factor=0.5)
     save_text_encoder(folder / "clip", seed=0)
     return folder
 
 
 @pytest.fixture
 def source(models: Path, tmp_path: Path) -> Source:
-    (tmp_path / "images").mkdir()
     for seed, name in NAMES.items():
-        pixels = torch.randint(256, (SIZE, SIZE, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-        Image.fromarray(pixels.numpy()).save(tmp_path / "images" / name)
+        write_noise(tmp_path / "images" / name, seed)
     write_captions(tmp_path, CAPTIONS)
     return Source(tmp_path, AutoencoderKL.from_pretrained(models / "vae"), load_text_encoder(str(models / "clip")))
 
@@ -80,14 +72,12 @@ def test_images_and_captions_are_encoded_in_the_order_of_their_ids(
     assert (data.scaling, data.vae) == (Scaling(0.31, 0.5), str(models / "vae"))
     assert torch.equal(data.empty, source.texts.encode([""]).features[0])
     for i, image in enumerate(ORDER):
-        pixels = np.asarray(Image.open(source.folder / "images" / NAMES[image])).astype(np.float32)
-        with torch.no_grad():
-            posterior = source.vae.encode(torch.from_numpy(pixels / 127.5 - 1).permute(2, 0, 1)[None]).latent_dist
         mean, std, _ = data[i]
-        torch.testing.assert_close((mean, std), (posterior.mean[0], posterior.std[0]), atol=1e-5, rtol=1e-5)
+        expected = plain_posterior(source.vae, source.folder / "images" / NAMES[image])
+        torch.testing.assert_close((mean, std), expected, **CLOSE)
         for k, features in enumerate(source.texts.encode(CAPTIONS[image]).features):
             found = torch.from_numpy(np.load(source.folder / f"out/train/{i}_{k}.npy"))
-            torch.testing.assert_close(found, features, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(found, features, **CLOSE)
     run(source.folder, models, "--split=val")
     assert len(CocoFeatures(source.folder / "out", "val")) == 3
     with pytest.raises(Mistake, match="train is there already"):
@@ -135,11 +125,9 @@ def test_bad_images_are_named_and_the_others_written(source: Source, models: Pat
         ({**CAPTIONS, 99: ["a dog", "a cat"]}, [*NAMES.items()], "id 99: has 2 captions and no image"),
         (CAPTIONS, [*NAMES.items(), (7, "twelve.jpg.png")], "id 7: is that of 2 images"),
         (CAPTIONS, [*NAMES.items(), (8, "seven.png")], "'seven.png': is the file of 2 images"),
-        ({"7": ["a dog"]}, [("7", "seven.png")], "id '7': is no whole number"),
-        ({"7": ["a dog"]}, [(7, "seven.png")], "id '7': "),
+        ({"7": ["a dog"]}, [(7, "seven.png")], "id '7': is no whole number"),
         ({True: ["a dog"]}, [(True, "seven.png")], "id True: is no whole number"),
         (CAPTIONS, [*NAMES.items(), (31, "missing.png")], "missing.png: is not in"),
-        ({}, [(7, 3)], "3: is not in"),
         ({}, [([7], "seven.png")], "cannot be read as COCO's captions: TypeError"),
     ],
 )
@@ -153,7 +141,7 @@ def test_captions_that_do_not_fit_are_named(
 
 def test_captions_of_another_form_are_named(source: Source) -> None:
     path = source.folder / "captions.json"
-    for content in ("[]", "{}", '{"images": [], "annotations": []}', '{"images": [{"id": 7}], "annotations": []}'):
+    for content in ("[]", '{"images": [], "annotations": []}', '{"images": [{"id": 7}], "annotations": []}'):
         path.write_text(content)
         with pytest.raises(DataError, match=r"COCO's captions|0 problems in 0 images"):
             encode_coco.read_captions(path, source.folder / "images")

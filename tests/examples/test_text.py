@@ -1,7 +1,6 @@
 """CLIP text features by transformers' own classes, on tiny models whose vocabulary is made here."""
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +10,7 @@ from common.data_files import DataError
 from common.options import Mistake
 from common.text import TextEncoder, encoded_prompts, load_text_encoder, numbers_of, same_features, save_captioned
 from PIL import Image
-from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 # Letters inside and at the end of a word, and one merge: "ab" at a word's end is one token.
@@ -64,7 +63,7 @@ def test_features_are_the_last_hidden_state_of_padded_tokens(encoder: TextEncode
 def test_features_do_not_depend_on_the_other_texts(encoder: TextEncoder) -> None:
     texts = [a + b for a in LETTERS for b in "abcd"]  # more than one batch
     together = encoder.encode(texts).features
-    for i in (0, 63, 64, len(texts) - 1):
+    for i in (0, 64):
         torch.testing.assert_close(together[i], encoder.encode([texts[i]]).features[0], rtol=1e-4, atol=1e-5)
 
 
@@ -83,23 +82,6 @@ def test_what_the_tokenizer_cannot_spell_is_named(encoder: TextEncoder) -> None:
     for match in ["no tokens for a part of 'a 7'", "endoftext"]:
         with pytest.raises(Mistake, match=match):
             encoder.encode(["ab", "a 7"])
-
-
-def test_the_text_part_of_a_whole_clip_model_is_what_is_loaded(folder: Path, tmp_path: Path) -> None:
-    vision = {
-        "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "image_size": 8,
-        "patch_size": 4,
-    }  # fmt: skip
-    with torch.random.fork_rng():
-        config = CLIPConfig(text_config=tiny_config().to_dict(), vision_config=vision, projection_dim=4)
-        whole = CLIPModel(config)
-    whole.save_pretrained(tmp_path)
-    CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path)
-    encoder = load_text_encoder(str(tmp_path))
-    state = whole.text_model.state_dict()
-    loaded = {name.removeprefix("text_model."): value for name, value in encoder.model.state_dict().items()}
-    assert loaded.keys() == state.keys()
-    assert all(torch.equal(loaded[name], state[name]) for name in state)
 
 
 def test_prompts_are_the_conditions_of_their_numbers(encoder: TextEncoder) -> None:
@@ -134,26 +116,20 @@ def test_a_picture_shows_every_image_and_nothing_else_is_left(tmp_path: Path) ->
     assert {entry.name for entry in tmp_path.iterdir()} == {"rows.png", "wrapped.png"}
 
 
-def test_what_is_no_text_encoder_is_named(folder: Path, tmp_path: Path) -> None:
-    for name, matches in {
-        "nobody/nothing": ["No CLIP text model", "taken for a name on the hub"],
-        str(tmp_path): ["No CLIP text model", "a folder"],
-    }.items():
-        for match in matches:
-            with pytest.raises(DataError, match=match):
-                load_text_encoder(name)
-    no_tokenizer = tmp_path / "model-alone"
-    CLIPTextModel.from_pretrained(folder).save_pretrained(no_tokenizer)
-    with pytest.raises(DataError, match=r"No CLIP text model|tokenizer that is not its text"):
-        load_text_encoder(str(no_tokenizer))
-
-
-def test_a_model_without_all_weights_is_refused(folder: Path, tmp_path: Path) -> None:
-    broken = tmp_path / "broken"
-    shutil.copytree(folder, broken)
+def test_what_is_no_whole_text_encoder_is_named(folder: Path, tmp_path: Path) -> None:
     model = CLIPTextModel.from_pretrained(folder)
     kept = {name: value for name, value in model.state_dict().items() if "final_layer_norm" not in name}
-    model.save_pretrained(broken, state_dict=kept)
-    for match in ["no whole CLIP text model", "final_layer_norm.bias", "2 weights in all"]:
-        with pytest.raises(DataError, match=match):
-            load_text_encoder(str(broken))
+    model.save_pretrained(tmp_path / "broken", state_dict=kept)
+    for name in ("broken", "other"):
+        CLIPTokenizer.from_pretrained(folder).save_pretrained(tmp_path / name)
+    config = tiny_config()
+    config.vocab_size += 1
+    CLIPTextModel(config).save_pretrained(tmp_path / "other")
+    for name, match in {
+        "nobody/nothing": "taken for a name on the hub",
+        str(tmp_path): r"\(a folder\)",
+        str(tmp_path / "broken"): r"lacks 2 weights, as .*final_layer_norm.bias",
+        str(tmp_path / "other"): "tokenizer is not its text model's: 55 tokens in the tokenizer, 56 in the model",
+    }.items():
+        with pytest.raises(DataError, match=f"No CLIP text model and tokenizer could be loaded(.|\n)*{match}"):
+            load_text_encoder(name)

@@ -1,31 +1,129 @@
-"""The examples' VAE: it learns, records the scale of its latents, and comes back from disk as it was."""
+"""The VAE: what lies between its latents and the model's, both ways; and one that learns and comes back from disk."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from common import vae as vaes
 from common.data import digits
-from common.vae import decode, encode_moments, load_vae, new_vae, save_vae, train_vae
+from common.data_files import DataError
+from common.vae import (
+    Scaling,
+    decode,
+    encode_moments,
+    load_encoder,
+    load_vae,
+    new_vae,
+    recorded_scaling,
+    scaling_of,
+    trained_vae,
+)
 from diffusers import AutoencoderKL
+
+LATENTS = torch.linspace(-2, 2, 2 * 4 * 3 * 3).reshape(2, 4, 3, 3)
+MEAN, STD = [0.1, -0.2, 0.3, 0.0], [1.0, 2.0, 0.5, 4.0]
+
+# --- scaling
+
+
+def column(values: list[float]) -> torch.Tensor:
+    return torch.tensor(values)[:, None, None]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"scaling_factor": 0.18215}, LATENTS * 0.18215),
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, (LATENTS - 0.0609) * 1.5305),
+        (
+            {"scaling_factor": 0.5, "latents_mean": tuple(MEAN), "latents_std": STD},
+            (LATENTS - column(MEAN)) * 0.5 / column(STD),
+        ),
+        ({"scaling_factor": 2.0, "latents_std": STD, "shift_factor": 0.5}, (LATENTS - 0.5) * 2 / column(STD)),
+        ({"scaling_factor": 0.3, "shift_factor": 0.0, "latents_mean": MEAN}, (LATENTS - column(MEAN)) * 0.3),
+        ({"latents_mean": MEAN, "latents_std": STD}, (LATENTS - column(MEAN)) / column(STD)),
+    ],
+)
+def test_latents_are_scaled_as_the_config_says_and_back(config: dict[str, Any], expected: torch.Tensor) -> None:
+    scaling = scaling_of(config | {"latent_channels": 4}, "the VAE")
+    torch.testing.assert_close(scaling.to_model(LATENTS), expected)
+    torch.testing.assert_close(scaling.to_vae(expected), LATENTS)
+    noise = LATENTS.flip(0)
+    torch.testing.assert_close(
+        scaling.drawn(LATENTS, LATENTS**2, noise), scaling.to_model(LATENTS + LATENTS**2 * noise)
+    )
+    recorded = {"scale_factor": scaling.scale, "shift_factor": scaling.shift}
+    assert recorded_scaling(recorded, "a run") == scaling
+
+
+def test_what_a_run_does_not_record_is_not_made_up() -> None:
+    assert recorded_scaling({}, "a run") is None
+    assert recorded_scaling({"scale_factor": 2}, "a run") == Scaling(2, 0.0)
+    with pytest.raises(DataError, match="a run records a scaling"):
+        recorded_scaling({"scale_factor": [1.0, True]}, "a run")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"scaling_factor": 0.0},
+        {"scaling_factor": float("nan")},
+        {"scaling_factor": "1"},
+        {"scaling_factor": 1.0, "shift_factor": float("inf")},
+        {"scaling_factor": 1.0, "latents_mean": [0.0] * 3},
+        {"scaling_factor": 1.0, "latents_std": [1.0, 1.0, 1.0, 0.0]},
+        {"scaling_factor": 1.0, "latents_std": [1.0, 1.0, 1.0, -1.0]},
+        {"scaling_factor": 1.0, "shift_factor": 0.1, "latents_mean": MEAN},
+    ],
+)
+def test_a_scaling_that_no_latents_can_have_is_named(config: dict[str, Any]) -> None:
+    with pytest.raises(DataError, match="the VAE states a scaling that no latents can have"):
+        scaling_of(config | {"latent_channels": 4}, "the VAE")
+
+
+def test_scalings_are_compared_to_five_digits() -> None:
+    plain = Scaling(0.18215, 0.0)
+    assert plain.equals(Scaling([0.182151] * 4, [0.0] * 4))
+    assert Scaling(0.3611, 0.1159).equals(Scaling(0.3611, 0.11590001))
+    for other in [
+        Scaling(0.13025),
+        Scaling(0.18215, 3.0),
+        Scaling([0.18215] * 3 + [0.2]),
+        Scaling(0.18215, [0.0, 0.1]),
+    ]:
+        assert not plain.equals(other)
+        assert not other.equals(plain)
+    assert not Scaling([1.0, 1.0]).equals(Scaling([1.0, 1.0, 1.0]))
+    assert [s.factor for s in (plain, Scaling(1.0, 0.5), Scaling([1.0, 2.0]))] == [0.18215, None, None]
+
+
+# --- images to latents, and back
 
 
 @pytest.fixture(scope="module")
-def trained() -> AutoencoderKL:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        vae = new_vae(image_size=16, widths=(16, 16, 16))
-        train_vae(vae, digits(16)[0].images, steps=60, lr=4e-3)
-    return vae
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    with torch.random.fork_rng(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vaes, "new_vae", lambda size, channels: new_vae(size, channels, widths=(16, 16, 16)))
+        trained_vae(folder, digits(16)[0].images, steps=100, seed=0, device="cpu")
+    return folder
 
 
-def test_reconstructions_beat_the_mean_image(trained: AutoencoderKL) -> None:
+@pytest.fixture
+def trained(folder: Path) -> AutoencoderKL:
+    return load_vae(folder)
+
+
+def test_reconstructions_beat_the_mean_image(trained: AutoencoderKL, folder: Path) -> None:
+    assert [entry.name for entry in folder.parent.iterdir()] == ["vae"]
+    assert not any(parameter.requires_grad for parameter in trained.parameters())
     images = digits(16)[1].images
     mean, _ = encode_moments(trained, images)
     assert mean.shape == (450, 4, 4, 4)
     reconstructed = decode(trained, mean * trained.config.scaling_factor)
     error = (reconstructed - images).square().mean()
     assert error < 0.7 * (images.mean(0) - images).square().mean()
-    assert reconstructed.abs().max() <= 1
 
 
 def test_moments_are_mean_and_standard_deviation_not_log_variance(trained: AutoencoderKL) -> None:
@@ -43,11 +141,23 @@ def test_scaled_latents_have_variance_one(trained: AutoencoderKL, generator: tor
     assert latents.var().item() == pytest.approx(1, abs=0.05)
 
 
-def test_it_comes_back_from_disk_as_it_was(trained: AutoencoderKL, tmp_path: Path) -> None:
-    save_vae(trained, tmp_path / "vae")
-    assert [entry.name for entry in tmp_path.iterdir()] == ["vae"]
-    loaded = load_vae(tmp_path / "vae")
-    assert loaded.config.scaling_factor == trained.config.scaling_factor
-    images = digits(16)[1].images[:3]
-    torch.testing.assert_close(encode_moments(loaded, images), encode_moments(trained, images))
-    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+def test_a_vaes_shift_reaches_the_picture(trained: AutoencoderKL) -> None:
+    with torch.no_grad():
+        expected = trained.decode(LATENTS / 0.7 + 3).sample.clamp(-1, 1)
+    trained.register_to_config(scaling_factor=0.7, shift_factor=3.0)
+    torch.testing.assert_close(decode(trained, LATENTS), expected)
+    trained.register_to_config(shift_factor=None)
+    torch.testing.assert_close(decode(trained, LATENTS, Scaling(0.7, 3.0)), expected)
+    assert not torch.allclose(decode(trained, LATENTS), expected, atol=1e-3)
+
+
+def test_vaes_that_do_not_fit_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no VAE of .* at .*nowhere(.|\n)*sd-vae-ft-mse"):
+        load_vae(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="takes images of 1 channels"):
+        load_encoder(str(folder), "fp32", 16)
+    new_vae(16, 3, widths=(8, 8, 8)).save_pretrained(tmp_path / "rgb")
+    vae, side = load_encoder(str(tmp_path / "rgb"), "bf16", 20)
+    assert (vae.dtype, side) == (torch.bfloat16, 5)
+    with pytest.raises(DataError, match="--size 18 is no multiple of 4"):
+        load_encoder(str(tmp_path / "rgb"), "fp32", 18)
