@@ -21,15 +21,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError
+from .errors import CheckpointError, SelfTransError
 from .modules import nearest, quoted, some_of
 
 # One byte of JSON can cost fifty bytes of memory once read. Ten times what a transformer of a thousand parameter
 # tensors needs.
 MAX_JSON = 2 << 20  # of a safetensors header too
-_MAX_SHARDS = 1024  # of the largest models on the hub, under 300
-
-# --- Reading files ---------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -49,15 +46,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     file = local_path(path)
     with wrapped_errors(file):
-        if file.is_dir():
-            file = _weights_in(file)
-        if not file.is_file():
-            found = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
-            raise CheckpointError(
-                f"There is no file {str(file)[:300]!r}.\n"
-                f"Nearest in its folder: {quoted(nearest(file.name, found)) or 'none'}.\n"
-                "A checkpoint on the hub has to be downloaded first (huggingface_hub.hf_hub_download)."
-            )
+        file = _weights_in(file) if file.is_dir() else file
     if file.name.endswith(".safetensors.index.json"):
         return _read_shards(file)
     return read_safetensors(file)[0] if file.suffix == ".safetensors" else _read_torch(file)
@@ -80,7 +69,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def parsed(text: bytes | str) -> Any:
-    """The value that JSON text holds, in which no key may occur twice."""
+    """The value that JSON text in UTF-8 holds, in which no key may occur twice."""
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
@@ -124,8 +113,6 @@ def _read_shards(index: Path) -> dict[str, Any]:
     shards: dict[str, set[str]] = {}
     for key, name in weight_map.items():
         shards.setdefault(name, set()).add(key)
-    if len(shards) > _MAX_SHARDS:
-        raise CheckpointError(f"{index} names {len(shards)} shards; at most {_MAX_SHARDS} are read. Merge them first.")
     merged: dict[str, Any] = {}
     for name, keys in shards.items():
         tensors, _ = read_safetensors(_shard(index.parent, name))
@@ -141,19 +128,14 @@ def _read_shards(index: Path) -> dict[str, Any]:
 
 def _shard(folder: Path, name: str) -> Path:
     """The file of a shard, which neither its name nor a link may move out of the folder."""
-    problem = None
     with wrapped_errors(folder):
-        if not name.endswith(".safetensors") or Path(name).name != name or "\\" in name or "\0" in name:
-            problem = "is no plain name of a .safetensors file"
-        elif not (folder / name).is_file():
-            problem = "is not there: download it too"
-        else:
-            # In the hub's cache, snapshots/<revision>/ is a folder of links to the files in blobs/.
-            blobs = [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
-            if (folder / name).resolve().parent not in (folder.resolve(), *blobs):
-                problem = "is a link out of its folder: copy the file itself there"
-    if problem:
-        raise CheckpointError(f"The index in {folder} names the shard {name[:100]!r}, which {problem}.")
+        # In the hub's cache, snapshots/<revision>/ is a folder of links to the files in blobs/.
+        blobs = [parent.parent / "blobs" for parent in folder.resolve().parents if parent.name == "snapshots"]
+        if Path(name).name != name or (folder / name).resolve().parent not in (folder.resolve(), *blobs):
+            raise CheckpointError(
+                f"The index in {folder} names the shard {name[:100]!r}, which is no file of that folder, or a link out "
+                "of it: copy the file itself there, and name it alone."
+            )
     return folder / name
 
 
@@ -183,20 +165,26 @@ def opened(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         found = os.fstat(stream.fileno())
         return found.st_size, found.st_mtime_ns
 
+    file = Path(path)
     with wrapped_errors(path):
-        if Path(path).exists() and not Path(path).is_file():
-            raise CheckpointError(f"{path} is no file.")  # opening a pipe would wait for ever
-    with wrapped_errors(path), Path(path).open("rb") as stream:
-        before = state()
-        try:
-            yield stream
-        finally:
-            if state() != before:
-                raise CheckpointError(
-                    f"{path} was written to while it was read, so what was read may be of two states.\n"
-                    "Read it once its run has finished writing. A run that writes under another name and then renames "
-                    "(os.replace) can be read at any time."
-                )
+        if not file.is_file():  # opening a pipe would wait for ever
+            there = [p.name for p in file.parent.iterdir()] if file.parent.is_dir() else []
+            raise CheckpointError(
+                f"There is no file {str(file)[:300]!r}.\n"
+                f"Nearest in its folder: {quoted(nearest(file.name, there)) or 'none'}.\n"
+                "A checkpoint on the hub has to be downloaded first (huggingface_hub.hf_hub_download)."
+            )
+        with file.open("rb") as stream:
+            before = state()
+            try:
+                yield stream
+            finally:
+                if state() != before:
+                    raise CheckpointError(
+                        f"{path} was written to while it was read, so what was read may be of two states.\n"
+                        "Read it once its run has finished writing. A run that writes under another name and then "
+                        "renames (os.replace) can be read at any time."
+                    )
 
 
 @contextmanager
@@ -204,7 +192,7 @@ def wrapped_errors(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn whatever torch, pickle, json and the system raise into CheckpointError."""
     try:
         yield
-    except CheckpointError:
+    except SelfTransError:
         raise
     except Exception as error:
         # torch puts advice to load without weights_only around what went wrong.
@@ -271,13 +259,10 @@ If you trust the file, save its weights alone, in the repository that it was mad
 
 def _refusal(file: Path, head: bytes, error: Exception) -> str:
     """What a file that torch refuses asks for, and the lines that save its weights anew; empty if it is damaged."""
-    asked = re.search(r"GLOBAL ([\w.]+)", str(error))
-    read = f"torch.load({str(file)!r}, map_location='cpu', weights_only=False)"
+    read, asked = f"torch.load({str(file)!r}, map_location='cpu', weights_only=False)", ""
     if head.startswith(b"\x80") and _MAGIC not in head:
-        asks, read = "what torch.save never writes", f"pickle.loads(pathlib.Path({str(file)!r}).read_bytes())"
-    elif asked:
-        asks = asked[1][:200]
-    else:
-        return ""
-    what = f"{file} is refused, and nothing of it was run: it asks for {asks}, not plain data."
-    return f"{what}\n{_REMEDY.format(read=read)}"
+        asked, read = "what torch.save never writes", f"pickle.loads(pathlib.Path({str(file)!r}).read_bytes())"
+    elif found := re.search(r"GLOBAL ([\w.]+)", str(error)):
+        asked = found[1][:200]
+    what = f"{file} is refused, and nothing of it was run: it asks for {asked}, not plain data."
+    return f"{what}\n{_REMEDY.format(read=read)}" if asked else ""

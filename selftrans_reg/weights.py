@@ -6,7 +6,6 @@ import importlib
 import math
 import os
 import re
-from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -87,7 +86,7 @@ def load_weights(
     entry, chosen = _choose_entry(content, weights, where, keys)
     where = where if entry is None else f"{where}, entry {entry!r},"
     own = _adapter(model, chosen, source) or own_tensors(model)
-    saved = matched(own, chosen, where)
+    saved = _matched(own, chosen, where)
     heads = [head for head in _HEADS if not any(map(head.fullmatch, own))]
     left_out = tuple(key for key in saved if any(head.fullmatch(key) for head in heads))
     for key in left_out:
@@ -114,7 +113,7 @@ def load_weights(
         )
     with torch.no_grad():
         for key, value in saved.items():
-            if _overlaps(own[key]):  # as a buffer made by expand(), into which nothing can be copied
+            if torch._debug_has_internal_overlap(own[key]):  # as in a buffer made by expand(): copy_ is not for these
                 own[key].data = value.to(own[key].device, own[key].dtype, copy=True)
             else:
                 own[key].copy_(value)
@@ -126,16 +125,12 @@ def _choose_entry(
     content: Mapping[str, Any], weights: str, where: str, keys: Collection[str]
 ) -> tuple[str | None, Mapping[str, Any]]:
     """The name of the entry that holds the asked weights, None if ``content`` is a state dict itself, and the entry."""
-    if weights in ("ema", "model"):
-        if content and all(isinstance(value, Tensor) for value in content.values()):
-            return None, content
-        names = ("ema",) if weights == "ema" else ("model", "state_dict")
-        found = {name: content[name] for name in names if isinstance(content.get(name), Mapping)}
-    else:
-        below = _below(content, weights)
-        found = {} if below is None else {weights: below}
+    if weights in ("ema", "model") and content and all(isinstance(value, Tensor) for value in content.values()):
+        return None, content
+    names = ("model", "state_dict") if weights == "model" else (weights,)
+    found = [(name, below) for name in names if (below := _below(content, name)) is not None]
     if len(found) == 1:
-        return next(iter(found.items()))
+        return found[0]
     there = some_of([_shown(key) for key in content], quote=False)
     if found:
         advice = "it is open which is meant: pass weights='state_dict', or the entry 'model' itself."
@@ -157,29 +152,28 @@ def _below(content: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
     if isinstance(content.get(name), Mapping):
         entry: Mapping[str, Any] = content[name]
         return entry
-    for outer in (key for key in content if isinstance(key, str) and name.startswith(f"{key}.")):
-        if isinstance(content[outer], Mapping):
-            return _below(content[outer], name[len(outer) + 1 :])
+    for outer, entry in content.items():
+        if isinstance(outer, str) and isinstance(entry, Mapping) and name.startswith(f"{outer}."):
+            return _below(entry, name[len(outer) + 1 :])
     prefix = name.rstrip(".") + "."
     cut = {k.removeprefix(prefix): v for k, v in content.items() if isinstance(k, str) and k.startswith(prefix)}
     return cut or None
 
 
 def _paths(content: Mapping[str, Any], keys: Collection[str], above: str = "", depth: int = 4) -> list[str]:
-    """What ``weights`` can name: of each entry, prefixes below which it has the model's keys, or the entry itself."""
-    counts: Counter[str] = Counter()
-    tensors = [k for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor) and v.is_floating_point()]
-    for parts in (key[:500].split(".") for key in tensors):
-        fits = (".".join(parts[:i]) for i in range(len(parts[:16])) if _bare(".".join(parts[i:])) in keys)
-        counts.update([next(fits, None) or ""])
-    most = [prefix for prefix, count in counts.most_common(_LISTED) if 2 * count >= min(len(keys), len(tensors))]
-    most = most or [""] * bool(tensors)
-    paths = [(above + prefix).rstrip(".") for prefix in most if above or prefix]
-    paths = [path + "." * (path in ("ema", "model") and not above) for path in paths]
+    """What ``weights`` can name: each entry with tensors, by prefixes below which it has a key that tells the model."""
+    sign, prefixes, paths = max(keys, key=len, default=""), dict[str, None](), []
     for key, value in content.items():
-        if depth and isinstance(key, str) and isinstance(value, Mapping):
+        if isinstance(key, str) and isinstance(value, Tensor):
+            parts = key[:500].split(".")
+            starts = [i for i in range(len(parts[:16])) if _bare(".".join(parts[i:])) == sign]
+            prefixes |= {".".join(parts[: starts[0]]): None} if starts else {}
+        elif depth and isinstance(key, str) and isinstance(value, Mapping):
             paths += _paths(value, keys, f"{above}{key[:100]}.", depth - 1)
-    return paths
+    if not prefixes and any(isinstance(value, Tensor) for value in content.values()):
+        prefixes[""] = None
+    here = [f"{above}{prefix}".rstrip(".") for prefix in prefixes if above or prefix]
+    return [path + "." * (path in ("ema", "model") and not above) for path in here] + paths
 
 
 def _pass(paths: Sequence[str]) -> str:
@@ -195,14 +189,12 @@ def _size(tensor: Tensor) -> str:
     return str(tuple(tensor.shape)) if tensor.dim() <= 8 else f"of {tensor.dim()} axes"
 
 
-def matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+def _matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     """``state``, known to hold plain tensors, by the keys of ``own`` where it has them but for wrappers' prefixes.
 
     An ``AveragedModel``'s counter is left out.
     """
-    by_bare: dict[str, list[str]] = {}
-    for key in sorted(own, key=len, reverse=True):  # the longest first: as little as possible is taken off
-        by_bare.setdefault(_bare(key), []).append(key)
+    names = {_bare(key): key for key in own}
     averaged = all(isinstance(key, str) and (key == _COUNTER or key.startswith("module.")) for key in state)
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -210,11 +202,9 @@ def matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) -> 
             raise CheckpointError(f"{where} has a {type(key).__name__} for a key; a state dict's keys are strings.")
         if problem := defect(value):
             raise CheckpointError(f"{where} has under {key[:100]!r} {problem}; weights are dense tensors with data.")
-        if averaged and key == _COUNTER and key not in own:
+        name = key if key in own else names.get(_bare(key), _bare(key))
+        if averaged and name == _COUNTER and name not in own:
             continue
-        bare = _bare(key)
-        fallback = bare if any(head.fullmatch(bare) for head in _HEADS) else key
-        name = key if key in own else next((k for k in by_bare.get(bare, ()) if _reduces(key, k)), fallback)
         if name in plain:
             raise CheckpointError(
                 f"{where} has the weights {name[:100]!r} twice, under different prefixes of wrappers."
@@ -227,12 +217,6 @@ def matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) -> 
 
 def _bare(key: str) -> str:
     return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
-
-
-def _reduces(key: str, name: str) -> bool:
-    """Whether ``key`` becomes ``name`` by leaving out wrappers' parts, given that both are the same without them."""
-    parts = iter(key.split("."))
-    return all(part in parts for part in name.split("."))
 
 
 def defect(value: object) -> str | None:
@@ -250,35 +234,24 @@ def own_tensors(model: nn.Module, purpose: str = "take weights") -> dict[str, Te
     owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     own: dict[str, Tensor] = {}
     for key, value in model.state_dict(keep_vars=True).items():
-        name = plain_key(model, key)
-        if is_lazy(value) or (isinstance(value, Tensor) and value.is_meta):
+        problem, name = "", plain_key(model, key)
+        if is_lazy(value) or getattr(value, "is_meta", False):
             problem = (
                 "has no data here: bring the model's weights into memory first (a first forward, "
                 "model.to_empty(device='cpu'), or without offloading)"
             )
         elif id(value) not in owned or defect(value) or value.is_inference():
             # Copying into what a hook of state_dict() made up, or into one rank's shard, would load nothing or a part.
+            kind = type(value).__name__
             problem = (
-                f"is no plain tensor of its own ({type(value).__name__}): do it before the model is sharded, "
-                "quantised or converted"
+                f"is no plain tensor of its own ({kind}): do it before the model is sharded, quantised or converted"
             )
         elif name in own:
             problem = "has the same name as another once the wrappers' prefixes are gone: rename the module"
-        else:
-            own[name] = value
-            continue
-        raise CheckpointError(f"{type(model).__name__} cannot {purpose}: its {key!r} {problem}.")
+        if problem:
+            raise CheckpointError(f"{type(model).__name__} cannot {purpose}: its {key!r} {problem}.")
+        own[name] = value
     return own
-
-
-def _overlaps(tensor: Tensor) -> bool:
-    """Whether several elements of a tensor are one place in memory."""
-    reach = 0
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size > 1 and stride <= reach:
-            return True
-        reach += stride * (size - 1)
-    return False
 
 
 def _adapter(model: nn.Module, state: Mapping[str, Any], source: str | None) -> dict[str, Tensor] | None:
@@ -302,11 +275,12 @@ def _adapter(model: nn.Module, state: Mapping[str, Any], source: str | None) -> 
         )
     folder = Path(source or "")
     beside = (folder if folder.is_dir() else folder.parent) / "adapter_config.json"
-    for key, value in (read_json(beside) if source and beside.is_file() else {}).items():
+    trained = read_json(beside) if source and beside.is_file() else {}
+    for key in trained.keys() & {"peft_type", "lora_alpha", "alpha_pattern", "use_rslora"}:
         # The weights fit whatever these are, and mean something else.
-        if key in ("peft_type", "lora_alpha", "alpha_pattern", "use_rslora") and value != getattr(configs[name], key):
+        if trained[key] != getattr(configs[name], key):
             raise CheckpointError(
-                f"{source} was trained with {key}={value!r}, and the model's adapter {name!r} has "
+                f"{source} was trained with {key}={trained[key]!r}, and the model's adapter {name!r} has "
                 f"{getattr(configs[name], key)!r}.\nGive the model the adapter with "
                 "peft.get_peft_model(model, peft.PeftConfig.from_pretrained(folder))."
             )
@@ -324,29 +298,26 @@ def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, T
     kinds = {key: {saved[key].dtype, own[key].dtype} for key in shared}
     dtypes = [key for key in shared if len(kinds[key]) > 1 and not kinds[key] <= _FLOATS]
 
+    def section(title: str, keys: list[str], described: Callable[[str], str]) -> list[str]:
+        more = [f"... and {len(keys) - _LISTED} more"] if len(keys) > _LISTED else []
+        return ["\n  ".join([f"{title} ({len(keys)}):", *map(described, keys[:_LISTED]), *more])] if keys else []
+
     def absent(key: str) -> str:
         note = "" if isinstance(own[key], nn.Parameter) else ", a buffer"
         return f"{key[:100]} {_size(own[key])}{note}; nearest: {_nearest(key, extra)}"
 
-    sections: list[tuple[str, list[str], Callable[[str], str]]] = [
-        (f"Missing, of the model's {len(own)}", missing, absent),
-        ("Extra, not in the model", extra, lambda k: f"{k[:100]} {_size(saved[k])}; nearest: {_nearest(k, missing)}"),
-        ("Of another shape", shapes, lambda k: f"{k}: saved {_size(saved[k])}, model {_size(own[k])}"),
-        ("Of another dtype", dtypes, lambda k: f"{k}: saved {saved[k].dtype}, model {own[k].dtype}"),
-    ]
     problems = [
-        "\n  ".join([f"{title} ({len(keys)}):", *map(describe, keys[:_LISTED]), *_more(keys)])
-        for title, keys, describe in sections
-        if keys
+        *section(f"Missing, of the model's {len(own)}", missing, absent),
+        *section(
+            "Extra, not in the model", extra, lambda k: f"{k[:100]} {_size(saved[k])}; nearest: {_nearest(k, missing)}"
+        ),
+        *section("Of another shape", shapes, lambda k: f"{k}: saved {_size(saved[k])}, model {_size(own[k])}"),
+        *section("Of another dtype", dtypes, lambda k: f"{k}: saved {saved[k].dtype}, model {own[k].dtype}"),
     ]
     if problems:
         first = f"{where} does not fit {type(model).__name__}; nothing was loaded."
         last = "Build the model with the settings of the run that saved it, or rename the keys of a state dict."
         raise CheckpointError("\n".join([first, *problems, last]))
-
-
-def _more(keys: Sequence[str]) -> list[str]:
-    return [f"... and {len(keys) - _LISTED} more"] if len(keys) > _LISTED else []
 
 
 def _nearest(key: str, candidates: Sequence[str]) -> str:
@@ -379,6 +350,5 @@ def check_values(own: Mapping[str, Tensor], saved: Mapping[str, Tensor], where: 
 
 
 def _not_finite(part: Tensor, mask: bool) -> int:
-    part = part.float() if part.dtype.itemsize == 1 and part.is_floating_point() else part
-    finite = part.isfinite()
-    return part.numel() - int((finite | (part == -math.inf) if mask else finite).sum())
+    part = part.float() if part.dtype.itemsize == 1 else part  # 8-bit floats are not compared
+    return int((~(part.isfinite() | (part == -math.inf) & mask)).sum())
