@@ -38,11 +38,9 @@ def fetch(name: str | PathLike[str], **source: Unpack[Source]) -> Path:
     revision, folder = source.get("revision"), local_path(name)
     with wrapped_errors(folder):  # such as of a name that is too long, or a folder that may not be read
         is_local, in_local = folder.is_dir(), folder.parent.is_dir()
+    if is_local and revision is not None:
+        raise CheckpointError(f"{str(folder)!r} is a local folder, which has no revision {revision!r}: leave it out.")
     if is_local:
-        if revision is not None:
-            raise CheckpointError(
-                f"{str(folder)!r} is a local folder, which has no revision {revision!r}: leave it out."
-            )
         return folder
     is_repository = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name, re.ASCII) is not None
     if not is_repository or (revision is None and in_local):
@@ -57,18 +55,16 @@ def fetch(name: str | PathLike[str], **source: Unpack[Source]) -> Path:
 
 @contextmanager
 def _hub(what: str, token: str | bool | None) -> Iterator[HfApi]:
-    """The hub's functions; whatever they, their HTTP library and the system raise is ours, without any token."""
+    """The hub's functions; whatever they, their HTTP library and the system raise is ours."""
     from huggingface_hub import HfApi
 
     token = token.strip() if isinstance(token, str) else token  # one that was read from a file ends with a newline
-    if isinstance(token, str) and re.fullmatch(r"[!-~]+", token) is None:
+    if isinstance(token, str) and re.fullmatch(r"[!-~]+", token) is None:  # an HTTP library's error would show it
         raise CheckpointError("The token that was given is empty or has characters that no token has: copy it again.")
     try:
         yield HfApi(token=token, library_name="selftrans-reg", library_version=library_version())
     except Exception as error:
-        text = re.sub(r"(hf_|Bearer |api_org_)[^\s'\"]+", r"\1…", f"{type(error).__name__}: {error}")[:2000]
-        # What the error was made from may show the token in a traceback.
-        raise CheckpointError(f"{what}: {text}") from (error if "…" not in text else None)
+        raise CheckpointError(f"{what}: {type(error).__name__}: {str(error)[:2000]}") from error
 
 
 class Details(TypedDict, total=False):
@@ -76,7 +72,8 @@ class Details(TypedDict, total=False):
 
     source: str | None
     step: int | None
-    latent_scale: float | None
+    latent_scale: float | Sequence[float] | None
+    latent_shift: float | Sequence[float] | None
     latent_shape: Sequence[int] | None
     licence: str | None
 
@@ -97,9 +94,9 @@ class Shareable:
         Args:
             directory: The folder; made if there is none.
             **details: What the teacher cannot know, all optional: ``source``, the run that it comes from, in words or
-                as an address; ``step``, at which the weights were taken; ``latent_scale`` and ``latent_shape``, the
-                factor on the VAE's latents and their (C, H, W); ``licence`` of the weights. They are kept in
-                ``teacher.provenance``.
+                as an address; ``step``, at which the weights were taken; ``latent_scale`` and ``latent_shift``, of
+                latents that were (VAE's − shift) · scale, each a number or one a channel; ``latent_shape``, their
+                (C, H, W); ``licence`` of the weights. They are kept in ``teacher.provenance``.
 
         Raises:
             CheckpointError: If the folder holds something else, something cannot be saved, or the disk is full.
@@ -139,7 +136,7 @@ class Shareable:
                 name = api.create_repo(repository, private=private, exist_ok=True).repo_id
                 if revision is not None:
                     api.create_branch(name, branch=revision, exist_ok=True)
-                kept = [CARD] if api.file_exists(name, CARD, revision=revision) else None
+                kept = [CARD] if api.file_exists(name, CARD, revision=revision) else []
                 commit = api.upload_folder(
                     repo_id=name,
                     folder_path=folder,

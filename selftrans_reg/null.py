@@ -184,7 +184,7 @@ def restored(
         elif "unsaved" in entry:
             value = given.pop(path, None)
             if value is None:
-                asked.append(f"null={nested(path)} (it was {entry['unsaved']!r})")
+                asked.append(f"null={nested(path)} (it was {entry['unsaved']!r})"[:300])
         level: Any = null
         for key in path[:-1]:
             level = level.setdefault(key, {}) if isinstance(level, dict) else None

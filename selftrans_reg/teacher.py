@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from .artefacts import read_artefact
 from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
+from .checkpoints import wrapped_errors
 from .errors import CallError, CheckpointError, SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Details, Shareable, Source, fetch
 from .modules import (
@@ -181,27 +182,37 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         def known(key: str, value: Any, given: Any) -> Any:
             if not isinstance(value, dict) or "unsaved" not in value:
                 value = slice(*(value[part] for part in _SLICE)) if isinstance(value, dict) else value
+                if isinstance(value, slice):
+                    value.indices(1)  # raises unless its parts are numbers
                 if given is not None and given != value:
-                    raise SettingError(f"{where} was saved with {key}={value!r}, which is kept: leave {key}= out.")
+                    raise SettingError(f"{where} was saved with {key}={value!r:.100}, which is kept: leave {key}= out.")
                 return value
             if given is None:
-                asked.append(f"{key}=... (it was {value['unsaved']!r})")
+                asked.append(f"{key}=... (it was {value['unsaved']!r:.100})")
             elif isinstance(given, TimeConvention) and given.name != value["unsaved"]:
-                raise SettingError(f"{where} was saved with another time convention: {value['unsaved']!r}.")
+                raise SettingError(f"{where} was saved with another time convention: {value['unsaved']!r:.100}.")
             return given
 
-        given = {"select": select, "tokens": tokens, "time": time}
-        settings = {key: known(key, config[key], value) for key, value in given.items()}
-        settings |= {"layer": config["layer"], "guidance_scale": config["guidance_scale"], "call": config["call"]}
-        settings["call"] |= {k: known(f"call.{k}", config["call"][k], (call or {}).get(k)) for k in "xt"}
-        try:
-            settings["null"] = restored(config["null"], saved, null, asked)
-        except CheckpointError as error:
-            raise CheckpointError(f"{where} is broken: {error}") from error
-        if asked:
-            raise CheckpointError(
-                f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked)}."
-            )
+        with wrapped_errors(folder):  # what is no teacher's setting
+            given = {"select": select, "tokens": tokens, "time": time}
+            settings = {key: known(key, config[key], value) for key, value in given.items()}
+            settings |= {key: config[key] for key in ("layer", "guidance_scale", "hidden_size", "call")}
+            settings["call"] |= {k: known(f"call.{k}", config["call"][k], (call or {}).get(k)) for k in "xt"}
+            try:
+                settings["null"] = restored(config["null"], saved, null, asked)
+            except CheckpointError as error:
+                raise CheckpointError(f"{where} is broken: {error}") from error
+            if asked:
+                raise CheckpointError(
+                    f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked[:8])}."
+                )
+            dropped = [str(name) for name in config["dropped"]]
+            needed = (config["layer"], *saved)
+            if cut := [key for key in needed for gone in dropped if key == gone or key.startswith(f"{gone}.")]:
+                raise CheckpointError(
+                    f"{where} contradicts itself: it needs {cut[0][:100]!r}, which it says was dropped."
+                )
+            digest = torch.tensor(list(bytes.fromhex(config["fingerprint"])), dtype=torch.uint8)
         made = model if isinstance(model, nn.Module) else model()
         if not isinstance(made, nn.Module):
             raise SettingError(f"model= takes a model, or a function that makes one; it made {type(made).__name__}.")
@@ -209,12 +220,13 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             raise SettingError(
                 "A saved teacher replaces all weights: pass a model of its own, not share_frozen(model)."
             )
-        put_back = drop(made, config["dropped"])
+        put_back = drop(made, dropped)
         try:
-            own = own_tensors(made)
-            check_fit(made, own, saved, where)
-            check_values(own, saved, where)
-            check_settings(made, **{key: settings[key] for key in ("layer", "guidance_scale", "null", "call")})
+            with wrapped_errors(folder):
+                own = own_tensors(made)
+                check_fit(made, own, saved, where)
+                check_values(own, saved, where)
+                check_settings(made, **settings)
             dtypes = {value.dtype for value in saved.values() if value.is_floating_point()}
             if len(dtypes) == 1:
                 made.to(dtypes.pop())  # for what is in no state dict, such as a table of positions
@@ -223,12 +235,12 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                     value.data = saved[key].to(value.device, copy=True)
         except SelfTransError as error:
             put_back()
-            origin = f"{error}\nIt was saved from {config['backbone']}."
+            origin = f"{str(error)[:4000]}\nIt was saved from {config['backbone']!s:.100}."
             if not isinstance(error, CheckpointError):
                 origin = f"{where} does not fit {type(unwrap(made)).__name__}; nothing was loaded.\n{origin}"
             raise CheckpointError(origin) from error
-        teacher = cls(made, **settings, hidden_size=config["hidden_size"], compile=compile, truncate=truncate)
-        teacher.fingerprint = torch.tensor(list(bytes.fromhex(config["fingerprint"])), dtype=torch.uint8)
+        teacher = cls(made, **settings, compile=compile, truncate=truncate)
+        teacher.fingerprint = digest
         teacher.provenance = {key: config[key] for key in Details.__annotations__ if config[key] is not None}
         return teacher
 
@@ -256,8 +268,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             )
         known: dict[str, Any] = dict.fromkeys(Details.__annotations__)
         known |= self.provenance | {key: value for key, value in details.items() if value is not None}
-        if isinstance(known["latent_shape"], Sequence):
-            known["latent_shape"] = list(known["latent_shape"])
+        known = {key: list(value) if isinstance(value, tuple) else value for key, value in known.items()}
 
         def named(value: Any) -> Any:
             return unsaved(value) if callable(value) else value
@@ -526,9 +537,9 @@ def build_teacher(
         SettingError: If the null condition is empty, misnamed, or outside its embedding (with ``example``).
         SettingError: If the guidance scale or another setting makes no sense.
     """
-    # The settings are checked first: a checkpoint can take minutes to load.
     settings: dict[str, Any] = {"layer": layer, "guidance_scale": guidance_scale, "null": null, "call": call}
-    check_settings(model, **settings)
+    settings |= {"select": select, "tokens": tokens, "hidden_size": hidden_size, "time": time}
+    check_settings(model, **settings)  # first: a checkpoint can take minutes to load
     report = load_weights(model, checkpoint, weights=weights)
     if report.left_out:
         _LOGGER.warning(
@@ -537,7 +548,6 @@ def build_teacher(
             report.source or "the state dict",
             quoted(report.left_out),
         )
-    settings |= {"select": select, "tokens": tokens, "hidden_size": hidden_size, "time": time}
     teacher = CFGFeatureTeacher(model, **settings, compile=compile, truncate=truncate)
     source = None if report.source is None else Path(report.source).name  # no paths: they would tell of the machine
     teacher.provenance = {k: v for k, v in (("source", source), ("step", report.step)) if v is not None}
@@ -550,11 +560,23 @@ def build_teacher(
 
 
 def check_settings(
-    model: nn.Module, *, layer: str, guidance_scale: float, null: Null, call: Mapping[str, Any] | None
+    model: nn.Module,
+    *,
+    layer: str,
+    guidance_scale: float,
+    null: Null,
+    call: Mapping[str, Any] | None,
+    select: Select = None,
+    tokens: Tokens = None,
+    hidden_size: int | None = None,
+    time: str | TimeConvention | None = None,
 ) -> None:
     """Raise what building a teacher with these settings would raise, and leave the model as it is."""
     check_guidance_scale(guidance_scale)
-    find_layer(model, layer)
+    check_choice(select, tokens)
+    infer_width(find_layer(model, layer), hidden_size)
+    if time is not None:
+        resolve(time)
     NullCondition(null, CallSpec(model, call))
 
 

@@ -20,7 +20,7 @@ from common.options import CHANGEABLE, STAGES, Mistake
 from common.paths import PATHS, denoising_loss
 from common.run_folder import checkpoint_path, locked, open_run_folder
 from common.trainer import Condition, Draw, Trainer
-from common.vae import Scaling
+from common.vae import Scaling, recorded_scaling
 
 TIMES = {"linear": "repa", "cosine": "repa-cosine"}  # t = 1 is noise
 
@@ -180,8 +180,9 @@ def train_long(
                 weights = (trainer.ema if run.teacher_weights == "ema" else model).state_dict()
                 source = f"examples/{script} --stage 1 --model {run.model}, {run.teacher_weights} weights"
                 shape = (backbone.data.channels, backbone.data.size, backbone.data.size)
+                latents = {"latent_scale": scaling.scale, "latent_shift": scaling.shift, "latent_shape": shape}
                 built_teacher(run, backbone, weights).save_pretrained(
-                    teacher, source=source, step=trainer.steps, latent_scale=scaling.factor, latent_shape=shape
+                    teacher, source=source, step=trainer.steps, **latents
                 )
             print(f"The teacher for --stage 2: {teacher}")
     accelerator.end_training()
@@ -257,10 +258,11 @@ def read_teacher(run: argparse.Namespace, backbone: Backbone, check: Callable[..
     if run.teacher_weights is not None:
         raise Mistake(f"--teacher-weights is for a checkpoint; the teacher {run.teacher} was saved with one kind.")
     teacher = st.CFGFeatureTeacher.from_pretrained(run.teacher, model=backbone.new, compile=run.compile)
-    scale = teacher.provenance.get("latent_scale")
-    if scale is not None and not Scaling(scale).equals(backbone.data.scaling):
+    scaling = recorded_scaling(teacher.provenance, run.teacher, "latent_scale", "latent_shift")
+    if scaling is not None and not scaling.equals(backbone.data.scaling):
         raise Mistake(
-            f"The teacher {run.teacher} was trained on latents times {scale}, which are not those of {run.data}.\n"
+            f"The teacher {run.teacher} was trained on latents times {scaling.scale}, after a shift of "
+            f"{scaling.shift}, which are not those of {run.data}.\n"
             f"Found: {backbone.data.scaling}. Train both stages on the same latents."
         )
     if not same_null(teacher.null, backbone.null):

@@ -57,11 +57,6 @@ class Scaling(NamedTuple):
         near = abs(x - y) * a <= _TOLERANCE * np.maximum(1.0, abs(x) * a)
         return np.allclose(a, b, rtol=_TOLERANCE, atol=0.0) and bool(near.all())
 
-    @property
-    def factor(self) -> float | None:
-        """The scale, if one number says all that the scaling does."""
-        return None if isinstance(self.scale, list) or self.shift else self.scale
-
     def __str__(self) -> str:
         return f"scale {self.scale}, shift {self.shift}"
 
@@ -100,12 +95,14 @@ def checked_scaling(scale: Any, shift: Any, channels: int | None = None) -> Scal
     return Scaling(scale, shift)
 
 
-def recorded_scaling(args: Mapping[str, Any], source: object) -> Scaling | None:
-    """The scaling of the latents that a run was trained on, or None where its checkpoint does not say."""
-    if args.get("scale_factor") is None:
+def recorded_scaling(
+    args: Mapping[str, Any], source: object, scale: str = "scale_factor", shift: str = "shift_factor"
+) -> Scaling | None:
+    """The scaling of the latents that a run was trained on, or None where its checkpoint or teacher does not say."""
+    if args.get(scale) is None:
         return None
     try:
-        return checked_scaling(args["scale_factor"], args.get("shift_factor", 0.0))
+        return checked_scaling(args[scale], args.get(shift, 0.0))
     except ValueError as error:
         raise DataError(f"{source} records a scaling that no latents can have: {error}.") from error
 
