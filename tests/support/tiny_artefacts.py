@@ -1,10 +1,11 @@
-"""A tiny model, its teacher and criterion, and what the tests of saved artefacts share."""
+"""A tiny model, its teacher and criterion, and what the tests of saved weights and teachers share."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import selftrans_reg as st
-from selftrans_reg.errors import CheckpointError
 
 FILES = ["README.md", "config.json", "model.safetensors"]
 
 
 class TinyDiT(nn.Module):
-    """``(x, t, y, text)`` -> (N, C, H, W), C = 2, with blocks of one Linear; files of old versions hold its weights."""
+    """``(x, t, y, text)`` -> (N, C, H, W), C = 2, with blocks of one Linear."""
 
     def __init__(self, width: int = 4, depth: int = 3, seed: int = 0) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def call(seed: int = 0, n: int = 4) -> dict[str, Tensor]:
     }
 
 
-def make_teacher(seed: int = 1, **settings: Any) -> st.CFGFeatureTeacher:
+def make_teacher(seed: int = 1, model: nn.Module | None = None, **settings: Any) -> st.CFGFeatureTeacher:
     defaults: dict[str, Any] = {
         "layer": "blocks.1",
         "guidance_scale": 3.0,
@@ -62,16 +62,7 @@ def make_teacher(seed: int = 1, **settings: Any) -> st.CFGFeatureTeacher:
         "hidden_size": 4,
         "example": call(),
     }
-    return st.build_teacher(TinyDiT(seed=seed), None, **(defaults | settings))
-
-
-def make_criterion(
-    stage: int, model: nn.Module, teacher: st.CFGFeatureTeacher | None = None, **settings: Any
-) -> st.SelfTransLoss:
-    defaults = {"layer": "blocks.0", "time": "repa", "hidden_size": 4, "hidden_features": 6}
-    if stage == 1:
-        return st.SelfTransLoss.stage1(model, **({"latent_channels": 2, "patch_size": 2} | defaults | settings))
-    return st.SelfTransLoss.stage2(model, teacher=teacher, **(defaults | settings))
+    return st.build_teacher(TinyDiT(seed=seed) if model is None else model, None, **(defaults | settings))
 
 
 def names_in(folder: Path) -> list[str]:
@@ -100,19 +91,18 @@ def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **entries: A
     return folder
 
 
-def assert_says(error: pytest.ExceptionInfo[BaseException], *parts: str) -> None:
-    for part in parts:
-        assert part in str(error.value), f"{part!r} is not in:\n{error.value}"
-
-
-def refusal(folder: Path, model: nn.Module, **given: Any) -> pytest.ExceptionInfo[BaseException]:
-    """The CheckpointError of loading into ``model``, which has to be as it was."""
-    before = copy.deepcopy(model.state_dict())
-    with pytest.raises(CheckpointError) as error:
-        load_teacher(folder, model, **given)
-    after = model.state_dict()
+def refused(act: Callable[..., object], *args: Any, says: tuple[str, ...] | str = (), **kwargs: Any) -> str:
+    """The message of the CheckpointError of ``act``, which has to say so much and to leave the model as it was."""
+    model = next((value for value in args if isinstance(value, nn.Module)), nn.Module())
+    before, trained = copy.deepcopy(model.state_dict()), [parameter.requires_grad for parameter in model.parameters()]
+    with pytest.raises(st.CheckpointError) as error:
+        act(*args, **kwargs)
+    message, after = str(error.value), model.state_dict()
+    for part in (says,) if isinstance(says, str) else says:
+        assert part in message, f"{part!r} is not in:\n{message}"
+    assert len(message) < 8000
     assert list(after) == list(before)
     assert all(torch.equal(after[key], before[key]) for key in before)
-    assert all(p.requires_grad for p in model.parameters())
+    assert [parameter.requires_grad for parameter in model.parameters()] == trained
     assert model.training
-    return error
+    return message
