@@ -9,11 +9,12 @@ import torch
 from backbones import PATHS, Backbone
 from lookalikes import LOOKALIKES
 from plain import refused
-from small_diffusers import SMALL_DIFFUSERS
+from small_diffusers import attached
 
 import selftrans_reg as st
 
-MODELS = LOOKALIKES | SMALL_DIFFUSERS
+MODELS = LOOKALIKES | {name: attached(f"{name}Transformer2DModel") for name in ("SD3", "Flux", "Lumina2")}
+MODELS["CogVideoX"] = attached("CogVideoXTransformer3DModel")
 
 
 def step(

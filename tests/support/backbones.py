@@ -32,22 +32,18 @@ class Path(NamedTuple):
     data_std: float = 1.0
 
 
-def _ddpm(betas: Tensor) -> Path:
-    return _table((1 - betas.double()).cumprod(0))
-
-
-def _cogvideox() -> Path:
-    alpha_bar = (1 - _scaled_linear(0.012)).cumprod(0)
-    root = (alpha_bar / (3 - 2 * alpha_bar)).sqrt()  # the signal-to-noise ratio divided by 3
-    return _table(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
-
-
 def _table(alpha_bar: Tensor) -> Path:
     return Path(0, 999, lambda t: (alpha_bar[t].sqrt().float(), (1 - alpha_bar[t]).sqrt().float()), steps=True)
 
 
-def _scaled_linear(end: float) -> Tensor:
-    return torch.linspace(0.00085**0.5, end**0.5, 1000, dtype=torch.float64) ** 2
+def _alpha_bar(end: float) -> Tensor:
+    return (1 - torch.linspace(0.00085**0.5, end**0.5, 1000, dtype=torch.float64) ** 2).cumprod(0)
+
+
+def _cogvideox() -> Path:
+    alpha_bar = _alpha_bar(0.012)
+    root = (alpha_bar / (3 - 2 * alpha_bar)).sqrt()  # the signal-to-noise ratio divided by 3
+    return _table(((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2)
 
 
 def _uvit(t: Tensor) -> tuple[Tensor, Tensor]:
@@ -59,32 +55,27 @@ def _uvit(t: Tensor) -> tuple[Tensor, Tensor]:
 PATHS = {
     "repa": Path(0, 1, lambda t: (1 - t, t)),
     "sit": Path(0, 1, lambda t: (t, 1 - t)),
-    "ddpm": _ddpm(torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)),
+    "ddpm": _table((1 - torch.linspace(1e-4, 0.02, 1000, dtype=torch.float64)).cumprod(0)),
     "flow": Path(0, 1000, lambda t: (1 - t / 1000, t / 1000)),
     "flow-unit": Path(0, 1, lambda t: (1 - t, t)),
     "uvit": Path(0, 999, _uvit),
     "edm": Path(0.02, 2, lambda t: (torch.ones_like(t), t), data_std=0.5),
     "maskdit": Path(0.02, 4, lambda t: (torch.ones_like(t), t)),
     "cogvideox": _cogvideox(),
-    "hunyuandit-1.2": _ddpm(_scaled_linear(0.018)),
+    "hunyuandit-1.2": _table(_alpha_bar(0.018)),
     "stable-audio": Path(0, 1, lambda t: (torch.cos(math.pi / 2 * t), torch.sin(math.pi / 2 * t))),
+    "mochi": Path(0, 1000, lambda t: (t / 1000, 1 - t / 1000)),
+    "scheduler": _table(_alpha_bar(0.015)),
+}
+# Conventions without a name, as a user makes them: of two functions, or of a scheduler's table.
+OWN = {
+    "mochi": st.TimeConvention("mochi", alpha=lambda t: t / 1000, sigma=lambda t: 1 - t / 1000, domain=(0, 1000)),
+    "scheduler": st.TimeConvention.from_alphas_cumprod("scheduler", _alpha_bar(0.015)),
 }
 
 
-def first_argument(output: Any, arguments: Mapping[str, Any]) -> Any:
-    """The output as it is."""
-    return output
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Clean latents, and the arguments of the model's call by name, in the signature's order.
-
-    Attributes:
-        latents: In the layout in which the model gets x_t.
-        arguments: x_t, t and the conditions.
-        inside: (N,), 1 for the samples in the default window, else 0.
-    """
+class Batch(NamedTuple):
+    """Clean latents, the model's arguments by name and in order, and (N,) 1 for samples in the default window, or 0."""
 
     latents: Tensor
     arguments: dict[str, Any]
@@ -93,52 +84,29 @@ class Batch:
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """One backbone: how it is built and called, how the library is attached, and what the plain formula needs.
+    """One backbone: how it is built and called, how the library is attached, and what the plain formula needs."""
 
-    Attributes:
-        build: From a seed to a model in train mode.
-        shape: Of one sample's latents, in the layout in which the model gets x_t.
-        time: The convention of its loops.
-        conditions: From a batch size and a generator to the arguments besides x_t and t.
-        null: The null condition.
-        shallow, student, teacher: Layers of stage 1 and of stage 2.
-        patch_size, channel_axis: Of the latents.
-        reads: Settings that both stages and the teacher take: ``call``, ``select``, ``tokens``.
-        teacher_reads: Those of the teacher, where they differ.
-        settings: Other settings of both stages.
-        asks: The width of the layers, where it cannot be read off them.
-        x, t: Names of the arguments that hold x_t and t.
-        t_dtype, t_axes: How the loop gives t.
-        positional: How many arguments the loop gives by position.
-        second_call: What a second call in the same step changes; None without one.
-        image: From the model's output to the image that the loop compares.
-        pick: From a layer's output and the call's arguments to the image's tokens.
-        teacher_pick: The same for the teacher's layer, where it differs.
-    """
-
-    build: Callable[[int], nn.Module]
-    shape: tuple[int, ...]
-    time: str
-    conditions: Callable[[int, torch.Generator], dict[str, Any]]
+    build: Callable[[int], nn.Module]  # from a seed to a model in train mode
+    shape: tuple[int, ...]  # of one sample's latents, as the loop noises them
+    time: str  # the convention of its loops
+    conditions: Callable[[int, torch.Generator], dict[str, Any]]  # from N to the arguments besides x_t and t
     null: Mapping[str, Any]
-    shallow: str
+    shallow: str  # stage 1's layer
     student: str
     teacher: str
     patch_size: tuple[int, ...] = (2, 2)
     channel_axis: int = 1
-    reads: Mapping[str, Any] = field(default_factory=dict)
-    teacher_reads: Mapping[str, Any] | None = None
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    asks: int | None = None
-    x: str = "x"
+    reads: Mapping[str, Any] = field(default_factory=dict)  # call, select and tokens of both stages and the teacher
+    teacher_reads: Mapping[str, Any] | None = None  # those of the teacher, where they differ
+    settings: Mapping[str, Any] = field(default_factory=dict)  # others of both stages
+    asks: int | None = None  # the width of the layers, where it cannot be read off them
+    x: str = "x"  # the arguments that hold x_t and t,
     t: str = "t"
-    t_dtype: torch.dtype = torch.float32
-    t_axes: int = 1
-    positional: int = 2
-    second_call: Mapping[str, Any] | None = None
-    image: Callable[[Any], Tensor] = lambda output: output
-    pick: Callable[[Any, Mapping[str, Any]], Tensor] = first_argument
-    teacher_pick: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+    give_x: Callable[[Tensor], Any] = lambda x: x  # and what becomes of both there
+    give_t: Callable[[Tensor], Tensor] = lambda t: t
+    positional: int = 2  # how many arguments the loop gives by position
+    second_call: Mapping[str, Any] | None = None  # what a second call in the same step changes
+    pick: Callable[[Any, Mapping[str, Any]], Tensor] | None = None  # the image's tokens, where ``reads`` do not tell
 
     def batch(self, n: int = 8, seed: int = 0) -> Batch:
         """A batch whose times are spread over the whole range."""
@@ -150,57 +118,65 @@ class Backbone:
         alpha, sigma = path.coefficients(t)
         axes = (n, *[1] * len(self.shape))
         x_t = alpha.reshape(axes) * latents + sigma.reshape(axes) * noise
-        given = t.to(self.t_dtype).reshape(n, *[1] * (self.t_axes - 1))
-        arguments = {self.x: x_t, self.t: given, **self.conditions(n, g)}
+        arguments = {self.x: self.give_x(x_t), self.t: self.give_t(t), **self.conditions(n, g)}
         return Batch(latents, arguments, plain.inside(sigma / (sigma + alpha * path.data_std)))
-
-    def call(self, model: nn.Module, arguments: Mapping[str, Any]) -> Any:
-        """The model's call as the loop writes it, some arguments by position."""
-        positional = list(arguments)[: self.positional]
-        return model(*(arguments[n] for n in positional), **{n: v for n, v in arguments.items() if n not in positional})
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         """The loop's own loss for each sample, (N,)."""
         total = torch.zeros(len(batch.latents), device=batch.latents.device)
         for changes in [{}, *([] if self.second_call is None else [self.second_call])]:
-            image = self.image(self.call(model, batch.arguments | changes))
-            total = total + (image - batch.latents).square().flatten(1).mean(1)
+            arguments = batch.arguments | changes
+            first = [arguments.pop(name) for name in list(arguments)[: self.positional]]
+            output = model(*first, **arguments)
+            while not isinstance(output, Tensor):  # the image, whatever it comes in
+                output = output["x"] if isinstance(output, Mapping) else output[0]
+                output = torch.stack(output) if isinstance(output, list) else output  # one a sample
+            total = total + output.square().flatten(1).mean(1)
         return total
 
     def stage1(self, model: nn.Module, **settings: Any) -> st.SelfTransLoss:
-        """The criterion of stage 1, attached to ``model``."""
         channels = self.shape[self.channel_axis - 1]
         grid = {"latent_channels": channels, "patch_size": self.patch_size, "channel_axis": self.channel_axis}
         return st.SelfTransLoss.stage1(model, **self._settings(self.shallow) | grid | settings)
 
     def make_teacher(self, model: nn.Module, **settings: Any) -> st.CFGFeatureTeacher:
         """A teacher that takes ``model`` over."""
-        reads = self.reads if self.teacher_reads is None else self.teacher_reads
         taken = {"layer": self.teacher, "guidance_scale": GUIDANCE_SCALE, "null": self.null, "hidden_size": self.asks}
-        return st.build_teacher(model, None, **taken | dict(reads) | settings)
+        return st.build_teacher(model, None, **taken | dict(self._teacher_reads) | settings)
 
     def stage2(self, model: nn.Module, teacher: st.CFGFeatureTeacher, **settings: Any) -> st.SelfTransLoss:
-        """The criterion of stage 2, attached to ``model``."""
         return st.SelfTransLoss.stage2(model, teacher=teacher, **self._settings(self.student) | settings)
 
     def _settings(self, layer: str) -> dict[str, Any]:
-        shared = {"layer": layer, "time": self.time, "hidden_size": self.asks, "hidden_features": 24}
+        time = OWN.get(self.time, self.time)
+        shared = {"layer": layer, "time": time, "hidden_size": self.asks, "hidden_features": 24}
         return shared | dict(self.reads) | dict(self.settings)
 
-    def plain_tokens(self, model: nn.Module, layer: str, arguments: Mapping[str, Any]) -> Tensor:
-        """The image's tokens behind the teacher's layer, by a hook of PyTorch's own."""
-        _, captured = plain.tapped(model, layer, **arguments)
-        return (self.teacher_pick or self.pick)(captured, arguments)
+    @property
+    def _teacher_reads(self) -> Mapping[str, Any]:
+        return self.reads if self.teacher_reads is None else self.teacher_reads
+
+    def picked(self, output: Any, arguments: Mapping[str, Any], reads: Mapping[str, Any]) -> Tensor:
+        """The image's tokens in a layer's output: by ``pick``, or the only ones, or the last or first of them."""
+        if self.pick is not None:
+            return self.pick(output, arguments)
+        output = output if isinstance(output, Tensor) else output[reads.get("select", 0)]
+        if "tokens" not in reads:
+            return output
+        spatial = [size for axis, size in enumerate(self.shape, 1) if axis != self.channel_axis]
+        count = math.prod(size // p for size, p in zip(spatial, self.patch_size, strict=True))
+        return output[:, -count:] if reads["tokens"].start else output[:, :count]
 
     def plain_guided(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         """f_u + w (f_c − f_u), from two passes through the whole model in eval mode."""
-        model, null = copy.deepcopy(model).eval(), {}
-        arguments = {**arguments, **dict(self.teacher_reads or {}).get("call", {}).get("fixed", {})}
+        model, reads = copy.deepcopy(model).eval(), self._teacher_reads
+        shared, axes, fixed = (reads.get("call", {}).get(key, {}) for key in ("shared", "rows", "fixed"))
+        given, n, null = {**arguments, **fixed}, len(arguments[self.x]), {}
         for name, value in self.null.items():
-            given = arguments[name]
-            null[name] = torch.zeros_like(given) + torch.as_tensor(value, dtype=given.dtype)
+            null[name] = value if name in shared else as_rows(value, given[name], n, axes.get(name, 0))
         with torch.no_grad():
-            f_c, f_u = (self.plain_tokens(model, self.teacher, a) for a in (arguments, {**arguments, **null}))
+            calls = [given, {**given, **null}]
+            f_c, f_u = (self.picked(plain.tapped(model, self.teacher, **call)[1], call, reads) for call in calls)
         return f_u + GUIDANCE_SCALE * (f_c - f_u)
 
     def plain_losses(self, model: nn.Module, batch: Batch, layer: str) -> tuple[Tensor, Tensor]:
@@ -209,7 +185,20 @@ class Backbone:
         handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
         losses = self.losses(model, batch)
         handle.remove()
-        return losses, self.pick(seen[0], batch.arguments)
+        return losses, self.picked(seen[0], batch.arguments, self.reads)
+
+
+def as_rows(value: Any, given: Any, n: int, axis: int = 0) -> Any:
+    """The null condition of one argument, for each of n samples."""
+    if isinstance(value, Mapping):
+        return [as_rows(value[i], entry, n) if i in value else entry for i, entry in enumerate(given)]
+    if isinstance(given, list):
+        return [value] * n
+    if isinstance(value, Tensor):  # of a length of its own, maybe
+        shape = list(value.shape)
+        shape.insert(axis, n)
+        return value.unsqueeze(axis).expand(shape).to(given, copy=True)
+    return None if value is None else torch.full_like(given, value)
 
 
 def patches(latents: Tensor, patch_size: tuple[int, ...], channel_axis: int) -> Tensor:
@@ -224,26 +213,24 @@ def patches(latents: Tensor, patch_size: tuple[int, ...], channel_axis: int) -> 
 
 
 def plain_alignment(
-    backbone: Backbone,
-    teacher: nn.Module | None,
-    p: Mapping[str, Tensor],
-    tokens: Tensor,
-    batch: Batch,
-    head: str = "heads.0.",
+    backbone: Backbone, teacher: nn.Module | None, p: Mapping[str, Tensor], tokens: Tensor, batch: Batch
 ) -> Tensor:
     """The alignment with a head's parameters in ``p``: of stage 2 with a teacher, of stage 1 without one."""
     if teacher is None:
-        projected = plain.project(p, tokens, f"{head}head.")
+        projected = plain.project(p, tokens, "heads.0.head.")
         normed = F.layer_norm(projected, projected.shape[-1:], eps=1e-6)
-        predicted = F.linear(normed, p[f"{head}linear.weight"], p[f"{head}linear.bias"])
+        predicted = F.linear(normed, p["heads.0.linear.weight"], p["heads.0.linear.bias"])
         target = patches(batch.latents, backbone.patch_size, backbone.channel_axis)
     else:
-        predicted, target = plain.project(p, tokens, head), backbone.plain_guided(teacher, batch.arguments)
+        predicted, target = plain.project(p, tokens, "heads.0."), backbone.plain_guided(teacher, batch.arguments)
     return (batch.inside * plain.distance(predicted, target)).sum() / len(batch.inside)
 
 
 def assert_step_is_plain(backbone: Backbone, stage: int) -> None:
-    """One step on a batch: loss terms, and the gradients of model and head, are those of the plain formula."""
+    """One step on a batch: loss terms, and the gradients of model and head, are those of the plain formula.
+
+    The teacher is compared once more, since its first call ran a model of which nothing had been dropped.
+    """
     model, teacher, batch = backbone.build(0), backbone.build(1), backbone.batch()
     reference, reference_teacher = copy.deepcopy(model), copy.deepcopy(teacher)
     if stage == 1:
@@ -269,3 +256,7 @@ def assert_step_is_plain(backbone: Backbone, stage: int) -> None:
     reference.zero_grad()
     alignment.backward()
     assert any(q.grad is not None and q.grad.abs().max() > 1e-4 for q in reference.get_submodule(layer).parameters())
+    if stage == 2:
+        arguments = backbone.batch(3, seed=1).arguments
+        expected = backbone.plain_guided(reference_teacher, arguments)
+        torch.testing.assert_close(criterion.teacher(**arguments), expected, rtol=1e-4, atol=1e-4)

@@ -11,9 +11,6 @@ from backbones import Backbone
 from torch import Tensor, nn
 from toys import ToyDiT, ToyEDM2, ToyMaskDiT, ToyMDT, ToyMMDiT, ToyPixArt, ToyREPA, ToySRA, ToyUViT
 
-_BLOCKS = {"shallow": "blocks.1", "student": "blocks.1", "teacher": "blocks.2"}
-_LATENTS = (4, 8, 8)
-
 
 def labels(n: int, g: torch.Generator) -> dict[str, Tensor]:
     return {"y": torch.randint(10, (n,), generator=g)}
@@ -43,92 +40,39 @@ def toy(kind: Callable[..., nn.Module] = ToyDiT, **settings: Any) -> Callable[[i
     return lambda seed: kind(seed=seed, **settings).train()
 
 
-def _labelled(build: Callable[[int], nn.Module], time: str, **more: Any) -> Backbone:
-    return Backbone(
-        build=build, time=time, **{"shape": _LATENTS, "conditions": labels, "null": {"y": 10}} | _BLOCKS | more
-    )
+def _like(
+    build: Callable[[int], nn.Module], time: str, layers: str = "blocks.1 blocks.1 blocks.2", **more: Any
+) -> Backbone:
+    """With labels, unless ``more`` says otherwise; ``layers`` are stage 1's, the student's and the teacher's."""
+    named = dict(zip(("shallow", "student", "teacher"), layers.split(), strict=True))
+    usual = {"shape": (4, 8, 8), "conditions": labels, "null": {"y": 10}}
+    return Backbone(build=build, time=time, **usual | named | more)
 
 
-_STEPS: dict[str, Any] = {"t_dtype": torch.int64, "image": lambda output: output[:, :4]}
+# sigma comes as (N, 1, 1, 1)
+_SIGMA: dict[str, Any] = {"t": "sigma", "give_t": lambda sigma: sigma.reshape(-1, 1, 1, 1), "null": {"class_labels": 0}}
 
+# fmt: off
 LOOKALIKES = {
-    "SiT": _labelled(toy(dropout=0.5), "sit"),
-    "DiT": _labelled(toy(dropout=0.5, t_max=1000.0, out_channels=8), "ddpm", **_STEPS),
-    "fast-DiT": _labelled(toy(t_max=1000.0, out_channels=8, checkpointing=True), "ddpm", **_STEPS),
-    "REPA": _labelled(toy(ToyREPA, dropout=0.5), "repa", image=lambda output: output[0]),
-    "SRA": _labelled(
-        toy(ToySRA),
-        "repa",
-        conditions=lambda n, g: labels(n, g) | {"ad": 3},
-        image=lambda output: output[0],
-    ),
-    "MMDiT": _labelled(
-        toy(ToyMMDiT),
-        "repa",
-        conditions=text,
-        null={"context": torch.linspace(0, 1, 30).reshape(5, 6)},
-        shallow="joint_blocks.1",
-        student="joint_blocks.1",
-        teacher="joint_blocks.2",
-        reads={"select": 1},
-        pick=lambda output, arguments: output[1],
-    ),
-    "LightningDiT": _labelled(
-        toy(patch_size=1, channels=8, dropout=0.5), "sit", shape=(8, 4, 4), patch_size=(1, 1), positional=3
-    ),
-    "U-ViT": _labelled(
-        toy(ToyUViT),
-        "uvit",
-        conditions=dropped_by_the_loop,
-        shallow="in_blocks.1",
-        student="in_blocks.1",
-        teacher="mid_block",
-        t="timesteps",
-        reads={"tokens": slice(2, None)},
-        pick=lambda output, arguments: output[:, 2:],
-    ),
-    "MDT": _labelled(
-        toy(ToyMDT),
-        "ddpm",
-        shallow="en_inblocks.1",
-        student="en_inblocks.1",
-        teacher="en_outblocks.1",
-        settings={"forward": "first"},
-        second_call={"enable_mask": True},
-        **_STEPS,
-    ),
-    "MaskDiT": _labelled(
-        toy(ToyMaskDiT),
-        "maskdit",
-        conditions=lambda n, g: one_hot(n, g) | {"mask_ratio": 0.5},
-        null={"class_labels": 0},
-        shallow="model.decoder_blocks.0",
-        student="model.decoder_blocks.0",
-        teacher="model.decoder_blocks.1",
-        t="sigma",
-        t_axes=4,
-        teacher_reads={"call": {"fixed": {"mask_ratio": 0.0}}},
-        image=lambda output: output["x"],
-    ),
-    "EDM2": _labelled(
-        toy(ToyEDM2),
-        "edm",
-        conditions=one_hot,
-        null={"class_labels": 0},
-        shallow="unet.enc.16x16_block1",
-        student="unet.enc.16x16_block1",
-        teacher="unet.enc.16x16_block2",
-        t="sigma",
-        t_axes=4,
-        asks=16,
-        pick=lambda output, arguments: output.flatten(2).transpose(1, 2),
-    ),
-    "PixArt": _labelled(
-        toy(ToyPixArt, t_max=1000.0),
-        "ddpm",
-        conditions=caption,
-        null={"y": torch.linspace(-1, 1, 30).reshape(1, 5, 6), "mask": torch.ones(5)},
-        t="timestep",
-        **_STEPS,
-    ),
+    "SiT": _like(toy(dropout=0.5), "sit"),
+    "DiT": _like(toy(dropout=0.5, t_max=1000.0, out_channels=8), "ddpm"),
+    "fast-DiT": _like(toy(t_max=1000.0, out_channels=8, checkpointing=True), "ddpm"),
+    "REPA": _like(toy(ToyREPA, dropout=0.5), "repa"),
+    "SRA": _like(toy(ToySRA), "repa", conditions=lambda n, g: labels(n, g) | {"ad": 3}),
+    "MMDiT": _like(toy(ToyMMDiT), "repa", "joint_blocks.1 joint_blocks.1 joint_blocks.2", reads={"select": 1},
+                   conditions=text, null={"context": torch.linspace(0, 1, 30).reshape(5, 6)}),
+    "LightningDiT": _like(toy(patch_size=1, channels=8, dropout=0.5), "sit", shape=(8, 4, 4), patch_size=(1, 1),
+                          positional=3),
+    "U-ViT": _like(toy(ToyUViT), "uvit", "in_blocks.1 in_blocks.1 mid_block", conditions=dropped_by_the_loop,
+                   t="timesteps", reads={"tokens": slice(2, None)}),
+    "MDT": _like(toy(ToyMDT), "ddpm", "en_inblocks.1 en_inblocks.1 en_outblocks.1", settings={"forward": "first"},
+                 second_call={"enable_mask": True}),
+    "MaskDiT": _like(toy(ToyMaskDiT), "maskdit", "model.decoder_blocks.0 model.decoder_blocks.0 model.decoder_blocks.1",
+                     conditions=lambda n, g: one_hot(n, g) | {"mask_ratio": 0.5}, **_SIGMA,
+                     teacher_reads={"call": {"fixed": {"mask_ratio": 0.0}}}),
+    "EDM2": _like(toy(ToyEDM2), "edm", "unet.enc.16x16_block1 unet.enc.16x16_block1 unet.enc.16x16_block2", **_SIGMA,
+                  conditions=one_hot, asks=16, pick=lambda output, call: output.flatten(2).transpose(1, 2)),
+    "PixArt": _like(toy(ToyPixArt, t_max=1000.0), "ddpm", conditions=caption, t="timestep",
+                    null={"y": torch.linspace(-1, 1, 30).reshape(1, 5, 6), "mask": torch.ones(5)}),
 }
+# fmt: on
