@@ -296,52 +296,41 @@ def teacher_without_a_null_row() -> st.CFGFeatureTeacher:
     return new_teacher(model)
 
 
-def break_the_input(run: Run, b: Batch) -> None:
-    b.x_t[2, 0, 0, 0] = torch.nan
-
-
 def break_the_head(run: Run, b: Batch) -> None:
     run.steps(3)
     run.criterion.heads[0][2].bias.data[0] = torch.nan
     run.criterion(denoising(run.model, b), latents=b.latents)  # not looked at before the interval
 
 
-def break_the_latents(run: Run, b: Batch) -> None:
-    b.latents[0] = torch.inf
-
-
 @pytest.mark.parametrize(
-    ("settings", "plant", "parts"),
+    ("settings", "plant", "said"),
     [
         (
             lambda: {"model": OverflowingDiT(1)}, None,
-            ["student's layer 'blocks.1' gave NaN or inf in 2 of 4 samples, at noise fractions from 0.10 to 0.42.",
-             "all weights are finite, so a value overflowed"],
+            "student's layer 'blocks.1' .* 2 of 4 samples, at noise fractions from 0.10 to 0.42.*value overflowed",
         ),
         (
-            lambda: {"stage": 1, "check_interval": None}, break_the_input,
-            ["in 1 of 4 samples, at noise fraction 0.42.", "The model was called with NaN or inf in 'x': look at"],
+            lambda: {"stage": 1}, lambda run, b: b.x_t[2, 0, 0, 0].fill_(torch.nan),
+            "in 1 of 4 samples, at noise fraction 0.42.*The model was called with NaN or inf in 'x': look at",
         ),
         (
             lambda: {"teacher": new_teacher(OverflowingDiT(2))}, None,
-            ["The teacher's layer 'blocks.2' gave NaN or inf with the condition and with the null condition in 1 of 3"],
+            "teacher's layer 'blocks.2' gave .* with the condition and with the null condition in 1 of 3 samples",
         ),
         (
             lambda: {"teacher": teacher_without_a_null_row()}, None,
-            ["'blocks.2' gave NaN or inf with the null condition in 3 of 3 samples, at noise fractions from 0.42 to ",
-             "'y_embedder.weight'", "A teacher does not train, so its checkpoint or a cast made them"],
+            "gave NaN or inf with the null condition in 3 of 3 samples.*'y_embedder.weight'.*A teacher does not train",
         ),
-        (dict, break_the_head, ["The alignment is NaN or inf, although", "'heads.0.2.bias'"]),
+        (dict, break_the_head, "The alignment is NaN or inf, although.*'heads.0.2.bias'"),
         (
-            lambda: {"stage": 1, "check_interval": None}, break_the_latents,
-            ["The latents to align with hold NaN or inf in 1 of 3 samples, at noise fraction 0.65."],
+            lambda: {"stage": 1}, lambda run, b: b.latents[0].fill_(torch.inf),
+            "The latents to align with hold NaN or inf in 1 of 3 samples, at noise fraction 0.65.",
         ),
     ],
 )  # fmt: skip
-def test_the_place_and_cause_of_what_is_not_finite_are_named(settings: Any, plant: Any, parts: list[str]) -> None:
-    run, b = Run(**settings()), noisy_batch(TIMES)
+def test_the_place_and_cause_of_what_is_not_finite_are_named(settings: Any, plant: Any, said: str) -> None:
+    run, b = Run(check_interval=None, **settings()), noisy_batch(TIMES)
     if plant is not None:
         plant(run, b)
-    with pytest.raises(NotFiniteError) as error:
+    with pytest.raises(NotFiniteError, match=f"(?s){said}"):
         run.criterion(denoising(run.model, b), latents=b.latents)
-    assert [part for part in parts if part not in str(error.value)] == []

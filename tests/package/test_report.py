@@ -10,6 +10,7 @@ import pytest
 import torch
 from backbones import PATHS, Backbone
 from lookalikes import LOOKALIKES
+from sklearn.neighbors import KNeighborsClassifier
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from toys import ToyDiT
@@ -189,6 +190,7 @@ def test_every_number_is_that_of_a_plain_formula() -> None:
         k = k - (ones @ k + k @ ones) / (n - 2) + ones * k.sum() / ((n - 1) * (n - 2))
         return k.fill_diagonal_(0)
 
+    test, train = torch.randperm(n, generator=torch.Generator().manual_seed(7)).split([6, 18])
     for j, (layer, (f_c, f_u)) in enumerate(features.items()):
         assert report.mean("contrast", layer, 1.0) == pytest.approx(((f_c - f_u).norm() / f_c.norm()).item(), 1e-4)
         for index, scale in enumerate(report.guidance_scales):
@@ -198,6 +200,9 @@ def test_every_number_is_that_of_a_plain_formula() -> None:
             shares = torch.linalg.svdvals(f_g.mean(1) - f_g.mean((0, 1)))
             entropy = torch.distributions.Categorical(probs=shares / shares.sum()).entropy()
             assert report.mean("effective_rank", layer, scale) == pytest.approx(entropy.exp().item(), rel=1e-3)
+            pooled = f_g.mean(1) - f_g.mean(1)[train].mean(0)
+            neighbours = KNeighborsClassifier(3, metric="cosine").fit(pooled[train], y[train])
+            assert report.mean("knn", layer, scale) == pytest.approx(neighbours.score(pooled[test], y[test]))
             for i, student in enumerate(report.layers):
                 a, b = centred(features[student][0]), centred(f_g)
                 cka = ((a * b).sum() / (a.norm() * b.norm())).item()
