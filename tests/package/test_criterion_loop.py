@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import weakref
 from collections.abc import Callable, Iterator
@@ -98,12 +97,6 @@ def sampling(model: nn.Module, criterion: st.SelfTransLoss) -> Tensor:
     return loss
 
 
-def a_copy_that_trains(model: nn.Module, criterion: st.SelfTransLoss) -> Tensor:
-    loss = denoising(model, B)
-    denoising(copy.deepcopy(model), OTHER).mean().backward()
-    return loss
-
-
 def a_forward_that_raises(model: nn.Module, criterion: st.SelfTransLoss, failure: Any = ValueError) -> Tensor:
     def fail(module: nn.Module, args: tuple[object, ...]) -> None:
         raise failure
@@ -153,7 +146,7 @@ def evaluation(model: nn.Module, criterion: st.SelfTransLoss) -> Tensor:
 
 
 DISTURBANCES = [
-    *(sampling, a_copy_that_trains, a_forward_that_raises, an_interrupted_forward),
+    *(sampling, a_forward_that_raises, an_interrupted_forward),
     *(a_forward_that_raises_before_the_loss, refused_calls, a_skipped_batch, evaluation),
 ]
 
