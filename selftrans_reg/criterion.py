@@ -166,8 +166,7 @@ class SelfTransLoss(nn.Module):
             hidden_features: The head's inner width.
             target: ``"latents"`` (the paper) or ``"velocity"`` (the released code: noise − latents, whatever the sign
                 of the loop's own).
-            **settings: Those of both stages, such as ``weight``, ``window`` and ``stop_step``:
-                :class:`SelfTransLoss` lists them all.
+            **settings: Those of both stages (``weight``, ``window``, ...), which :class:`SelfTransLoss` lists.
 
         Raises:
             LayerNotFoundError: If the model has no such layer.
@@ -209,8 +208,7 @@ class SelfTransLoss(nn.Module):
                 is short; the result is the same.
             teacher_rows: Run teacher and head only on a random part of the rows inside the window: at most this many,
                 or this share of them. The loss and its gradient stay the same in expectation and vary more.
-            **settings: Those of both stages, such as ``weight``, ``window`` and ``stop_step``:
-                :class:`SelfTransLoss` lists them all.
+            **settings: Those of both stages (``weight``, ``window``, ...), which :class:`SelfTransLoss` lists.
 
         Raises:
             LayerNotFoundError: If the model has no such layer.
