@@ -89,6 +89,7 @@ PUBLISHED = {
 }
 
 PANELS, PANEL_COLUMNS, PANEL_ROWS = 5, 5, 4  # of the picture of samples: checkpoints a run, images of each
+WIDTHS = {"frechet_distance": 19, "spread": 9, "precision": 11, "recall": 9}  # of the table's columns
 MARKERS = "os^Dv"  # hollow, so that of two curves in one place both are seen
 LOGARITHMIC_FROM = 4  # largest over smallest distance: nearer ones are read better on a plain axis
 
@@ -97,7 +98,7 @@ Row = dict[str, Any]
 
 def measured(run: argparse.Namespace, images: ImageSet, extractor: Extractor, reference: Reference) -> Row:
     """Distance, spread, precision and recall of a set of images."""
-    features = np.concatenate(list(extractor.of(images, run.batch_size)))
+    features = extractor.of(images, run.batch_size)
     row: Row = {
         "samples": len(features),
         "frechet_distance": frechet_distance(reference.statistics, feature_statistics(features)),
@@ -113,10 +114,8 @@ def report(rows: dict[str, Row], extractor: Extractor, reference: Reference, boo
     """The rows as a table, and what they are."""
     lines = ["", f"{'':<24}{'images':>9}{'Fréchet distance':>19}{'spread':>9}{'precision':>11}{'recall':>9}"]
     for name, row in rows.items():
-        line = f"{name:<24}{row['samples']:>9,}{row['frechet_distance']:>19.3f}{row['spread']:>9.3f}"
-        lines.append(
-            line + "".join(f"{row[k]:>{width}.3f}" for k, width in [("precision", 11), ("recall", 9)] if k in row)
-        )
+        cells = [f"{row[key]:>{width}.3f}" for key, width in WIDTHS.items() if key in row]
+        lines.append(f"{name:<24}{row['samples']:>9,}{''.join(cells)}")
     count = "an unknown number of" if reference.count is None else f"{reference.count:,}"
     lines += [
         "",
@@ -178,20 +177,13 @@ def drawn_curves(curves: dict[str, dict[str, Row]], *, published: bool) -> "Figu
 
 def draw_samples(curves: dict[str, dict[str, Row]], samples: Path, path: Path) -> None:
     """The first images of some checkpoints of each run: the same noise and labels along training."""
-    pictures = {}
+    pictures: dict[str, dict[str, np.ndarray]] = {name: {} for name in curves}
     for name, rows in curves.items():
         steps = list(rows)
-        chosen = sorted({round(i) for i in np.linspace(0, len(steps) - 1, PANELS)})
-        pictures[name] = {
-            f"{int(steps[i]):,} steps": tile(first_images(samples / name / steps[i]), PANEL_COLUMNS) for i in chosen
-        }
+        for step in dict.fromkeys(steps[round(i)] for i in np.linspace(0, len(steps) - 1, PANELS)):
+            images = next(ImageSet(samples / name / step).batches(PANEL_COLUMNS * PANEL_ROWS))
+            pictures[name][f"{int(step):,} steps"] = tile(images.permute(0, 2, 3, 1), PANEL_COLUMNS)
     save_panels(pictures, path)
-
-
-def first_images(folder: Path) -> np.ndarray:
-    """The first images (N, H, W, 3) of a set, in [0, 1]."""
-    images = next(ImageSet(folder).batches(PANEL_COLUMNS * PANEL_ROWS))
-    return (images.permute(0, 2, 3, 1) / 255).numpy()
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Row]:

@@ -11,6 +11,7 @@ from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
+from einops import rearrange
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -194,13 +195,9 @@ def save_panels(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 def tile(images: NDArray[Any] | Tensor, columns: int, *, gap: int = 1) -> NDArray[Any]:
     """Images (N, H, W, 3), bytes or numbers in [0, 1], as one: in rows of so many, with white between them."""
     images = np.asarray(images)
-    count, height, width, _ = images.shape
-    rows, white = -(-count // columns), 255 if images.dtype == np.uint8 else 1
-    grid = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, 3), white, images.dtype)
-    for i, image in enumerate(images):
-        top, left = i // columns * (height + gap), i % columns * (width + gap)
-        grid[top : top + height, left : left + width] = image
-    return grid
+    lacking = [(0, -len(images) % columns), (0, gap), (0, gap), (0, 0)]
+    padded = np.pad(images, lacking, constant_values=255 if images.dtype == np.uint8 else 1)
+    return rearrange(padded, "(row column) h w rgb -> (row h) (column w) rgb", column=columns)[:-gap, :-gap]
 
 
 class ImageSet:

@@ -249,26 +249,26 @@ def _sizes(saved: Mapping[str, Tensor], source: object) -> dict[str, Any]:
         (hidden_size, in_channels, patch_size, _), (_, tokens, _), (rows, _), (channels, _), (mlp, _) = (
             saved[key].shape for key in _NEEDED
         )
-        sizes = {
-            "input_size": math.isqrt(tokens) * patch_size,
-            "patch_size": patch_size,
-            "in_channels": in_channels,
-            "hidden_size": hidden_size,
-            "depth": len({key.split(".")[1] for key in saved if key.startswith("blocks.")}),
-            "mlp_ratio": mlp / hidden_size,
-            "learn_sigma": channels == 2 * patch_size**2 * in_channels,
-            "qk_norm": norm is not None,
-            "rows": rows,
-        } | ({} if norm is None else {"num_heads": hidden_size // norm.numel()})
-        outputs = patch_size**2 * in_channels * (1 + sizes["learn_sigma"])
+        side, outputs = math.isqrt(tokens), channels / (patch_size**2 * in_channels)
         heads = 1 if norm is None else hidden_size / norm.numel()
-        sensible = channels == outputs and math.isqrt(tokens) ** 2 == tokens and heads in range(1, hidden_size + 1)
-    except (ValueError, ZeroDivisionError):
-        sensible = False
-    if not sensible:
+        if side**2 != tokens or outputs not in (1, 2) or heads not in range(1, hidden_size + 1):
+            raise ValueError  # noqa: TRY301
+    except (ValueError, ZeroDivisionError) as error:
         shapes = "; ".join(f"{key} {tuple(saved[key].shape)}" for key in _NEEDED)
-        raise Mistake(f"{source} holds no SiT on square latents: the shapes do not go together.\nFound: {shapes}.")
-    return sizes
+        message = f"{source} holds no SiT on square latents: the shapes do not go together.\nFound: {shapes}."
+        raise Mistake(message) from error
+    return {
+        "input_size": side * patch_size,
+        "patch_size": patch_size,
+        "in_channels": in_channels,
+        "hidden_size": hidden_size,
+        "depth": len({key.split(".")[1] for key in saved if key.startswith("blocks.")}),
+        "mlp_ratio": mlp / hidden_size,
+        "learn_sigma": outputs == 2,
+        "qk_norm": norm is not None,
+        "rows": rows,
+        **({} if norm is None else {"num_heads": int(heads)}),
+    }
 
 
 def _settled(sizes: dict[str, Any], said: Mapping[str, Mapping[str, Any]], source: object) -> dict[str, Any]:

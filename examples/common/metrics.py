@@ -1,10 +1,10 @@
 """How far samples are from data, in features of an extractor that has a name, and statistics kept in a file with it.
 
-Of a set of images, which may be larger than the memory, nothing here holds more than a batch and some features. A small
+Of a set of images, which may be larger than the memory, nothing here holds more than a batch, and the features. A small
 classifier serves as the extractor where the images are small.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -69,11 +69,8 @@ def trained_classifier(path: Path, data: LabelledImages, *, steps: int, seed: in
 def accuracy(classifier: SmallClassifier, images: Tensor, labels: Tensor) -> float:
     """Fraction of the images that get their label."""
     device = classifier.head.weight.device
-    hits = [
-        (classifier(chunk.to(device)).argmax(1).cpu() == target.cpu()).sum()
-        for chunk, target in zip(images.split(_FEATURE_BATCH), labels.split(_FEATURE_BATCH), strict=True)
-    ]
-    return int(torch.stack(hits).sum()) / len(labels)
+    found = torch.cat([classifier(chunk.to(device)).argmax(1).cpu() for chunk in images.split(_FEATURE_BATCH)])
+    return (found == labels.cpu()).double().mean().item()
 
 
 @torch.no_grad()
@@ -93,32 +90,10 @@ class FeatureStatistics(NamedTuple):
 
 def feature_statistics(features: NDArray[np.floating]) -> FeatureStatistics:
     """Mean and covariance (with N - 1 below) of features (N, D)."""
-    return streamed_statistics([features])
-
-
-def streamed_statistics(batches: Iterable[NDArray[np.floating]]) -> FeatureStatistics:
-    """As `feature_statistics` of all batches (N_i, D) together, of which only one is held at a time.
-
-    Mean and scatter of what came before and of the new batch are joined by Chan's formula, which does not cancel.
-
-    Reference: Chan, Golub and LeVeque, 1983
-    """
-    count, mean, scatter = 0, np.zeros(0), np.zeros((0, 0))
-    for batch in batches:
-        rows = np.asarray(batch, np.float64)
-        if rows.ndim != 2:
-            raise Mistake(f"Features are (N, D), one row an image.\nFound: {rows.shape}.")
-        if not count:
-            mean, scatter = np.zeros(rows.shape[1]), np.zeros((rows.shape[1], rows.shape[1]))
-        own_mean = rows.mean(0)
-        apart = own_mean - mean
-        scatter += (rows - own_mean).T @ (rows - own_mean)
-        scatter += np.outer(apart, apart) * (count * len(rows) / (count + len(rows)))
-        mean = mean + apart * (len(rows) / (count + len(rows)))
-        count += len(rows)
-    if count < 2:
-        raise Mistake(f"Statistics need features of at least two images.\nFound: {count}.")
-    return FeatureStatistics(mean, scatter / (count - 1))
+    if features.ndim != 2 or len(features) < 2:
+        raise Mistake(f"Statistics need features (N, D) of at least two images.\nFound: {features.shape}.")
+    covariance = np.cov(features, rowvar=False, dtype=np.float64)
+    return FeatureStatistics(features.mean(0, dtype=np.float64), np.atleast_2d(covariance))
 
 
 def frechet_distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
@@ -240,12 +215,10 @@ class Extractor(NamedTuple):
             raise Mistake(f"The extractor {self.name!r} made features that are not finite: look at its input range.")
         return features.astype(np.float32)
 
-    def of(self, images: ImageSet, batch_size: int) -> Iterator[NDArray[np.float32]]:
-        """Features of a whole set, batch by batch."""
-        with progress(range(len(images)), f"features of {Path(images.name).name}") as bar:
-            for batch in images.batches(batch_size):
-                yield self(batch)
-                bar.update(len(batch))
+    def of(self, images: ImageSet, batch_size: int) -> NDArray[np.float32]:
+        """Features (N, D) of a whole set."""
+        bar = progress(images.batches(batch_size), f"features of {Path(images.name).name}")
+        return np.concatenate([self(batch) for batch in bar])
 
 
 def extractor_named(name: str, *, classifier: Path, device: str) -> Extractor:
@@ -302,24 +275,11 @@ def evenly(count: int) -> NDArray[np.int64]:
 
 
 def reference_of(images: ImageSet | None, path: Path | None, extractor: Extractor, *, batch_size: int) -> Reference:
-    """The data's features: from the ``.npz`` at the path if that is there, else computed and, with a path, written.
-
-    No more of them is held than statistics and `evenly` need.
-    """
+    """The data's features: from the ``.npz`` at the path if that is there, else computed and, with a path, written."""
     if path is not None and (images is None or path.exists()):
         return _read_reference(path, extractor, None if images is None else images.name)
-    wanted = evenly(len(images))
-    held: list[NDArray[np.float32]] = []
-
-    def batches() -> Iterator[NDArray[np.float32]]:
-        start = 0
-        for features in extractor.of(images, batch_size):
-            here = wanted[(wanted >= start) & (wanted < start + len(features))]
-            held.append(features[here - start])
-            start += len(features)
-            yield features
-
-    found = Reference(streamed_statistics(batches()), len(images), np.concatenate(held))
+    features = extractor.of(images, batch_size)
+    found = Reference(feature_statistics(features), len(features), features[evenly(len(features))])
     if path is not None:
         content = found.statistics._asdict() | {"count": found.count, "features": found.features}
         path.parent.mkdir(parents=True, exist_ok=True)
