@@ -98,7 +98,7 @@ def memory(*models: nn.Module) -> int:
 def main(argv: list[str] | None = None) -> None:
     """Train the base, then an adapter in either stage, and compare the memory of two teachers."""
     parser = Parser(__doc__)
-    parser.add_argument("--base-steps", type=at_least(1), default=600, help="of the base, without captions")
+    parser.add_argument("--base-steps", type=at_least(1), default=400, help="of the base, without captions")
     parser.add_argument("--steps", type=at_least(1), default=300, help="of each stage")
     parser.add_argument("--device", default="cpu", help="as cuda")
     run = parser.parse_args(argv)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import diffusers
 import torch
@@ -21,24 +21,14 @@ from selftrans_reg.recipes import find_blocks
 TEXT = 7  # tokens of a caption; neither a number of image tokens nor a divisor of one
 
 
-class Entry(NamedTuple):
-    """A model: its latents, its time, what it is called with besides, its settings, and more fields of a Backbone.
-
-    What is given as a shape, and each mask, is a condition, whose place the null condition takes. ``note`` says where
-    the image's tokens or latents are; ``blocks`` are those that ``recipe`` has to be told.
-    """
-
-    shape: tuple[int, ...]
-    time: str
-    given: dict[str, Any]
-    config: dict[str, Any]
-    note: str
-    blocks: str | None
-    more: dict[str, Any]
+# A model: its latents, its time, what it is called with besides, its settings, and more fields of a Backbone. What is
+# given as a shape, and each mask, is a condition, whose place the null condition takes. Among the fields may also be a
+# ``note`` of where the image is, and the ``blocks`` that ``recipe`` has to be told.
+Entry: TypeAlias = tuple[tuple[int, ...], str, dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
-def at(shape: Any, time: str, given: Any, config: Any, note: str = "", blocks: str | None = None, **more: Any) -> Entry:
-    return Entry(shape, time, given, config, note, blocks, more)
+def at(shape: Any, time: str, given: Any, config: Any, **more: Any) -> Entry:
+    return shape, time, given, config, more
 
 
 def s(**settings: Any) -> dict[str, Any]:
@@ -97,9 +87,9 @@ def small(kind: str, **settings: Any) -> Callable[[int], nn.Module]:
 @functools.cache
 def attached(kind: str) -> Backbone:
     """A model of the table as a user would attach to it, at the layers that ``recipe`` names."""
-    shape, time, given, config, _, blocks, more = TABLE[kind]
+    shape, time, given, config, more = TABLE[kind]
     build = small(kind, **config)
-    plan = st.recipe(build(0), blocks=blocks)
+    plan = st.recipe(build(0), blocks=more.get("blocks"))
     fields = s(shallow=plan.stage1_layer, student=plan.student_layer, teacher=plan.teacher_layer)
     fields |= s(x="hidden_states", t="timestep", positional=0, channel_axis=2 if len(shape) == 2 else 1)
     fields["patch_size"] = {2: (1,), 3: (2, 2), 4: (1, 2, 2)}[len(shape)]
@@ -111,7 +101,7 @@ def attached(kind: str) -> Backbone:
     def arguments(n: int, g: torch.Generator) -> dict[str, Any]:
         return {name: made(value, n, g) for name, value in given.items()} | last
 
-    fields |= {key: value for key, value in more.items() if key not in fields["reads"]}
+    fields |= {key: value for key, value in more.items() if key not in {*fields["reads"], "blocks", "note"}}
     return Backbone(build=build, shape=shape, time=time, conditions=arguments, **fields)
 
 
@@ -407,7 +397,7 @@ TABLE: dict[str, Entry | str] = {
         note="the image comes first, both padded"),
 }
 # fmt: on
-KINDS = [kind for kind, entry in TABLE.items() if isinstance(entry, Entry)]
+KINDS = [kind for kind, entry in TABLE.items() if not isinstance(entry, str)]
 _TIMES = {"scheduler": "its scheduler's", "mochi": "0 is noise, 1000 data"}
 
 
@@ -416,8 +406,8 @@ def row(kind: str) -> str:
     entry = TABLE[kind]
     if isinstance(entry, str):
         return f"| `{kind}` | | | | {entry} |"
-    backbone = attached(kind)
-    blocks = find_blocks(backbone.build(0), entry.blocks)
+    backbone, note = attached(kind), entry[-1].get("note")
+    blocks = find_blocks(backbone.build(0), entry[-1].get("blocks"))
     layers = ", ".join(f"`{name}.i`" for name in dict.fromkeys(block.rpartition(".")[0] for block in blocks))
     null = ", ".join(f"`{name}`" for name in backbone.null)
     reads = {key: value if isinstance(value, int) else "..." for key, value in backbone.reads.items() if key != "call"}
@@ -427,8 +417,8 @@ def row(kind: str) -> str:
     reads |= {"hidden_size": "..."} if backbone.asks else {}
     reads |= {"channel_axis": backbone.channel_axis} if backbone.channel_axis != 1 else {}
     needs = ", ".join(f"`{key}={value}`" for key, value in reads.items()).replace("'", '"')
-    time = _TIMES.get(entry.time, f'`"{entry.time}"`')
-    return f"| `{kind}` | {layers} | {time} | {null} | {needs}{entry.note and f' ({entry.note})'} |"
+    time = _TIMES.get(backbone.time, f'`"{backbone.time}"`')
+    return f"| `{kind}` | {layers} | {time} | {null} | {needs}{f' ({note})' if note else ''} |"
 
 
 if __name__ == "__main__":
