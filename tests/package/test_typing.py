@@ -1,10 +1,15 @@
 """What a user's type checker sees of the calls: their results, and typos in them."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+ROOT = Path(__file__).parents[2]
 SCRIPT = """\
 import torch
 import selftrans_reg as st
@@ -20,16 +25,21 @@ print(terms.alignement)
 criterion(torch.zeros(()), latent=latents)
 st.SelfTransLoss.stage1(model, layer="a", time="sit", latent_channels=4, patch_size=2, wieght=0.5)
 """
-TYPOS = {11: "alignement", 12: "latent", 13: "wieght"}
+TYPOS = {"11": "alignement", "12": "latent", "13": "wieght"}
+CHECKERS = {
+    "mypy": ["--no-color-output", "--cache-dir", str(ROOT / ".mypy_cache")],
+    "basedpyright": ["--pythonpath", sys.executable],  # pyright with its own Node.js: pyright fetches one
+}
 
 
-def test_a_call_gives_loss_terms_and_typos_are_errors(tmp_path: Path) -> None:
+@pytest.mark.parametrize("checker", CHECKERS)
+def test_a_call_gives_loss_terms_and_typos_are_errors(checker: str, tmp_path: Path) -> None:
     (tmp_path / "user.py").write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    command = [sys.executable, "-m", "mypy", "--no-color-output", "--cache-dir", str(root / ".mypy_cache"), "user.py"]
-    done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"MYPYPATH": str(root)}, check=False
-    )
-    errors = [line for line in done.stdout.splitlines() if ": error: " in line]
-    assert [int(line.split(":")[1]) for line in errors] == list(TYPOS), done.stdout + done.stderr
-    assert all(f'"{typo}"' in line for line, typo in zip(errors, TYPOS.values(), strict=True))
+    settings = {"typeCheckingMode": "standard", "extraPaths": [str(ROOT)]}  # pyright's own rules
+    (tmp_path / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", checker, *CHECKERS[checker], "user.py"]
+    environment = os.environ | {"MYPYPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, check=False)
+    errors = dict(re.findall(r"user\.py:(\d+)\b.* error: (.*)", done.stdout))
+    assert errors.keys() == TYPOS.keys(), done.stdout + done.stderr
+    assert all(f'"{typo}"' in errors[line] for line, typo in TYPOS.items())
