@@ -247,8 +247,9 @@ def new_sampler(
     run: argparse.Namespace, found: "Checkpoint", labels: Labels, null: int | None, path: str = "linear"
 ) -> tuple[ImageSampler, dict[str, Any]]:
     """What samples from a checkpoint's model as the options say, and what identifies the VAE and the scaling."""
-    vae, scaling = vae_of(found, run.vae, run.scale_factor)
     channels, side = found.settings["in_channels"], found.settings["input_size"]
+    place, trained = vae_place(found.args.get("vae"), found.source), recorded_scaling(found.args, found.source)
+    vae, scaling = matching_vae(run.vae or place, trained, channels, found.source, scale_factor=run.scale_factor)
     guidance = Guidance(run.cfg_scale, null, run.guidance_low, run.guidance_high)
     sampler = ImageSampler(
         vae, scaling, (channels, side, side), labels, run.steps, guidance, run.seed, method=run.sampler, path=path
@@ -299,12 +300,6 @@ def vae_place(recorded: Any, checkpoint: str | os.PathLike[str]) -> str | None:
     folder = pathlib.Path(checkpoint).parent
     places = [pathlib.Path(recorded), folder.parent / recorded, folder / recorded]
     return next((str(place) for place in places if place.exists()), recorded)
-
-
-def vae_of(found: "Checkpoint", name: str | None, scale_factor: float | None = None) -> tuple["AutoencoderKL", Scaling]:
-    """As `matching_vae`, for a checkpoint that may name its VAE itself."""
-    place, trained = vae_place(found.args.get("vae"), found.source), recorded_scaling(found.args, found.source)
-    return matching_vae(name or place, trained, found.settings["in_channels"], found.source, scale_factor=scale_factor)
 
 
 def matching_vae(

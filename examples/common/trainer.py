@@ -120,22 +120,6 @@ class Trainer:
         self.criterion = None if criterion is None else accelerator.prepare(criterion.train())
         self._bad = torch.zeros((), dtype=torch.int64, device=accelerator.device)  # steps in a row
 
-    # --- The state between two steps ---------------------------------------------------------------------------------
-
-    def content(self) -> dict[str, Any]:
-        """What goes into a checkpoint."""
-        model, criterion, optimizer = self._plain
-        scaler = self.accelerator.scaler
-        return {
-            "model": model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "opt": optimizer.state_dict(),
-            "criterion": {} if criterion is None else criterion.state_dict(),
-            "scaler": {} if scaler is None else scaler.state_dict(),
-            "steps": self.steps,
-            "args": self.args,
-        }
-
     def resume(self, choice: str = "auto", check: Check = lambda path, args: None) -> None:
         """Go on from a checkpoint: with "auto" from the newest, if there is one, else from the one at this path.
 
@@ -247,7 +231,10 @@ class Trainer:
             if saves:
                 self._save()
             if draws:
-                self._draw()
+                if self.accelerator.is_main_process:
+                    (self.out / "samples").mkdir(exist_ok=True)
+                    self.draw(self.ema, self.out / "samples" / f"{self.steps:07d}.png")
+                self.accelerator.wait_for_everyone()
             if saves or draws:  # which do not count as training
                 since, clock = self.steps, time.perf_counter()
             if stopped and self.steps < last:
@@ -325,23 +312,22 @@ class Trainer:
         """Write the checkpoint of this step on the first process, then drop old ones; the others wait."""
         self._check_finite()
         if self.accelerator.is_main_process:
-            path = checkpoint_path(self.checkpoints, self.steps)
+            path, (model, criterion, optimizer) = checkpoint_path(self.checkpoints, self.steps), self._plain
+            saved = {"criterion": criterion, "scaler": self.accelerator.scaler}  # either may be None
+            content = {
+                "model": model.state_dict(), "ema": self.ema.state_dict(), "opt": optimizer.state_dict(),
+                **{name: {} if part is None else part.state_dict() for name, part in saved.items()},
+                "steps": self.steps, "args": self.args,
+            }  # fmt: skip
             try:
                 self.checkpoints.mkdir(parents=True, exist_ok=True)
-                write_whole(path, lambda file: torch.save(self.content(), file))
+                write_whole(path, lambda file: torch.save(content, file))
             except (OSError, RuntimeError) as error:  # torch reports a failed write as a RuntimeError
                 raise Mistake(
                     f"{path} could not be written: {error}\nThe checkpoints before it are whole. Make room, then run "
                     "the same command again to go on from the newest."
                 ) from error
             clear_old(self.checkpoints, keep=self.settings.keep, keep_every=self.settings.keep_every)
-        self.accelerator.wait_for_everyone()
-
-    def _draw(self) -> None:
-        if self.accelerator.is_main_process:
-            folder = self.out / "samples"
-            folder.mkdir(exist_ok=True)
-            self.draw(self.ema, folder / f"{self.steps:07d}.png")
         self.accelerator.wait_for_everyone()
 
     def _is_due(self, every: int | None) -> bool:
