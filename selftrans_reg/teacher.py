@@ -256,10 +256,8 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 "adapter's that is patched onto its layers. Merge them into the model first."
             )
         own = own_tensors(self.model, "be saved")
-        gone = tuple(f"{name}." for name in dropped_names(self.model))
         first: dict[int, str] = {}  # of tied weights one is saved: loading ties them as the model does
-        kept = {key: value for key, value in own.items() if not key.startswith(gone)}
-        tensors = {key: value for key, value in kept.items() if first.setdefault(id(value), key) == key}
+        tensors = {key: value for key, value in own.items() if first.setdefault(id(value), key) == key}
         check_values(own, tensors, "This teacher cannot be saved: it")
         null, conditions = self.null_condition.plain()
         if taken := [key for key in tensors if key.startswith(PREFIX)]:
