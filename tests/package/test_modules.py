@@ -133,6 +133,7 @@ class OwnBlock(ToyBlock):
         (nn.TransformerDecoderLayer(16, 2, 32), 16),
         (nn.ModuleDict({"image": ToyBlock(16), "text": ToyBlock(16)}), 16),
         (nn.ModuleDict({"image": ToyBlock(16), "text": ToyBlock(24)}), None),
+        (nn.ModuleDict({"norm": nn.LayerNorm(16), "condition": nn.Linear(8, 16), "final": nn.Linear(16, 4)}), None),
     ],
 )
 def test_a_width_is_read_off_where_that_is_certain(layer: nn.Module, width: int | None) -> None:

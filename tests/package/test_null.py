@@ -65,7 +65,7 @@ LONG, MASK, PLACES = torch.randn(6, 7, 5, generator=G), torch.rand(6, 7, generat
 SHORT, SHORT_MASK, SHORT_PLACES = torch.randn(3, 5, generator=G), torch.tensor([True, False, True]), torch.rand(3, 1)
 EMPTY, EMPTY_MASK, NO_TEXT = SHORT.expand(6, 3, 5), SHORT_MASK.expand(6, 3), torch.randn(7, 5, generator=G)
 LISTED = [torch.randn(length, 5, generator=G) for length in (2, 7, 3, 3, 5, 1)]
-TENS = torch.full((6,), 10)
+SIX, SIX_PLACES, TENS = torch.randn(6, 5, generator=G), torch.rand(6, 1), torch.full((6,), 10)
 
 
 @pytest.mark.parametrize(
@@ -85,6 +85,13 @@ TENS = torch.full((6,), 10)
         ({}, {"text": lambda call: call["text"][:, :2] * 0.5}, {"text": 0.5 * LONG[:, :2]}, 2),
         ({"mask": MASK}, {"mask": lambda call: None}, {}, 2),
         ({"places": PLACES}, {"text": SHORT, "places": SHORT_PLACES}, {"text": EMPTY, "places": SHORT_PLACES}, 2),
+        # Places that are as many as the samples are shared as the others were.
+        (
+            {"places": PLACES},
+            {"text": SIX, "places": SIX_PLACES},
+            {"text": SIX.expand(6, 6, 5), "places": SIX_PLACES},
+            2,
+        ),
         ({"more": {"masks": [MASK]}}, {"more": {"masks": {0: MASK[0]}}}, {"more": {"masks": [MASK[:1]]}}, 1),
         ({"more": {"masks": [None]}}, {"more": {"masks": {0: MASK[0]}}}, {"more": {"masks": [MASK[:1]]}}, 2),
         ({"more": More(MASK)}, {"more": {"mask": SHORT_MASK}}, {"more": More(EMPTY_MASK)}, 2),
