@@ -19,17 +19,7 @@ from .calls import Call, CallSpec, Rows, RowTensors, in_precision_of
 from .checkpoints import wrapped_errors
 from .errors import CallError, CheckpointError, SelfTransError, SettingError, ShapeError, TeacherError
 from .hub import Details, Shareable, Source, fetch
-from .modules import (
-    SHARED,
-    Layout,
-    find_layer,
-    fingerprint,
-    freeze,
-    infer_width,
-    quoted,
-    sharded_parts,
-    unwrap,
-)
+from .modules import SHARED, Layout, find_layer, fingerprint, freeze, infer_width, quoted, sharded_parts, unwrap
 from .null import PREFIX, Null, NullCondition, checked_indices, restored, unsaved
 from .taps import EarlyExit
 from .time import TimeConvention, resolve

@@ -75,11 +75,7 @@ def test_later_blocks_run_once_to_see_whether_the_layer_runs_again_or_always(tru
 
 @pytest.mark.parametrize(
     ("layer", "gone"),
-    [
-        ("blocks.3", {"final_layer"}),
-        ("blocks.1.fc1", {"blocks.1.fc2", *USUAL}),
-        ("blocks.0", {"blocks.1", *USUAL}),
-    ],
+    [("blocks.3", {"final_layer"}), ("blocks.1.fc1", {"blocks.1.fc2", *USUAL}), ("blocks.0", {"blocks.1", *USUAL})],
 )
 def test_any_module_may_be_tapped(layer: str, gone: set[str]) -> None:
     assert truncated(ToyDiT(), layer) == gone
