@@ -180,7 +180,7 @@ def restored(
         if "tensor" in entry:
             value = tensors.pop(entry["tensor"], None) if entry["tensor"].startswith(PREFIX) else None
             if value is None:
-                raise CheckpointError(f"it lacks its null condition's tensor {entry['tensor'][:100]!r}.")
+                raise CheckpointError(f"The saved teacher lacks its null condition's tensor {entry['tensor'][:100]!r}.")
         elif "unsaved" in entry:
             value = given.pop(path, None)
             if value is None:
@@ -189,7 +189,7 @@ def restored(
         for key in path[:-1]:
             level = level.setdefault(key, {}) if isinstance(level, dict) else None
         if not isinstance(level, dict) or path[-1] in level:
-            raise CheckpointError(f"its null condition has {list(path)} twice.")
+            raise CheckpointError(f"The saved teacher's null condition has {str(list(path))[:100]} twice.")
         level[path[-1]] = value
     if given:
         raise SettingError(f"The null condition was saved but for functions; null= also names {sorted(given)}.")

@@ -188,10 +188,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             settings = {key: known(key, config[key], value) for key, value in given.items()}
             settings |= {key: config[key] for key in ("layer", "guidance_scale", "hidden_size", "call")}
             settings["call"] |= {k: known(f"call.{k}", config["call"][k], (call or {}).get(k)) for k in "xt"}
-            try:
-                settings["null"] = restored(config["null"], saved, null, asked)
-            except CheckpointError as error:
-                raise CheckpointError(f"{where} is broken: {error}") from error
+            settings["null"] = restored(config["null"], saved, null, asked)
             if asked:
                 raise CheckpointError(
                     f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked[:8])}."

@@ -184,23 +184,22 @@ _WRITER = """
 import sys, torch
 from interrupted_saves import numbered
 torch.set_num_threads(1)
-teachers = [numbered(int(n)) for n in sys.argv[2].split(",")]
-for round in range(30):
-    teachers[round % len(teachers)].save_pretrained(sys.argv[1])
+teacher = numbered(int(sys.argv[2]))
+for _ in range(30):
+    teacher.save_pretrained(sys.argv[1])
 """
 
 
-@pytest.mark.parametrize("numbers", [("1,2",), ("1", "2")], ids=["one writer", "two writers"])
-def test_whoever_reads_while_others_write_gets_one_whole_teacher(tmp_path: Path, numbers: tuple[str, ...]) -> None:
+def test_whoever_reads_while_two_write_gets_one_whole_teacher(tmp_path: Path) -> None:
     numbered(1).save_pretrained(tmp_path)
     paths = [str(Path(__file__).parents[1] / "support"), str(Path(st.__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     command = [sys.executable, "-c", _WRITER, str(tmp_path)]
-    running = [subprocess.Popen([*command, number], env=environment) for number in numbers]
+    running = [subprocess.Popen([*command, number], env=environment) for number in "12"]
     read = [number_in(tmp_path)]
     while any(process.poll() is None for process in running):
         read.append(number_in(tmp_path))  # which compares the features with those of the number
-    assert [process.returncode for process in running] == [0] * len(running)
+    assert [process.returncode for process in running] == [0, 0]
     assert {1, 2} <= set(read)
     assert names_in(tmp_path) == FILES
     assert config_of(tmp_path)["guidance_scale"] == number_in(tmp_path)

@@ -307,7 +307,7 @@ def test_only_floating_point_converts_to_floating_point(model: TinyDiT, ema: Sta
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("place", [0, -1])
-def test_weights_that_are_not_finite_are_counted(ema: State, bad: float, place: int) -> None:
+def test_weights_that_are_not_finite_are_counted(bad: float, place: int) -> None:
     """Of a tensor that is looked at in two parts, in either."""
     model = nn.Linear(1 << 10, 1 << 11, bias=False)
     weight = torch.zeros(1 << 11, 1 << 10)
@@ -499,19 +499,6 @@ def test_plain_data_beside_the_weights_is_read(ema: State, tmp_path: Path, legac
         assert argparse.Namespace in torch.serialization.get_safe_globals()  # what others have allowed stays allowed
 
 
-class Persistent(nn.Linear):
-    """Pickled as EDM's networks are: a function and a dictionary that says what it was."""
-
-    def __reduce__(self) -> Any:
-        return _persistent, ({"type": "class", "state": self.__dict__},)
-
-
-def _persistent(meta: dict[str, Any]) -> nn.Module:
-    made = nn.Linear(2, 2)
-    made.__dict__.update(meta["state"])
-    return made
-
-
 class Config(dict[str, Any]):
     pass
 
@@ -534,7 +521,7 @@ WRITERS: dict[str, Callable[[Any, Path], Any]] = {
 CONTENTS: dict[str, Callable[[nn.Linear], Any]] = {
     "a loop's, with a configuration": lambda net: {"ema": net.state_dict(), "c": Config(a=1), "steps": 3},
     "one entry of another name": lambda net: {"module": {**net.state_dict(), "extra": Config()}, "step": 3},
-    "EDM2's": lambda net: {"ema": Persistent(2, 2), "encoder": Config(), "dataset_kwargs": {"a": 1}},
+    "EDM2's": lambda net: {"ema": net, "encoder": Config(), "dataset_kwargs": {"a": 1}},
     "a module": lambda net: net,
     "a state dict with more": lambda net: {**net.state_dict(), "epoch": Config()},
 }
@@ -669,14 +656,6 @@ def test_what_names_no_file_is_refused(path: Any) -> None:
     refused(read_checkpoint, path)
 
 
-def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def denied(path: Path) -> bool:
-        raise PermissionError(13, "Permission denied", str(path))
-
-    monkeypatch.setattr(Path, "is_dir", denied)  # as for anyone but root, who runs some of the tests
-    refused(read_checkpoint, tmp_path / "a.pt", says=("PermissionError", "Permission denied"))
-
-
 def test_json_is_read_in_utf_8(tmp_path: Path) -> None:
     (tmp_path / "c.json").write_text('{"a": [1, null, "é"]}', encoding="utf-8")
     assert read_json(tmp_path / "c.json") == {"a": [1, None, "é"]}
@@ -706,14 +685,15 @@ def test_links_are_followed_within_the_hubs_cache_alone(model: TinyDiT, ema: Sta
 def test_index_and_shards_have_to_agree(model: TinyDiT, ema: State, tmp_path: Path) -> None:
     index = save_shards(ema, tmp_path)
     good = json.loads(index.read_text())["weight_map"]
-    names = sorted(set(good.values()))
+    first, second = sorted(set(good.values()))
+    assert good["pos_embed"] == first
     for weight_map, says in (
-        (good | {"pos_embed": names[0], "y_embedder.weight": names[1]}, "only: 'y_embedder.weight'"),
+        (good | {"pos_embed": second}, "In the shard only: 'pos_embed'"),
         ({k: v for k, v in good.items() if k != "pos_embed"}, "In the shard only: 'pos_embed'"),
-        (good | {"new": names[0]}, "In the index only: 'new'"),
+        (good | {"new": first}, "In the index only: 'new'"),
     ):
         index.write_text(json.dumps({"weight_map": weight_map}))
-        refused(load_weights, model, index, says=("disagree", says))
+        refused(load_weights, model, index, says=("disagree. Download or convert the whole set again", says))
 
 
 def test_a_folder_has_to_hold_exactly_one_set_of_weights(model: TinyDiT, ema: State, tmp_path: Path) -> None:
