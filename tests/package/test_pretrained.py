@@ -184,11 +184,8 @@ def test_a_loaded_teacher_gives_the_same_features_and_is_known_as_the_same(which
     assert [getattr(loaded, key) for key in keys] == [getattr(teacher, key) for key in keys]
     assert not loaded.training
     assert not any(p.requires_grad for p in loaded.parameters())
-    assert set(load_file(tmp_path / "a" / "model.safetensors")) <= {
-        *Odd().state_dict(),
-        "pos_embed",
-        "null_condition.1",
-    }
+    kept = {key for key in load_file(tmp_path / "a" / "model.safetensors") if not key.startswith("null_condition.")}
+    assert kept <= {*Odd().state_dict(), "pos_embed"}
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
