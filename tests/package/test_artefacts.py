@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -185,7 +186,7 @@ import sys, torch
 from interrupted_saves import numbered
 torch.set_num_threads(1)
 teacher = numbered(int(sys.argv[2]))
-for _ in range(30):
+for _ in range(20):
     teacher.save_pretrained(sys.argv[1])
 """
 
@@ -203,6 +204,22 @@ def test_whoever_reads_while_two_write_gets_one_whole_teacher(tmp_path: Path) ->
     assert {1, 2} <= set(read)
     assert names_in(tmp_path) == FILES
     assert config_of(tmp_path)["guidance_scale"] == number_in(tmp_path)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="other systems lock no folders")
+def test_a_writer_waits_for_another(saved: Path) -> None:
+    import fcntl
+
+    other = os.open(saved, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    writer = threading.Thread(target=make_teacher(guidance_scale=7.0).save_pretrained, args=(saved,))
+    writer.start()
+    writer.join(0.5)
+    assert names_in(saved) == FILES
+    assert load_teacher(saved).guidance_scale == 3.0
+    os.close(other)
+    writer.join()
+    assert load_teacher(saved).guidance_scale == 7.0
 
 
 def test_the_weights_decide_and_an_edited_config_is_refused(tmp_path: Path) -> None:
