@@ -688,7 +688,7 @@ def test_index_and_shards_have_to_agree(model: TinyDiT, ema: State, tmp_path: Pa
     first, second = sorted(set(good.values()))
     assert good["pos_embed"] == first
     for weight_map, says in (
-        (good | {"pos_embed": second}, "In the shard only: 'pos_embed'"),
+        (good | {"pos_embed": second}, "In the index only: 'pos_embed'"),  # of that shard, which is read first
         ({k: v for k, v in good.items() if k != "pos_embed"}, "In the shard only: 'pos_embed'"),
         (good | {"new": first}, "In the index only: 'new'"),
     ):
