@@ -167,8 +167,9 @@ def precision_recall(
 
 def _share_inside(points: NDArray[np.float64], others: NDArray[np.float64], neighbours: int) -> float:
     """Share of the points within a ball of the others."""
-    from sklearn.metrics import pairwise_distances_chunked as distances  # some rows at a time
+    from sklearn.metrics import pairwise_distances_chunked
 
+    distances = partial(pairwise_distances_chunked, working_memory=256)  # MiB: some rows at a time
     # A point's nearest is itself: index k is its k-th other.
     chunks = distances(others, reduce_func=lambda rows, _: np.partition(rows, neighbours, axis=1)[:, neighbours])
     radii = np.concatenate([*chunks])

@@ -101,13 +101,6 @@ def test_repas_parent_folder_will_do_and_classes_are_counted_or_given(repa: Path
         open_latents(repa, num_classes=3)
 
 
-def test_half_precision_is_read_as_single(shards: Path, moments: Tensor) -> None:
-    write_shard(shards, 1, moments[:, 4:].half(), torch.tensor(LABELS[4:]), ["a.png", "b.png"], [])
-    mean, std, _ = open_latents(shards)[5]
-    assert mean.dtype == torch.float32
-    assert torch.equal(torch.stack([mean, std]), moments[:, 5].half().float())
-
-
 # --- wrong folders
 
 
