@@ -182,7 +182,8 @@ class Backbone:
     def plain_losses(self, model: nn.Module, batch: Batch, layer: str) -> tuple[Tensor, Tensor]:
         """The loop's loss for each sample, and the image's tokens of its first call."""
         seen: list[Any] = []
-        handle = model.get_submodule(layer).register_forward_hook(lambda module, args, output: seen.append(output))
+        tapped = getattr(model, "base_model", model).get_submodule(layer)  # PEFT's passes names on to the user's model
+        handle = tapped.register_forward_hook(lambda module, args, output: seen.append(output))
         losses = self.losses(model, batch)
         handle.remove()
         return losses, self.picked(seen[0], batch.arguments, self.reads)
@@ -226,10 +227,13 @@ def plain_alignment(
     return (batch.inside * plain.distance(predicted, target)).sum() / len(batch.inside)
 
 
-def assert_step_is_plain(backbone: Backbone, stage: int) -> None:
+def assert_step_is_plain(
+    backbone: Backbone, stage: int, loop: float = 1.0, tolerance: Mapping[str, float] = plain.TOLERANCE
+) -> None:
     """One step on a batch: loss terms, and the gradients of model and head, are those of the plain formula.
 
-    The teacher is compared once more, since its first call ran a model of which nothing had been dropped.
+    ``loop`` is the share of the loop's own loss. The teacher is compared once more, since its first call ran a model of
+    which nothing had been dropped.
     """
     model, teacher, batch = backbone.build(0), backbone.build(1), backbone.batch()
     reference, reference_teacher = copy.deepcopy(model), copy.deepcopy(teacher)
@@ -238,24 +242,24 @@ def assert_step_is_plain(backbone: Backbone, stage: int) -> None:
     else:
         layer, criterion = backbone.student, backbone.stage2(model, backbone.make_teacher(teacher))
     with plain.global_seed(3):  # models drop labels
-        terms = criterion(backbone.losses(model, batch), latents=batch.latents)
+        terms = criterion(loop * backbone.losses(model, batch), latents=batch.latents)
     terms.total.backward()
 
     p = plain.leaves(criterion)
     with plain.global_seed(3):
         losses, tokens = backbone.plain_losses(reference, batch, layer)
     alignment = plain_alignment(backbone, None if stage == 1 else reference_teacher, p, tokens, batch)
-    (losses.mean() + 0.5 * alignment).backward(retain_graph=True)
+    (loop * losses.mean() + 0.5 * alignment).backward(retain_graph=True)
 
     assert 0 < batch.inside.sum() < len(batch.inside)
     torch.testing.assert_close(terms.in_window, batch.inside.mean())
-    torch.testing.assert_close(terms.denoising, losses.mean().detach(), **plain.TOLERANCE)
-    torch.testing.assert_close(terms.alignment, alignment.detach(), **plain.TOLERANCE)
-    plain.assert_same_gradients(model, reference)
-    plain.assert_same_gradients(criterion, p)
+    torch.testing.assert_close(terms.denoising, loop * losses.mean().detach(), **tolerance)
+    torch.testing.assert_close(terms.alignment, alignment.detach(), **tolerance)
+    plain.assert_same_gradients(model, reference, tolerance)
+    plain.assert_same_gradients(criterion, p, tolerance)
     reference.zero_grad()
     alignment.backward()
-    assert any(q.grad is not None and q.grad.abs().max() > 1e-4 for q in reference.get_submodule(layer).parameters())
+    assert any(q.grad is not None and q.grad.abs().max() > 1e-4 for q in reference.parameters())
     if stage == 2:
         arguments = backbone.batch(3, seed=1).arguments
         expected = backbone.plain_guided(reference_teacher, arguments)

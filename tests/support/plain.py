@@ -81,14 +81,16 @@ def guided(model: nn.Module, layer: str, scale: float, args: tuple[Any, ...], nu
         return unconditional + scale * (conditional - unconditional)
 
 
-def assert_same_gradients(found: nn.Module, wanted: nn.Module | Mapping[str, Tensor]) -> None:
-    """Every parameter's gradient, to 1e-5; and there are gradients to compare."""
+def assert_same_gradients(
+    found: nn.Module, wanted: nn.Module | Mapping[str, Tensor], tolerance: Mapping[str, float] = TOLERANCE
+) -> None:
+    """Every parameter's gradient, to 1e-5 unless told otherwise; and there are gradients to compare."""
     expected = dict(wanted.named_parameters()) if isinstance(wanted, nn.Module) else wanted
     gradients = {name: p.grad for name, p in found.named_parameters()}
     assert gradients.keys() == expected.keys()
     for name, gradient in gradients.items():
         torch.testing.assert_close(
-            gradient, expected[name].grad, **TOLERANCE, msg=lambda text, name=name: f"{name}: {text}"
+            gradient, expected[name].grad, **tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
     assert any(gradient is not None and gradient.abs().max() > 1e-3 for gradient in gradients.values())
 
