@@ -113,10 +113,12 @@ def load_weights(
         )
     with torch.no_grad():
         for key, value in saved.items():
-            if torch._debug_has_internal_overlap(own[key]):  # as in a buffer made by expand(): copy_ is not for these
-                own[key].data = value.to(own[key].device, own[key].dtype, copy=True)
+            mine = own[key]
+            # In a buffer made by expand() or as_strided(), elements share memory, into which copy_ does not write.
+            if torch._debug_has_internal_overlap(mine) == 1 or mine.nbytes > mine.untyped_storage().nbytes():
+                mine.data = value.to(mine.device, mine.dtype, copy=True)
             else:
-                own[key].copy_(value)
+                mine.copy_(value)
     step = next((content[key] for key in ("steps", "step", "global_step") if type(content.get(key)) is int), None)
     return LoadReport(source, entry, left_out, step)
 

@@ -211,6 +211,8 @@ def test_a_teacher_that_does_not_fit_is_named_before_anything_is_made(runs: Path
     model, folder = sit_from_checkpoint(checkpoint(runs / "1"))[0], runs / "1" / "teacher"
     other = st.build_teacher(model, None, layer="blocks.3", guidance_scale=3.0, null={"y": 10})
     other.save_pretrained(tmp_path / "teacher", latent_scale=0.5)
+    scale = json.loads((folder / "config.json").read_text())["latent_scale"]
+    other.save_pretrained(tmp_path / "shifted", latent_scale=scale, latent_shift=0.5)
     for kind, teacher, argument, text in [
         (CheckpointError, folder, "--qk-norm", "q_norm"),
         (CheckpointError, tmp_path / "none", "--cpu", "There is no folder"),
@@ -219,6 +221,7 @@ def test_a_teacher_that_does_not_fit_is_named_before_anything_is_made(runs: Path
         (Mistake, folder, "--teacher-weights=model", "was saved with one kind"),
         (SelfTransError, folder, "--path=cosine", "time convention"),
         (Mistake, tmp_path / "teacher", "--cpu", r"latents times 0.5(.|\n)*Found: scale 0.8(.|\n)*same latents"),
+        (Mistake, tmp_path / "shifted", "--cpu", r"after a shift of 0\.5(.|\n)*Found: (.|\n)*same latents"),
     ]:
         with pytest.raises(kind, match=text):
             run(tmp_path / "run", f"--teacher={teacher}", argument, stage="2", steps=1)
