@@ -122,11 +122,11 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as adapter:
         first.save_pretrained(adapter)
         del base, first, criterion
-        for title, model, steps in [
-            ("a teacher with a second base", copy.deepcopy(student), 1),  # for the comparison alone
-            ("stage 2", st.share_frozen(student), run.steps),
+        for title, copied, steps in [
+            ("a teacher with a second base", copy.deepcopy, 1),  # for the comparison alone
+            ("stage 2", st.share_frozen, run.steps),
         ]:
-            teacher = st.build_teacher(model, adapter, **plan.teacher(), null=null, **SD3)
+            teacher = st.build_teacher(copied(student), adapter, **plan.teacher(), null=null, **SD3)
             held[title] = memory(student, teacher)
             if run.device != "cpu":
                 torch.cuda.reset_peak_memory_stats()
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
             if run.device != "cpu":
                 held[title] = torch.cuda.max_memory_allocated()
             criterion.detach()
-            del model, teacher, criterion
+            del teacher, criterion
     print(f"colours right: the adapter of stage 2 {right_colours(student)}")
     second, shared = (value / 2**20 for value in held.values())
     print(f"memory: student and teacher on one base {shared:.2f} MiB, with a second base {second:.2f} MiB")

@@ -241,6 +241,7 @@ def assert_step_is_plain(
         layer, criterion = backbone.shallow, backbone.stage1(model)
     else:
         layer, criterion = backbone.student, backbone.stage2(model, backbone.make_teacher(teacher))
+    criterion.train()  # as a loop may, whose teacher drops no labels all the same
     with plain.global_seed(3):  # models drop labels
         terms = criterion(loop * backbone.losses(model, batch), latents=batch.latents)
     terms.total.backward()
