@@ -294,7 +294,7 @@ def check_fit(model: nn.Module, own: Mapping[str, Tensor], saved: Mapping[str, T
     loaded = {id(own[key]) for key in saved if key in own}
     missing = [key for key, tensor in own.items() if key not in saved and id(tensor) not in loaded]
     extra = [key for key in saved if key not in own]
-    shared = [key for key in saved if key in own]
+    shared = [key for key in own if key in saved]  # in the model's order: a file may have any
     shapes = [key for key in shared if saved[key].shape != own[key].shape]
     # Floating point converts; 8-bit floats do not, being quantised; integers and booleans have to be the same.
     kinds = {key: {saved[key].dtype, own[key].dtype} for key in shared}

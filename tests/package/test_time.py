@@ -51,7 +51,7 @@ def a_batch(used: str, count: int, generator: torch.Generator) -> tuple[Tensor, 
 # --- values
 
 
-CONTINUOUS = {name: path.coefficients for name, path in PATHS.items() if not path.steps} | {
+CONTINUOUS = {name: path.coefficients for name, path in PATHS.items() if not path.steps and name in NAMES} | {
     "repa-cosine": PATHS["stable-audio"].coefficients,
     "sit-gvp": lambda t: PATHS["stable-audio"].coefficients(1 - t),
     "sit-vp": lambda t: PATHS["uvit"].coefficients(999 * (1 - t)),

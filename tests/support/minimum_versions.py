@@ -21,6 +21,7 @@ LEFT_OUT = {
     "wrappers.md": "FSDP2 again",
     "group_offload": "needs a GPU",
     "test_gradients_and_graphs": "compiles one graph more, once",
+    "test_inside_a_segment_it_needs": "gets no gradient where compiled, and an error says so",
     "test_diffusers": "diffusers lacks some of the models",
     "test_typing": "PyTorch's own types are too coarse",
 }
