@@ -356,7 +356,6 @@ class EarlyExit:
         module = find_layer(model, layer)
         self.layer = layer
         self.here = threading.local()  # the ``outputs`` of the layer in a forward in progress, and whether to ``stop``
-        self.preparing = threading.Lock()  # held by a first call, which the others wait for
         module.register_forward_hook(_StopHook(self, module))
 
     def run(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, stop: bool = True) -> Any:

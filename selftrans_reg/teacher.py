@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from os import PathLike
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
 
 _LOGGER = logging.getLogger(__name__)
 _SLICE = ("start", "stop", "step")
+_PREPARING = threading.Lock()  # for all teachers: a stance is the whole process's, and taken when it is made
 
 
 class CFGFeatureTeacher(Shareable, nn.Module):
@@ -338,8 +340,8 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             features = run()
         else:
             # No code is compiled for the hooks of these calls alone.
-            eager, checked = torch.compiler.set_stance("force_eager"), checked_indices(self.model, self.null_condition)
-            with self._exit.preparing, eager, checked:
+            checked = checked_indices(self.model, self.null_condition)
+            with _PREPARING, torch.compiler.set_stance("force_eager"), checked:
                 features = run() if self._prepared else self._prepare(call, held, rows, run)
         if self._touched:  # and the model went on without it
             raise pruned_error(self._touched[0])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from plain import TOLERANCE
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
 from toys import ToyDiT, batch
 
 import selftrans_reg as st
@@ -311,8 +312,11 @@ def test_nothing_is_cast_that_the_student_was_given(student: str) -> None:
     assert set(seen) == {(torch.bfloat16, torch.float32)}
 
 
-def test_two_threads_share_a_teacher_from_its_first_call_on() -> None:
-    teacher, expected = teacher_of(ToyDiT()), plain.guided(ToyDiT(), "blocks.2", 3.0, CALL, NULL_CALL)
+def test_threads_share_teachers_from_their_first_calls_on_and_leave_the_compiler_as_it_was() -> None:
+    teachers, expected = [teacher_of(ToyDiT()) for _ in "ab"], plain.guided(ToyDiT(), "blocks.2", 3.0, CALL, NULL_CALL)
     with ThreadPoolExecutor(4) as pool:
-        for found in pool.map(lambda i: teacher(*CALL), range(40)):
+        for found in pool.map(lambda i: teachers[i % 2](*CALL), range(40)):
             torch.testing.assert_close(found, expected, **TOLERANCE)
+    counter = CompileCounter()
+    torch.compile(lambda x: x + 1, backend=counter)(torch.zeros(1))
+    assert counter.frame_count == 1
