@@ -1,6 +1,6 @@
 r"""Look into a model: which layer sees what, whether guidance has an effect, and which settings that speaks for.
 
-Writes a folder with the table, the numbers as JSON and the pictures. What was measured there is not measured again.
+Writes a folder with the table, the numbers as JSON and the pictures.
 Any checkpoint of the examples is read as it is; for a model of your own, call `selftrans_reg.layer_report` with it
 (docs/inspecting.md).
 
@@ -155,11 +155,7 @@ def latent_batches(data: Any, samples: int, seed: int, size: int) -> Iterator[tu
 
 
 def measured_report(run: argparse.Namespace, subject: Subject) -> st.LayerReport:
-    """The report: read if it is there, else measured and saved."""
-    path = run.out / "report.json"
-    if path.exists():
-        print(f"{path}: measured before")
-        return st.LayerReport.load(path)
+    """The report, saved as JSON and as text."""
     report = st.layer_report(
         subject.model,
         subject.batches(run.batch_size),
@@ -172,7 +168,8 @@ def measured_report(run: argparse.Namespace, subject: Subject) -> st.LayerReport
         progress=progress,
         **subject.measured,
     )
-    report.save(path)
+    report.save(run.out / "report.json")
+    (run.out / "report.txt").write_text(f"{report}\n", "utf-8")
     return report
 
 
@@ -211,7 +208,6 @@ def main(argv: Sequence[str] | None = None) -> st.LayerReport:
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
     open_run_folder(run.out, {name: value for name, value in settings.items() if name not in ("out", "device")})
     report = measured_report(run, subject)
-    (run.out / "report.txt").write_text(f"{report}\n", "utf-8")
     draw_report(report, run.out / "report.png")
     draw_tokens(run, subject, report)
     print(f"\n{report}\n\nThe report and its pictures: {run.out}")

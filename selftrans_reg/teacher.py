@@ -196,11 +196,6 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                     f"{where} was saved with functions, which no file can hold. Pass them: {'; '.join(asked[:8])}."
                 )
             dropped = [str(name) for name in config["dropped"]]
-            needed = (config["layer"], *saved)
-            if cut := [key for key in needed for gone in dropped if key == gone or key.startswith(f"{gone}.")]:
-                raise CheckpointError(
-                    f"{where} contradicts itself: it needs {cut[0][:100]!r}, which it says was dropped."
-                )
             digest = torch.tensor(list(bytes.fromhex(config["fingerprint"])), dtype=torch.uint8)
         made = model if isinstance(model, nn.Module) else model()
         if not isinstance(made, nn.Module):
@@ -215,7 +210,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
                 own = own_tensors(made)
                 check_fit(made, own, saved, where)
                 check_values(own, saved, where)
-                check_settings(made, **settings)
+                check_settings(made, settings)
             dtypes = {value.dtype for value in saved.values() if value.is_floating_point()}
             if len(dtypes) == 1:
                 made.to(dtypes.pop())  # for what is in no state dict, such as a table of positions
@@ -526,7 +521,7 @@ def build_teacher(
     """
     settings: dict[str, Any] = {"layer": layer, "guidance_scale": guidance_scale, "null": null, "call": call}
     settings |= {"select": select, "tokens": tokens, "hidden_size": hidden_size, "time": time}
-    check_settings(model, **settings)  # first: a checkpoint can take minutes to load
+    check_settings(model, settings)  # first: a checkpoint can take minutes to load
     report = load_weights(model, checkpoint, weights=weights)
     if report.left_out:
         _LOGGER.warning(
@@ -546,25 +541,14 @@ def build_teacher(
     return teacher
 
 
-def check_settings(
-    model: nn.Module,
-    *,
-    layer: str,
-    guidance_scale: float,
-    null: Null,
-    call: Mapping[str, Any] | None,
-    select: Select = None,
-    tokens: Tokens = None,
-    hidden_size: int | None = None,
-    time: str | TimeConvention | None = None,
-) -> None:
+def check_settings(model: nn.Module, settings: Mapping[str, Any]) -> None:
     """Raise what building a teacher with these settings would raise, and leave the model as it is."""
-    check_guidance_scale(guidance_scale)
-    check_choice(select, tokens)
-    infer_width(find_layer(model, layer), hidden_size)
-    if time is not None:
-        resolve(time)
-    NullCondition(null, CallSpec(model, call))
+    check_guidance_scale(settings["guidance_scale"])
+    check_choice(settings["select"], settings["tokens"])
+    infer_width(find_layer(model, settings["layer"]), settings["hidden_size"])
+    if settings["time"] is not None:
+        resolve(settings["time"])
+    NullCondition(settings["null"], CallSpec(model, settings["call"]))
 
 
 def check_guidance_scale(scale: object) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import itertools
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -13,8 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from ..artefacts import library_version
-from ..checkpoints import read_json
-from ..errors import CheckpointError, SettingError
+from ..errors import SettingError
 from ..modules import quoted
 from ..recipes import Recipe
 from .scores import standard_error
@@ -28,8 +26,6 @@ _COLUMNS: dict[str, tuple[Measure, str]] = {
     "norm": ("norm", ".2f"),
     "contrast": ("contrast", ".3f"),
 }
-
-_KIND, _FORMAT = "layer report", 1
 
 
 @dataclass(frozen=True)
@@ -90,44 +86,10 @@ class LayerReport:
         return None if None in values else sum(values) / len(values)
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write the report as JSON, for :meth:`load`; a file that is there is replaced."""
-        content = {"kind": _KIND, "format_version": _FORMAT, "library_version": library_version()}
-        text = json.dumps(content | dataclasses.asdict(self), indent=1, allow_nan=False, ensure_ascii=False)
+        """Write all of it as JSON, by the names of the attributes."""
+        content = {"library_version": library_version()} | dataclasses.asdict(self)
+        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
         Path(path).write_text(text + "\n", "utf-8")
-
-    @classmethod
-    def load(cls, path: str | PathLike[str]) -> LayerReport:
-        """The report that was saved.
-
-        Raises:
-            CheckpointError: If the file holds none, or one that a later version wrote.
-        """
-        content = read_json(path)
-        content = content if isinstance(content, dict) else {}
-        kind, version, library = (content.pop(name, None) for name in ("kind", "format_version", "library_version"))
-        if (kind, version) != (_KIND, _FORMAT):
-            raise CheckpointError(
-                f"{path} is no {_KIND} of format {_FORMAT}: it is {kind!r:.40} of format {version!r:.40}, written by "
-                f"selftrans-reg {library!r:.40}. If it is a report, install that version."
-            )
-        try:
-            content["rows"] = [LayerMeasures(**row) for row in content["rows"]]
-            content["recipe"] = content["recipe"] and Recipe(**_tuples(content["recipe"]))
-            report = cls(**_tuples(content))
-            report._check_complete()
-            str(report)  # what can be shown has numbers for numbers
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{path} is no layer report as this version writes it: {error!r:.200}") from error
-        return report
-
-    def _check_complete(self) -> None:
-        """Raise unless there is a row for each fraction, layer and scale, and an alignment of all layers for each."""
-        rows = [(row.noise_fraction, row.layer, row.guidance_scale) for row in self.rows]
-        wanted = itertools.product(self.noise_fractions, self.layers, self.guidance_scales)  # a file claims any sizes
-        square = [[len(self.layers)] * len(self.layers)] * len(self.guidance_scales)
-        whole = all(row == place for row, place in itertools.zip_longest(rows, wanted))
-        if not whole or [[len(row) for row in matrix] for matrix in self.alignment] != square:
-            raise ValueError("rows or alignment, which do not fit layers, noise fractions and scales")
 
     def __str__(self) -> str:
         fractions = ", ".join(f"{fraction:g}" for fraction in self.noise_fractions)
@@ -172,9 +134,3 @@ def _column(heading: str, values: Iterable[Any], form: str) -> list[str]:
     """A heading and values as cells of one width."""
     cells = [heading, *("-" if value is None else f"{value:{form}}".rstrip("%") for value in values)]
     return [cell.rjust(max(map(len, cells))) for cell in cells]
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _tuples(item) for name, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value

@@ -144,7 +144,7 @@ FORGED: list[tuple[dict[str, Any], str]] = [
     *[({"hidden_size": value}, "") for value in (0, -4, 2.0, "4")],
     ({"hidden_size": 2**30}, "'hidden_size' is 1073741824, and no axis of the weights is longer than"),
     *[({"dropped": value}, "") for value in (None, "blocks.2", [3], [], ["blocks"])],
-    ({"dropped": ["x_embedder"]}, "it needs 'x_embedder."),
+    ({"dropped": ["x_embedder"]}, "Extra, not in the model (2):"),
     *[({"fingerprint": value}, "") for value in (None, "g" * 64, 0)],
     *[({"kind": value}, "was not written by selftrans-reg") for value in ("Teacher", None)],
     *[({"format_version": value}, "has format version") for value in (0, "1", None)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -362,32 +363,13 @@ def report() -> st.LayerReport:
     return report_of(Planted(5, broken=(6, torch.nan)), guidance_scales=(1, 4))
 
 
-def test_a_saved_report_comes_back(report: st.LayerReport, tmp_path: Path) -> None:
+def test_a_saved_report_has_every_number(report: st.LayerReport, tmp_path: Path) -> None:
     report.save(tmp_path / "report.json")
-    again = st.LayerReport.load(tmp_path / "report.json")
-    assert again == report
-    assert str(again) == str(report)  # reasons and notes of the recipe too, which do not count for equality
-
-
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        ({"kind": "teacher"}, "no layer report of format 1: it is 'teacher'"),
-        ({"format_version": 2}, "format 2, written by selftrans-reg .*install that version"),
-        ({"surprise": 1}, "'surprise'"),
-        ({"samples": "many"}, "as this version writes it"),
-        ({"rows": [{"layer": 3}]}, "missing 2 required"),
-        ({"rows": []}, "rows or alignment, which do not fit"),
-        ({"alignment": []}, "rows or alignment, which do not fit"),
-        ({axis: [*range(60_000)] for axis in ("noise_fractions", "guidance_scales")}, "which do not fit"),
-    ],
-)
-def test_another_file_is_refused(report: st.LayerReport, tmp_path: Path, change: dict[str, Any], match: str) -> None:
-    report.save(tmp_path / "report.json")
-    content = json.loads((tmp_path / "report.json").read_text()) | change
-    (tmp_path / "report.json").write_text(json.dumps(content))
-    with pytest.raises(errors.CheckpointError, match=match):
-        st.LayerReport.load(tmp_path / "report.json")
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert content.pop("library_version") == st.__version__
+    assert content == json.loads(json.dumps(dataclasses.asdict(report)))
+    assert content["recipe"]["reasons"]
+    assert content["rows"][0]["layer"] == report.layers[0]
 
 
 def test_the_table_says_what_was_measured(report: st.LayerReport) -> None:
