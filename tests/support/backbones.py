@@ -232,8 +232,8 @@ def assert_step_is_plain(
 ) -> None:
     """One step on a batch: loss terms, and the gradients of model and head, are those of the plain formula.
 
-    ``loop`` is the share of the loop's own loss. The teacher is compared once more, since its first call ran a model of
-    which nothing had been dropped.
+    ``loop`` is the share of the loop's own loss. The teacher is compared once more, in whatever mode it is put, since
+    its first call ran a model of which nothing had been dropped.
     """
     model, teacher, batch = backbone.build(0), backbone.build(1), backbone.batch()
     reference, reference_teacher = copy.deepcopy(model), copy.deepcopy(teacher)
@@ -241,7 +241,6 @@ def assert_step_is_plain(
         layer, criterion = backbone.shallow, backbone.stage1(model)
     else:
         layer, criterion = backbone.student, backbone.stage2(model, backbone.make_teacher(teacher))
-    criterion.train()  # as a loop may, whose teacher drops no labels all the same
     with plain.global_seed(3):  # models drop labels
         terms = criterion(loop * backbone.losses(model, batch), latents=batch.latents)
     terms.total.backward()
@@ -264,4 +263,4 @@ def assert_step_is_plain(
     if stage == 2:
         arguments = backbone.batch(3, seed=1).arguments
         expected = backbone.plain_guided(reference_teacher, arguments)
-        torch.testing.assert_close(criterion.teacher(**arguments), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(criterion.teacher.train()(**arguments), expected, rtol=1e-4, atol=1e-4)
