@@ -109,20 +109,19 @@ def encode(
     bad: list[tuple[str, str]] = []
     for shard, batches in zip(shards, plan, strict=True):
         kept: list[tuple[str, int]] = []
-        left_out: list[tuple[str, str]] = []
+        before = len(bad)
         plain, mirrored = [torch.empty(2, 0, *shape, dtype=STORED[run.store])], []
         for rows, pixels, unreadable in islice(read, len(batches)):
-            left_out += unreadable
-            if rows and (run.skip_bad or not left_out):
+            bad += unreadable
+            if rows and (run.skip_bad or len(bad) == before):
                 kept += [images[row] for row in rows]
                 plain.append(moments(run, vae, pixels))
                 mirrored += [moments(run, vae, pixels.flip(-1))] if run.flip else []
-        bad += left_out
-        if run.skip_bad or not left_out:
+        if run.skip_bad or len(bad) == before:
             kept += [(f"{name} (mirrored)", label) for name, label in kept if run.flip]
             labels = torch.tensor([label for _, label in kept], dtype=torch.int64)
             stored = torch.cat([*plain, *mirrored], dim=1)
-            write_shard(run.out, shard, stored, labels, [name for name, _ in kept], left_out)
+            write_shard(run.out, shard, stored, labels, [name for name, _ in kept])
     return bad
 
 
@@ -158,11 +157,11 @@ def main(argv: list[str] | None = None) -> None:
                 f"written; all others are.\n{first_ones(bad)}\n"
                 "Put whole images in their place and run the same command again, or leave them out with --skip-bad."
             )
+        if bad:
+            print(f"{len(bad)} images that cannot be read are left out:\n{first_ones(bad)}")
         if here.rank == 0:
-            data = ShardFolder(run.out)
-            print(f"{run.out}: {len(data)} items of {len(classes)} classes, as latents {'x'.join(map(str, shape))}")
-            if data.left_out:
-                print(f"{len(data.left_out)} images that cannot be read were left out:\n{first_ones(data.left_out)}")
+            items = f"{len(ShardFolder(run.out))} items of {len(images)} images in {len(classes)} classes"
+            print(f"{run.out}: {items}, as latents {'x'.join(map(str, shape))}")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,6 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--class-dropout", type=within(0, 1), default=0.1, help="how often a label gives way to the null class")
     add("--num-classes", type=at_least(1), help="default: the data's")
     add("--path", choices=["linear", "cosine"], default="linear", help="between data and noise")
-    add("--skip-bad", action="store_true", help="leave out files that cannot be used; they are listed")
     add("--demo-vae-steps", type=at_least(2), default=150, help="the training of the demo's VAE")
     run = parse_long_run(parser, argv, model="SiT-XL/2", demo_data="demo-vae")
     run.qk_norm = run.recipe == "released" if run.qk_norm is None else run.qk_norm
@@ -80,8 +79,7 @@ def open_backbone(run: argparse.Namespace) -> Backbone:
     elif run.data == "random":
         data = random_latents((run.resolution or 256) // VAE_DOWNSAMPLING)
     else:
-        bad_list = run.out.with_name(f"{run.out.name}-bad-files.json")
-        data = open_latents(Path(run.data), num_classes=run.num_classes, skip_bad=run.skip_bad, bad_list=bad_list)
+        data = open_latents(Path(run.data), num_classes=run.num_classes)
     if run.resolution is not None and data.size * VAE_DOWNSAMPLING != run.resolution:
         raise Mistake(
             f"--resolution {run.resolution} has latents of {run.resolution // VAE_DOWNSAMPLING} pixels a side.\n"

@@ -8,13 +8,10 @@ What the lists of files and labels show is checked when a folder is opened; a fi
 reading all of ImageNet first takes its time.
 """
 
-import hashlib
 import json
 import os
 from bisect import bisect_right
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +24,6 @@ from torch.utils.data import Dataset
 
 from common.data_files import DataError, check_moments, first_ones, read_json, read_moments, readable
 from common.run_folder import write_json
-from common.training import progress
 from common.vae import Scaling, checked_scaling
 
 REPA_INDEX = "dataset.json"
@@ -36,10 +32,7 @@ INDEX = "index.json"
 
 _KIND = {"kind": "mean and std of VAE posteriors", "format": 1}
 _MAX_CLASSES = 1 << 20  # every class takes a row of the model's table
-_THREADS = 8
-_CHUNK = 1024
 _SAMPLED = 16
-_SKIP = "To go on without what cannot be used, open the folder with skip_bad (--skip-bad): it reads every file first."
 
 
 class LatentFolder(Dataset[tuple[Tensor, Tensor, int]]):
@@ -50,20 +43,14 @@ class LatentFolder(Dataset[tuple[Tensor, Tensor, int]]):
         channels: C; likewise ``size``, h.
         scaling: From latents to what a model sees.
         vae: Path or name of the VAE, where the folder records it.
-        problems: What cannot be used of the folder, as (file, reason): it is not among the items.
     """
 
+    labels: Tensor
     num_classes: int
     channels: int
     size: int
     scaling: Scaling
     vae: str | None = None
-
-    def __init__(self, folder: Path, names: list[str], labels: Tensor, problems: list[tuple[str, str]]) -> None:
-        self.folder, self.labels, self.problems = folder, labels, problems
-        # One array: a list of strings would be copied into every worker of a loader, page by page, as it is counted.
-        self._names = np.array([os.fsencode(name) for name in names])
-        self._kept = torch.arange(len(labels))
 
     def __len__(self) -> int:
         """Items."""
@@ -72,80 +59,20 @@ class LatentFolder(Dataset[tuple[Tensor, Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
         """Mean, std, label; a `DataError` names the file that cannot be used."""
         place = range(len(self))[index]
-        try:
-            return *self.read(int(self._kept[place])), int(self.labels[place])
-        except DataError as error:
-            raise DataError(f"{error}\n{_SKIP}") from error
+        return *self.read(place), int(self.labels[place])
 
-    def read(self, number: int) -> tuple[Tensor, Tensor]:
-        """Mean and std of what the folder lists under a number, whether it is among the items or not."""
+    def read(self, place: int) -> tuple[Tensor, Tensor]:
+        """Mean and std of an item."""
         raise NotImplementedError
 
-    def name(self, number: int) -> str:
-        """Its file, relative to the folder."""
-        return os.fsdecode(self._names[number])
 
-    def digest(self) -> str:
-        """SHA-256 of names and labels."""
-        return hashlib.sha256(self._names.tobytes() + self.labels.numpy().tobytes()).hexdigest()
-
-    def leave_out(self, bad: dict[str, str]) -> None:
-        """Drop what cannot be read, reasons by name, from the items.
-
-        Raises:
-            ValueError: If the folder has no such names.
-        """
-        good = ~np.isin(self._names, np.array([os.fsencode(name) for name in bad], "S"))
-        if len(bad) != len(good) - good.sum():
-            raise ValueError(f"it names {len(bad)} files, of which {len(good) - good.sum()} are there")
-        self.problems += bad.items()
-        self._kept, self.labels = self._kept[good], self.labels[good]
-
-
-def open_latents(
-    folder: Path, *, num_classes: int | None = None, skip_bad: bool = False, bad_list: Path | None = None
-) -> LatentFolder:
+def open_latents(folder: Path, *, num_classes: int | None = None) -> LatentFolder:
     """Open a folder of posteriors; a `DataError` says what is wrong with it.
 
     Args:
         folder: One with REPA's ``dataset.json``, its parent, or one that ``encode_latents.py`` wrote.
         num_classes: Labels are below it; None takes the number that the folder records or its labels show.
-        skip_bad: Leave out what cannot be used, and print what it is. Every file is read once to know.
-        bad_list: A JSON file that keeps what ``skip_bad`` found, for the next time. Of several processes one should
-            open the folder first, so that the others agree with it.
     """
-    data = _opened(folder, num_classes)
-    if not skip_bad:
-        if data.problems:
-            raise DataError(
-                f"{len(data.problems)} entries of {folder} cannot be used:\n{first_ones(data.problems)}\n{_SKIP}"
-            )
-        for index in range(0, len(data), max(1, len(data) // _SAMPLED)):  # a wrong data set shows now, not in an hour
-            data[index]
-        return data
-    if bad_list is None or not bad_list.exists():
-        bad = _unreadable(data)
-        if bad_list is not None:
-            bad_list.parent.mkdir(parents=True, exist_ok=True)
-            write_json({"folder": str(data.folder), "digest": data.digest(), "bad": bad}, bad_list)
-        data.leave_out(bad)
-    else:
-        content = read_json(bad_list)
-        with readable(bad_list, "a list of bad items", "Delete it and have every file read again."):
-            if content["digest"] != data.digest():
-                raise DataError(
-                    f"{bad_list} lists what is bad in {content['folder']} as it was; {data.folder} holds other files "
-                    "now.\nName another file, or delete this one and have every file read again."
-                )
-            data.leave_out({str(name): str(reason) for name, reason in content["bad"].items()})
-    if not len(data):
-        raise DataError(f"Nothing in {folder} can be used:\n{first_ones(data.problems)}")
-    if data.problems:
-        print(f"{folder}: {len(data.problems)} entries left out, {len(data)} items used\n{first_ones(data.problems)}")
-    return data
-
-
-def _opened(folder: Path, num_classes: int | None) -> LatentFolder:
     candidates = [folder / REPA_INDEX, folder / "vae-sd" / REPA_INDEX, folder / INDEX]
     found = [path for path in candidates if path.is_file()]
     if len(found) != 1:
@@ -155,31 +82,12 @@ def _opened(folder: Path, num_classes: int | None) -> LatentFolder:
             f"Found: {', '.join(map(str, found)) or there or 'an empty folder'}.\n"
             f"Name a folder with {REPA_INDEX} (REPA's vae-sd/) or with the {INDEX} that encode_latents.py writes."
         )
-    if found[0].name == REPA_INDEX:
-        return RepaFolder(found[0].parent, num_classes)
-    data = ShardFolder(folder)
+    data = RepaFolder(found[0].parent, num_classes) if found[0].name == REPA_INDEX else ShardFolder(folder)
     if num_classes is not None and data.num_classes > num_classes:
         raise DataError(f"{folder} has {data.num_classes} classes; the model has {num_classes}.")
+    for index in range(0, len(data), max(1, len(data) // _SAMPLED)):  # a wrong data set shows now, not in an hour
+        data[index]
     return data
-
-
-def _unreadable(data: LatentFolder) -> dict[str, str]:
-    """What cannot be read, by name, and why: everything is read."""
-
-    def reason(number: int) -> str:
-        try:
-            data.read(number)
-        except DataError as error:
-            return str(error)
-        return ""
-
-    bad: dict[str, str] = {}
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in progress(range(0, len(data), _CHUNK), f"checking {data.folder.name}"):
-            # In chunks: the pool would queue every file of a data set at once.
-            chunk = range(start, min(start + _CHUNK, len(data)))
-            bad |= {data.name(i): why for i, why in zip(chunk, pool.map(reason, chunk), strict=True) if why}
-    return bad
 
 
 class RepaFolder(LatentFolder):
@@ -194,88 +102,72 @@ class RepaFolder(LatentFolder):
         for parent, _, files in os.walk(folder, followlinks=True):
             prefix = Path(parent).relative_to(folder).as_posix() + "/"
             there.update((prefix + name).removeprefix("./") for name in files if name.endswith(".npy"))
-        fine = {name: label for name, label in labels.items() if label is not None}
-        usable = {name: label for name, label in fine.items() if name in there}
-        problems += [(name, "listed, but not there") for name in fine if name not in there]
+        problems += [(name, "listed, but not there") for name in labels if name not in there]
         problems += [(name, f"there, but without a label in {REPA_INDEX}") for name in sorted(there - labels.keys())]
-        if not usable:
+        if problems:
             raise DataError(
-                f"None of the files that {folder / REPA_INDEX} lists can be used.\n{first_ones(problems)}\n"
-                "The .npy files belong beside it, under the names that it lists."
+                f"{folder / REPA_INDEX} and the .npy files beside it do not fit: {len(problems)} problems.\n"
+                f"{first_ones(problems)}\n"
+                "Copy what is missing, or take such files and their entries out."
             )
-        super().__init__(folder, list(usable), torch.tensor(list(usable.values())), problems)
+        self.folder, self.labels = folder, torch.tensor(list(labels.values()))
+        # One array: a list of strings would be copied into every worker of a loader, page by page, as it is counted.
+        self._names = np.array([os.fsencode(name) for name in labels])
         self.num_classes = int(self.labels.max()) + 1 if num_classes is None else num_classes
         self.scaling = Scaling(REPA_SCALE)
-        self.channels, self.size, _ = self._shape = self._usual_shape()
+        self.channels, self.size, _ = self._shape = read_moments(folder / next(iter(labels)))[0].shape
 
-    def read(self, number: int) -> tuple[Tensor, Tensor]:  # noqa: D102
-        path = self.folder / self.name(number)
+    def read(self, place: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+        path = self.folder / os.fsdecode(self._names[place])
         mean, std = read_moments(path)
         if mean.shape != self._shape:
             raise DataError(
-                f"{path} holds a latent {tuple(mean.shape)}; the others of its folder are {tuple(self._shape)}. "
+                f"{path} holds a latent {tuple(mean.shape)}; the first of its folder is {tuple(self._shape)}. "
                 "Encode the image again with the settings of the others."
             )
         return mean, std
 
-    def _usual_shape(self) -> torch.Size:
-        """The most frequent among 16 files spread over the list."""
-        shapes = Counter[torch.Size]()
-        for number in np.linspace(0, len(self) - 1, min(_SAMPLED, len(self))).astype(int):
-            with suppress(DataError):
-                shapes[read_moments(self.folder / self.name(number))[0].shape] += 1
-        return shapes.most_common(1)[0][0] if shapes else read_moments(self.folder / self.name(0))[0].shape
 
-
-def _listed_labels(path: Path, end: int) -> tuple[dict[str, int | None], list[tuple[str, str]]]:
-    """Labels below an end by file, None where the entry is wrong; and what is wrong."""
+def _listed_labels(path: Path, end: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Labels below an end by file; and what is wrong."""
     content = read_json(path)
     entries = content.get("labels") if isinstance(content, dict) else None
     if not isinstance(entries, list) or not entries:
         raise DataError(
             f'{path} has no list of labels. It should be {{"labels": [["00000/img-mean-std-00000000.npy", 3], …]}}.'
         )
-    labels: dict[str, int | None] = {}
+    labels: dict[str, int] = {}
     problems: list[tuple[str, str]] = []
     for entry in entries:
         name, label = entry if isinstance(entry, list) and len(entry) == 2 else (entry, None)
         if not isinstance(name, str) or not name.endswith(".npy") or {"", ".", ".."} & {*name.split("/")}:
             problems.append((str(entry)[:100], "no name of a .npy file in this folder, with a label"))
             continue
-        fine = type(label) is int and 0 <= label < end  # True is an int, too
-        if name in labels or not fine:
-            reason = "listed twice" if name in labels else f"the label {label!r:.50} is not in 0 .. {end - 1}"
-            problems.append((name, reason))
-        labels[name] = None if name in labels or not fine else label
+        if name in labels:
+            problems.append((name, "listed twice"))
+        elif type(label) is not int or not 0 <= label < end:  # True is an int, too
+            problems.append((name, f"the label {label!r:.50} is not in 0 .. {end - 1}"))
+        labels[name] = label
     return labels, problems
 
 
 class ShardFolder(LatentFolder):
-    """The items in a folder of `encode_latents.py`, shard by shard; ``left_out`` are images that could not be read."""
+    """The items in a folder of `encode_latents.py`, shard by shard."""
 
     def __init__(self, folder: Path) -> None:
-        self._index = index = read_index(folder)
+        self.folder, self._index = folder, (index := read_index(folder))
         missing = next((name for name in map(shard_name, range(index.shards)) if not (folder / name).exists()), None)
         if missing is not None:
             raise DataError(
                 f"The latents in {folder} are not finished: of {index.shards} shards, {missing} is missing.\n"
                 "Run encode_latents.py again as before: it makes what is missing."
             )
-        self._shards: dict[int, OpenShard] = {}
-        self.left_out: list[tuple[str, str]] = []
-        self._ends, names, labels, problems = [0], [], [torch.empty(0, dtype=torch.int64)], []
-        for number in range(index.shards):
-            try:
-                shard = self._shards[number] = OpenShard(folder, number, index)
-                names += shard.images
-                labels.append(shard.labels)
-                self.left_out += shard.left_out
-            except DataError as error:
-                problems.append((shard_name(number), str(error)))
-            self._ends.append(len(names))
-        if not names:
-            raise DataError(f"There is no image in the shards of {folder}.\n{first_ones(problems)}")
-        super().__init__(folder, names, torch.cat(labels), problems)
+        self._shards = {number: OpenShard(folder, number, index) for number in range(index.shards)}
+        labels = [shard.labels for shard in self._shards.values()]
+        self._ends = [0, *accumulate(map(len, labels))]
+        if not self._ends[-1]:
+            raise DataError(f"There is no image in the shards of {folder}.")
+        self.labels = torch.cat(labels)
         self.num_classes, self.scaling, self.vae = len(index.classes), index.scaling, index.vae
         self.channels, self.size, _ = index.shape
 
@@ -283,11 +175,11 @@ class ShardFolder(LatentFolder):
         """Without the open files: each process of a loader opens its own."""
         return {**self.__dict__, "_shards": {}}
 
-    def read(self, number: int) -> tuple[Tensor, Tensor]:  # noqa: D102
-        shard = bisect_right(self._ends, number) - 1
+    def read(self, place: int) -> tuple[Tensor, Tensor]:  # noqa: D102
+        shard = bisect_right(self._ends, place) - 1
         if shard not in self._shards:
             self._shards[shard] = OpenShard(self.folder, shard, self._index)
-        return self._shards[shard].read(number - self._ends[shard])
+        return self._shards[shard].read(place - self._ends[shard])
 
 
 # --- Shards: an `index.json`, and safetensors files of some thousand items each ---------------------------------------
@@ -331,17 +223,14 @@ def shard_name(number: int) -> str:
     return f"latents-{number:05d}.safetensors"
 
 
-def write_shard(
-    folder: Path, number: int, moments: Tensor, labels: Tensor, images: list[str], left_out: list[tuple[str, str]]
-) -> None:
+def write_shard(folder: Path, number: int, moments: Tensor, labels: Tensor, images: list[str]) -> None:
     """Write a shard under another name and then rename it: what is there is finished.
 
-    It holds the moments (2, n, C, h, w), in float32 or float16, and labels (n,), int64, of n images by name; and, as
-    (name, reason), those that could not be read.
+    It holds the moments (2, n, C, h, w), in float32 or float16, and labels (n,), int64, of n images by name.
     """
     path = folder / shard_name(number)
     partial = path.with_name(path.name + ".partial")
-    metadata = {"items": json.dumps({"images": images, "left_out": left_out})}
+    metadata = {"items": json.dumps({"images": images})}
     save_file({"mean": moments[0], "std": moments[1], "labels": labels}, partial, metadata=metadata)
     partial.replace(path)
 
@@ -355,9 +244,7 @@ class OpenShard:
             self._file = safe_open(path, "pt")
             found = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (no mapping)
             shapes = {name: (part.get_dtype(), part.get_shape()) for name, part in found.items()}
-            items = json.loads(self._file.metadata()["items"])
-            self.images: list[str] = items["images"]
-            self.left_out: list[tuple[str, str]] = [(name, reason) for name, reason in items["left_out"]]
+            self.images: list[str] = json.loads(self._file.metadata()["items"])["images"]
             moments = (shapes.get("mean", ("F32",))[0], [len(self.images), *index.shape])
             wanted = {"mean": moments, "std": moments, "labels": ("I64", [len(self.images)])}
             if shapes != wanted or moments[0] not in ("F32", "F16"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from common import latents
 from common.data_files import DataError
-from common.latents import LatentFolder, open_latents, read_index, shard_name
+from common.latents import LatentFolder, OpenShard, open_latents, read_index, shard_name
 from common.options import Mistake
 from common.processes import Processes
 from common.vae import Scaling
@@ -81,7 +81,7 @@ def test_every_image_is_stored_as_the_vaes_posterior(
     run(source, tmp_path / "out", "--flip")
     printed = capsys.readouterr().out
     assert "1 entries are no images and are skipped: readme.txt" in printed
-    assert "14 items of 3 classes, as latents 4x4x4" in printed
+    assert "14 items of 7 images in 3 classes, as latents 4x4x4" in printed
     assert "left out" not in printed
     data = open_latents(tmp_path / "out")
     assert (len(data), data.num_classes, data.channels, data.size) == (14, 3, 4, 4)
@@ -93,10 +93,11 @@ def test_every_image_is_stored_as_the_vaes_posterior(
         mirrored = i in order[:row]
         expected = plain_posterior(source.vae, source.images / NAMES[i], mirrored=mirrored)
         torch.testing.assert_close((mean[row], std[row]), expected, **CLOSE)
-        assert data.name(row) == NAMES[i] + " (mirrored)" * mirrored
     files = {"settings.json", "index.json", *map(shard_name, range(3))}
     assert {path.name for path in (tmp_path / "out").iterdir()} == files
-    assert read_index(tmp_path / "out").classes == ["ant", "bee", "cat"]
+    index = read_index(tmp_path / "out")
+    assert index.classes == ["ant", "bee", "cat"]
+    assert OpenShard(tmp_path / "out", 2, index).images == [NAMES[6], f"{NAMES[6]} (mirrored)"]
 
 
 def test_the_vaes_shift_is_recorded_and_decides_whether_work_goes_on(
@@ -242,20 +243,20 @@ def test_bad_images_stop_their_shards_and_are_all_named(own: Source, finished: P
     assert same(out, finished)
 
 
-def test_bad_images_are_left_out_when_asked_and_recorded(
+def test_bad_images_are_left_out_when_asked(
     own: Source, finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name in ("ant/0.png", "ant/1.png", "ant/2.png", "cat/1.png"):  # then the first shard is empty
         (own.images / name).write_bytes(b"")
     run(own, tmp_path / "latents", "--skip-bad")
     printed = capsys.readouterr().out
-    assert "3 items of 3 classes" in printed
-    assert "4 images that cannot be read were left out:\n  ant/0.png: " in printed
+    assert "3 items of 7 images in 3 classes" in printed
+    assert "4 images that cannot be read are left out:\n  ant/0.png: " in printed
     mean, std, labels = items(open_latents(tmp_path / "latents"))
     assert labels == [1, 1, 2]
     torch.testing.assert_close((mean, std), tuple(part[3:6] for part in items(open_latents(finished))[:2]), **CLOSE)
     run(own, tmp_path / "latents")  # is finished
-    assert "4 images that cannot be read were left out" in capsys.readouterr().out
+    assert "3 items of 7 images" in capsys.readouterr().out
 
 
 # --- what does not fit

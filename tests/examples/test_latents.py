@@ -1,9 +1,8 @@
-"""Posterior moments on disk: both layouts read back, and whatever is wrong with them named, counted or left out."""
+"""Posterior moments on disk: both layouts read back, and whatever is wrong with them named."""
 
 import json
 import os
 import pickle
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from common.data_files import DataError
-from common.latents import Index, LatentFolder, open_latents, shard_name, write_index, write_shard
+from common.latents import Index, open_latents, shard_name, write_index, write_shard
 from common.vae import Scaling
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -46,14 +45,13 @@ def repa(tmp_path: Path, moments: Tensor) -> Path:
 
 @pytest.fixture
 def shards(tmp_path: Path, moments: Tensor) -> Path:
-    """Our layout: four images, and two of which one was left out."""
+    """Our layout: four images, and two."""
     folder = tmp_path / "shards"
     folder.mkdir()
     write_index(INDEX, folder)
     for number, rows in enumerate([slice(0, 4), slice(4, 6)]):
         images = [f"class/{i}.png" for i in range(len(LABELS))][rows]
-        left_out = [("class/9.png", "truncated")] * number
-        write_shard(folder, number, moments[:, rows], torch.tensor(LABELS[rows]), images, left_out)
+        write_shard(folder, number, moments[:, rows], torch.tensor(LABELS[rows]), images)
     return folder
 
 
@@ -67,23 +65,17 @@ def relabel(folder: Path, index: int, entry: Any) -> None:
     (folder / "dataset.json").write_text(json.dumps(content))
 
 
-def same(data: LatentFolder, moments: Tensor, expected: list[int]) -> None:
-    """The items are those of the images ``expected``."""
-    assert data.labels.tolist() == [LABELS[i] for i in expected]
-    assert len(data) == len(expected)
-    for (mean, std, label), i in zip((data[k] for k in range(len(data))), expected, strict=True):
-        assert mean.dtype == std.dtype == torch.float32
-        assert torch.equal(torch.stack([mean, std]), moments[:, i])
-        assert (label, type(label)) == (LABELS[i], int)
-
-
 # --- whole folders
 
 
 @pytest.mark.parametrize("layout", ["repa", "shards"])
 def test_a_layout_reads_back_as_it_was_written(layout: str, request: pytest.FixtureRequest, moments: Tensor) -> None:
     data = open_latents(request.getfixturevalue(layout))
-    same(data, moments, list(range(6)))
+    assert data.labels.tolist() == LABELS
+    for i, (mean, std, label) in enumerate(data[k] for k in range(len(data))):
+        assert mean.dtype == std.dtype == torch.float32
+        assert torch.equal(torch.stack([mean, std]), moments[:, i])
+        assert (label, type(label)) == (LABELS[i], int)
     assert (data.channels, data.size, data.num_classes) == (4, 2, 4)
     assert (data.scaling, data.vae) == ((Scaling(0.18215), None) if layout == "repa" else (SCALING, "some/vae"))
     with pytest.raises(IndexError):
@@ -125,83 +117,46 @@ def test_a_folder_of_something_else_is_named(tmp_path: Path, repa: Path, shards:
         ("00000/img-mean-std-00000001.npy", "00000001.npy: the label None is not in"),
     ],
 )
-def test_a_wrong_entry_is_named_and_can_be_left_out(
-    repa: Path, moments: Tensor, entry: Any, match: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_wrong_entry_is_named(repa: Path, entry: Any, match: str) -> None:
     relabel(repa, 1, entry)
-    with pytest.raises(DataError, match=rf"{match}(.|\n)*--skip-bad"):
+    with pytest.raises(DataError, match=rf"do not fit: [12] problems(.|\n)*{match}"):
         open_latents(repa)
-    same(open_latents(repa, skip_bad=True), moments, [2, 3, 4, 5] if "twice" in match else [0, 2, 3, 4, 5])
-    assert re.search(match, capsys.readouterr().out)
 
 
 def test_what_the_list_lacks_is_named(repa: Path) -> None:
     np.save(repa / "00001/another.npy", np.ones((8, 2, 2), np.float32))
-    with pytest.raises(DataError, match=r"1 entries(.|\n)*00001/another.npy: there, but without a label"):
+    with pytest.raises(DataError, match=r"1 problems(.|\n)*00001/another.npy: there, but without a label"):
         open_latents(repa)
-    for content, match in [([], "has no list of labels"), ({"labels": [["a.npy", 0]]}, "None of the files")]:
+    for content, match in [([], "has no list of labels"), ({"labels": [["a.npy", 0]]}, "a.npy: listed, but")]:
         (repa / "dataset.json").write_text(json.dumps(content))
         with pytest.raises(DataError, match=match):
             open_latents(repa)
 
 
-# --- bad files, found when read or left out
+# --- bad files
 
 
-def spoil(repa: Path) -> None:
-    """Four of six files are bad: one truncated, one a pipe, one not finite, one of another size."""
+def test_a_bad_file_is_named_when_it_is_read(repa: Path) -> None:
+    data = open_latents(repa)
     npy(repa, 1).write_bytes(npy(repa, 1).read_bytes()[:-1])
     npy(repa, 2).unlink()
     os.mkfifo(npy(repa, 2))
     np.save(npy(repa, 3), np.full((8, 2, 2), np.nan, np.float32))
     np.save(npy(repa, 4), np.ones((8, 4, 4), np.float32))
-
-
-def test_a_bad_file_is_named_when_it_is_read(repa: Path) -> None:
-    data = open_latents(repa)
-    spoil(repa)
     for index, match in [
         (1, "cannot be read as .npy"), (2, "no regular file"), (3, "not finite"),
-        (4, r"a latent \(4, 4, 4\); the others .* \(4, 2, 2\)"),
+        (4, r"a latent \(4, 4, 4\); the first .* \(4, 2, 2\)"),
     ]:  # fmt: skip
-        with pytest.raises(DataError, match=rf"img-mean-std-0000000{index}.npy (.|\n)*{match}(.|\n)*skip_bad"):
+        with pytest.raises(DataError, match=rf"img-mean-std-0000000{index}.npy (.|\n)*{match}"):
             data[index]
     with pytest.raises(DataError, match=r"cannot be read as .npy"):  # so few files are all looked at
         open_latents(repa)
 
 
-def test_bad_files_are_left_out_and_their_list_is_kept(
-    repa: Path, moments: Tensor, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    spoil(repa)
-    before = sorted(repa.rglob("*"))
-    bad_list = tmp_path / "run/bad.json"
-    same(open_latents(repa, skip_bad=True, bad_list=bad_list), moments, [0, 5])
-    printed = capsys.readouterr().out
-    assert "4 entries left out, 2 items used" in printed
-    assert "img-mean-std-00000001.npy: " in printed
-    assert list(json.loads(bad_list.read_text())["bad"]) == [str(npy(Path(), i)) for i in (1, 2, 3, 4)]
-    assert sorted(repa.rglob("*")) == before
-    npy(repa, 5).write_bytes(b"")  # would be found if every file were read again
-    data = open_latents(repa, skip_bad=True, bad_list=bad_list)
-    assert len(data) == 2
-    with pytest.raises(DataError, match=r"00000005.npy"):
-        data[1]
-    whole = bad_list.read_text()
-    for bad in ({"00001/img.npy": ""}, ["00000/img-mean-std-00000001.npy"]):
-        bad_list.write_text(json.dumps(json.loads(whole) | {"bad": bad}))
-        with pytest.raises(DataError, match=r"bad.json cannot be read as a list of bad items(.|\n)*Delete it"):
-            open_latents(repa, skip_bad=True, bad_list=bad_list)
-    bad_list.write_text(whole)
-    relabel(repa, 0, ["00000/img-mean-std-00000000.npy", 3])
-    with pytest.raises(DataError, match=r"bad.json lists what is bad(.|\n)*as it was(.|\n)*delete this one"):
-        open_latents(repa, skip_bad=True, bad_list=bad_list)
-
-
 # --- wrong shards
 
 
-def test_a_damaged_shard_is_named_and_can_be_left_out(shards: Path, moments: Tensor) -> None:
+def test_a_damaged_shard_is_named(shards: Path) -> None:
     path = shards / shard_name(0)
     whole = path.read_bytes()
     cases = {
@@ -217,11 +172,9 @@ def test_a_damaged_shard_is_named_and_can_be_left_out(shards: Path, moments: Ten
         path.write_bytes(content)
         with pytest.raises(DataError, match=rf"cannot be read as a shard: (.|\n)*{match}(.|\n)*run encode_latents.py"):
             open_latents(shards)
-    same(open_latents(shards, skip_bad=True), moments, [4, 5])
     path.unlink()
-    for skip_bad in (False, True):
-        with pytest.raises(DataError, match=r"not finished: of 2 shards, latents-00000.* is missing(.|\n)*Run encode"):
-            open_latents(shards, skip_bad=skip_bad)
+    with pytest.raises(DataError, match=r"not finished: of 2 shards, latents-00000.* is missing(.|\n)*Run encode"):
+        open_latents(shards)
 
 
 def test_labels_beyond_the_classes_are_named(shards: Path) -> None:
@@ -234,10 +187,9 @@ def test_labels_beyond_the_classes_are_named(shards: Path) -> None:
 
 def test_bad_moments_in_a_shard_are_named_by_image(shards: Path, moments: Tensor) -> None:
     stored = torch.stack([moments[0, 4:], moments[1, 4:].log()])
-    write_shard(shards, 1, stored, torch.tensor(LABELS[4:]), ["class/4.png", "class/5.png"], [])
+    write_shard(shards, 1, stored, torch.tensor(LABELS[4:]), ["class/4.png", "class/5.png"])
     with pytest.raises(DataError, match=r"class/4.png in .*latents-00001(.|\n)*no standard deviation"):
         open_latents(shards)
-    same(open_latents(shards, skip_bad=True), moments, [0, 1, 2, 3])
 
 
 @pytest.mark.parametrize(
