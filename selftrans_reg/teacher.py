@@ -74,31 +74,21 @@ class CFGFeatureTeacher(Shareable, nn.Module):
     def __init__(
         self,
         model: nn.Module,
-        *,
-        layer: str,
-        guidance_scale: float,
-        null: Null,
-        call: Mapping[str, Any] | None = None,
-        select: Select = None,
-        tokens: Tokens = None,
-        hidden_size: int | None = None,
-        time: str | TimeConvention | None = None,
+        settings: Mapping[str, Any],
         compile: bool = False,  # noqa: A002
         truncate: bool = True,
     ) -> None:
         super().__init__()
-        check_guidance_scale(guidance_scale)
-        check_choice(select, tokens)
-        tapped = find_layer(model, layer)
-        self.layer = layer
-        self.guidance_scale = float(guidance_scale)
-        self.select = select
-        self.tokens = tokens
-        self.hidden_size = infer_width(tapped, hidden_size)
-        self.time = None if time is None else resolve(time)
-        self.spec = CallSpec(model, call)
-        self.null = null
-        self.null_condition = NullCondition(null, self.spec)
+        self.layer: str = settings["layer"]
+        self.guidance_scale = float(settings["guidance_scale"])
+        self.null: Null = settings["null"]
+        self.select: Select = settings["select"]
+        self.tokens: Tokens = settings["tokens"]
+        self.time = None if settings["time"] is None else resolve(settings["time"])
+        self.spec = CallSpec(model, settings["call"])
+        self.null_condition = NullCondition(self.null, self.spec)
+        tapped = find_layer(model, self.layer)
+        self.hidden_size = infer_width(tapped, settings["hidden_size"])
         if compile and not blocks_of(model):
             raise SettingError(
                 "compile=True compiles the blocks of an nn.ModuleList, an nn.ModuleDict, or an nn.Sequential of one "
@@ -107,10 +97,10 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             )
         self.model = model
         self.check_model()
-        settings = {"layer": layer, "guidance_scale": self.guidance_scale, "select": select, "tokens": tokens}
-        settings |= {f"fixed {name}": value for name, value in self.spec.fixed.items()}
-        settings |= {f"null {name}": value for name, _, value in self.null_condition.now()}
-        self.fingerprint = fingerprint(model, settings)
+        shaping = {name: getattr(self, name) for name in ("layer", "guidance_scale", "select", "tokens")}
+        shaping |= {f"fixed {name}": value for name, value in self.spec.fixed.items()}
+        shaping |= {f"null {name}": value for name, _, value in self.null_condition.now()}
+        self.fingerprint = fingerprint(model, shaping)
         if any(parameter.is_meta for parameter in model.parameters()):
             _LOGGER.warning("The teacher's offloaded weights are told from others by their names and shapes alone.")
         self.provenance: dict[str, Any] = {}  # where it comes from, for those with whom it is shared
@@ -223,7 +213,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             if not isinstance(error, CheckpointError):
                 origin = f"{where} does not fit {type(unwrap(made)).__name__}; nothing was loaded.\n{origin}"
             raise CheckpointError(origin) from error
-        teacher = cls(made, **settings, compile=compile, truncate=truncate)
+        teacher = cls(made, settings, compile, truncate)
         teacher.fingerprint = digest
         teacher.provenance = {key: config[key] for key in Details.__annotations__ if config[key] is not None}
         return teacher
@@ -530,7 +520,7 @@ def build_teacher(
             report.source or "the state dict",
             quoted(report.left_out),
         )
-    teacher = CFGFeatureTeacher(model, **settings, compile=compile, truncate=truncate)
+    teacher = CFGFeatureTeacher(model, settings, compile, truncate)
     source = None if report.source is None else Path(report.source).name  # no paths: they would tell of the machine
     teacher.provenance = {k: v for k, v in (("source", source), ("step", report.step)) if v is not None}
     if example is not None:
