@@ -15,7 +15,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.options import Parser, add_sampling_options, at_least, run_script
+from common.options import Parser, add_sampling_options, run_script
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -26,7 +26,6 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--run", type=Path, nargs="+", help="runs' folders: each checkpoint is sampled and measured")
     add = parser.add_argument
     add("--out", type=Path, help="folder of the samples, results and curve of --run")
-    add("--published", action="store_true", help="with --run on ImageNet, the published FID-10K beside it")
     add("--reference", help="the data: a folder of images, an .npz, or 'digits'")
     add("--statistics", type=Path, help="file of the reference's statistics: written, or read if there")
     add(
@@ -34,9 +33,6 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         required=True,
         help="'inception', by torch-fidelity; module:callable; or 'digits', a small classifier of them",
     )
-    add("--classifier", type=Path, default=Path("runs/digits_classifier.pt"), help="where that of 'digits' is kept")
-    add("--neighbours", type=at_least(1), default=3, help="k of precision and recall")
-    add("--bootstrap", type=at_least(2), default=20, help="draws for the distance's spread")
     add_sampling_options(parser)
     run = parser.parse_args(argv)
     if (run.run is None) != (run.out is None):
@@ -45,8 +41,6 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("the folders of --run need different names")
     if run.reference is None and run.statistics is None:
         parser.error("name the data with --reference, or its --statistics")
-    if run.published and (run.run is None or run.features == "digits"):
-        parser.error("--published belongs to --run, with features of Inception: its curves are FIDs on ImageNet")
     if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         parser.error(
             f"evaluate.py is the work of one process, and {count} were started; sample.py makes the images in several, "
@@ -80,18 +74,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-# FID-10K without guidance on ImageNet 256x256, batch 256, read off the authors' plot (+-0.5): steps -> distance.
-# Sun et al., 2026, https://arxiv.org/abs/2601.07773
-PUBLISHED = {
-    "SiT-B/2": {50_000: 96, 100_000: 67, 200_000: 50, 300_000: 43, 400_000: 38.6},
-    "SiT-B/2 + VAE alignment (stage 1)": {50_000: 91, 100_000: 59, 200_000: 41, 300_000: 36, 400_000: 32},
-    "SiT-B/2 + Self-Transcendence": {50_000: 74, 100_000: 52, 200_000: 31, 300_000: 26, 400_000: 23},
-}
-
+BOOTSTRAP_DRAWS = 20
 PANELS, PANEL_COLUMNS, PANEL_ROWS = 5, 5, 4  # of the picture of samples: checkpoints a run, images of each
 WIDTHS = {"frechet_distance": 19, "spread": 9, "precision": 11, "recall": 9}  # of the table's columns
 MARKERS = "os^Dv"  # hollow, so that of two curves in one place both are seen
-LOGARITHMIC_FROM = 4  # largest over smallest distance: nearer ones are read better on a plain axis
 
 Row = dict[str, Any]
 
@@ -102,15 +88,15 @@ def measured(run: argparse.Namespace, images: ImageSet, extractor: Extractor, re
     row: Row = {
         "samples": len(features),
         "frechet_distance": frechet_distance(reference.statistics, feature_statistics(features)),
-        "spread": frechet_spread(reference.statistics, features, draws=run.bootstrap),
+        "spread": frechet_spread(reference.statistics, features, draws=BOOTSTRAP_DRAWS),
     }
     if reference.features is not None:
-        found = precision_recall(reference.features, features[evenly(len(features))], neighbours=run.neighbours)
+        found = precision_recall(reference.features, features[evenly(len(features))])
         row |= found._asdict()
     return row
 
 
-def report(rows: dict[str, Row], extractor: Extractor, reference: Reference, bootstrap: int) -> str:
+def report(rows: dict[str, Row], extractor: Extractor, reference: Reference) -> str:
     """The rows as a table, and what they are."""
     lines = ["", f"{'':<24}{'images':>9}{'Fréchet distance':>19}{'spread':>9}{'precision':>11}{'recall':>9}"]
     for name, row in rows.items():
@@ -119,7 +105,7 @@ def report(rows: dict[str, Row], extractor: Extractor, reference: Reference, boo
     count = "an unknown number of" if reference.count is None else f"{reference.count:,}"
     lines += [
         "",
-        f"Features: {extractor.name}. Reference: {count} images. Spread: over {bootstrap} bootstrap draws.",
+        f"Features: {extractor.name}. Reference: {count} images. Spread: over {BOOTSTRAP_DRAWS} bootstrap draws.",
         "Distances are comparable at one number of images, in one extractor's features only.",
     ]
     if reference.features is None:
@@ -145,10 +131,9 @@ def curve(run: argparse.Namespace, folder: Path, extractor: Extractor, reference
     return {path.stem: read_json(path) for path in finished}
 
 
-def drawn_curves(curves: dict[str, dict[str, Row]], *, published: bool) -> "Figure":
-    """Distance against steps, with bars of two spreads on either side; the published curves dashed."""
+def drawn_curves(curves: dict[str, dict[str, Row]]) -> "Figure":
+    """Distance against steps, with bars of two spreads on either side."""
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
@@ -157,19 +142,9 @@ def drawn_curves(curves: dict[str, dict[str, Row]], *, published: bool) -> "Figu
         distances, spreads = ([row[key] for row in rows.values()] for key in ("frechet_distance", "spread"))
         bars = [2 * spread for spread in spreads]
         axes.errorbar(steps, distances, bars, marker=marker, ms=7, mfc="none", lw=1.2, capsize=3, label=name)
-    if published:
-        for (name, points), grey in zip(PUBLISHED.items(), ("0.7", "0.45", "0.1"), strict=True):
-            label = f"{name}, published FID-10K"
-            axes.plot(list(points), list(points.values()), "--", marker=".", color=grey, label=label)
     samples = max(row["samples"] for rows in curves.values() for row in rows.values())
     axes.set(xlabel="training steps", ylabel=f"Fréchet distance, {samples:,} samples", xlim=(0, None))
     axes.xaxis.set_major_formatter("{x:,.0f}")
-    low, high = axes.dataLim.intervaly
-    if high > LOGARITHMIC_FROM * low:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    axes.yaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     return figure
@@ -190,14 +165,14 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
     """Measure the samples, or the runs' checkpoints; return the table's rows."""
     run = options(argv)
     run.device = default_device(run.device)
-    extractor = extractor_named(run.features, classifier=run.classifier, device=run.device)
+    extractor = extractor_named(run.features, run.device)
     data = None if run.reference is None else ImageSet(run.reference)
     if run.samples is not None:
         images = ImageSet(run.samples)
         reference = reference_of(data, run.statistics, extractor, batch_size=run.batch_size)
         rows = {run.samples.name: measured(run, images, extractor, reference)}
     else:
-        apart = {"run", "out", "samples", "published", "classifier", "device", "batch_size"}
+        apart = {"run", "out", "samples", "device", "batch_size"}
         settings = {name: value for name, value in vars(run).items() if name not in apart}
         statistics = None if run.statistics is None else str(run.statistics)
         open_run_folder(run.out, settings | {"features": extractor.name, "statistics": statistics})
@@ -205,12 +180,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
         reference = reference_of(data, path, extractor, batch_size=run.batch_size)
         curves = {folder.name: curve(run, folder, extractor, reference) for folder in run.run}
         write_json(curves, run.out / "results.json")
-        figure = drawn_curves(curves, published=run.published)
+        figure = drawn_curves(curves)
         write_whole(run.out / "distance.png", lambda file: figure.savefig(file, dpi=120, format="png"))
         draw_samples(curves, run.out / "samples", run.out / "samples.png")
         rows = {f"{name} {int(step):,}": row for name, found in curves.items() for step, row in found.items()}
         print(f"Everything is in {run.out}; look at distance.png and samples.png.")
-    print(report(rows, extractor, reference, run.bootstrap))
+    print(report(rows, extractor, reference))
     return rows
 
 

@@ -23,7 +23,6 @@ from common.options import Mistake
 DIGITS = "digits"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_PNG_BITS = 24  # the byte of a PNG that holds its bits a channel
 _SHOWN = 3
 _ARRAY = "arr_0.npy"  # what numpy calls the first array of an .npz, where ADM's evaluator looks for the images
 
@@ -71,28 +70,19 @@ def read_image(path: Path) -> Image.Image:
     with readable(path, "an image"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of odd metadata
         warnings.simplefilter("error", Image.DecompressionBombWarning)
-        with path.open("rb") as stream:
-            head = stream.read(_PNG_BITS + 1)
         with Image.open(path, formats=_FORMATS) as image:
             frames = 1 if image.format == "MPO" else getattr(image, "n_frames", 1)  # a camera's other views
             if frames > 1:
                 raise ValueError(f"it has {frames} frames, and one of them would have to be chosen")
-            return _on_white(ImageOps.exif_transpose(image), head[_PNG_BITS] if image.format == "PNG" else 8)
+            # A PNG may name a colour as transparent, in bits of the file, such as "L;4", which Pillow takes for 8.
+            if "transparency" in image.info and image.mode != "P" and ";" in image.tile[0][3]:
+                raise ValueError("a colour of it is transparent, in other than 8 bits: save it with an alpha channel")
+            return _on_white(ImageOps.exif_transpose(image))
 
 
-def _on_white(image: Image.Image, bits: int) -> Image.Image:
-    # A PNG may name one grey or colour as transparent, with the file's own bits, which Pillow leaves as they are.
-    key = image.info.get("transparency")
+def _on_white(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16 bits of grey, which Pillow would clip, not scale
-        values = np.asarray(image)
-        image = Image.fromarray((values / 257).round().astype(np.uint8))
-        if key is not None:
-            image.putalpha(Image.fromarray(np.where(values == key, 0, 255).astype(np.uint8)))
-    elif image.mode == "L" and isinstance(key, int):
-        most = 2**bits - 1
-        image.info["transparency"] = (key & most) * 255 // most
-    elif image.mode == "RGB" and isinstance(key, tuple) and bits == 16:
-        image.info["transparency"] = tuple(value >> 8 for value in key)
+        image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

@@ -27,6 +27,7 @@ from common.vae import weights_digest
 _BATCH_SIZE = 64
 _FEATURE_BATCH = 512
 INCEPTION = "inception"
+_CLASSIFIER = Path("runs/digits_classifier.pt")
 _CLASSIFIER_STEPS = 300  # what the quickstart gives it
 _PAIRED = 10_000
 _OURS, _ADMS = ("mean", "covariance"), ("mu", "sigma")
@@ -222,15 +223,15 @@ class Extractor(NamedTuple):
         return np.concatenate([self(batch) for batch in bar])
 
 
-def extractor_named(name: str, *, classifier: Path, device: str) -> Extractor:
+def extractor_named(name: str, device: str) -> Extractor:
     """The extractor "digits" or "inception", or that of an import path ``module:callable``.
 
-    The digits' classifier is trained now, in seconds, if it is not at ``classifier``. The device is that of a network
-    that is made here; a callable of one's own chooses its device itself.
+    The digits' classifier is trained now, in seconds, if it is not in ``runs/``. The device is that of a network that
+    is made here; a callable of one's own chooses its device itself.
     """
     if name == DIGITS:
-        classifier.parent.mkdir(parents=True, exist_ok=True)
-        model = trained_classifier(classifier, digits(32)[0], steps=_CLASSIFIER_STEPS, seed=0, device=device)
+        _CLASSIFIER.parent.mkdir(parents=True, exist_ok=True)
+        model = trained_classifier(_CLASSIFIER, digits(32)[0], steps=_CLASSIFIER_STEPS, seed=0, device=device)
         function = partial(_digits_features, model)
     elif name == INCEPTION:  # of published FIDs, with TensorFlow's weights and resizing
         try:

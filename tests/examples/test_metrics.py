@@ -178,7 +178,7 @@ def test_an_extractor_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(sys, "path", list(sys.path))
     for name in ("nothing", "sys:nothing", "no_such_module:f", ":f", "sys:"):
         with pytest.raises(Mistake, match=rf"--features '{name}' is no module:callable"):
-            extractor_named(name, classifier=tmp_path / "classifier.pt", device="cpu")
+            extractor_named(name, "cpu")
     with pytest.raises(Mistake, match="--features 'sys:maxsize' is a int, which cannot be called"):
         imported("sys:maxsize", "--features")
 
@@ -198,9 +198,9 @@ class Inception(torch.nn.Module):
         return (self.weight * images.float().mean((2, 3)),)
 
 
-def test_inception_is_torch_fidelitys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inception_is_torch_fidelitys(monkeypatch: pytest.MonkeyPatch) -> None:
     def named() -> Extractor:
-        return extractor_named("inception", classifier=tmp_path / "classifier.pt", device="cpu")
+        return extractor_named("inception", "cpu")
 
     monkeypatch.setitem(sys.modules, "torch_fidelity.feature_extractor_inceptionv3", None)  # not importable
     with pytest.raises(Mistake, match=r"needs torch-fidelity(.|\n)*pip install torch-fidelity"):
