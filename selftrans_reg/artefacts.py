@@ -242,9 +242,7 @@ import selftrans_reg as st
 teacher = st.CFGFeatureTeacher.from_pretrained({name}, model={backbone}{arguments})
 ```
 
-`{backbone}` is the class that the weights were trained with, or a function that builds the model with the same
-settings; the class is not part of this repository. `st.SelfTransLoss.stage2(model, teacher=teacher, ...)` then runs it.
-Its settings, and where it comes from:
+`{backbone}` is the class that the weights were trained with, which is not part of this repository. The settings:
 
 ```json
 {settings}

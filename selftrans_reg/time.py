@@ -95,12 +95,10 @@ class TimeConvention:
     def named(cls, name: str) -> TimeConvention:
         """The convention of that name; a ``SettingError`` that lists all names and the nearest if there is none."""
         if not isinstance(name, str) or name not in _NAMED:
-            close = nearest(str(name), _NAMED)
             raise SettingError(
-                f"Unknown time convention {name!r}.\n"
-                f"Known: {quoted(_NAMED)}.\n"
-                + (f"Nearest: {quoted(close)}.\n" if close else "")
-                + "For another one pass TimeConvention('mine', alpha=..., sigma=...)."
+                f"Unknown time convention {name!r}.\nKnown: {quoted(_NAMED)}.\n"
+                f"Nearest: {quoted(nearest(str(name), _NAMED)) or 'none'}.\n"
+                "For another one pass TimeConvention('mine', alpha=..., sigma=...)."
             )
         return _NAMED[name]
 

@@ -31,8 +31,6 @@ _HEADS = (
 
 _FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
 
-_AVERAGE = re.compile(r"(?<![a-z])ema(?![a-z])|averag|avg|polyak|shadow|(?<![a-z])swa(?![a-z])", re.IGNORECASE)
-
 _LISTED = 8  # keys that one section of an error message names
 
 
@@ -144,9 +142,7 @@ def _choose_entry(
             f"Not tensors: {some_of(others, quote=False)}.\n"
             "Pass the dictionary of the weights itself as the checkpoint."
         )
-    paths.sort(key=lambda path: (_AVERAGE.search(path) is None) != (weights == "model"))
-    seems = f", and {paths[0]!r} looks like an average of the weights" if _AVERAGE.search(paths[0]) else ""
-    raise CheckpointError(f"{where} has {there} but no {weights!r}{seems}: {_pass(paths)}")
+    raise CheckpointError(f"{where} has {there} but no {weights!r}: {_pass(paths)}")
 
 
 def _below(content: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:

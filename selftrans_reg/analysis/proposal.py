@@ -18,8 +18,6 @@ from .scores import standard_error
 
 # Below this part of |f_c| a difference is rounding, in bfloat16 too, or as good as none.
 NO_CONTRAST = 1e-2
-# Targets of the default distance, a squared error, grow by its square.
-_MUCH_LARGER = 4.0
 
 
 def propose(report: LayerReport, published: Recipe) -> Recipe:
@@ -43,7 +41,7 @@ def propose(report: LayerReport, published: Recipe) -> Recipe:
         teacher_layer=teacher,
         guidance_scale=scale,
         reasons=published.reasons | reasons,
-        notes=(heuristic, *_size_note(report, teacher, scale), *published.notes),
+        notes=(heuristic, *published.notes),
     )
 
 
@@ -109,16 +107,3 @@ def _least(accuracy: float, report: LayerReport) -> float:
 
 def _probe(report: LayerReport, score: float) -> str:
     return f"probe{' of f_u' if report.guidance_scales[0] == 0 else ''} {score:.0%}"
-
-
-def _size_note(report: LayerReport, teacher: str, scale: float) -> list[str]:
-    """What the guided features' size at the proposed scale gives to mind, if that was measured."""
-    if teacher not in report.layers or scale not in report.guidance_scales:
-        return []
-    norm, plain = (report.mean("norm", teacher, w) or 0.0 for w in (scale, 1.0))
-    if not norm > _MUCH_LARGER * plain > 0:
-        return []
-    return [
-        f"At w = {scale:g} the targets of {teacher} are {norm / plain:.1f} times as long as f_c, and the default "
-        "distance is a squared error: distance='cosine' or a smaller scale may suit better."
-    ]

@@ -124,7 +124,7 @@ class TestPlanted:
         [
             (Planted(3, strength=0.0), None, "f_u| / |f_c| is 0 at most", "guidance_scale", "no contrast at blocks.3"),
             (Planted(3, strength=1e-4), None, "hardly trained with it", "guidance_scale", "no contrast at blocks.3"),
-            (Planted(3, strength=3.0), None, "times as long as f_c", "guidance_scale", "f_g is 100% at w = 1"),
+            (Planted(3, strength=3.0), None, "heuristics on 400", "guidance_scale", "f_g is 100% at w = 1"),
             (Planted(3, broken=(5, 1e30)), None, "Layer 'blocks.5' gives NaN or inf", "teacher_layer", "measured: p"),
             (Planted(3), "one label", "All labels are the same", "teacher_layer", "no labels to tell apart"),
             (Planted(3), "no labels", "heuristics on 400", "teacher_layer", "not measured, no labels to tell apart"),
