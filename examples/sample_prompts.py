@@ -4,8 +4,9 @@ The noise of an image depends on the seed and on its prompt's place in the list 
 not done again.
 
     python examples/sample_prompts.py --checkpoint runs/coco/stage2 --out samples/coco --cfg-scale 4 \
-        --prompts "a cat asleep on a red sofa" "a kite above a beach"
-    python examples/sample_prompts.py --checkpoint runs/t2i/stage2/checkpoints/*.pt --out samples/along-training
+        --text-encoder openai/clip-vit-large-patch14 --prompts "a cat asleep on a red sofa" "a kite above a beach"
+    python examples/sample_prompts.py --checkpoint runs/t2i/stage2/checkpoints/*.pt --out samples/along-training \
+        --prompts "a red circle on a blue ground"
 """
 # ruff: noqa: E402
 
@@ -23,17 +24,17 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", type=Path, nargs="+", required=True, help="files, or runs' folders: the newest of each")
     add("--out", type=Path, required=True, help="folder of the images")
-    texts = parser.add_mutually_exclusive_group()
-    texts.add_argument("--prompts", nargs="+", help="the texts (default: those of the run's own pictures)")
+    texts = parser.add_mutually_exclusive_group(required=True)
+    texts.add_argument("--prompts", nargs="+", help="the texts")
     texts.add_argument("--prompts-file", type=Path, help="one prompt a line, instead")
-    add("--text-encoder", help="CLIP text model: folder or hub name (default: the run's own)")
+    add("--text-encoder", help="CLIP text model: folder or hub name (default: the demo's own)")
     add_image_options(parser, sampler="heun", steps=50, cfg_scale=2.0, batch_size=32)
     run = parser.parse_args(argv)
     if run.prompts_file is not None:
         if not run.prompts_file.is_file():
             parser.error(f"there is no file {run.prompts_file}; --prompts-file holds a prompt a line")
         run.prompts = run.prompts_file.read_text().splitlines()
-    if run.prompts is not None and not (run.prompts and all(text.strip() for text in run.prompts)):
+    if not run.prompts or not all(text.strip() for text in run.prompts):
         parser.error("there are no prompts, or empty ones")
     return run
 
@@ -42,13 +43,14 @@ if __name__ == "__main__":
     options()  # --help and wrong options end here, before the imports below take their seconds
 
 import numpy as np
+import torch
 from common.images import read_image
 from common.loading import Checkpoint, mmdit_from_checkpoint
 from common.mmdit import MMDiT
 from common.processes import default_device
 from common.run_folder import newest_checkpoint, open_run_folder
 from common.samplers import ImageSampler, batches_left, deciding, new_sampler, png_of, write_missing
-from common.text import Prompts, encoded_prompts, load_text_encoder, numbers_of, save_captioned
+from common.text import Prompts, encoded_prompts, load_text_encoder, numbers_of, same_features, save_captioned
 from common.training import progress
 from common.vae import weights_digest
 
@@ -70,14 +72,20 @@ class Job(NamedTuple):
     heading: str
 
 
-def new_job(run: argparse.Namespace, model: MMDiT, found: Checkpoint, texts: Sequence[str]) -> Job:
+def new_job(run: argparse.Namespace, model: MMDiT, found: Checkpoint) -> Job:
     """Put together what a checkpoint needs; what does not fit together is named now."""
     name = run.text_encoder or found.args.get("text_encoder")
     if not isinstance(name, str):
         raise Mistake(f"{found.source} does not name its text encoder.\nFound: {name!r}.\nPass --text-encoder.")
     encoder = load_text_encoder(name, device=run.device)
     shape = found.args.get("context_length", encoder.length), found.settings["context_size"]
-    prompts = encoded_prompts(encoder, texts, shape, found.source)
+    prompts = encoded_prompts(encoder, run.prompts, shape, found.source)
+    empty = found.args.get("empty_prompt")
+    if empty is not None and not same_features(prompts.features[prompts.null, 0, : len(empty)], torch.tensor(empty)):
+        raise Mistake(
+            f"{encoder.name} is not the text encoder of {found.source}: the empty prompt has other features.\n"
+            "Pass with --text-encoder the one that the captions were encoded with."
+        )
     sampler, identity = new_sampler(run, found, numbers_of, prompts.null)
     identity |= {"weights": weights_digest(model)[:16], "text_encoder_weights": weights_digest(encoder.model)[:16]}
     return Job(model, prompts, sampler, identity, f"{run_of(Path(found.source))}, {found.steps} steps")
@@ -91,10 +99,8 @@ def main(argv: Sequence[str] | None = None) -> Path:
     names = [f"{run_of(Path(found.source))}-{found.steps}" for _, found in loaded]
     if len(set(names)) < len(names):
         raise Mistake(f"The checkpoints are not told apart by their runs' names and steps.\nFound: {names}.")
-    texts = run.prompts or loaded[0][1].args.get("prompts")
-    if not texts:
-        raise Mistake(f"{loaded[0][1].source} names no prompts of its own pictures.\nPass --prompts TEXT TEXT ...")
-    jobs = {name: new_job(run, *found, texts) for name, found in zip(names, loaded, strict=True)}
+    texts = run.prompts
+    jobs = {name: new_job(run, *found) for name, found in zip(names, loaded, strict=True)}
     identities = {name: job.identity for name, job in jobs.items()}
     open_run_folder(run.out, {"checkpoints": identities, "prompts": texts, **deciding(run)})
     rows = {}

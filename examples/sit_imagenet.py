@@ -18,15 +18,14 @@ from common.options import Mistake, at_least, long_run_parser, parse_long_run, r
 
 PUBLISHED = {
     "steps": 400_000, "batch_size": 256, "lr": 1e-4, "warmup_steps": 0, "ema_decay": 0.9999, "log_every": 100,
-    "checkpoint_every": 10_000, "keep_every": 50_000, "sample_every": 10_000, "head_features": 2048,
+    "checkpoint_every": 10_000, "keep_every": 50_000, "head_features": 2048,
 }  # fmt: skip
 DEMO = {
     "steps": 700, "batch_size": 16, "lr": 3e-3, "warmup_steps": 50, "ema_decay": 0.99, "log_every": 50,
-    "checkpoint_every": 100, "keep_every": 350, "sample_every": 350, "head_features": 256, "stop_step": 350,
+    "checkpoint_every": 100, "keep_every": 350, "head_features": 256, "stop_step": 350,
 }  # fmt: skip
 DEMO_SIZE = {"patch_size": 1, "hidden_size": 96, "depth": 6, "num_heads": 3}  # 64 tokens on the demo's latents
 VAE_DOWNSAMPLING = 8  # of Stable Diffusion's VAE, which the published runs use
-COLUMNS, ROWS = 10, 4  # of the pictures
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -56,26 +55,22 @@ if __name__ == "__main__":
 
 import torch
 from common.demo import demo_latents, random_latents
-from common.images import tile, write_png
 from common.latents import open_latents
 from common.long_runs import Backbone, settle, train_long
-from common.samplers import Guidance, ImageSampler, matching_vae
 from common.sit import SiT, published_sizes
 from common.trainer import Trainer
-from torch import nn
 
 import selftrans_reg as st
 
 
 def open_backbone(run: argparse.Namespace) -> Backbone:
-    """The latents, the model of their size, and what draws pictures, if there is a VAE; settles the options.
+    """The latents, and the model of their size; settles the options.
 
     Raises:
         Mistake: If the data is of another resolution than asked for, or has more classes.
     """
-    vae = None
     if run.data == "demo":
-        data, vae = demo_latents(run.demo_data, vae_steps=run.demo_vae_steps, device="cpu")
+        data = demo_latents(run.demo_data, vae_steps=run.demo_vae_steps)
     elif run.data == "random":
         data = random_latents((run.resolution or 256) // VAE_DOWNSAMPLING)
     else:
@@ -99,20 +94,7 @@ def open_backbone(run: argparse.Namespace) -> Backbone:
     }
     new = partial(SiT, **sizes)
     settle_sit(run, new)
-    if run.vae is not None:
-        vae, _ = matching_vae(run.vae, data.scaling, data.channels, run.data)
-    classes = torch.linspace(0, run.num_classes - 1, COLUMNS).round().long()  # a column of each
-    sampler = vae and ImageSampler(
-        vae, data.scaling, (data.channels, data.size, data.size),
-        lambda numbers, generators: classes[torch.tensor(numbers) % COLUMNS],
-        run.sample_steps, Guidance(run.sample_cfg, run.num_classes), run.seed, path=run.path,
-    )  # fmt: skip
-
-    def draw(model: nn.Module, path: Path) -> None:
-        images = sampler.images(model, range(COLUMNS * ROWS), next(model.parameters()).device)
-        write_png(tile(images, COLUMNS, gap=2), path)
-
-    return Backbone("SiT", "blocks", new, sizes, {"y": run.num_classes}, data, draw=sampler and draw)
+    return Backbone("SiT", "blocks", new, sizes, {"y": run.num_classes}, data)
 
 
 def settle_sit(run: argparse.Namespace, new: partial[SiT]) -> None:

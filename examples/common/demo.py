@@ -77,11 +77,11 @@ def digit_latents(vae: AutoencoderKL, place: str, *, held_out: bool = False) -> 
     return MemoryLatents(*moments, labels, num_classes=NUM_DIGIT_CLASSES, scaling=scaling, vae=place)
 
 
-def demo_latents(folder: Path, *, vae_steps: int, device: str) -> tuple[MemoryLatents, AutoencoderKL]:
-    """The training digits' latents, and their VAE, which is trained now if the folder is not there."""
+def demo_latents(folder: Path, *, vae_steps: int) -> MemoryLatents:
+    """The training digits' latents, by a VAE that is trained now if the folder is not there."""
     with _alone_with(folder):
-        vae = trained_vae(folder, digits(IMAGE_SIZE)[0].images, steps=vae_steps, seed=0, device=device)
-    return digit_latents(vae, str(folder)), vae
+        vae = trained_vae(folder, digits(IMAGE_SIZE)[0].images, steps=vae_steps, seed=0, device="cpu")
+    return digit_latents(vae, str(folder))
 
 
 def random_latents(size: int, count: int = 4096) -> MemoryLatents:

@@ -19,7 +19,7 @@ from common.loading import Family, check_claims, saved_args
 from common.options import CHANGEABLE, STAGES, Mistake
 from common.paths import PATHS, denoising_loss
 from common.run_folder import checkpoint_path, locked, open_run_folder
-from common.trainer import Condition, Draw, Trainer
+from common.trainer import Condition, Trainer
 from common.vae import Scaling, recorded_scaling
 
 TIMES = {"linear": "repa", "cosine": "repa-cosine"}  # t = 1 is noise
@@ -36,7 +36,6 @@ class Backbone(NamedTuple):
         null: The null condition by argument name.
         data: Items (mean, std, condition) of unscaled latents, and what these are: channels, size, scaling, vae.
         select: Which part of a block's output is the image's tokens.
-        draw: Writes pictures of samples, if there is a VAE for them.
     """
 
     family: Family
@@ -46,7 +45,6 @@ class Backbone(NamedTuple):
     null: dict[str, Any]
     data: Dataset[Any]
     select: int | None = None
-    draw: Draw | None = None
 
 
 def new_accelerator(
@@ -143,7 +141,7 @@ def train_long(
         accelerator.print(f"Starting from the {found.entry or 'only'} weights in {run.init}{left_out}.")
     criterion = new_criterion(run, model, backbone, check)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
-    says = {"family": backbone.family, "time": "repa", "prediction": "velocity", "vae": run.vae or backbone.data.vae}
+    says = {"family": backbone.family, "time": "repa", "prediction": "velocity", "vae": backbone.data.vae}
     trainer = Trainer(
         accelerator,
         model,
@@ -154,7 +152,6 @@ def train_long(
         settings=run,
         out=run.out,
         args=settings | backbone.sizes | says | {"scale_factor": scaling.scale, "shift_factor": scaling.shift},
-        draw=backbone.draw,
     )
     if run.compile:
         for block in model.get_submodule(backbone.blocks):

@@ -146,8 +146,7 @@ STAGES = {"baseline": (), "1": (*_ALIGNED, "target"), "2": (*_ALIGNED, "teacher"
 # What a run may change when it goes on; all else belongs to its folder.
 CHANGEABLE = (
     "out", "resume", "cpu", "steps", "micro_batches", "precision", "compile", "workers", "teacher_chunk", "log_every",
-    "log_with", "checkpoint_every", "keep", "keep_every", "sample_every", "sample_steps", "sample_cfg", "vae",
-    "prompts", "text_encoder",
+    "log_with", "checkpoint_every", "keep", "keep_every",
 )  # fmt: skip
 
 
@@ -213,7 +212,7 @@ def long_run_parser(
     add("--seed", "of weights, data order and noise", type=at_least(0), default=0)
     add("--cpu", "even where there is a GPU", action="store_true")
 
-    add = group("data, logs, checkpoints, pictures")
+    add = group("data, logs, checkpoints")
     add("--workers", "processes that read data, for each GPU (default: 4; for the demo 0)", type=at_least(0))
     add("--log-every", "steps between lines of the log", type=at_least(1))
     trackers = ["tensorboard", "wandb", "trackio", "mlflow", "comet_ml"]
@@ -222,10 +221,6 @@ def long_run_parser(
     add("--checkpoint-every", "steps between checkpoints", type=at_least(1))
     add("--keep", "newest checkpoints that stay", type=at_least(1), default=3)
     add("--keep-every", "checkpoints at multiples stay too", type=at_least(1))
-    add("--sample-every", "steps between pictures, which need --vae", type=at_least(1))
-    add("--sample-steps", "of the sampler in these pictures", type=at_least(1), default=25)
-    add("--sample-cfg", "its classifier-free guidance", type=finite, default=1.0)
-    add("--vae", "AutoencoderKL that decodes them: folder or hub name, as stabilityai/sd-vae-ft-ema")
     add("--demo-data", "where what the demo needs is made and kept (default: beside --out)", type=Path)
     return parser
 

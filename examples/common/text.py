@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from common.data_files import DataError
 from common.images import save_panels
 from common.options import Mistake
-from common.samplers import ImageSampler, Model
+from common.samplers import Model
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -143,13 +143,6 @@ def encoded_prompts(encoder: TextEncoder, texts: Sequence[str], shape: Sequence[
             f"{shape[0]} of width {shape[1]}.\nPass with --text-encoder the one that the captions were encoded with."
         )
     return Prompts(list(texts), encoder.encode([*texts, ""]).features)
-
-
-def draw_prompts(sampler: ImageSampler, prompts: Prompts, model: nn.Module, path: Path) -> None:
-    """Write a picture of all prompts, each below its image, by a model in eval mode."""
-    device = next(model.parameters()).device
-    images = sampler.images(prompts.conditioned(model), range(len(prompts.texts)), device)
-    save_captioned({"": images}, prompts.texts, path)
 
 
 def save_captioned(rows: dict[str, NDArray[np.uint8]], captions: Sequence[str], path: Path) -> None:

@@ -37,7 +37,6 @@ from common.run_folder import checkpoint_path, clear_old, saved_checkpoints, wri
 Condition = Any  # what the model is conditioned on: labels, text features
 LatentsOf = Callable[[Any], tuple[Tensor, Condition]]
 Denoise = Callable[[nn.Module, Tensor, Condition], Tensor]
-Draw = Callable[[nn.Module, Path], None]
 Check = Callable[[Path, Mapping[str, Any]], object]
 
 # gloo's thread needs the interpreter's lock to let go of the last barrier. A process that ends before waits for that
@@ -61,7 +60,7 @@ _ENTRIES = {"model", "ema", "opt", "criterion", "scaler", "steps", "args"}
 class Trainer:
     """Trains a model, with a criterion beside it or without, and keeps the run's folder.
 
-    The folder gets `checkpoints/`, `log.jsonl`, `samples/` and what trackers write. A checkpoint has the keys of the
+    The folder gets `checkpoints/`, `log.jsonl` and what trackers write. A checkpoint has the keys of the
     SiT and REPA repositories (`model`, `ema`, `opt`, `args`, `steps`), plain names, and `criterion` and `scaler`.
 
     Args:
@@ -75,7 +74,6 @@ class Trainer:
         settings: How to train: the options of the long runs, by the same names.
         out: The run's folder.
         args: Plain values that describe the run, for whoever reads a checkpoint.
-        draw: ``draw(ema, path)`` writes a picture of samples; called on the first process only.
 
     Attributes:
         steps: Optimiser steps done.
@@ -88,10 +86,9 @@ class Trainer:
     def __init__(
         self, accelerator: Accelerator, model: nn.Module, *, criterion: st.SelfTransLoss | None, dataset: Dataset[Any],
         latents_of: LatentsOf, denoise: Denoise, settings: argparse.Namespace, out: Path, args: dict[str, Any],
-        draw: Draw | None = None,
     ) -> None:  # fmt: skip
         self.accelerator, self.settings, self.dataset = accelerator, settings, dataset
-        self.latents_of, self.denoise, self.draw = latents_of, denoise, draw
+        self.latents_of, self.denoise = latents_of, denoise
         self.out, self.args, self.checkpoints = out, args, out / "checkpoints"
         self.micro_batches = accelerator.gradient_accumulation_steps
         self.steps, self._lr = 0, settings.lr
@@ -226,17 +223,9 @@ class Trainer:
                 shown = ", ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
                 self._say(f"step {self.steps:,}: {shown}")
             stopped = signals.agreed(self.accelerator, self.steps)
-            saves = self._is_due(self.settings.checkpoint_every) or self.steps == last or stopped
-            draws = self._is_due(self.settings.sample_every) and self.draw is not None and not stopped
-            if saves:
+            if self._is_due(self.settings.checkpoint_every) or self.steps == last or stopped:
                 self._save()
-            if draws:
-                if self.accelerator.is_main_process:
-                    (self.out / "samples").mkdir(exist_ok=True)
-                    self.draw(self.ema, self.out / "samples" / f"{self.steps:07d}.png")
-                self.accelerator.wait_for_everyone()
-            if saves or draws:  # which do not count as training
-                since, clock = self.steps, time.perf_counter()
+                since, clock = self.steps, time.perf_counter()  # saving does not count as training
             if stopped and self.steps < last:
                 name = signal.Signals(stopped).name
                 self._say(f"Stopped by {name} after {self.steps:,} steps, which are saved: the same command goes on.")

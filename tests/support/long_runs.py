@@ -25,8 +25,8 @@ CLASSES = 5
 SIZE = {"input_size": 4, "patch_size": 1, "in_channels": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
 SETTINGS = {
     "batch_size": 8, "lr": 1e-2, "betas": (0.9, 0.999), "weight_decay": 0.0, "warmup_steps": 0, "clip": 1.0,
-    "ema_decay": 0.9, "seed": 0, "workers": 0, "log_every": 2, "checkpoint_every": 100, "sample_every": None,
-    "keep": 3, "keep_every": None,
+    "ema_decay": 0.9, "seed": 0, "workers": 0, "log_every": 2, "checkpoint_every": 100, "keep": 3,
+    "keep_every": None,
 }  # fmt: skip
 UNREPEATABLE = {"samples_per_second"}
 

@@ -65,7 +65,7 @@ def write_prompt_run(folder: Path, *steps: int) -> Path:
     vae, encoder = write_vae(folder / "vae"), folder / "text_encoder"
     save_text_encoder(encoder, seed=0)
     args = {"vae": str(vae), "text_encoder": str(encoder), "scale_factor": SCALE, "context_length": TEXT_LENGTH}
-    args |= sizes | {"prompts": ["a red ring", "a blue cross"], "path": "linear"}
+    args |= sizes | {"path": "linear"}
     (folder / "checkpoints").mkdir()
     with torch.random.fork_rng():
         torch.manual_seed(0)
