@@ -44,9 +44,8 @@ if __name__ == "__main__":
 from common.coco_features import CocoWriter
 from common.data_files import DataError, first_ones, read_json, readable
 from common.images import image_batches
-from common.processes import default_device
+from common.processes import default_device, tf32
 from common.text import load_text_encoder
-from common.tf32 import tf32
 from common.training import progress
 from common.vae import encode_moments, load_encoder, scaling_of, weights_digest
 

@@ -47,9 +47,8 @@ import torch
 from common.data_files import DataError, first_ones
 from common.images import find_images, image_batches
 from common.latents import INDEX, Index, OpenShard, ShardFolder, shard_name, write_index, write_shard
-from common.processes import Processes
+from common.processes import Processes, tf32
 from common.run_folder import open_run_folder
-from common.tf32 import tf32
 from common.training import progress
 from common.vae import encode_moments, load_encoder, scaling_of, weights_digest
 from torch import Tensor

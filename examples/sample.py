@@ -11,6 +11,7 @@ more images later adds them.
 # ruff: noqa: E402
 
 import argparse
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ import numpy as np
 import torch
 from common.images import read_image, tile, write_png
 from common.loading import sit_from_checkpoint
-from common.processes import Processes
+from common.processes import Processes, tf32
 from common.run_folder import newest_checkpoint, open_run_folder, write_whole
 from common.samplers import (
     ImageSampler,
@@ -49,7 +50,6 @@ from common.samplers import (
     reversed_time,
     write_missing,
 )
-from common.tf32 import tf32
 from common.training import progress
 from common.vae import weights_digest
 from torch import Tensor
@@ -153,10 +153,11 @@ def finish(run: argparse.Namespace, sampler: ImageSampler, folder: Path, npz: Pa
         print(f"{npz}: finished before")
     else:
         labels = torch.cat([sampler.labels([n], [image_generator(run.seed, n)]) for n in numbers]).numpy()
-        images = np.empty((len(pngs), *np.asarray(read_image(pngs[0])).shape), np.uint8)
-        for image, png in zip(images, progress(pngs, npz.name), strict=True):
-            image[...] = read_image(png)
-        write_whole(npz, lambda file: np.savez(file, arr_0=images, arr_1=labels))  # uint8 (N, H, W, 3), int64 (N,)
+        with tempfile.TemporaryFile(dir=run.out) as disk:  # 50,000 images of 256 pixels are 10 GB
+            images = np.memmap(disk, np.uint8, "w+", shape=(len(pngs), *np.asarray(read_image(pngs[0])).shape))
+            for image, png in zip(images, progress(pngs, npz.name), strict=True):
+                image[...] = read_image(png)
+            write_whole(npz, lambda file: np.savez(file, arr_0=images, arr_1=labels))  # uint8 (N, H, W, 3), int64 (N,)
     shown = np.stack([np.asarray(read_image(png)) for png in pngs[: GRID_COLUMNS * GRID_ROWS]])
     write_png(tile(shown, GRID_COLUMNS, gap=2), run.out / "grid.png")
     made = f"{run.num_samples:,} images of {run.checkpoint} ({run.weights} weights)"

@@ -25,18 +25,20 @@ DEMO = {
     "checkpoint_every": 100, "keep_every": 350, "head_features": 256, "stop_step": 350,
 }  # fmt: skip
 DEMO_SIZE = {"patch_size": 1, "hidden_size": 96, "depth": 6, "num_heads": 3}  # 64 tokens on the demo's latents
-VAE_DOWNSAMPLING = 8  # of Stable Diffusion's VAE, which the published runs use
 
 
 def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = long_run_parser(__doc__, "blocks", PUBLISHED, DEMO)
     add = parser.add_argument_group("the model and its data").add_argument
-    add("--data", required=True, help="folder of latents (docs/data.md), 'demo', or 'random' to measure speed")
+    add(
+        "--data",
+        required=True,
+        help="folder of latents (docs/data.md), 'demo', or to measure speed 'random' or 'random-512'",
+    )
     names = [f"SiT-{size}/{patch}" for size in ("S", "B", "L", "XL") for patch in (2, 4, 8)]
     add("--model", choices=["demo", *names], metavar="SiT-{S,B,L,XL}/{2,4,8}|demo",
         help="default: SiT-XL/2, or demo with that data")  # fmt: skip
-    add("--resolution", type=int, choices=[256, 512], help="of the images; the data has to be of it")
     add("--qk-norm", action=argparse.BooleanOptionalAction, help="default: only with --recipe released")
     add("--learn-sigma", action=argparse.BooleanOptionalAction, default=False, help="SiT's doubled output")
     add("--class-dropout", type=within(0, 1), default=0.1, help="how often a label gives way to the null class")
@@ -67,19 +69,14 @@ def open_backbone(run: argparse.Namespace) -> Backbone:
     """The latents, and the model of their size; settles the options.
 
     Raises:
-        Mistake: If the data is of another resolution than asked for, or has more classes.
+        Mistake: If the data has more classes than asked for.
     """
     if run.data == "demo":
         data = demo_latents(run.demo_data, vae_steps=run.demo_vae_steps)
-    elif run.data == "random":
-        data = random_latents((run.resolution or 256) // VAE_DOWNSAMPLING)
+    elif run.data in ("random", "random-512"):
+        data = random_latents(32 if run.data == "random" else 64)
     else:
         data = open_latents(Path(run.data), num_classes=run.num_classes)
-    if run.resolution is not None and data.size * VAE_DOWNSAMPLING != run.resolution:
-        raise Mistake(
-            f"--resolution {run.resolution} has latents of {run.resolution // VAE_DOWNSAMPLING} pixels a side.\n"
-            f"Found: {data.size} in {run.data}. Name other data, or leave --resolution out."
-        )
     run.num_classes = run.num_classes or data.num_classes
     if run.num_classes < data.num_classes:
         raise Mistake(f"--num-classes {run.num_classes} is too few: {run.data} has {data.num_classes}.")

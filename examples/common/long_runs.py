@@ -50,14 +50,7 @@ class Backbone(NamedTuple):
 def new_accelerator(
     precision: str, *, micro_batches: int, cpu: bool, out: Path, trackers: Sequence[str] = ()
 ) -> Accelerator:
-    """The processes that were launched, as accelerate sees them, and the trackers that the run logs to.
-
-    Args:
-        precision: "no", "bf16" or "fp16".
-        micro_batches: Parts of a rank's batch whose gradients are accumulated.
-        cpu: Run on the CPU even where there is a GPU.
-        out: The run's folder, where trackers keep their files.
-        trackers: Names that accelerate knows, as "tensorboard" or "wandb".
+    """The processes that were launched, as accelerate sees them, and the trackers that the run in ``out`` logs to.
 
     Raises:
         Mistake: If fp16 is asked for without CUDA, or a tracker is not installed.
@@ -156,7 +149,10 @@ def train_long(
     if run.compile:
         for block in model.get_submodule(backbone.blocks):
             block.compile()
-    accelerator.print(described(run, model, backbone, criterion, accelerator))
+    accelerator.print(
+        f"Stage {run.stage}: {run.model} on {len(backbone.data):,} latents of {run.data}, {run.steps:,} steps of "
+        f"{run.batch_size} on {accelerator.num_processes} x {accelerator.device.type}, precision {run.precision}."
+    )
     with ExitStack() as held:
         with accelerator.main_process_first():
             open_run_folder(run.out, {name: settings[name] for name in settings if name not in CHANGEABLE})
@@ -184,32 +180,6 @@ def train_long(
             print(f"The teacher for --stage 2: {teacher}")
     accelerator.end_training()
     return trainer
-
-
-def described(
-    run: argparse.Namespace, model: nn.Module, backbone: Backbone, criterion: st.SelfTransLoss | None,
-    accelerator: Accelerator,
-) -> str:  # fmt: skip
-    """What a run is, in a few lines."""
-    count, data = sum(parameter.numel() for parameter in model.parameters()), backbone.data
-    stage = "Baseline" if criterion is None else f"Stage {run.stage}"
-    name = run.model if run.model != "demo" else f"{backbone.family} of the demo's size"
-    latents = f"{len(data):,} latents ({data.channels}, {data.size}, {data.size}) of {run.data}"
-    lines = [f"{stage}: {name}, {count:,} parameters, on {latents}."]
-    if criterion is not None:
-        to = f"the {run.target}"
-        if (teacher := criterion.teacher) is not None:
-            to = f"{teacher.layer} of {run.teacher}, guidance scale {teacher.guidance_scale:g}"
-        window = "every t" if run.window == "all" else "noise fractions {:g} to {:g}".format(*run.window)
-        until = f"until step {run.stop_step:,}" if run.stop_step else "to the end"
-        lines.append(f"{run.layer} is aligned with {to}: weight {run.weight:g}, {window}, {until}.")
-    device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    lines.append(
-        f"{run.steps:,} steps of {run.batch_size} at learning rate {run.lr:g} on {accelerator.num_processes} x {name}, "
-        f"mixed precision: {run.precision}."
-    )
-    return "\n".join(lines)
 
 
 def new_criterion(

@@ -1,6 +1,8 @@
-"""The processes that share a job by its files: each does its part, and they wait for each other."""
+"""Where a job runs: its device, the arithmetic there, and the processes that share it by its files."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -10,6 +12,19 @@ import torch.distributed as dist
 def default_device(name: str | None) -> str:
     """The device that was named; else a GPU, where there is one."""
     return name or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Allow or forbid TF32, in matrix products and in convolutions alike; by itself torch uses it in the latter."""
+    matmul, convolutions = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolutions
 
 
 class Processes:

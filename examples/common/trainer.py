@@ -13,12 +13,12 @@ import multiprocessing
 import os
 import signal
 import time
-import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -192,19 +192,20 @@ class Trainer:
             worker_init_fn=partial(_leave_signals, released),
             pin_memory=accelerator.device.type == "cuda",
         )
-        log, hidden = RunLog(accelerator, self.out, self.steps, self.args), not accelerator.is_main_process
-        bar = tqdm(initial=self.steps, total=settings.steps, desc="training", dynamic_ncols=True, disable=hidden)
+        accelerator.init_trackers("selftrans-reg", init_kwargs={"tensorboard": {"purge_step": self.steps + 1}})
+        first = accelerator.is_main_process
+        bar = tqdm(initial=self.steps, total=settings.steps, desc="training", dynamic_ncols=True, disable=not first)
         try:
-            with StopSignals() as signals:
+            kept = trimmed_log(self.out / "log.jsonl", self.steps) if first else nullcontext()
+            with kept as log, noted_signals() as signals:
                 self._loop(iter(loader), signals, log, bar)
         finally:
             released.set()
             bar.close()
-            log.close()
             if accelerator.num_processes > 1 and accelerator.device.type == "cpu":
                 time.sleep(_GLOO_PAUSE)
 
-    def _loop(self, batches: Iterator[Any], signals: "StopSignals", log: "RunLog", bar: tqdm) -> None:
+    def _loop(self, batches: Iterator[Any], signals: list[int], log: IO[str] | None, bar: tqdm) -> None:
         last, since, clock = self.settings.steps, self.steps, time.perf_counter()
         while self.steps < last:
             terms = self._step(batches)
@@ -218,11 +219,11 @@ class Trainer:
                 values["samples_per_second"] = rate
                 since, clock = self.steps, time.perf_counter()
                 # A last step between two lines is shown alone: a run that goes on later has no such line.
-                if logged:
-                    log.write(self.steps, values)
+                if logged and log is not None:
+                    self._write(log, values)
                 shown = ", ".join(f"{name} {values[name]:.4g}" for name in _SHOWN if name in values)
                 self._say(f"step {self.steps:,}: {shown}")
-            stopped = signals.agreed(self.accelerator, self.steps)
+            stopped = self._agreed(signals)
             if self._is_due(self.settings.checkpoint_every) or self.steps == last or stopped:
                 self._save()
                 since, clock = self.steps, time.perf_counter()  # saving does not count as training
@@ -284,6 +285,23 @@ class Trainer:
         if self.accelerator.device.type == "cuda":
             values["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
         return values
+
+    def _write(self, log: IO[str], values: dict[str, float]) -> None:
+        """Add a line to the log, and to the trackers; what is not finite becomes null, JSON's only word for it."""
+        finite = {name: value for name, value in values.items() if math.isfinite(value)}
+        log.write(json.dumps({"step": self.steps, **dict.fromkeys(values), **finite}) + "\n")
+        log.flush()
+        os.fsync(log.fileno())
+        self.accelerator.log(finite, step=self.steps)
+
+    def _agreed(self, signals: list[int]) -> int:
+        """The number of a signal that any rank has got, 0 without one: the same on all, which ask every tenth step."""
+        own = signals[-1] if signals else 0
+        if self.accelerator.num_processes == 1:
+            return own
+        if self.steps % _AGREE_EVERY:
+            return 0
+        return int(self.accelerator.gather(torch.tensor([own], device=self.accelerator.device)).max())
 
     def _check_finite(self) -> None:
         """Stop if the weights are lost. Where gradients are scaled, a step that overflows is skipped and no loss."""
@@ -381,65 +399,27 @@ def micro_batches(
 # --- The log, and signals as a wish to stop after the current step ---------------------------------------------------
 
 
-class RunLog:
-    """A run's log: one JSON object a line in `log.jsonl`, and the same numbers to accelerate's trackers.
+def trimmed_log(path: Path, steps: int) -> IO[str]:
+    """A log, one JSON object a line, opened to go on after so many steps.
 
-    Lines after the step that the run goes on from were written by a process that was stopped without a checkpoint;
-    those steps run again, so their lines are dropped, as is a last line that was cut off.
-
-    Args:
-        accelerator: Of the run, with its trackers named.
-        folder: The run's.
-        steps: Steps that are done: 0 at the start, the checkpoint's on resuming.
-        config: What the trackers show beside the curves.
+    Lines after that step were written by a process that was stopped without a checkpoint; those steps run again, so
+    their lines are dropped, as is a last line that was cut off.
 
     Raises:
         Mistake: If another line is damaged, as no process that was stopped leaves it.
     """
-
-    def __init__(self, accelerator: Accelerator, folder: Path, steps: int, config: dict[str, Any]) -> None:
-        self.accelerator = accelerator
-        if not accelerator.is_main_process:
-            return
-        path = folder / "log.jsonl"
-        lines, kept = path.read_bytes().splitlines() if path.exists() else [], []
-        for number, line in enumerate(lines, start=1):
-            try:
-                kept += [line] if json.loads(line)["step"] <= steps else []
-            except (KeyError, TypeError, ValueError) as error:
-                if number < len(lines):
-                    raise Mistake(
-                        f"Line {number} of {path} is damaged: {error}.\nRemove that line, or move the file away: "
-                        "the run goes on without it."
-                    ) from error
-        write_whole(path, lambda file: file.writelines(line + b"\n" for line in kept))
-        self._file = path.open("a")
-        same = {"name": folder.resolve().name, "resume": "allow"}  # a run that goes on continues its curves
-        identity = uuid.uuid5(uuid.NAMESPACE_URL, str(folder.resolve())).hex
-        of_trackers = {"tensorboard": {"purge_step": steps + 1}, "trackio": same}
-        of_trackers["wandb"] = {**same, "id": identity, "dir": str(folder)}
-        accelerator.init_trackers("selftrans-reg", init_kwargs=of_trackers)
-        for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # whose table of settings is a run of its own at each call
-                tracker.store_init_configuration(config)
-
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Add the values after a step; one that is not finite becomes null, as JSON has no other word for it."""
-        if not self.accelerator.is_main_process:
-            return
-        finite = {name: value for name, value in values.items() if math.isfinite(value)}
-        self._file.write(json.dumps({"step": step, **dict.fromkeys(values), **finite}) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self.accelerator.log(finite, step=step)
-
-    def close(self) -> None:
-        """Close the file and the trackers."""
-        if self.accelerator.is_main_process:
-            self._file.close()
-            for tracker in self.accelerator.trackers:
-                tracker.finish()
-            self.accelerator.trackers = []
+    lines, kept = path.read_bytes().splitlines() if path.exists() else [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            kept += [line] if json.loads(line)["step"] <= steps else []
+        except (KeyError, TypeError, ValueError) as error:
+            if number < len(lines):
+                raise Mistake(
+                    f"Line {number} of {path} is damaged: {error}.\nRemove that line, or move the file away: "
+                    "the run goes on without it."
+                ) from error
+    write_whole(path, lambda file: file.writelines(line + b"\n" for line in kept))
+    return path.open("a")
 
 
 def _leave_signals(released: Any, worker: int) -> None:
@@ -452,32 +432,19 @@ def _leave_signals(released: Any, worker: int) -> None:
         signal.signal(number, lambda *_: os._exit(0) if released.is_set() else None)
 
 
-class StopSignals:
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
     """While open, SIGTERM and SIGINT are noted instead of ending the process; a second SIGINT interrupts at once."""
+    received: list[int] = []
 
-    def __init__(self) -> None:
-        self.received = 0
-
-    def __enter__(self) -> "StopSignals":
-        self._before = {number: signal.signal(number, self._note) for number in _STOPPING}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == self.received == signal.SIGINT:
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and received[-1:] == [number]:
             raise KeyboardInterrupt
-        self.received = number
+        received.append(number)
 
-    def agreed(self, accelerator: Accelerator, steps: int) -> int:
-        """The number of a signal that any rank has got, 0 without one: the same on every rank.
-
-        To be called by all ranks after each step; several look at every tenth only.
-        """
-        if accelerator.num_processes == 1:
-            return self.received
-        if steps % _AGREE_EVERY:
-            return 0
-        return int(accelerator.gather(torch.tensor([self.received], device=accelerator.device)).max())
+    before = {number: signal.signal(number, note) for number in _STOPPING}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -248,7 +248,6 @@ def test_repas_layout_trains_and_what_is_bad_in_it_is_named(runs: Path, tmp_path
     args = torch.load(checkpoint(tmp_path / "a", 1), weights_only=True)["args"]
     assert (args["num_classes"], args["scale_factor"], args["input_size"]) == (3, 0.18215, 8)
     for more, match in [
-        ("--resolution=256", "latents of 32 pixels a side"),
         ("--num-classes=2", r"the label 2 is not in 0 \.\. 1"),
     ]:
         with pytest.raises(ValueError, match=match):
@@ -258,8 +257,8 @@ def test_repas_layout_trains_and_what_is_bad_in_it_is_named(runs: Path, tmp_path
         run(tmp_path / "b", *arguments, stage="1", steps=1)
 
 
-def test_random_latents_of_a_resolution(tmp_path: Path) -> None:
-    arguments = ["--data=random", "--model=demo", "--resolution=512", "--batch-size=1"]
+def test_random_latents(tmp_path: Path) -> None:
+    arguments = ["--data=random-512", "--model=demo", "--batch-size=1"]
     trainer = run(tmp_path / "run", *arguments, stage="baseline", steps=1)
     assert (trainer.ema.num_classes, trainer.ema.pos_embed.shape) == (1000, (1, 32**2, 24))
     with pytest.raises(Mistake, match="--num-classes 10 is too few"):
