@@ -95,9 +95,7 @@ class Job(NamedTuple):
 def new_job(run: argparse.Namespace) -> Job:
     """Put together what the images of a command line need; what does not fit together is named now."""
     run.checkpoint = newest_checkpoint(run.checkpoint)
-    sit, found = sit_from_checkpoint(
-        run.checkpoint, weights=run.weights, model=run.model, num_heads=run.num_heads, num_classes=run.num_classes
-    )
+    sit, found = sit_from_checkpoint(run.checkpoint, weights=run.weights)
     run.weights = found.entry or "bare"  # a state dict alone does not say which they are
     convention, path = found.conventions(said_time=run.time, said_path=run.path)
     null = sit.num_classes if found.settings["class_dropout_prob"] else None

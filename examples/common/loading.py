@@ -2,7 +2,7 @@
 
 A SiT's file is this repository's, the SiT repository's or REPA's; its sizes are read off the shapes. What shapes do not
 show (attention heads, whether the class table has a null row) comes from the settings that the file holds beside its
-weights, from the published sizes, or from the caller. What is said has to agree with the shapes.
+weights, or from the published sizes. What is said has to agree with the shapes.
 """
 
 import argparse
@@ -148,30 +148,20 @@ def saved_args(content: Mapping[str, Any], source: object) -> dict[str, Any]:
 
 
 def sit_from_checkpoint(
-    path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema", model: str | None = None,
-    num_heads: int | None = None, num_classes: int | None = None,
-) -> tuple[SiT, Checkpoint]:  # fmt: skip
+    path: str | os.PathLike[str], *, weights: Literal["ema", "model"] = "ema"
+) -> tuple[SiT, Checkpoint]:
     """Build the SiT that a checkpoint's weights fit, and load them strictly; no code of the file runs.
 
     Args:
         path: A file of this repository's trainer, of REPA or of the SiT repository, or any that `load_weights` reads.
         weights: Which entry to take; a bare state dict is taken for either.
-        model: The published name that the weights are expected to have, as "SiT-B/2"; None to take what is there.
-        num_heads: Needed only for a size that was not published, in a file that does not say it.
-        num_classes: Needed only for a file that does not say it and has neither 1,000 classes nor 1,001 rows.
 
     Returns:
         The model on the CPU, float32, frozen and in eval mode; and what the file says.
     """
     content = st.read_checkpoint(path)
     args, saved = saved_args(content, path), _weights_in(content, weights, path)
-    given = {"num_heads": num_heads, "num_classes": num_classes}
-    said = {
-        f"model={model!r}": {} if model is None else published_sizes(model),
-        "the call": {name: value for name, value in given.items() if value is not None},
-        "the record of its own run": _claims(args, "SiT", path),
-    }
-    settings = _settled(_sizes(saved, path), said, path)
+    settings = _settled(_sizes(saved, path), _claims(args, "SiT", path), path)
     return _loaded(SiT, "SiT", settings, content, saved, weights, path, args)
 
 
@@ -271,16 +261,12 @@ def _sizes(saved: Mapping[str, Tensor], source: object) -> dict[str, Any]:
     }
 
 
-def _settled(sizes: dict[str, Any], said: Mapping[str, Mapping[str, Any]], source: object) -> dict[str, Any]:
+def _settled(sizes: dict[str, Any], said: Mapping[str, Any], source: object) -> dict[str, Any]:
     """SiT's arguments from the shapes and, where they do not show it, from what is said; all has to agree."""
-    known = dict(sizes)
-    for who, claims in said.items():
-        different = [
-            f"{k}: {known[k]} there, {value} said" for k, value in claims.items() if _differ(known.get(k), value)
-        ]
-        if different:
-            raise Mistake(f"{source} holds another model than {who} says.\nFound: {'; '.join(different)}.")
-        known = {**claims, **known}
+    different = [f"{k}: {sizes[k]} there, {value} said" for k, value in said.items() if _differ(sizes.get(k), value)]
+    if different:
+        raise Mistake(f"{source} holds another model than its own settings say.\nFound: {'; '.join(different)}.")
+    known = {**said, **sizes}
     rows = known.pop("rows")
     published = {(depth, width): heads for depth, width, heads in SIZES.values()}
     known.setdefault("num_heads", published.get((known["depth"], known["hidden_size"])))
@@ -291,8 +277,8 @@ def _settled(sizes: dict[str, Any], said: Mapping[str, Mapping[str, Any]], sourc
     ):
         if known[name] is None:
             raise Mistake(
-                f"{source} does not say its {name}, and its shapes do not show it.\nFound: {found}.\nPass {name}=, "
-                f"or --{name.replace('_', '-')} of the examples."
+                f"{source} does not say its {name}, and its shapes do not show it.\nFound: {found}.\n"
+                f"Save it anew with the {name} of its training in a dictionary under 'args', beside its weights."
             )
     known.setdefault("class_dropout_prob", 0.1 if rows - known["num_classes"] else 0.0)
     if rows != known["num_classes"] + (known["class_dropout_prob"] > 0):

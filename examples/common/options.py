@@ -123,9 +123,6 @@ def add_sampling_options(parser: argparse.ArgumentParser) -> None:
     """What decides the images of a SiT, and with what speed they come: for `sample.py` and `evaluate.py`."""
     add_image_options(parser, sampler="sde", steps=250, cfg_scale=1.0, batch_size=64)
     add = parser.add_argument_group("the model and its images").add_argument
-    add("--model", help="the published name that the weights must have, as SiT-B/2")
-    add("--num-heads", type=at_least(1), help="for files that do not say it")
-    add("--num-classes", type=at_least(1), help="for files that do not say it")
     what = "what training called t: repa, t = 1 is noise; sit, t = 1 is data, as for the published SiT."
     add("--time", choices=["repa", "sit"], help=f"{what} Needed for all files but those of this repository's trainer")
     add("--path", choices=["linear", "cosine"], help="for files that do not say it (default: linear)")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import sample
 import torch
+from common import loading
 from common.data_files import DataError
 from common.loading import sit_from_checkpoint
 from common.options import Mistake
@@ -190,17 +191,21 @@ def job_of(*arguments: object) -> sample.Job:
     return sample.new_job(sample.options([*map(str, arguments), "--out=unused", *FAST]))
 
 
-def test_a_model_of_the_sit_repository_is_turned_around(run_folder: Path, tmp_path: Path) -> None:
-    path = write_checkpoint(tmp_path / "published.pt", 3)
-    known = [f"--checkpoint={path}", "--num-heads=2", "--num-classes=5", f"--vae={run_folder / 'vae'}"]
+def test_a_model_of_the_sit_repository_is_turned_around(
+    run_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_checkpoint(tmp_path / "published.pt", 3, {"num_heads": 2, "num_classes": 5})
+    known = [f"--checkpoint={path}", f"--vae={run_folder / 'vae'}"]
     with pytest.raises(Mistake, match=r"does not say what its training called t(.|\n)*--time repa (.|\n)*--time sit"):
         job_of(*known)
-    plain = sit_from_checkpoint(path, num_heads=2, num_classes=5)[0]
+    plain = sit_from_checkpoint(path)[0]
     x, t, y = torch.ones(2, 4, 4, 4), torch.tensor([0.2, 0.9]), torch.tensor([1, 5])
     with torch.no_grad():
         assert torch.equal(job_of(*known, "--time=repa").model(x, t, y), plain(x, t, y))
         assert torch.equal(job_of(*known, "--time=sit").model(x, t, y), -plain(x, 1 - t, y))
     assert job_of(*known, "--time=sit").decided["time"] == "sit"
+    monkeypatch.setitem(loading.SIZES, "tiny", (2, 16, 2))
+    monkeypatch.setattr(loading, "_IMAGENET_CLASSES", 5)
     torch.save(plain.state_dict(), tmp_path / "bare.pt")
     run = sample.options([f"--checkpoint={tmp_path / 'bare.pt'}", *known[1:], "--time=sit", "--out=unused", *FAST])
     sample.new_job(run)
@@ -244,7 +249,6 @@ def test_settings_without_sense_are_named_before_a_folder_is_made(run_folder: Pa
         ("--labels=3,5", "each below 5; got '3,5'"),
         ("--steps=1", "at least 2 steps"),
         ("--guidance-low=0.9", "low <= high"),
-        ("--model=SiT-B/2", "depth: 2 there, 12 said"),
     ]:
         given = [*FAST, f"--checkpoint={run_folder}", "--guidance-high=0.1", argument]
         with pytest.raises(Mistake, match=match):
