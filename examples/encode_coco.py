@@ -97,14 +97,13 @@ def main(argv: list[str] | None = None) -> None:
         "vae_weights": weights_digest(vae),
         "captions": hashlib.sha256(repr(found).encode()).hexdigest(),
     }
-    empty, scaling = texts.encode([""]).features[0], scaling_of(vae.config, f"The VAE {run.vae!r}")
+    empty, scaling = texts.encode([""])[0], scaling_of(vae.config, f"The VAE {run.vae!r}")
     writer = CocoWriter(run.out, run.split, empty, scaling=scaling, vae=run.vae, settings=settings)
     vae.to(run.device)
     todo = [index for index in range(len(found.images)) if not writer.has(index)]
     batches = [todo[start : start + run.batch_size] for start in range(0, len(todo), run.batch_size)]
     loader = image_batches(run.images, found.images, batches, size=run.size, workers=run.workers)
     bad: list[tuple[str, str]] = []
-    cut: list[str] = []
     with tf32(run.precision == "tf32"):
         for rows, pixels, unreadable in progress(loader, "encoding"):
             bad += unreadable
@@ -112,12 +111,9 @@ def main(argv: list[str] | None = None) -> None:
                 continue
             captions = [found.captions[row] for row in rows]
             features = texts.encode([*chain(*captions)], cut_long=run.cut_long)
-            cut += features.cut
-            contexts = features.features.split([*map(len, captions)])
+            contexts = features.split([*map(len, captions)])
             for row, mean, std, context in zip(rows, *encode_moments(vae, pixels / 127.5 - 1), contexts, strict=True):
                 writer.write(row, mean, std, context)
-    if cut:
-        print(f"{len(cut)} captions are longer than the {texts.length} tokens that are read, such as {cut[0]!r}")
     if bad:
         raise DataError(
             f"{len(bad)} of {len(found.images)} images cannot be read; the others are written.\n{first_ones(bad)}\n"

@@ -108,7 +108,7 @@ def demo_captions(folder: Path, *, images: int, vae_steps: int, seed: int = 0) -
         encoder = load_text_encoder(str(folder / TEXT_ENCODER))
         mean, std = encode_moments(vae, data.images)
         texts = ["", *(caption for captions in data.captions for caption in captions)]
-        empty, *features = encoder.encode(texts).features.split([1, *map(len, data.captions)])
+        empty, *features = encoder.encode(texts).split([1, *map(len, data.captions)])
         items = zip(mean, std, features, strict=True)
         write_coco_features(
             folder, _SPLIT, items, empty[0], scaling=scaling_of(vae.config, "The VAE"), vae=str(folder / VAE)

@@ -32,13 +32,6 @@ _COLUMNS = 8
 _CAPTION_WIDTH = 17  # letters that fit below an image
 
 
-class TextFeatures(NamedTuple):
-    """Features (N, L, D), float32 on the CPU, and the texts of which only the beginning, L tokens, is in them."""
-
-    features: Tensor
-    cut: list[str]
-
-
 class TextEncoder:
     """A frozen CLIP text model with its tokenizer.
 
@@ -55,8 +48,8 @@ class TextEncoder:
         self.width: int = model.config.hidden_size
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str], *, cut_long: bool = False) -> TextFeatures:
-        """The last hidden state of each text; the empty one is the null condition.
+    def encode(self, texts: Sequence[str], *, cut_long: bool = False) -> Tensor:
+        """The last hidden state of each text, (N, L, D), float32 on the CPU; the empty one is the null condition.
 
         With ``cut_long``, of a text that is too long only the beginning is encoded, as CLIP's users do.
         """
@@ -80,7 +73,7 @@ class TextEncoder:
         fixed = {"padding": "max_length", "truncation": True, "max_length": self.length}  # the end token stays
         padded = self.tokenizer(texts, return_tensors="pt", **fixed)["input_ids"]
         chunks = [self.model(ids.to(self.model.device)).last_hidden_state for ids in padded.split(_BATCH_SIZE)]
-        return TextFeatures(torch.cat(chunks).float().cpu(), [text for text, _ in long])
+        return torch.cat(chunks).float().cpu()
 
 
 def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
@@ -142,7 +135,7 @@ def encoded_prompts(encoder: TextEncoder, texts: Sequence[str], shape: Sequence[
             f"{encoder.name} gives {encoder.length} tokens of width {encoder.width} a text; {of} has "
             f"{shape[0]} of width {shape[1]}.\nPass with --text-encoder the one that the captions were encoded with."
         )
-    return Prompts(list(texts), encoder.encode([*texts, ""]).features)
+    return Prompts(list(texts), encoder.encode([*texts, ""]))
 
 
 def save_captioned(rows: dict[str, NDArray[np.uint8]], captions: Sequence[str], path: Path) -> None:

@@ -43,7 +43,7 @@ def changed_encoder(run: Path, folder: Path, **changes: int) -> Path:
 def test_images_are_guided_from_the_empty_prompt_by_the_formula(run: Path, tmp_path: Path) -> None:
     sample(run, tmp_path / "s", "--sampler=euler", "--cfg-scale=3", "--guidance-high=0.7", "--seed=7")
     model, _ = mmdit_from_checkpoint(run / "checkpoints/0000004.pt")
-    features = load_text_encoder(str(run / "text_encoder")).encode(["", *PROMPTS]).features
+    features = load_text_encoder(str(run / "text_encoder")).encode(["", *PROMPTS])
     for number in range(3):
         x = torch.randn(4, 4, 4, generator=image_generator(7, number))[None].double()
         for t in (1.0, 0.5):  # two Euler steps; guidance acts in the second alone

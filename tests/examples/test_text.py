@@ -54,28 +54,26 @@ def test_features_are_the_last_hidden_state_of_padded_tokens(encoder: TextEncode
     ]
     with torch.no_grad():
         expected = encoder.model(torch.tensor(padded)).last_hidden_state
-    assert found.features.shape == (3, LENGTH, WIDTH)
-    torch.testing.assert_close(found.features, expected, rtol=1e-4, atol=1e-5)
-    assert found.cut == []
-    assert not found.features.requires_grad
+    assert found.shape == (3, LENGTH, WIDTH)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    assert not found.requires_grad
 
 
 def test_features_do_not_depend_on_the_other_texts(encoder: TextEncoder) -> None:
     texts = [a + b for a in LETTERS for b in "abcd"]  # more than one batch
-    together = encoder.encode(texts).features
+    together = encoder.encode(texts)
     for i in (0, 64):
-        torch.testing.assert_close(together[i], encoder.encode([texts[i]]).features[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together[i], encoder.encode([texts[i]])[0], rtol=1e-4, atol=1e-5)
 
 
-def test_a_text_that_is_too_long_is_named_or_counted(encoder: TextEncoder) -> None:
+def test_a_text_that_is_too_long_is_named_or_cut(encoder: TextEncoder) -> None:
     fitting, long = "a b c d e", "a b c d e f g"  # start and end beside them: 7 and 9 tokens
     encoder.encode([fitting])
     for match in ["at most 7 tokens", "1 of 2 texts", "9 tokens in 'a b c d e f g'", "Shorten"]:
         with pytest.raises(Mistake, match=match):
             encoder.encode([fitting, long])
     found = encoder.encode([fitting, long], cut_long=True)
-    assert found.cut == [long]
-    torch.testing.assert_close(found.features[1], found.features[0])  # its beginning, and the end token as ever
+    torch.testing.assert_close(found[1], found[0])  # its beginning, and the end token as ever
 
 
 def test_what_the_tokenizer_cannot_spell_is_named(encoder: TextEncoder) -> None:
@@ -87,8 +85,8 @@ def test_what_the_tokenizer_cannot_spell_is_named(encoder: TextEncoder) -> None:
 def test_prompts_are_the_conditions_of_their_numbers(encoder: TextEncoder) -> None:
     prompts = encoded_prompts(encoder, ["ab", "c"], (LENGTH, WIDTH), "the data")
     assert prompts.null == 2
-    torch.testing.assert_close(prompts.features, encoder.encode(["ab", "c", ""]).features)
-    assert same_features(prompts.features[2], encoder.encode([""]).features[0].half().float())
+    torch.testing.assert_close(prompts.features, encoder.encode(["ab", "c", ""]))
+    assert same_features(prompts.features[2], encoder.encode([""])[0].half().float())
     assert not same_features(prompts.features[2], prompts.features[0])
     assert not same_features(prompts.features[2], prompts.features[2][:1])
     model = torch.nn.Linear(1, 1)
