@@ -1,8 +1,7 @@
 r"""Look into a model: which layer sees what, whether guidance has an effect, and which settings that speaks for.
 
-Writes a folder with the table, the numbers as JSON and the pictures.
-Any checkpoint of the examples is read as it is; for a model of your own, call `selftrans_reg.layer_report` with it
-(docs/inspecting.md).
+Writes a folder with the table, the numbers as JSON and the pictures. Any checkpoint of the examples is read as it is;
+for a model of your own, call `selftrans_reg.layer_report` with it (docs/inspecting.md).
 
     python examples/inspect_features.py runs/quickstart/stage1.pt --out runs/inspect/stage1
     python examples/inspect_features.py runs/b2/stage1 --out runs/inspect/b2 --device cuda
@@ -10,6 +9,8 @@ Any checkpoint of the examples is read as it is; for a model of your own, call `
 # ruff: noqa: E402
 
 import argparse
+import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -168,7 +169,7 @@ def measured_report(run: argparse.Namespace, subject: Subject) -> st.LayerReport
         progress=progress,
         **subject.measured,
     )
-    report.save(run.out / "report.json")
+    (run.out / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=1), "utf-8")
     (run.out / "report.txt").write_text(f"{report}\n", "utf-8")
     return report
 

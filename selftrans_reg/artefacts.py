@@ -7,6 +7,7 @@ settings to people and to the hub.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -281,10 +282,7 @@ def _quoted(value: object) -> str:
 
 def nested(path: Sequence[str | int]) -> str:
     """How a null condition with a function at ``path`` is written: ``{'y': ...}``."""
-    text = "..."
-    for key in reversed(path):
-        text = f"{{{key!r}: {text}}}"
-    return text
+    return functools.reduce(lambda text, key: f"{{{key!r}: {text}}}", reversed(path), "...")
 
 
 def library_version() -> str:

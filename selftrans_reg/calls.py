@@ -152,7 +152,7 @@ class CallSpec:
         x_t, source = arguments[self.x] if self.x in arguments else self._made("x", arguments), self._sources["x"]
         if not isinstance(x_t, Tensor) or not x_t.is_floating_point() or x_t.ndim < 2:
             raise CallError(
-                f"{_capital(source)} should be x_t, a floating tensor (N, ...); got {described(x_t)}.\n"
+                f"The {source} should be x_t, a floating tensor (N, ...); got {described(x_t)}.\n"
                 "Say which argument is x_t: call=dict(x=...)."
                 + (" Or make it of the list: call=dict(x=lambda call: torch.stack(...))." if type(x_t) is list else "")
             )
@@ -167,8 +167,7 @@ class CallSpec:
             times = torch.full((), float(t), device=x_t.device)
         if times is None:
             error = CallError(
-                f"{_capital(source)} should be the time t; got {described(t)}.\n"
-                "Say which argument is t: call=dict(t=...)."
+                f"The {source} should be the time t; got {described(t)}.\nSay which argument is t: call=dict(t=...)."
             )
         elif times.numel() == 1:
             times = times.reshape(1).expand(rows)
@@ -176,7 +175,7 @@ class CallSpec:
             times = times.reshape(rows) if times.numel() == rows else times.reshape(rows, -1)
         else:
             error = ShapeError(
-                f"{_capital(source)} has shape {tuple(times.shape)}; the time is a scalar, one value for each of the "
+                f"The {source} has shape {tuple(times.shape)}; the time is a scalar, one value for each of the "
                 f"{rows} rows of x_t {tuple(x_t.shape)}, or one for each of their tokens, (N, T).\n"
                 "If t is another argument, name it: call=dict(t=...); or pass a callable that makes t of the arguments."
             )
@@ -223,10 +222,6 @@ def by_name(
             arguments.update(arguments.pop(name))
             break
     return arguments
-
-
-def _capital(text: str) -> str:
-    return text[0].upper() + text[1:]
 
 
 class RowTensors:

@@ -71,13 +71,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         def __call__(self, *args: Any, **kwargs: Any) -> Tensor:  # nn.Module's returns Any
             """The guided features (N, T, D)."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: Mapping[str, Any],
-        compile: bool = False,  # noqa: A002
-        truncate: bool = True,
-    ) -> None:
+    def __init__(self, model: nn.Module, settings: Mapping[str, Any], compile: bool, truncate: bool) -> None:  # noqa: A002
         super().__init__()
         self.layer: str = settings["layer"]
         self.guidance_scale = float(settings["guidance_scale"])

@@ -44,10 +44,7 @@ class LoadReport(NamedTuple):
 
 
 def load_weights(
-    model: nn.Module,
-    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None,
-    *,
-    weights: str = "ema",
+    model: nn.Module, checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None, *, weights: str = "ema"
 ) -> LoadReport:
     """Load a checkpoint into ``model``, strictly: everything fits and is copied, or nothing is touched.
 

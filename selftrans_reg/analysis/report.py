@@ -1,17 +1,12 @@
-"""A report on the layers of a model: the numbers, how they are shown, and their file."""
+"""A report on the layers of a model: the numbers, and how they are shown."""
 
 from __future__ import annotations
 
-import dataclasses
 import html
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
-from ..artefacts import library_version
 from ..errors import SettingError
 from ..modules import quoted
 from ..recipes import Recipe
@@ -84,12 +79,6 @@ class LayerReport:
                 f"Layers: {quoted(self.layers)}. Scales: {', '.join(f'{scale:g}' for scale in self.guidance_scales)}."
             )
         return None if None in values else sum(values) / len(values)
-
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write all of it as JSON, by the names of the attributes."""
-        content = {"library_version": library_version()} | dataclasses.asdict(self)
-        text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-        Path(path).write_text(text + "\n", "utf-8")
 
     def __str__(self) -> str:
         fractions = ", ".join(f"{fraction:g}" for fraction in self.noise_fractions)
