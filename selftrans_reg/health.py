@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .calls import Call
 from .errors import HealthWarning, NotFiniteError
-from .modules import named_layers, quoted
+from .modules import named_layers, quoted, some_of
 from .plateau import GradientProbe
 from .teacher import CFGFeatureTeacher
 from .tokens import tensors_in
@@ -359,8 +359,7 @@ def _cause(model: nn.Module, advice: str, call: Call | None = None, prefix: str 
     if bad := [path for path, tensor in tensors if tensor.is_floating_point() and not tensor.isfinite().all()]:
         return f"The model was called with NaN or inf in {quoted(bad)}: look at what the loop makes it of."
     if bad := [f"{prefix}{name}" for name, p in model.named_parameters() if not _local(p.detach()).isfinite().all()]:
-        listed = f"{quoted(bad[:3])}{', …' if len(bad) > 3 else ''}"
-        return f"NaN or inf is in {len(bad)} of its parameters already: {listed}.\n{advice}"
+        return f"NaN or inf is in {len(bad)} of its parameters already: {some_of(bad)}.\n{advice}"
     return (
         "What goes in and all weights are finite, so a value overflowed on the way. Use bfloat16, float32 or autocast "
         "where it is float16."

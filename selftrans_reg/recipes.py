@@ -181,7 +181,9 @@ def _of_name(name: str, variant: Variant) -> _Found:
 
 
 def _of_model(model: nn.Module, blocks: str | Sequence[str] | None) -> _Found:
-    name, text = type(unwrap(model)).__name__, _takes_text(model)
+    root = unwrap(model)
+    named = [*inspect.signature(root.forward).parameters, *(type(module).__name__ for module in root.modules())]
+    name, text = type(root).__name__, any(map(_TEXT.search, named))
     layers = find_blocks(model, blocks)
     depth, notes = len(layers), [_STEPS_NOTE]
     whole = [layer for layer in layers if layer.split(".")[-2:-1] == [_MASKED[1]]]
@@ -198,12 +200,6 @@ def _of_model(model: nn.Module, blocks: str | Sequence[str] | None) -> _Found:
     if not text:
         notes.append("Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT').")
     return name, depth, layers, text, notes
-
-
-def _takes_text(model: nn.Module) -> bool:
-    root = unwrap(model)
-    names = [*inspect.signature(root.forward).parameters, *(type(module).__name__ for module in root.modules())]
-    return any(_TEXT.search(name) for name in names)
 
 
 def _rule(layers: list[str], depth: int, *, text: bool) -> _Settings:

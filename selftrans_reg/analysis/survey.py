@@ -149,21 +149,30 @@ class LayerReader:
         call = self.spec.bind(args, kwargs)
         held = RowTensors(call, self.spec.known, () if self.null is None else self.null.values)
         passes = [(held, held.tensors)] if self.null is None else self.null.passes(call, held)
-        found = [self._tokens(side.rebuild(tensors)) for side, tensors in passes]
+        found = [self._tokens(side.rebuild(tensors), x_t.dtype) for side, tensors in passes]
         features = {name: torch.cat([tokens[name] for tokens in found]) for name in self.modules}
         for name, tokens in features.items():
             if len(tokens) != (n if self.null is None else 2 * n):
                 raise ShapeError(f"Layer {name!r} does not keep one row for each sample: name layers that do.")
         return x_t, {name: tokens.reshape(-1, n, *tokens.shape[1:]).float() for name, tokens in features.items()}
 
-    def _tokens(self, arguments: dict[str, Any]) -> dict[str, Tensor]:
+    def _tokens(self, arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
         args, kwargs = self.spec.arguments(arguments)
         with (
             checked_indices(self.model, self.null),
             torch.compiler.set_stance("force_eager"),  # what was compiled before has no hook in it
             FeatureTap(self.model, list(self.modules), select=self.select, tokens=self.tokens) as tap,
         ):
-            self.model(*args, **kwargs)
+            try:
+                self.model(*args, **kwargs)
+            except RuntimeError as error:
+                own = sorted({str(p.dtype) for p in self.model.parameters()})
+                if "type" not in str(error) or own == [str(dtype)]:
+                    raise
+                raise SettingError(
+                    f"The model fails on latents in {dtype}; its weights are in {', '.join(own)}: {error}\n"
+                    "Nothing is cast: give latents and conditions in its dtypes, or measure under torch.autocast."
+                ) from error
             return cast(dict[str, Tensor], tap.pop())
 
 
