@@ -26,7 +26,7 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
     what.add_argument("--run", type=Path, nargs="+", help="runs' folders: each checkpoint is sampled and measured")
     add = parser.add_argument
     add("--out", type=Path, help="folder of the samples, results and curve of --run")
-    add("--reference", help="the data: a folder of images, an .npz, or 'digits'")
+    add("--reference", required=True, help="the data: a folder of images, an .npz, or 'digits'")
     add("--statistics", type=Path, help="file of the reference's statistics: written, or read if there")
     add(
         "--features",
@@ -39,8 +39,6 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--run and --out belong together")
     if run.run is not None and len({path.name for path in run.run}) < len(run.run):
         parser.error("the folders of --run need different names")
-    if run.reference is None and run.statistics is None:
-        parser.error("name the data with --reference, or its --statistics")
     if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
         parser.error(
             f"evaluate.py is the work of one process, and {count} were started; sample.py makes the images in several, "
@@ -52,10 +50,9 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     options()  # --help and wrong options end here, before the imports below take their seconds
 
-import numpy as np
 import sample
 from common.data_files import read_json
-from common.images import ImageSet, save_panels, tile
+from common.images import ImageSet
 from common.metrics import (
     Extractor,
     Reference,
@@ -75,7 +72,6 @@ if TYPE_CHECKING:
 
 
 BOOTSTRAP_DRAWS = 20
-PANELS, PANEL_COLUMNS, PANEL_ROWS = 5, 5, 4  # of the picture of samples: checkpoints a run, images of each
 WIDTHS = {"frechet_distance": 19, "spread": 9, "precision": 11, "recall": 9}  # of the table's columns
 MARKERS = "os^Dv"  # hollow, so that of two curves in one place both are seen
 
@@ -85,31 +81,26 @@ Row = dict[str, Any]
 def measured(run: argparse.Namespace, images: ImageSet, extractor: Extractor, reference: Reference) -> Row:
     """Distance, spread, precision and recall of a set of images."""
     features = extractor.of(images, run.batch_size)
-    row: Row = {
+    return {
         "samples": len(features),
         "frechet_distance": frechet_distance(reference.statistics, feature_statistics(features)),
         "spread": frechet_spread(reference.statistics, features, draws=BOOTSTRAP_DRAWS),
+        **precision_recall(reference.features, features[evenly(len(features))])._asdict(),
     }
-    if reference.features is not None:
-        found = precision_recall(reference.features, features[evenly(len(features))])
-        row |= found._asdict()
-    return row
 
 
 def report(rows: dict[str, Row], extractor: Extractor, reference: Reference) -> str:
     """The rows as a table, and what they are."""
     lines = ["", f"{'':<24}{'images':>9}{'Fréchet distance':>19}{'spread':>9}{'precision':>11}{'recall':>9}"]
     for name, row in rows.items():
-        cells = [f"{row[key]:>{width}.3f}" for key, width in WIDTHS.items() if key in row]
+        cells = [f"{row[key]:>{width}.3f}" for key, width in WIDTHS.items()]
         lines.append(f"{name:<24}{row['samples']:>9,}{''.join(cells)}")
-    count = "an unknown number of" if reference.count is None else f"{reference.count:,}"
     lines += [
         "",
-        f"Features: {extractor.name}. Reference: {count} images. Spread: over {BOOTSTRAP_DRAWS} bootstrap draws.",
+        f"Features: {extractor.name}. Reference: {reference.count:,} images. "
+        f"Spread: over {BOOTSTRAP_DRAWS} bootstrap draws.",
         "Distances are comparable at one number of images, in one extractor's features only.",
     ]
-    if reference.features is None:
-        lines.append("The statistics hold no features of single images: no precision and recall.")
     return "\n".join(lines)
 
 
@@ -150,23 +141,12 @@ def drawn_curves(curves: dict[str, dict[str, Row]]) -> "Figure":
     return figure
 
 
-def draw_samples(curves: dict[str, dict[str, Row]], samples: Path, path: Path) -> None:
-    """The first images of some checkpoints of each run: the same noise and labels along training."""
-    pictures: dict[str, dict[str, np.ndarray]] = {name: {} for name in curves}
-    for name, rows in curves.items():
-        steps = list(rows)
-        for step in dict.fromkeys(steps[round(i)] for i in np.linspace(0, len(steps) - 1, PANELS)):
-            images = next(ImageSet(samples / name / step).batches(PANEL_COLUMNS * PANEL_ROWS))
-            pictures[name][f"{int(step):,} steps"] = tile(images.permute(0, 2, 3, 1), PANEL_COLUMNS)
-    save_panels(pictures, path)
-
-
 def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
     """Measure the samples, or the runs' checkpoints; return the table's rows."""
     run = options(argv)
     run.device = default_device(run.device)
     extractor = extractor_named(run.features, run.device)
-    data = None if run.reference is None else ImageSet(run.reference)
+    data = ImageSet(run.reference)
     if run.samples is not None:
         images = ImageSet(run.samples)
         reference = reference_of(data, run.statistics, extractor, batch_size=run.batch_size)
@@ -182,9 +162,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Row]:
         write_json(curves, run.out / "results.json")
         figure = drawn_curves(curves)
         write_whole(run.out / "distance.png", lambda file: figure.savefig(file, dpi=120, format="png"))
-        draw_samples(curves, run.out / "samples", run.out / "samples.png")
         rows = {f"{name} {int(step):,}": row for name, found in curves.items() for step, row in found.items()}
-        print(f"Everything is in {run.out}; look at distance.png and samples.png.")
+        print(f"Everything is in {run.out}; look at distance.png, and at the samples.")
     print(report(rows, extractor, reference))
     return rows
 

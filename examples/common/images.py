@@ -23,7 +23,6 @@ from common.options import Mistake
 DIGITS = "digits"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_SHOWN = 3
 _ARRAY = "arr_0.npy"  # what numpy calls the first array of an .npz, where ADM's evaluator looks for the images
 
 
@@ -52,9 +51,7 @@ def find_images(folder: Path) -> list[str]:
             fine = name.lower().endswith(_SUFFIXES) and name[0] != "." and Path(parent, name).is_file()
             (images if fine else skipped).append(prefix + name)
     if skipped:
-        first, more = ", ".join(sorted(skipped)[:_SHOWN]), len(skipped) - _SHOWN
-        others = f" and {more:,} more" if more > 0 else ""
-        print(f"{folder}: {len(skipped):,} entries are no images and are skipped: {first}{others}")
+        print(f"{folder}: {len(skipped):,} entries are no images and are skipped, such as {min(skipped)}")
     return sorted(images)
 
 
@@ -251,7 +248,7 @@ def _array_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
     """The ``arr_0`` of an ``.npz``, opened and read up to its data, and its shape."""
     with readable(path, "images in an .npz"), zipfile.ZipFile(path) as archive:
         if _ARRAY not in archive.namelist():
-            raise ValueError(f"it has {archive.namelist()[:8]}, and no 'arr_0'. Statistics belong to --statistics")
+            raise ValueError(f"it has {archive.namelist()[:8]}, and no 'arr_0'")
         with archive.open(_ARRAY) as stream:
             version = np.lib.format.read_magic(stream)
             shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)

@@ -30,7 +30,6 @@ INCEPTION = "inception"
 _CLASSIFIER = Path("runs/digits_classifier.pt")
 _CLASSIFIER_STEPS = 300  # what the quickstart gives it
 _PAIRED = 10_000
-_OURS, _ADMS = ("mean", "covariance"), ("mu", "sigma")
 
 
 class SmallClassifier(nn.Module):
@@ -258,14 +257,11 @@ def _digits_features(model: SmallClassifier, images: Tensor) -> NDArray[np.float
 
 
 class Reference(NamedTuple):
-    """The data's statistics, over so many images, and the features (M, D) that `evenly` picks of them.
-
-    A file that does not say the last two has None.
-    """
+    """The data's statistics, over so many images, and the features (M, D) that `evenly` picks of them."""
 
     statistics: FeatureStatistics
-    count: int | None
-    features: NDArray[np.float32] | None
+    count: int
+    features: NDArray[np.float32]
 
 
 def evenly(count: int) -> NDArray[np.int64]:
@@ -276,10 +272,10 @@ def evenly(count: int) -> NDArray[np.int64]:
     return np.linspace(0, count - 1, min(_PAIRED, count)).round().astype(np.int64)
 
 
-def reference_of(images: ImageSet | None, path: Path | None, extractor: Extractor, *, batch_size: int) -> Reference:
+def reference_of(images: ImageSet, path: Path | None, extractor: Extractor, *, batch_size: int) -> Reference:
     """The data's features: from the ``.npz`` at the path if that is there, else computed and, with a path, written."""
-    if path is not None and (images is None or path.exists()):
-        return _read_reference(path, extractor, None if images is None else images.name)
+    if path is not None and path.exists():
+        return _read_reference(path, extractor, images.name)
     features = extractor.of(images, batch_size)
     found = Reference(feature_statistics(features), len(features), features[evenly(len(features))])
     if path is not None:
@@ -289,27 +285,19 @@ def reference_of(images: ImageSet | None, path: Path | None, extractor: Extracto
     return found
 
 
-def _read_reference(path: Path, extractor: Extractor, source: str | None) -> Reference:
-    """What `reference_of` wrote, or the ``mu`` and ``sigma`` of an ADM reference ``.npz``.
-
-    The latter do not say whose features they are: only that they are as wide as the extractor's can be checked, later.
-    Ours have to be those of the extractor and, if that is not None, of the images named ``source``.
-    """
-    advice = "Pass a file that --statistics wrote, or an ADM reference batch with 'mu' and 'sigma'."
+def _read_reference(path: Path, extractor: Extractor, source: str) -> Reference:
+    """What `reference_of` wrote, if it is of this extractor and of the images named ``source``."""
+    advice = "Pass a file that --statistics wrote, or remove this one."
     with readable(path, "statistics of features", advice), np.load(path, allow_pickle=False) as archive:
         content = dict(archive)
-        ours = "extractor" in content
-        mean, covariance = (content[name].astype(np.float64) for name in (_OURS if ours else _ADMS))
-        if mean.ndim != 1 or covariance.shape != mean.shape * 2:
-            raise ValueError(f"no mean (D,) and covariance (D, D), but {mean.shape} and {covariance.shape}")
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ValueError("they are not finite")
-        count, features = (int(content["count"]), content["features"]) if ours else (None, None)
-    for what, asked in [("extractor", extractor.name), ("source", source)] if ours else []:
-        if asked is not None and str(content[what]) != asked:
+        statistics = FeatureStatistics(content["mean"], content["covariance"])
+        found = Reference(statistics, int(content["count"]), content["features"])
+        origin = {"extractor": str(content["extractor"]), "source": str(content["source"])}
+    for what, asked in [("extractor", extractor.name), ("source", source)]:
+        if origin[what] != asked:
             raise DataError(
                 f"{path} holds statistics of other {'features' if what == 'extractor' else 'images'}.\n"
-                f"Found: {what} {str(content[what])!r} there, {asked!r} asked for.\n"
+                f"Found: {what} {origin[what]!r} there, {asked!r} asked for.\n"
                 "Name another file with --statistics, or remove this one."
             )
-    return Reference(FeatureStatistics(mean, covariance), count, features)
+    return found

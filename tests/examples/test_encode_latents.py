@@ -80,7 +80,7 @@ def test_every_image_is_stored_as_the_vaes_posterior(
 ) -> None:
     run(source, tmp_path / "out", "--flip")
     printed = capsys.readouterr().out
-    assert "1 entries are no images and are skipped: readme.txt" in printed
+    assert "1 entries are no images and are skipped, such as readme.txt" in printed
     assert "14 items of 7 images in 3 classes, as latents 4x4x4" in printed
     assert "left out" not in printed
     data = open_latents(tmp_path / "out")

@@ -42,8 +42,7 @@ def test_images_are_found_at_any_depth_and_the_rest_is_named(
     }.items():  # fmt: skip
         (folder / name).symlink_to(tmp_path / target)
     assert find_images(folder) == ["a/deep/x.webp", "b/10.JPEG", "b/2.png", "c/0.png", "link.png"]
-    line = "7 entries are no images and are skipped: a/.hidden/, a/deep/loop/, a/itself/ and 4 more"
-    assert line in capsys.readouterr().out
+    assert "7 entries are no images and are skipped, such as a/.hidden/" in capsys.readouterr().out
     with pytest.raises(DataError, match=r"There is no folder .*nowhere"):
         find_images(tmp_path / "nowhere")
 
