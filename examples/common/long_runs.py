@@ -149,10 +149,17 @@ def train_long(
     if run.compile:
         for block in model.get_submodule(backbone.blocks):
             block.compile()
+    parameters, cuda = sum(parameter.numel() for parameter in model.parameters()), accelerator.device.type == "cuda"
+    device = torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type
     accelerator.print(
-        f"Stage {run.stage}: {run.model} on {len(backbone.data):,} latents of {run.data}, {run.steps:,} steps of "
-        f"{run.batch_size} on {accelerator.num_processes} x {accelerator.device.type}, precision {run.precision}."
+        f"Stage {run.stage}: {run.model}, {parameters:,} parameters, on {len(backbone.data):,} latents of {run.data}; "
+        f"{run.steps:,} steps of {run.batch_size} on {accelerator.num_processes} x {device}, precision {run.precision}."
     )
+    if criterion is not None:
+        of = run.target if run.stage == "1" else f"{criterion.teacher.layer} of {run.teacher}"
+        scale = "" if run.stage == "1" else f", guidance scale {criterion.teacher.guidance_scale:g}"
+        schedule = f"weight {run.weight:g}, window {run.window}, stop step {run.stop_step or 'none'}"
+        accelerator.print(f"{run.layer} is aligned with {of}{scale}: {schedule}.")
     with ExitStack() as held:
         with accelerator.main_process_first():
             open_run_folder(run.out, {name: settings[name] for name in settings if name not in CHANGEABLE})

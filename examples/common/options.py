@@ -108,7 +108,6 @@ def add_image_options(
     add = parser.add_argument_group("the weights, the VAE and the sampler").add_argument
     add("--weights", choices=["ema", "model"], default="ema", help="averaged or raw")
     add("--vae", help="folder or hub name of diffusers' AutoencoderKL (default: the run's own)")
-    add("--scale-factor", type=positive, help="of the latents (default: the run's, or the VAE's)")
     add("--sampler", choices=["euler", "heun", "sde"], default=sampler, help="two ODEs, or the SDE")
     add("--steps", type=at_least(1), default=steps, help="of the sampler")
     add("--cfg-scale", type=finite, default=cfg_scale, help="1 is the conditional model, unguided")

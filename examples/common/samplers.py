@@ -249,7 +249,7 @@ def new_sampler(
     """What samples from a checkpoint's model as the options say, and what identifies the VAE and the scaling."""
     channels, side = found.settings["in_channels"], found.settings["input_size"]
     place, trained = vae_place(found.args.get("vae"), found.source), recorded_scaling(found.args, found.source)
-    vae, scaling = matching_vae(run.vae or place, trained, channels, found.source, scale_factor=run.scale_factor)
+    vae, scaling = matching_vae(run.vae or place, trained, channels, found.source)
     guidance = Guidance(run.cfg_scale, null, run.guidance_low, run.guidance_high)
     sampler = ImageSampler(
         vae, scaling, (channels, side, side), labels, run.steps, guidance, run.seed, method=run.sampler, path=path
@@ -307,8 +307,6 @@ def matching_vae(
     trained: Scaling | None,
     channels: int,
     of: str | os.PathLike[str],
-    *,
-    scale_factor: float | None = None,
 ) -> tuple["AutoencoderKL", Scaling]:
     """The VAE of a model's latents, and the scaling to decode them with.
 
@@ -317,7 +315,6 @@ def matching_vae(
         trained: The scaling of the latents that the model was trained on; None takes the VAE's.
         channels: Of these latents.
         of: What messages call their source.
-        scale_factor: To decode with another factor than the one that is known.
     """
     if name is None:
         raise Mistake(
@@ -331,8 +328,6 @@ def matching_vae(
             "Pass with --vae the one that they came from."
         )
     own = scaling_of(vae.config, f"The VAE {name}")
-    if scale_factor is not None:
-        return vae, (trained or own)._replace(scale=scale_factor)
     if trained is not None and not trained.equals(own):
         raise Mistake(
             f"The VAE {name} is not the one that the latents of {of} came from.\nFound: {own} in the VAE, {trained} "

@@ -69,7 +69,6 @@ def test_only_what_is_missing_is_made_and_another_runs_folder_is_never_written_o
         ("--seed=1", "seed: 0 there, 1 now"),
         ("--weights=model", "checkpoints: "),
         (f"--text-encoder={other}", "text_encoder_weights"),
-        ("--scale-factor=0.5", "scale_factor"),
     ]:
         with pytest.raises(Mistake, match=rf"other settings(.|\n)*{match}"):
             sample(run, out, "--sampler=sde", more)
