@@ -2,12 +2,10 @@
 
 import os
 import warnings
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +21,6 @@ from common.options import Mistake
 DIGITS = "digits"
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 _FORMATS = ("PNG", "JPEG", "WEBP")
-_ARRAY = "arr_0.npy"  # what numpy calls the first array of an .npz, where ADM's evaluator looks for the images
 
 
 def find_images(folder: Path) -> list[str]:
@@ -188,50 +185,41 @@ def tile(images: NDArray[Any] | Tensor, columns: int, *, gap: int = 1) -> NDArra
 
 
 class ImageSet:
-    """Images in order, as often as asked, of which no more than a batch is held at a time.
+    """Images in order, as often as asked.
 
     Args:
-        source: A folder of images of one size; an ``.npz`` with them in ``arr_0``; or "digits". A folder ``images`` in
-            the folder, such as that of ``sample.py``, is taken in its place.
+        source: A folder of images of one size, read batch by batch; an ``.npz`` with them in ``arr_0``, held whole; or
+            "digits". A folder ``images`` in the folder, such as that of ``sample.py``, is taken in its place.
     """
 
     def __init__(self, source: str | Path) -> None:
         path = Path(source)
         self.path = (path / "images" if (path / "images").is_dir() else path).resolve()
-        self.name, self._files, self._length = str(self.path), [], 0
+        self.name, self._files, self._held = str(self.path), [], np.empty((0, 0, 0, 3), np.uint8)
         if str(source) == DIGITS:
             from common.data import digits
 
             self.name, self._held = DIGITS, to_uint8(digits(32)[0].images)
-            self._length = len(self._held)
         elif self.path.is_dir():
             self._files = find_images(self.path)
-            self._length = len(self._files)
         elif self.path.suffix == ".npz" and self.path.exists():
-            with _array_stream(self.path) as (_, shape):
-                self._length = shape[0]
-        if not self._length:
+            with readable(self.path, "images in an .npz"), np.load(self.path, allow_pickle=False) as archive:
+                self._held = images = archive["arr_0"]  # where ADM's evaluator looks for the images
+                if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3:
+                    raise ValueError(f"'arr_0' has to be uint8 (N, H, W, 3); it is {images.dtype} {images.shape}")
+        if not len(self):
             raise DataError(f"There are no images at {path}.\nPass a folder of images, or an .npz of ADM's layout.")
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._files) or len(self._held)
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Batches (N, 3, H, W), uint8, of ``size`` images and a smaller last one."""
-        for images in self._rows(range(i, min(i + size, len(self))) for i in range(0, len(self), size)):
+        shown = read_image(self.path / self._files[0]).size if self._files else None
+        for start in range(0, len(self), size):
+            names, images = self._files[start : start + size], self._held[start : start + size]
+            images = np.stack([self._pixels(name, shown) for name in names]) if names else images
             yield torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-    def _rows(self, batches: Iterable[range]) -> Iterator[NDArray[np.uint8]]:
-        if self.name == DIGITS:
-            yield from (self._held[batch.start : batch.stop] for batch in batches)
-        elif self._files:
-            size = read_image(self.path / self._files[0]).size
-            yield from (np.stack([self._pixels(self._files[i], size) for i in batch]) for batch in batches)
-        else:
-            with _array_stream(self.path) as (stream, shape):
-                for batch in batches:
-                    raw = np.frombuffer(stream.read(len(batch) * int(np.prod(shape[1:]))), np.uint8)
-                    yield raw.reshape(len(batch), *shape[1:]).copy()  # an error, if the file ends too early
 
     def _pixels(self, name: str, size: tuple[int, int]) -> NDArray[np.uint8]:
         image = read_image(self.path / name)
@@ -241,17 +229,3 @@ class ImageSet:
                 "Crop and resize them alike, or name the folder of one size."
             )
         return np.asarray(image)
-
-
-@contextmanager
-def _array_stream(path: Path) -> Iterator[tuple[IO[bytes], tuple[int, ...]]]:
-    """The ``arr_0`` of an ``.npz``, opened and read up to its data, and its shape."""
-    with readable(path, "images in an .npz"), zipfile.ZipFile(path) as archive:
-        if _ARRAY not in archive.namelist():
-            raise ValueError(f"it has {archive.namelist()[:8]}, and no 'arr_0'")
-        with archive.open(_ARRAY) as stream:
-            version = np.lib.format.read_magic(stream)
-            shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
-            if version != (1, 0) or fortran or dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-                raise ValueError(f"'arr_0' has to be uint8 (N, H, W, 3), as sample.py writes it; it is {dtype} {shape}")
-            yield stream, shape

@@ -1,7 +1,6 @@
 """How far samples are from data, in features of an extractor that has a name, and statistics kept in a file with it.
 
-Of a set of images, which may be larger than the memory, nothing here holds more than a batch, and the features. A small
-classifier serves as the extractor where the images are small.
+A small classifier serves as the extractor where the images are small.
 """
 
 from collections.abc import Callable

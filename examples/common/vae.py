@@ -133,13 +133,6 @@ def new_vae(
     )
 
 
-def save_vae(vae: "AutoencoderKL", folder: Path) -> None:
-    """Save for `load_vae`, weights and scale factor, under another name and then by a rename: never half a folder."""
-    partial = folder.with_name(folder.name + ".partial")
-    vae.save_pretrained(partial)
-    partial.rename(folder)
-
-
 def load_vae(name: str | Path, *, dtype: torch.dtype = torch.float32) -> "AutoencoderKL":
     """The VAE in a folder or on the hub, in eval mode and frozen."""
     from diffusers import AutoencoderKL
@@ -189,7 +182,9 @@ def trained_vae(folder: Path, images: Tensor, *, steps: int, seed: int, device: 
     # The variance of a posterior's sample: that of the means plus the mean of the variances.
     variance = mean.var(correction=0) + std.square().mean()
     vae.register_to_config(scaling_factor=variance.rsqrt().item())
-    save_vae(vae, folder)
+    partial = folder.with_name(folder.name + ".partial")
+    vae.save_pretrained(partial)
+    partial.rename(folder)  # never half a folder
     return load_vae(folder).to(device)
 
 

@@ -8,7 +8,7 @@ import torch
 from common.demo import TEXT_LENGTH, TEXT_WIDTH, save_text_encoder
 from common.mmdit import MMDiT
 from common.sit import SiT
-from common.vae import new_vae, save_vae
+from common.vae import new_vae
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -43,7 +43,7 @@ def write_vae(folder: Path, scale: float = SCALE, **config: Any) -> Path:
         torch.manual_seed(0)
         vae = new_vae(16, 1, widths=(8, 8, 8))
     vae.register_to_config(scaling_factor=scale, **config)
-    save_vae(vae, folder)
+    vae.save_pretrained(folder)
     return folder
 
 
