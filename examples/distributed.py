@@ -17,19 +17,11 @@ import torch.distributed as dist
 from common.data import NUM_DIGIT_CLASSES, digits
 from common.options import Parser, at_least, run_script
 from common.paths import Transport
-from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 from wrap_sit_loop import new_model
 
 import selftrans_reg as st  # New
-
-
-def mean_over_ranks(values: list[Tensor]) -> list[float]:
-    """The mean of each value; over equal batches it is the value of the joined batch."""
-    summed = torch.stack(values)
-    dist.all_reduce(summed)
-    return (summed / dist.get_world_size()).tolist()
 
 
 def train(run: argparse.Namespace, device: torch.device, name: str, teacher: st.CFGFeatureTeacher | None) -> None:
@@ -62,10 +54,9 @@ def train(run: argparse.Namespace, device: torch.device, name: str, teacher: st.
                 terms = criterion(loss_dict["loss"], latents=x, step=step)  # New
                 (terms.total / run.accumulate).backward()  # New: was loss_dict["loss"].mean()
         opt.step()
-        if step % 10 == 0 or step == run.steps - 1:
-            denoising, alignment = mean_over_ranks([terms.denoising, terms.alignment])
-            if dist.get_rank() == 0:
-                print(f"{name}, step {step}: denoising {denoising:.3f}, alignment {alignment:.3f}", flush=True)
+        if dist.get_rank() == 0 and (step % 10 == 0 or step == run.steps - 1):  # of its own part of the batch
+            found = f"denoising {terms.denoising:.3f}, alignment {terms.alignment:.3f}"
+            print(f"{name}, step {step}: {found}", flush=True)
     if dist.get_rank() == 0:
         state = {"model": model.module.state_dict(), "criterion": criterion.module.state_dict()}
         torch.save(state, run.out / f"{name}.pt")

@@ -192,7 +192,7 @@ def report(results: dict[str, Any]) -> str:
         "",
         f"{results['steps']:,} steps and {results['samples']:,} samples each; distances are from the training digits, "
         "in a classifier's features.",
-        "The lower, the better: one seed only. Label seen: how often that classifier finds the class asked for.",
+        "Lower is better; one seed only. Label seen: how often that classifier finds the class that was asked for.",
         "Stage 2 needs stage 1's run, and a step with a teacher costs more: docs/cost.md.",
     ]
     return "\n".join(lines)

@@ -35,13 +35,9 @@ def train(out: Path, name: str, epochs: int, teacher: st.CFGFeatureTeacher | Non
             model, layer="blocks.1", time="sit", latent_channels=1, patch_size=2, hidden_features=128
         )
     else:  # New
+        half = epochs * len(loader) // 2  # New
         criterion = st.SelfTransLoss.stage2(  # New
-            model,
-            layer="blocks.2",
-            teacher=teacher,
-            time="sit",
-            hidden_features=128,
-            stop_step=epochs * len(loader) // 2,
+            model, layer="blocks.2", teacher=teacher, time="sit", hidden_features=128, stop_step=half
         )
     ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.99))
     opt = torch.optim.AdamW([*model.parameters(), *criterion.parameters()], lr=1e-3, weight_decay=0)  # New: the head's

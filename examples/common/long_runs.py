@@ -136,16 +136,11 @@ def train_long(
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
     says = {"family": backbone.family, "time": "repa", "prediction": "velocity", "vae": backbone.data.vae}
     trainer = Trainer(
-        accelerator,
-        model,
-        criterion=criterion,
-        dataset=backbone.data,
+        accelerator, model, criterion=criterion, dataset=backbone.data, settings=run, out=run.out,
         latents_of=partial(latents_of, scaling=scaling),
         denoise=partial(denoising_loss, path=PATHS[run.path]),
-        settings=run,
-        out=run.out,
         args=settings | backbone.sizes | says | {"scale_factor": scaling.scale, "shift_factor": scaling.shift},
-    )
+    )  # fmt: skip
     if run.compile:
         for block in model.get_submodule(backbone.blocks):
             block.compile()
@@ -258,15 +253,9 @@ def built_teacher(
 ) -> st.CFGFeatureTeacher:
     """The teacher that a checkpoint makes, at the layer and scale that were asked for."""
     return st.build_teacher(
-        backbone.new(),
-        checkpoint,
-        layer=run.teacher_layer,
-        guidance_scale=run.guidance_scale,
-        null=backbone.null,
-        select=backbone.select,
-        time=TIMES[run.path],
-        **settings,
-    )
+        backbone.new(), checkpoint, layer=run.teacher_layer, guidance_scale=run.guidance_scale, null=backbone.null,
+        select=backbone.select, time=TIMES[run.path], **settings,
+    )  # fmt: skip
 
 
 def same_null(there: dict[str, Any], here: dict[str, Any]) -> bool:
