@@ -57,7 +57,7 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         self.empty = _read_context(folder / EMPTY)
         self._shape = self._moments(0)[0].shape
         self.channels, self.size, _ = self._shape
-        self.scaling, self.vae = _facts(folder / _FACTS, self.channels)
+        self.scaling, self.vae = _facts(folder / _FACTS)
         self._context(0, 0)
 
     def __len__(self) -> int:
@@ -157,7 +157,7 @@ def write_coco_features(
     writer.finish(images)
 
 
-def _facts(path: Path, channels: int) -> tuple[Scaling, str | None]:
+def _facts(path: Path) -> tuple[Scaling, str | None]:
     """Scaling and VAE, from the file or, without it, as U-ViT's code has them."""
     if not path.exists():
         return Scaling(_SCALE), None
@@ -165,7 +165,7 @@ def _facts(path: Path, channels: int) -> tuple[Scaling, str | None]:
     with readable(path, "notes on features", "Make it again."):
         if not isinstance(content["vae"], str | None):
             raise TypeError(f"it has no name of a VAE, but {str(content['vae'])[:100]}")
-        return checked_scaling(content["scale"], content["shift"], channels), content["vae"]
+        return checked_scaling(content["scale"], content["shift"]), content["vae"]
 
 
 def _read_context(path: Path) -> Tensor:

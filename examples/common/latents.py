@@ -212,10 +212,10 @@ def read_index(folder: Path) -> Index:
         if kind != _KIND:
             raise ValueError(f"it holds {kind}, written by version {content['library']} of selftrans_reg, not {_KIND}")
         index = Index(**content)
-        channels, height, width = index.shape
+        _, height, width = index.shape
         if height != width or not isinstance(index.vae, str) or not isinstance(index.classes, list):
             raise ValueError(f"it holds what encode_latents.py never writes: {content}")
-        return index._replace(scaling=checked_scaling(**index.scaling, channels=channels))
+        return index._replace(scaling=checked_scaling(**index.scaling))
 
 
 def shard_name(number: int) -> str:

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,18 +30,18 @@ PRECISIONS = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float1
 
 
 class Scaling(NamedTuple):
-    """What latents are multiplied by, after the shift is subtracted; each one number, or one number a channel."""
+    """What latents are multiplied by, after the shift is subtracted."""
 
-    scale: float | list[float] = 1.0
-    shift: float | list[float] = 0.0
+    scale: float = 1.0
+    shift: float = 0.0
 
     def to_model(self, latents: Tensor) -> Tensor:
         """Latents (N, C, H, W) of the VAE, as the model sees them."""
-        return (latents - _per_channel(self.shift, latents)) * _per_channel(self.scale, latents)
+        return (latents - self.shift) * self.scale
 
     def to_vae(self, latents: Tensor) -> Tensor:
         """Latents (N, C, H, W) of the model, as the VAE decodes them."""
-        return latents / _per_channel(self.scale, latents) + _per_channel(self.shift, latents)
+        return latents / self.scale + self.shift
 
     def drawn(self, mean: Tensor, std: Tensor, noise: Tensor) -> Tensor:
         """Latents of the posteriors ``mean + std noise``, as the model sees them."""
@@ -50,48 +49,40 @@ class Scaling(NamedTuple):
 
     def equals(self, other: "Scaling") -> bool:
         """Whether the two are the same, as far as five digits tell."""
-        try:
-            a, x, b, y = np.broadcast_arrays(self.scale, self.shift, other.scale, other.shift)
-        except ValueError:  # they have other numbers of channels
-            return False
-        near = abs(x - y) * a <= _TOLERANCE * np.maximum(1.0, abs(x) * a)
-        return np.allclose(a, b, rtol=_TOLERANCE, atol=0.0) and bool(near.all())
+        moved = abs(self.shift - other.shift) * self.scale  # in units of the latents' spread
+        near = moved <= _TOLERANCE * max(1.0, abs(self.shift) * self.scale)
+        return near and math.isclose(self.scale, other.scale, rel_tol=_TOLERANCE)
 
     def __str__(self) -> str:
         return f"scale {self.scale}, shift {self.shift}"
 
 
 def scaling_of(config: Mapping[str, Any], where: str) -> Scaling:
-    """The scaling that ``vae.config`` of diffusers' ``AutoencoderKL`` states; ``where`` is what an error calls it.
+    """The ``scaling_factor`` and ``shift_factor`` of the config of diffusers' ``AutoencoderKL``.
 
-    That is ``scaling_factor`` with ``shift_factor``, or with ``latents_mean`` and ``latents_std``, one number a
-    channel; then the latents are divided by the standard deviation, too.
+    An error calls it ``where``, as it does one that has a scale and a shift for each channel.
     """
-    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
-    factor, shift, mean, std = (config.get(name) for name in names)
-    scale = 1.0 if factor is None else factor
+    if any(config.get(name) is not None for name in ("latents_mean", "latents_std")):
+        raise DataError(
+            f"{where} has latents_mean or latents_std, a scale for each channel, which these scripts do not apply.\n"
+            "Pass a VAE with a scaling_factor alone, or with a shift_factor."
+        )
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor")
     try:
-        if mean is not None and shift:
-            raise ValueError("it has two shifts. Keep in its config.json the one that the latents were made with")  # noqa: TRY301
-        scale = scale if std is None else [scale / deviation for deviation in std]
-        return checked_scaling(scale, (shift or 0.0) if mean is None else list(mean), config["latent_channels"])
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        found = ", ".join(f"{name} {config.get(name)}" for name in names)
-        raise DataError(f"{where} states a scaling that no latents can have: {error}.\nFound: {found}.") from error
+        return checked_scaling(1.0 if factor is None else factor, shift or 0.0)
+    except ValueError as error:
+        raise DataError(f"{where} states a scaling that no latents can have: {error}.") from error
 
 
-def checked_scaling(scale: Any, shift: Any, channels: int | None = None) -> Scaling:
-    """A scaling of latents, of so many channels where that is known.
+def checked_scaling(scale: Any, shift: Any) -> Scaling:
+    """A scaling of latents.
 
     Raises:
-        ValueError: If it is none: scales above 0, finite shifts, and of both one number or as many as channels.
+        ValueError: If it is none: a scale above 0, a finite shift.
     """
     for name, value, low in [("scale", scale, 0.0), ("shift", shift, -math.inf)]:
-        numbers = value if isinstance(value, list) else [value]
-        if isinstance(value, list) and channels not in (None, len(value)):
-            raise ValueError(f"the {name} has {len(value)} numbers, the latents {channels} channels")
-        if not all(type(number) in (int, float) and low < number < math.inf for number in numbers):
-            raise ValueError(f"the {name} is {value}; finite numbers are needed{', above 0' * (name == 'scale')}")
+        if type(value) not in (int, float) or not low < value < math.inf:
+            raise ValueError(f"the {name} is {value}; a finite number is needed{', above 0' * (name == 'scale')}")
     return Scaling(scale, shift)
 
 
@@ -105,12 +96,6 @@ def recorded_scaling(
         return checked_scaling(args[scale], args.get(shift, 0.0))
     except ValueError as error:
         raise DataError(f"{source} records a scaling that no latents can have: {error}.") from error
-
-
-def _per_channel(value: float | list[float], latents: Tensor) -> Tensor | float:
-    if isinstance(value, list):
-        return torch.tensor(value, dtype=latents.dtype, device=latents.device)[:, None, None]
-    return value
 
 
 def new_vae(

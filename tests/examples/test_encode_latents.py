@@ -105,12 +105,12 @@ def test_the_vaes_shift_is_recorded_and_decides_whether_work_goes_on(
 ) -> None:
     shutil.copytree(source.vae_folder, tmp_path / "vae")
     config = json.loads((tmp_path / "vae/config.json").read_text())
-    config |= {"latents_mean": [1, 2, 3, 4], "latents_std": [1, 2, 4, 5]}
+    config["shift_factor"] = 3.0
     (tmp_path / "vae/config.json").write_text(json.dumps(config))
     shifted = source._replace(vae_folder=tmp_path / "vae")
     run(shifted, tmp_path / "out")
     data = open_latents(tmp_path / "out")
-    assert data.scaling == Scaling([0.31, 0.155, 0.0775, 0.062], [1, 2, 3, 4])
+    assert data.scaling == Scaling(0.31, 3.0)
     assert torch.equal(data[3][0], open_latents(finished)[3][0])  # the moments are unscaled, as ever
     with pytest.raises(Mistake, match=r"run with other settings(.|\n)*shift: 0.0 there"):
         run(shifted, finished)
