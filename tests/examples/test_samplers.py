@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable
-from itertools import pairwise
 
 import pytest
 import torch
@@ -34,42 +33,6 @@ def points(*values: float) -> Tensor:
 
 def value_at(x: float, t: float) -> float:
     return gaussian_velocity()(points(x), torch.tensor([t], dtype=torch.float64), Y).item()
-
-
-def mixture_velocity(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-    """E[dx_t / dt given x_t] on the linear path for data of N(-2, STD**2) and N(2, STD**2) in equal parts."""
-    t = t[:, None, None, None]
-    variance = (1 - t) ** 2 * STD**2 + t**2
-    parts = []
-    for mean in (-2.0, 2.0):
-        apart = x - (1 - t) * mean
-        parts.append((-(apart**2) / (2 * variance), (t - (1 - t) * STD**2) / variance * apart - mean))
-    weights = torch.stack([log for log, _ in parts]).softmax(0)
-    return sum(weight * velocity for weight, (_, velocity) in zip(weights, parts, strict=True))
-
-
-def normal_cdf(x: Tensor) -> Tensor:
-    return (1 + torch.erf(x / math.sqrt(2))) / 2
-
-
-def flow_error(flow: str, method: str, steps: int) -> float:
-    """How far the flow's end is from the known one: a flow on a line keeps each point's quantile."""
-    start = points(-1.0, 0.3, 2.0)
-    if flow == "mixture":
-        end = sample_ode(mixture_velocity, start, Y.expand(3), steps=steps, method=method)
-        quantile = (normal_cdf((end + 2) / STD) + normal_cdf((end - 2) / STD)) / 2
-        return (quantile - normal_cdf(start)).abs().max().item()
-    end = sample_ode(gaussian_velocity(PATHS[flow]), start, Y.expand(3), steps=steps, method=method)
-    return (end - (MEAN + STD * start)).abs().max().item()
-
-
-@pytest.mark.parametrize("flow", [*PATHS, "mixture"])
-@pytest.mark.parametrize(("method", "order"), [("euler", 1), ("heun", 2)])
-def test_ode_converges_to_the_known_flow_at_its_order(method: str, order: int, flow: str) -> None:
-    errors = [flow_error(flow, method, steps) for steps in (64, 128, 256)]
-    assert errors[-1] < (0.02 if order == 1 else 1e-3)
-    for coarse, fine in pairwise(errors):
-        assert math.log2(coarse / fine) == pytest.approx(order, abs=0.15)
 
 
 def test_a_model_of_reversed_time_is_the_same_model() -> None:
