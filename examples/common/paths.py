@@ -5,34 +5,24 @@ REPA's convention throughout, unless said otherwise: t = 0 is data and t = 1 is 
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-
-class PathCoefficients(NamedTuple):
-    """alpha and sigma of ``x_t = alpha x + sigma noise`` and their derivatives in t, each of t's shape."""
-
-    alpha: Tensor
-    sigma: Tensor
-    d_alpha: Tensor
-    d_sigma: Tensor
+# t -> alpha and sigma of ``x_t = alpha x + sigma noise`` and their derivatives in t, each of t's shape
+Path = Callable[[Tensor], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
-Path = Callable[[Tensor], PathCoefficients]
-
-
-def linear_path(t: Tensor) -> PathCoefficients:
+def linear_path(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``x_t = (1 - t) x + t noise``."""
-    return PathCoefficients(1 - t, t, -torch.ones_like(t), torch.ones_like(t))
+    return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
 
 
-def cosine_path(t: Tensor) -> PathCoefficients:
+def cosine_path(t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``x_t = cos(pi t / 2) x + sin(pi t / 2) noise``: the variance stays 1 where the data's is 1."""
     quarter_turn = math.pi / 2
     alpha, sigma = torch.cos(quarter_turn * t), torch.sin(quarter_turn * t)
-    return PathCoefficients(alpha, sigma, -quarter_turn * sigma, quarter_turn * alpha)
+    return alpha, sigma, -quarter_turn * sigma, quarter_turn * alpha
 
 
 PATHS: dict[str, Path] = {"linear": linear_path, "cosine": cosine_path}

@@ -8,7 +8,7 @@ import json
 import os
 import re
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -75,12 +75,6 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between the settings of a folder and those of a call, one after the other; empty if nothing."""
-    names = [name for name in sorted(there.keys() | now.keys()) if there.get(name) != now.get(name)]
-    return "; ".join(f"{name}: {there.get(name)!r} there, {now.get(name)!r} now" for name in names)
-
-
 def open_run_folder(folder: Path, settings: dict[str, Any]) -> None:
     """Make the folder of a run, or make sure that the one that is there was made with the same settings.
 
@@ -92,23 +86,25 @@ def open_run_folder(folder: Path, settings: dict[str, Any]) -> None:
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in the file
     path = folder / _SETTINGS
     if not path.exists():
-        there = [] if not folder.exists() else [e.name for e in folder.iterdir() if not e.name.startswith(".lock")]
-        if there:
+        others = [] if not folder.exists() else [e.name for e in folder.iterdir() if not e.name.startswith(".lock")]
+        if others:
             raise Mistake(
                 f"The folder {folder} is not empty, and no run made it.\n"
-                f"Found: {', '.join(sorted(there)[:5])}, but no {_SETTINGS}.\nName another folder with --out."
+                f"Found: {', '.join(sorted(others)[:5])}, but no {_SETTINGS}.\nName another folder with --out."
             )
         folder.mkdir(parents=True, exist_ok=True)
         write_json(settings, path)
     try:
-        different = differences(dict(json.loads(path.read_bytes())), settings)
+        there = dict(json.loads(path.read_bytes()))
     except (TypeError, ValueError) as error:
         raise Mistake(
             f"{path} is damaged: {error}.\nName another folder with --out: nothing in this one is then lost."
         ) from error
-    if different:
+    names = [name for name in sorted(there.keys() | settings.keys()) if there.get(name) != settings.get(name)]
+    if names:
+        found = "; ".join(f"{name}: {there.get(name)!r} there, {settings.get(name)!r} now" for name in names)
         raise Mistake(
-            f"The folder {folder} holds a run with other settings.\nFound: {different}.\n"
+            f"The folder {folder} holds a run with other settings.\nFound: {found}.\n"
             "Name another folder with --out, or delete this one."
         )
 
