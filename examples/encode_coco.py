@@ -14,7 +14,7 @@ import os
 from collections import Counter
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from common.options import Parser, at_least, run_script
 
@@ -50,15 +50,8 @@ from common.training import progress
 from common.vae import encode_moments, load_encoder, scaling_of, weights_digest
 
 
-class Captioned(NamedTuple):
-    """Images with their captions, in the order of COCO's ids."""
-
-    images: list[str]
-    captions: list[list[str]]
-
-
-def read_captions(path: Path, folder: Path) -> Captioned:
-    """The captions of each image."""
+def read_captions(path: Path, folder: Path) -> tuple[list[str], list[list[str]]]:
+    """The images, in the order of COCO's ids, and the captions of each."""
     content = read_json(path)
     with readable(path, "COCO's captions"):
         images = [(image["id"], image["file_name"]) for image in content["images"]]
@@ -83,44 +76,44 @@ def read_captions(path: Path, folder: Path) -> Captioned:
             "Every image needs an id of its own, a whole number, its file, and at least one caption."
         )
     images.sort()
-    return Captioned([file for _, file in images], [captions[i] for i, _ in images])
+    return [file for _, file in images], [captions[i] for i, _ in images]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Encode what is not encoded yet."""
     run = options(argv)
     run.device = default_device(run.device)
-    found = read_captions(run.captions, run.images)
+    images, captions = read_captions(run.captions, run.images)
     vae, _ = load_encoder(run.vae, run.precision, run.size)
-    texts = load_text_encoder(run.text_encoder, device=run.device)
+    encoder = load_text_encoder(run.text_encoder, device=run.device)
     settings = {name: getattr(run, name) for name in ("text_encoder", "size", "precision", "cut_long")} | {
         "vae_weights": weights_digest(vae),
-        "captions": hashlib.sha256(repr(found).encode()).hexdigest(),
+        "captions": hashlib.sha256(repr((images, captions)).encode()).hexdigest(),
     }
-    empty, scaling = texts.encode([""])[0], scaling_of(vae.config, f"The VAE {run.vae!r}")
+    empty, scaling = encoder.encode([""])[0], scaling_of(vae.config, f"The VAE {run.vae!r}")
     writer = CocoWriter(run.out, run.split, empty, scaling=scaling, vae=run.vae, settings=settings)
     vae.to(run.device)
-    todo = [index for index in range(len(found.images)) if not writer.has(index)]
+    todo = [index for index in range(len(images)) if not writer.has(index)]
     batches = [todo[start : start + run.batch_size] for start in range(0, len(todo), run.batch_size)]
-    loader = image_batches(run.images, found.images, batches, size=run.size, workers=run.workers)
+    loader = image_batches(run.images, images, batches, size=run.size, workers=run.workers)
     bad: list[tuple[str, str]] = []
     with tf32(run.precision == "tf32"):
         for rows, pixels, unreadable in progress(loader, "encoding"):
             bad += unreadable
             if not rows:
                 continue
-            captions = [found.captions[row] for row in rows]
-            features = texts.encode([*chain(*captions)], cut_long=run.cut_long)
-            contexts = features.split([*map(len, captions)])
+            texts = [captions[row] for row in rows]
+            features = encoder.encode([*chain(*texts)], cut_long=run.cut_long)
+            contexts = features.split([*map(len, texts)])
             for row, mean, std, context in zip(rows, *encode_moments(vae, pixels / 127.5 - 1), contexts, strict=True):
                 writer.write(row, mean, std, context)
     if bad:
         raise DataError(
-            f"{len(bad)} of {len(found.images)} images cannot be read; the others are written.\n{first_ones(bad)}\n"
+            f"{len(bad)} of {len(images)} images cannot be read; the others are written.\n{first_ones(bad)}\n"
             "Put whole images in their place and run the same command again, or leave them out of the captions' file."
         )
-    writer.finish(len(found.images))
-    print(f"{run.out / run.split}: {len(found.images)} images with {sum(map(len, found.captions))} captions")
+    writer.finish(len(images))
+    print(f"{run.out / run.split}: {len(images)} images with {sum(map(len, captions))} captions")
 
 
 if __name__ == "__main__":

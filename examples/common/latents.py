@@ -156,12 +156,6 @@ class ShardFolder(LatentFolder):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self._index = folder, (index := read_index(folder))
-        missing = next((name for name in map(shard_name, range(index.shards)) if not (folder / name).exists()), None)
-        if missing is not None:
-            raise DataError(
-                f"The latents in {folder} are not finished: of {index.shards} shards, {missing} is missing.\n"
-                "Run encode_latents.py again as before: it makes what is missing."
-            )
         self._shards = {number: OpenShard(folder, number, index) for number in range(index.shards)}
         labels = [shard.labels for shard in self._shards.values()]
         self._ends = [0, *accumulate(map(len, labels))]
@@ -240,7 +234,10 @@ class OpenShard:
 
     def __init__(self, folder: Path, number: int, index: Index) -> None:
         self._path = path = folder / shard_name(number)
-        with readable(path, "a shard", "Delete it and run encode_latents.py again: it makes what is missing."):
+        advice = (
+            f"Have encode_latents.py make what is missing of {index.shards} shards: run it again, without this file."
+        )
+        with readable(path, "a shard", advice):
             self._file = safe_open(path, "pt")
             found = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (no mapping)
             shapes = {name: (part.get_dtype(), part.get_shape()) for name, part in found.items()}
