@@ -315,7 +315,7 @@ def made_up(
     return {
         "kind": "run", "key": f"made-up | {text} | seed {seed}", "method": parse(text).described(), "seed": seed,
         "protocol": {"name": "made-up", "steps": 40}, "operations": [[steps[-1], operations]], "teacher": teacher,
-        "measures": [{"step": s, "distance": d} for s, d in zip(steps, distances, strict=True)],
+        "measures": [{"step": s, "distance": d, "distance_all": d} for s, d in zip(steps, distances, strict=True)],
     }  # fmt: skip
 
 
@@ -373,8 +373,13 @@ def test_the_verdict_is_of_the_upper_bound(study: Study) -> None:
     assert "nothing on this page is confirmed" in verdict(Study.of([], "made-up", ()), None)
     assert "on 2 of 10 seeds: not met; that distance is not reached by it" in verdict(study, "The criterion.")
     for seed, line in study.runs["self"].items():
-        line["measures"] = [{"step": step, "distance": 2 * seed - 19} for step in (10, 20, 40)]  # 9 below the goals
-    assert "met; the upper bound is 0.47" in verdict(study, None)  # at its first judgement: 0.1 + 10 * 150 / 4000
+        found = {"distance": 2 * seed - 19, "distance_all": 2 * seed - 10}  # 9 below the goals, and as the plain run
+        line["measures"] = [{"step": step, **found} for step in (10, 20, 40)]
+    # At its first judgement: 0.1 + 10 * 150 / 4000.
+    assert ": met; the upper bound is 0.47; +0.0 ± 0.0 on the large sample" in verdict(study, None)
+    for line in study.runs["self"].values():
+        line["measures"][-1]["distance_all"] += 1
+    assert ": not met; the upper bound is 0.47; +1.0 ± 0.0 on the large sample" in verdict(study, None)
 
 
 def test_docs_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
