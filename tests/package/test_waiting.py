@@ -1,7 +1,6 @@
 """No step waits for the device but those that look: the host goes on to queue the next operations."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,7 +55,7 @@ def of_a_backbone(name: str, stage: int, device: str) -> Steps:
     batches = []
     for batch in (backbone.batch(seed=seed) for seed in range(3)):
         arguments = tree_map_only(Tensor, lambda tensor: tensor.to(device), batch.arguments)
-        batches.append(replace(batch, latents=batch.latents.to(device), arguments=arguments))
+        batches.append(batch._replace(latents=batch.latents.to(device), arguments=arguments))
     return steps_of(model, criterion, batches, backbone.losses)
 
 
