@@ -33,7 +33,7 @@ from benchmarks.recording import between
 Line = dict[str, Any]
 
 EARLIER = "cpu-1"  # the first round: its teachers had their students' seeds
-PLOTTED = ["none", "own refresh=250", "self teacher_width=32 teacher_depth=5"]
+PLOTTED = ["none", "own refresh=250 schedule=linear", "self teacher_width=32 teacher_depth=5"]
 MISSING = "not measured"
 NOTHING = "Nothing of this has been run yet."
 MEASURES = {
