@@ -23,7 +23,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from .checkpoints import MAX_JSON, opened, parsed, read_metadata, read_safetensors, wrapped_errors
+from .checkpoints import MAX_JSON, opened, parsed, read_json, read_metadata, read_safetensors, wrapped_errors
 from .errors import CheckpointError, SettingError
 from .modules import plain_key, quoted, some_of, unwrap
 from .weights import defect
@@ -71,7 +71,8 @@ def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"Found: {some_of(there)}."
             )
         tensors, metadata = read_safetensors(folder / WEIGHTS)
-        config, shown = _checked(metadata.get(_METADATA, "null"), folder / WEIGHTS), _config_in(folder / CONFIG)
+        config = _checked(parsed(metadata.get(_METADATA, "null")), folder / WEIGHTS)
+        shown = _checked(read_json(folder / CONFIG), folder / CONFIG)
         # It is another save's for a moment while a teacher is replaced, and for longer if that was interrupted.
         if shown["sha256"] == config["sha256"] and shown != config:
             raise CheckpointError(
@@ -88,16 +89,8 @@ def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return {name: config[name] for name in _TEACHER}, tensors
 
 
-def _config_in(path: Path) -> dict[str, Any]:
-    """The settings that one of a teacher's two files holds."""
-    with opened(path) as stream:
-        text = stream.read(MAX_JSON + 1) if path.name == CONFIG else read_metadata(stream).get(_METADATA, "null")
-        return _checked(text, path)
-
-
-def _checked(text: bytes | str, path: Path) -> dict[str, Any]:
-    """The settings in JSON text, once they are known to be those of a teacher in this format."""
-    config: dict[str, Any] = parsed(text)
+def _checked(config: Any, path: Path) -> dict[str, Any]:
+    """The settings, once they are known to be those of a teacher in this format."""
     if not isinstance(config, dict) or config.get("kind") != _KIND:
         raise CheckpointError(
             f"{path} was not written by selftrans-reg: it lacks 'kind': {_KIND!r}.\n"
@@ -217,8 +210,11 @@ def _check_place(folder: Path) -> None:
     """Refuse to write over anything but a saved teacher."""
     for path in (folder / CONFIG, folder / WEIGHTS):
         try:
-            if os.path.lexists(path):
-                _config_in(path)
+            if os.path.lexists(path) and path.name == CONFIG:
+                _checked(read_json(path), path)
+            elif os.path.lexists(path):
+                with opened(path) as stream:
+                    _checked(parsed(read_metadata(stream).get(_METADATA, "null")), path)
         except CheckpointError as error:
             raise CheckpointError(
                 f"{str(folder)!r} holds a {path.name} that is no saved teacher's; it was not touched. Save elsewhere.\n"
