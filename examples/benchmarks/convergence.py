@@ -17,6 +17,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -188,9 +189,10 @@ def counted_operations(setting: Setting, run: Run, out: Path) -> list[tuple[int,
 
 
 def described(setting: Setting, argv: list[str]) -> dict[str, Any]:
-    """What every line says about where it comes from."""
+    """What every line says about where it comes from; the folders of a machine are no part of it."""
+    command = " ".join(["python examples/benchmarks/convergence.py", *argv])
     return {
-        "command": " ".join(["python examples/benchmarks/convergence.py", *argv]),
+        "command": re.sub(r" --(out|data|results)[ =]\S+", "", command),
         "commit": commit(),
         "hardware": hardware(setting.device),
         "torch": torch.__version__,
