@@ -1,4 +1,4 @@
-"""The examples' paths and losses: derivatives by autograd, and both repositories' conventions of time."""
+"""The examples' paths and losses: their formulas, and both repositories' conventions of time."""
 
 import math
 
@@ -16,62 +16,37 @@ class Affine(nn.Module):
         return 0.5 * x + t[:, None, None, None] - y[:, None, None, None]
 
 
-@pytest.mark.parametrize("name", PATHS)
-def test_derivatives_are_those_of_the_coefficients(name: str) -> None:
-    t = torch.linspace(0, 1, 11, dtype=torch.float64)
-    coefficients = PATHS[name](t)
-    for i in range(2):
-        derivative = torch.func.vmap(torch.func.grad(lambda s, i=i: PATHS[name](s)[i]))(t)
-        torch.testing.assert_close(coefficients[2 + i], derivative)
+def plain(name: str, latents: Tensor, noise: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """The noisy latents and their velocity; both lead to the noise, at t = 1."""
+    t = t[:, None, None, None]
+    if name == "linear":
+        return (1 - t) * latents + t * noise, noise - latents
+    a, b = torch.cos(math.pi * t / 2), torch.sin(math.pi * t / 2)
+    return a * latents + b * noise, math.pi / 2 * (a * noise - b * latents)
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_velocity_loss_equals_the_plain_formula(name: str, generator: torch.Generator) -> None:
-    latents, noise = torch.randn(2, 3, 2, 4, 4, generator=generator)
-    t, y = torch.tensor([0.1, 0.5, 0.9]), torch.tensor([0, 1, 2])
-    actual = velocity_loss(Affine(), latents, y, t, noise, PATHS[name])
-    assert actual.shape == (3,)
-    for i in range(3):
-        s = t[i].item()
-        if name == "linear":
-            x_t, velocity = (1 - s) * latents[i] + s * noise[i], noise[i] - latents[i]
-        else:
-            a, b = math.cos(math.pi * s / 2), math.sin(math.pi * s / 2)
-            x_t, velocity = a * latents[i] + b * noise[i], math.pi / 2 * (a * noise[i] - b * latents[i])
-        expected = ((0.5 * x_t + s - i - velocity) ** 2).sum() / velocity.numel()
-        torch.testing.assert_close(actual[i], expected)
-
-
-def test_denoising_loss_draws_uniform_times_then_the_noise(generator: torch.Generator) -> None:
-    latents, y = torch.randn(64, 2, 4, 4, generator=generator), torch.arange(64) % 3
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        actual = denoising_loss(Affine(), latents, y, PATHS["cosine"])
-        torch.manual_seed(0)
-        t, noise = torch.rand(64), torch.randn_like(latents)
-    torch.testing.assert_close(actual, velocity_loss(Affine(), latents, y, t, noise, PATHS["cosine"]))
-
-
-@pytest.mark.parametrize("name", PATHS)
-def test_transport_draws_inside_and_speaks_sits_convention(name: str, generator: torch.Generator) -> None:
+def test_losses_equal_the_plain_formula(name: str, generator: torch.Generator) -> None:
     latents, y = torch.randn(64, 2, 4, 4, generator=generator), torch.arange(64) % 3
     model = Affine()
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        losses = Transport(name).training_losses(model, latents, {"y": y})
+        found = denoising_loss(model, latents, y, PATHS[name])
         torch.manual_seed(0)
-        noise = torch.randn_like(latents)
-    x_t, t, seen_y = model.seen
+        t, noise = torch.rand(64), torch.randn_like(latents)
+        torch.manual_seed(0)
+        sit = Transport(name).training_losses(model, latents, {"y": y})
+        x_s, s, seen_y = model.seen
+        torch.manual_seed(0)
+        sits_noise = torch.randn_like(latents)  # drawn first, and then the times
+    x_t, velocity = plain(name, latents, noise, t)
+    expected = (model(x_t, t, y) - velocity).square().mean((1, 2, 3))
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(velocity_loss(model, latents, y, t, noise, PATHS[name]), expected)
+
+    expected_x, velocity = plain(name, latents, sits_noise, 1 - s)  # in SiT t = 1 is data, and the velocity leads there
     assert seen_y is y
-    assert 0 <= t.min() < 0.2 < 0.8 < t.max() < 1  # of 64 uniform draws
-    s = t[:, None, None, None]
-    if name == "linear":  # t = 1 is data
-        expected_x, target = s * latents + (1 - s) * noise, latents - noise
-    else:
-        angle = math.pi / 2 * s
-        expected_x = angle.sin() * latents + angle.cos() * noise
-        target = math.pi / 2 * (angle.cos() * latents - angle.sin() * noise)
-    torch.testing.assert_close(x_t, expected_x)
-    torch.testing.assert_close(losses["pred"], model(x_t, t, y))
-    expected_loss = ((losses["pred"] - target) ** 2).mean(dim=(1, 2, 3))
-    torch.testing.assert_close(losses["loss"], expected_loss, rtol=1e-4, atol=1e-5)
+    assert 0 <= s.min() < 0.2 < 0.8 < s.max() < 1  # of 64 uniform draws
+    torch.testing.assert_close(x_s, expected_x)
+    torch.testing.assert_close(sit["pred"], model(x_s, s, y))
+    torch.testing.assert_close(sit["loss"], (sit["pred"] + velocity).square().mean((1, 2, 3)), rtol=1e-4, atol=1e-5)
