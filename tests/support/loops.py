@@ -60,15 +60,8 @@ def small_sit(generator: torch.Generator, device: torch.device | str = "cpu") ->
 
 
 def new_teacher(model: nn.Module | None = None, **settings: object) -> st.CFGFeatureTeacher:
-    return st.build_teacher(
-        toy(2) if model is None else model,
-        None,
-        layer=f"blocks.{TEACHER_LAYER}",
-        guidance_scale=GUIDANCE_SCALE,
-        null={"y": NULL_CLASS},
-        hidden_size=16,
-        **settings,
-    )
+    usual = {"layer": f"blocks.{TEACHER_LAYER}", "guidance_scale": GUIDANCE_SCALE, "null": {"y": NULL_CLASS}}
+    return st.build_teacher(toy(2) if model is None else model, None, **usual | {"hidden_size": 16} | settings)
 
 
 def new_criterion(
@@ -153,6 +146,12 @@ def gradients(*modules: nn.Module) -> dict[str, Tensor]:
             gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
             found[f"{index}.{_WRAPPER.sub('', name)}"] = gradient.detach().clone()
     return found
+
+
+def step_gradients(model: nn.Module, criterion: nn.Module, b: Batch, **more: object) -> dict[str, Tensor]:
+    """The gradients of model and criterion after the loop's step, on top of those that were there."""
+    total(model, criterion, b, **more).backward()
+    return gradients(model, criterion)
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
