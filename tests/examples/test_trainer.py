@@ -270,7 +270,9 @@ def test_an_interrupted_save_loses_nothing_older(tmp_path: Path, monkeypatch: py
         file.flush()
         for room in (0, 1, size // 2, size - 1):  # what a kill leaves after so many bytes
             left.append(shutil.copytree(run, tmp_path / f"{room}-bytes"))
-            os.truncate(left[-1] / "checkpoints" / Path(file.name).name, room)
+            part = left[-1] / "checkpoints" / Path(file.name).name
+            os.truncate(part, room)
+            part.rename(part.with_name(part.name.replace(f"-{os.getpid()}.", "-1.")))  # another process's, by then
 
     monkeypatch.setattr(torch, "save", saving)
     with snapshots(run, tmp_path / "killed") as taken:
