@@ -13,7 +13,7 @@ import pytest
 import torch
 from benchmarks import convergence
 from benchmarks.convergence import Results, Run, Setting
-from benchmarks.convergence_methods import METHODS, STUDIES, parse
+from benchmarks.convergence_methods import parse
 from benchmarks.convergence_report import Study, crossing, interval, price_table, spent, verdict
 from benchmarks.convergence_setting import PROTOCOLS, Protocol
 from common.options import Mistake
@@ -76,44 +76,15 @@ def run_of(text: str, seed: int = 0) -> Run:
     return Run(TINY, parse(text), seed)
 
 
-# The measures
-
-
 def test_judging_advances_no_generator_and_repeats_itself(setting: Setting, global_rng_untouched: None) -> None:
     with torch.random.fork_rng():
-        model = TINY.new_model().eval()
+        model = TINY.new_model().eval()  # its last layer is zero at first
     found = setting.judged(model, seed=3, final=True)
     assert found == setting.judged(model, seed=3, final=True)
     assert setting.judged(model, seed=3, final=False).keys() == {"distance"} < found.keys()
-
-
-def test_held_out_loss_of_a_model_that_predicts_nothing_is_the_velocitys_square(setting: Setting) -> None:
-    model = TINY.new_model().eval()  # its last layer is zero at first
     latents = setting.held_out[: TINY.samples]
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-    assert setting.held_out_loss(model) == pytest.approx((noise - latents).square().mean().item(), rel=1e-5)
-
-
-def test_a_poor_judge_is_refused(finished: Path) -> None:
-    with pytest.raises(Mistake, match="too poor a judge"):
-        Setting(replace(TINY, least_accuracy=1.1), finished / "out", finished / "data", "cpu")
-
-
-# The methods
-
-
-@pytest.mark.parametrize("text", STUDIES["full"])
-def test_a_method_is_read_as_it_is_written(text: str) -> None:
-    method = parse(text)
-    assert parse(str(method)) == method
-    described = method.described()
-    assert METHODS[described.pop("name")](**described) == method
-
-
-@pytest.mark.parametrize(("text", "match"), [("selff", "named"), ("self x=3", "setting"), ("self rows=x", "no float")])
-def test_a_method_that_is_none_is_named(text: str, match: str) -> None:
-    with pytest.raises(Mistake, match=match):
-        parse(text)
+    assert found["held_out_loss"] == pytest.approx((noise - latents).square().mean().item(), rel=1e-5)
 
 
 def test_settings_reach_the_library(setting: Setting, finished: Path) -> None:
@@ -123,15 +94,6 @@ def test_settings_reach_the_library(setting: Setting, finished: Path) -> None:
     assert (teacher.guidance_scale, teacher.layer, teacher.hidden_size) == (4.0, "blocks.1", 8)  # 3 of 5, of 3
     assert (criterion.layers, criterion.window, criterion.stop_step) == (("blocks.1",), (0.4, 0.7), 4)
     assert (criterion.distance, criterion.weight, criterion.teacher_rows) == ("cosine", 2.0, 0.5)
-
-
-def test_a_teacher_has_a_seed_of_its_own() -> None:
-    assert run_of(SMALL, 7).teacher() == run_of("stage1 share=0.4 width=8 depth=3", 1007)
-    assert run_of("self same_seed=True", 7).teacher() == run_of("stage1", 7)
-    assert run_of("none", 7).teacher() is None
-
-
-# Runs
 
 
 def test_methods_are_paired(setting: Setting, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,11 +184,16 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
     assert len(results.lines()) == 2
 
 
-def test_results_of_other_settings_are_not_taken_for_these(finished: Path, tmp_path: Path) -> None:
+def test_what_would_not_be_the_study_is_refused(finished: Path, tmp_path: Path) -> None:
+    with pytest.raises(Mistake, match="too poor a judge"):
+        Setting(replace(TINY, least_accuracy=1.1), finished / "out", finished / "data", "cpu")
     run, results = run_of("stage1"), Results(tmp_path / "results.jsonl")
     results.add(lines_of(finished)[run.key] | {"protocol": asdict(replace(TINY, lr=1.0))})
     with pytest.raises(Mistake, match="with other settings"):
         results.has(run)
+    for text, match in [("selff", "named"), ("self x=3", "setting"), ("self rows=x", "no float")]:
+        with pytest.raises(Mistake, match=match):
+            parse(text)
 
 
 def test_finished_runs_are_sampled_with_guidance_once(again: Path) -> None:
@@ -238,53 +205,38 @@ def test_finished_runs_are_sampled_with_guidance_once(again: Path) -> None:
     assert len((again / "results.jsonl").read_text().splitlines()) == len(TRAINED) + 3
 
 
-# The price
-
-
-def forward_operations(blocks: int, *, whole: bool) -> int:
-    """Multiply-adds, times two, of one sample's forward through the first blocks, and to the end or not."""
-    width, tokens, patch = TINY.hidden_size, 16, 4 * 2 * 2
-    first = tokens * patch * width + 256 * width + width * width
-    linear = 6 * width * width + tokens * width * width * (3 + 1 + 4 + 4)
-    block = linear + 2 * tokens * tokens * width
-    last = 2 * width * width + tokens * width * patch
-    return 2 * (first + blocks * block + (last if whole else 0))
-
-
 def test_operations_are_those_of_the_formula(finished: Path) -> None:
-    width, tokens, n = TINY.hidden_size, 16, TINY.batch_size
+    """Multiply-adds, times two: of one sample's forward, of a head, and three times as many with the gradients."""
+    width, tokens, patch, n = TINY.hidden_size, 16, 4 * 2 * 2, TINY.batch_size
+    embedders = tokens * patch * width + 256 * width + width * width
+    block = 6 * width**2 + tokens * width**2 * (3 + 1 + 4 + 4) + 2 * tokens**2 * width
+    last = 2 * width**2 + tokens * width * patch
+
+    def early(blocks: int) -> int:
+        return 2 * (embedders + blocks * block)
 
     def counted(text: str) -> list[list[int]]:
         return lines_of(finished)[run_of(text).key]["operations"]
 
-    no_input_gradient = 2 * (tokens * 16 * width + 256 * width)  # of the first layers: data needs none
-    plain = n * (3 * forward_operations(TINY.depth, whole=True) - no_input_gradient)
+    no_input_gradient = 2 * (tokens * patch * width + 256 * width)  # of the first layers: data needs none
+    plain = n * (3 * (early(TINY.depth) + 2 * last) - no_input_gradient)
     assert counted("none share=1.2") == [[12, plain]]
-
-    inside = 1  # of the times 1/8, 3/8, 5/8, 7/8
-    hidden = TINY.head_features
-    head = 3 * 2 * tokens * (width * hidden + hidden * hidden + hidden * width)
-    latents = head + 3 * 2 * tokens * width * 16
-    assert counted("stage1") == [[10, plain + inside * latents]]
-    taught = plain + inside * (head + 2 * forward_operations(TINY.teacher_layer, whole=False))  # with and without
+    assert counted("layersync") == [[10, plain]]
+    # Of four times, 1/8 to 7/8, one is inside the window.
+    head = 3 * 2 * tokens * (2 * width * TINY.head_features + TINY.head_features**2)
+    assert counted("stage1") == [[10, plain + head + 3 * 2 * tokens * width * patch]]
+    taught = plain + head + 2 * early(TINY.teacher_layer)  # with the condition and without
     assert counted("self same_seed=True stop=0.4") == [[4, taught], [10, plain]]
     # The first call of a run's own average runs more than the rest of its calls, and is not what counts.
     assert [ops for _, ops in counted("own refresh=3")][-1] == taught
-    shallow = forward_operations(TINY.peer_deep_layer, whole=False)
-    assert counted("sra") == [[10, plain + n * (head + shallow)]]
-    assert counted("layersync") == [[10, plain]]
+    assert counted("sra") == [[10, plain + n * (head + early(TINY.peer_deep_layer))]]
 
 
-# The report
-
-
-def made_up(
-    text: str, seed: int, distances: list[float], operations: float, teacher: str | None = None
-) -> dict[str, Any]:
+def made_up(text: str, seed: int, distances: list[float], cost: float, teacher: Any = None) -> dict[str, Any]:
     steps = [10, 20, 40, 60, 80][: len(distances)]
     return {
         "kind": "run", "key": f"made-up | {text} | seed {seed}", "method": parse(text).described(), "seed": seed,
-        "protocol": {"name": "made-up", "steps": 40}, "operations": [[steps[-1], operations]], "teacher": teacher,
+        "protocol": {"name": "made-up", "steps": 40}, "operations": [[steps[-1], cost]], "teacher": teacher,
         "measures": [{"step": s, "distance": d, "distance_all": d} for s, d in zip(steps, distances, strict=True)],
     }  # fmt: skip
 
