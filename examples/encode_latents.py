@@ -34,10 +34,7 @@ def options(argv: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=at_least(1), default=32, help="images at a time")
     add("--workers", type=at_least(0), default=min(8, os.cpu_count() or 1), help="processes that read images")
     add("--device", help="of the VAE (default: cuda where there is one)")
-    run = parser.parse_args(argv)
-    if run.out.resolve().is_relative_to(run.images.resolve()):
-        parser.error(f"--out {run.out} lies in {run.images}, and would be taken for images")
-    return run
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
@@ -46,7 +43,7 @@ if __name__ == "__main__":
 import torch
 from common.data_files import DataError, first_ones
 from common.images import find_images, image_batches
-from common.latents import INDEX, Index, OpenShard, ShardFolder, shard_name, write_index, write_shard
+from common.latents import INDEX, Index, ShardFolder, shard_name, write_index, write_shard
 from common.processes import Processes, tf32
 from common.run_folder import open_run_folder
 from common.training import progress
@@ -145,8 +142,6 @@ def main(argv: list[str] | None = None) -> None:
         here.meet()
         mine = range(here.rank, shards, here.count)
         todo = [number for number in mine if not (run.out / shard_name(number)).exists()]
-        for number in {*mine} - {*todo}:
-            OpenShard(run.out, number, index)  # a damaged one is named
         with tf32(run.precision == "tf32"):
             bad = encode(run, vae.to(here.device(run.device)), images, shape, todo, show=here.rank == 0)
         here.meet()

@@ -9,7 +9,6 @@ What is finished in ``--out`` is not done again: as the runs go on, the same com
 # ruff: noqa: E402
 
 import argparse
-import os
 from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
@@ -39,11 +38,6 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--run and --out belong together")
     if run.run is not None and len({path.name for path in run.run}) < len(run.run):
         parser.error("the folders of --run need different names")
-    if (count := int(os.environ.get("WORLD_SIZE", 1))) > 1:
-        parser.error(
-            f"evaluate.py is the work of one process, and {count} were started; sample.py makes the images in several, "
-            "where evaluate.py then finds them"
-        )
     return run
 
 

@@ -9,6 +9,7 @@ not done again.
 # ruff: noqa: E402
 
 import argparse
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -39,18 +40,19 @@ def options(argv: Sequence[str] | None = None) -> argparse.Namespace:
 if __name__ == "__main__":
     options()  # --help and wrong options end here, before the imports below take their seconds
 
-import numpy as np
 import torch
-from common.images import read_image
+from common.images import read_image, save_panels
 from common.loading import mmdit_from_checkpoint
 from common.processes import default_device
 from common.run_folder import newest_checkpoint, open_run_folder
 from common.samplers import batches_left, deciding, new_sampler, png_of, write_missing
-from common.text import encoded_prompts, load_text_encoder, numbers_of, same_features, save_captioned
+from common.text import load_text_encoder, same_features
 from common.training import progress
 from common.vae import weights_digest
+from torch import Tensor
 
-SHOWN = 16  # prompts in the picture
+SHOWN, COLUMNS = 16, 8  # prompts in the picture
+CAPTION_WIDTH = 17  # letters that fit below an image
 
 
 def main(argv: Sequence[str] | None = None) -> Path:
@@ -62,23 +64,32 @@ def main(argv: Sequence[str] | None = None) -> Path:
     if not isinstance(name, str):
         raise Mistake(f"{found.source} does not name its text encoder.\nFound: {name!r}.\nPass --text-encoder.")
     encoder = load_text_encoder(name, device=run.device)
-    shape = found.args.get("context_length", encoder.length), found.settings["context_size"]
-    prompts = encoded_prompts(encoder, run.prompts, shape, found.source)
-    empty = found.args.get("empty_prompt")
-    if empty is not None and not same_features(prompts.features[prompts.null, 0, : len(empty)], torch.tensor(empty)):
+    length, width = found.args.get("context_length", encoder.length), found.settings["context_size"]
+    contexts, empty = encoder.encode([*run.prompts, ""]), found.args.get("empty_prompt")  # the null condition is last
+    if contexts.shape[1:] != (length, width) or not (
+        empty is None or same_features(contexts[-1, 0, : len(empty)], torch.tensor(empty))
+    ):
         raise Mistake(
-            f"{encoder.name} is not the text encoder of {found.source}: the empty prompt has other features.\n"
-            "Pass with --text-encoder the one that the captions were encoded with."
+            f"{encoder.name} is not the text encoder of {found.source}, or the empty prompt has other features.\n"
+            f"Found: {encoder.length} tokens of width {encoder.width} a text; {found.source} has {length} of width "
+            f"{width}.\nPass with --text-encoder the one that the captions were encoded with."
         )
-    sampler, identity = new_sampler(run, found, numbers_of, prompts.null)
+
+    def numbers_of(numbers: Sequence[int], _: Sequence[torch.Generator]) -> Tensor:
+        return torch.tensor(numbers)  # to a sampler, prompts are classes
+
+    sampler, identity = new_sampler(run, found, numbers_of, len(run.prompts))
     identity |= {"weights": weights_digest(model)[:16], "text_encoder_weights": weights_digest(encoder.model)[:16]}
     open_run_folder(run.out, {**identity, "steps_trained": found.steps, "prompts": run.prompts, **deciding(run)})
     folder, picture = run.out / "images", run.out / "prompts.png"
     folder.mkdir(exist_ok=True)
     batches = progress(batches_left(folder, len(run.prompts), run.batch_size), "batches")
-    write_missing(folder, batches, sampler, prompts.conditioned(model.to(run.device)), run.device)
-    shown = run.prompts[:SHOWN]
-    save_captioned({"": np.stack([read_image(png_of(folder, n)) for n in range(len(shown))])}, shown, picture)
+    model, contexts = model.to(run.device), contexts.to(run.device)
+    write_missing(folder, batches, sampler, lambda x, t, y: model(x, t, context=contexts[y]), run.device)
+    titles = [textwrap.fill(f"{n}: {text}", CAPTION_WIDTH) for n, text in enumerate(run.prompts[:SHOWN])]
+    shown = {title: read_image(png_of(folder, n)) for n, title in enumerate(titles)}
+    rows = [titles[start : start + COLUMNS] for start in range(0, len(titles), COLUMNS)]
+    save_panels({" " * n: {title: shown[title] for title in row} for n, row in enumerate(rows)}, picture)
     print(f"{len(run.prompts)} images by {found.source} after {found.steps} steps: {folder} and {picture}.")
     return picture
 

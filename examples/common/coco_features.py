@@ -10,7 +10,7 @@ caption of image i; both count from 0. CLIP ViT-L/14 has L = 77 and D = 768. Sou
 
 import shutil
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -50,13 +50,11 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
     def __init__(
         self, folder: Path, split: str = "train", *, dropout: float = 0.1, second: Literal["std", "logvar"] = "std"
     ) -> None:
-        if not 0 <= dropout <= 1:
-            raise Mistake(f"dropout must be in 0 .. 1; got {dropout}.")
         self._folder, self._dropout, self._second = folder / split, dropout, second
         self.captions = _caption_counts(self._folder)
         self.empty = _read_context(folder / EMPTY)
-        self._shape = self._moments(0)[0].shape
-        self.channels, self.size, _ = self._shape
+        self._shape: Sequence[int] | None = None  # until the first is read
+        self.channels, self.size, _ = self._shape = self._moments(0)[0].shape
         self.scaling, self.vae = _facts(folder / _FACTS)
         self._context(0, 0)
 
@@ -68,16 +66,10 @@ class CocoFeatures(Dataset[tuple[Tensor, Tensor, Tensor]]):
         """Mean, std, context."""
         index = range(len(self))[index]
         caption, dropped = int(torch.randint(int(self.captions[index]), ())), bool(torch.rand(()) < self._dropout)
-        mean, std = self._moments(index)
-        if mean.shape != self._shape:
-            raise DataError(
-                f"{self._folder / f'{index}.npy'} holds a latent {tuple(mean.shape)}; the first is "
-                f"{tuple(self._shape)}. Encode all images alike."
-            )
-        return mean, std, self.empty.clone() if dropped else self._context(index, caption)
+        return *self._moments(index), self.empty.clone() if dropped else self._context(index, caption)
 
     def _moments(self, index: int) -> tuple[Tensor, Tensor]:
-        return read_moments(self._folder / f"{index}.npy", second=self._second)
+        return read_moments(self._folder / f"{index}.npy", second=self._second, shape=self._shape)
 
     def _context(self, index: int, caption: int) -> Tensor:
         context = _read_context(path := self._folder / f"{index}_{caption}.npy")
@@ -163,9 +155,7 @@ def _facts(path: Path) -> tuple[Scaling, str | None]:
         return Scaling(_SCALE), None
     content = read_json(path)
     with readable(path, "notes on features", "Make it again."):
-        if not isinstance(content["vae"], str | None):
-            raise TypeError(f"it has no name of a VAE, but {str(content['vae'])[:100]}")
-        return checked_scaling(content["scale"], content["shift"]), content["vae"]
+        return checked_scaling(content["scale"], content["shift"], path), content["vae"]
 
 
 def _read_context(path: Path) -> Tensor:

@@ -1,7 +1,6 @@
 """Small real images: scikit-learn's digits, and Fashion-MNIST from its files; and what small models of them take."""
 
 import gzip
-import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -57,8 +56,8 @@ def fashion(folder: Path = PACKAGED, size: int = 32) -> tuple[LabelledImages, La
     assert size in range(_FASHION_SIDE, 1024, 2)
     margin, parts = (size - _FASHION_SIDE) // 2, []
     for part in ("train", "t10k"):
-        images = _idx(folder / f"{part}-images-idx3-ubyte.gz", (_FASHION_SIDE, _FASHION_SIDE))
-        labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz", ())
+        images = _idx(folder / f"{part}-images-idx3-ubyte.gz", _FASHION_SIDE, _FASHION_SIDE)
+        labels = _idx(folder / f"{part}-labels-idx1-ubyte.gz")
         if len(images) != len(labels):
             raise DataError(f"The '{part}' files in {folder} have {len(images)} images and {len(labels)} labels.")
         pixels = images.float().unsqueeze(1) / 127.5 - 1
@@ -67,15 +66,12 @@ def fashion(folder: Path = PACKAGED, size: int = 32) -> tuple[LabelledImages, La
     return train, held_out
 
 
-def _idx(path: Path, shape: tuple[int, ...]) -> Tensor:
-    """An idx file of bytes: 0, 0, 8 and the number of axes, each axis as a big-endian uint32, then the bytes."""
+def _idx(path: Path, *shape: int) -> Tensor:
+    """The bytes of an idx file: behind four of its kind, and the length of each axis as a big-endian uint32."""
     advice = "Name the folder of the four original files with --data, or install the package dataset-fashion-mnist."
     with readable(path, "a file of Fashion-MNIST", advice):
         raw = bytearray(gzip.decompress(path.read_bytes()))
-        magic, count, *found = struct.unpack_from(f">{2 + len(shape)}I", raw)
-        if magic != 0x801 + len(shape) or tuple(found) != shape:
-            raise ValueError(f"it is of another kind: {magic:#x} {found}")
-        return torch.frombuffer(raw, dtype=torch.uint8, offset=4 * (2 + len(shape))).reshape(count, *shape)
+        return torch.frombuffer(raw, dtype=torch.uint8, offset=4 * (2 + len(shape))).reshape(-1, *shape)
 
 
 def shuffled_batches(*tensors: Tensor, batch_size: int, seed: int) -> DataLoader[tuple[Tensor, ...]]:

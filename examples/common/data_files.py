@@ -1,8 +1,6 @@
-"""Reading a data set's files within limits, and the error that names the one that cannot be used."""
+"""Reading a data set's files, and the error that names the one that cannot be used."""
 
-import io
 import json
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,10 +13,8 @@ from torch import Tensor
 
 from common.options import Mistake
 
-_MAX_NPY = 64 << 20  # a posterior of 1024x1024 pixels with 16 channels has 2 MiB
 _LOGVAR_RANGE = (-30.0, 20.0)  # as in latent diffusion's and diffusers' DiagonalGaussianDistribution
 _SHOWN = 5
-_PARSING = threading.Lock()  # numpy reads a header by ast.literal_eval, which in Python 3.11 fails at times in threads
 
 
 class DataError(Mistake):
@@ -55,24 +51,21 @@ def read_json(path: Path) -> Any:
 def read_npy(path: Path) -> NDArray[np.float32]:
     """The array of floating-point numbers in a ``.npy`` file."""
     with readable(path, ".npy"):
-        if (size := path.stat().st_size) > _MAX_NPY:
-            raise ValueError(f"it has {size} bytes; at most {_MAX_NPY} are read of a file for one image")
-        stream = io.BytesIO(path.read_bytes())
-        with _PARSING:
-            array = np.load(stream, allow_pickle=False)
-        if not isinstance(array, np.ndarray) or stream.read(1):
-            raise ValueError("it holds more than one array")
+        array = np.lib.format.open_memmap(path, mode="r")  # which maps no more than the file has
         if array.dtype.kind != "f":
             raise ValueError(f"it holds {array.dtype}; floating-point numbers are needed")
-        return array.astype(np.float32)
+        return np.array(array, np.float32)
 
 
-def read_moments(path: Path, *, second: Literal["std", "logvar"] = "std") -> tuple[Tensor, Tensor]:
+def read_moments(
+    path: Path, *, second: Literal["std", "logvar"] = "std", shape: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Mean and std of an image's posterior, twice (C, h, w), from a ``.npy`` (2C, h, w) or (1, 2C, h, w).
 
     Args:
         path: The file.
         second: What is behind the mean: the std, or the log-variance, from which the std is then computed.
+        shape: (C, h, w), if that is known.
     """
     array = read_npy(path)
     moments = torch.from_numpy(array[0] if array.ndim == 4 and len(array) == 1 else array)
@@ -81,6 +74,10 @@ def read_moments(path: Path, *, second: Literal["std", "logvar"] = "std") -> tup
             f"{path} holds an array {array.shape}; mean and std of a square latent are (2C, h, h) or (1, 2C, h, h)."
         )
     mean, std = moments.chunk(2)
+    if shape is not None and mean.shape != shape:
+        raise DataError(
+            f"{path} holds a latent {tuple(mean.shape)}; the first is {tuple(shape)}. Encode all images alike."
+        )
     if second == "logvar":
         if (std >= 0).all():
             raise DataError(f"{path} holds no log-variance behind the mean: none of it is negative. It may be the std.")

@@ -3,7 +3,6 @@
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,15 +96,6 @@ def centre_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def read_square(path: Path, size: int) -> Tensor:
-    """An image as uint8 (3, size, size): as `read_image` reads it, cropped as `centre_crop` does."""
-    image = read_image(path)
-    longer = size * max(image.size) / min(image.size)
-    if size * longer > (Image.MAX_IMAGE_PIXELS or np.inf):
-        raise DataError(f"{path}: {size}x{longer:.0f} pixels, when scaled, are beyond Pillow's limit against bombs.")
-    return torch.from_numpy(np.array(centre_crop(image, size))).permute(2, 0, 1)
-
-
 class ImageBatch(NamedTuple):
     """The places of the images that can be read, their pixels (n, 3, S, S), uint8, and (name, reason) of the others."""
 
@@ -120,24 +110,24 @@ class _Crops(Dataset[ImageBatch]):
         # One array: a list of strings would be copied into every worker, page by page.
         self._names = np.array([os.fsencode(name) for name in names])
 
-    def __getitem__(self, row: int) -> ImageBatch:
-        name = os.fsdecode(self._names[row])
-        try:
-            return ImageBatch([row], read_square(self._folder / name, self._size)[None], [])
-        except DataError as error:
-            return ImageBatch([], torch.empty(0, 3, self._size, self._size, dtype=torch.uint8), [(name, str(error))])
+    def __getitem__(self, places: list[int]) -> ImageBatch:
+        rows, pixels, bad = [], [np.empty((0, self._size, self._size, 3), np.uint8)], []
+        for row in places:
+            name = os.fsdecode(self._names[row])
+            try:
+                pixels.append(np.asarray(centre_crop(read_image(self._folder / name), self._size))[None])
+                rows.append(row)
+            except DataError as error:
+                bad.append((name, str(error)))
+        return ImageBatch(rows, torch.from_numpy(np.concatenate(pixels)).permute(0, 3, 1, 2).contiguous(), bad)
 
 
 def image_batches(
     folder: Path, names: list[str], batches: list[list[int]], *, size: int, workers: int
 ) -> DataLoader[ImageBatch]:
     """The named images of a folder, cropped, batch by batch as ``batches`` lists their places."""
-    return DataLoader(_Crops(folder, names, size), batch_sampler=batches, num_workers=workers, collate_fn=_joined)
-
-
-def _joined(items: list[ImageBatch]) -> ImageBatch:
-    rows, pixels, bad = zip(*items, strict=True)
-    return ImageBatch([*chain(*rows)], torch.cat(pixels), [*chain(*bad)])
+    crops = _Crops(folder, names, size)
+    return DataLoader(crops, batch_size=None, sampler=batches, num_workers=workers, collate_fn=ImageBatch._make)
 
 
 def to_uint8(images: Tensor) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ reading all of ImageNet first takes its time.
 import json
 import os
 from bisect import bisect_right
+from glob import glob
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,12 +19,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from common.data_files import DataError, check_moments, first_ones, read_json, read_moments, readable
-from common.run_folder import write_json
+from common.run_folder import write_json, write_whole
 from common.vae import Scaling, checked_scaling
 
 REPA_INDEX = "dataset.json"
@@ -97,16 +98,22 @@ class RepaFolder(LatentFolder):
     """
 
     def __init__(self, folder: Path, num_classes: int | None = None) -> None:
-        labels, problems = _listed_labels(folder / REPA_INDEX, _MAX_CLASSES if num_classes is None else num_classes)
-        there: set[str] = set()
-        for parent, _, files in os.walk(folder, followlinks=True):
-            prefix = Path(parent).relative_to(folder).as_posix() + "/"
-            there.update((prefix + name).removeprefix("./") for name in files if name.endswith(".npy"))
+        path, end = folder / REPA_INDEX, _MAX_CLASSES if num_classes is None else num_classes
+        labels: dict[str, int] = {}
+        problems: list[tuple[str, str]] = []
+        with readable(path, 'a list {"labels": [["00000/img-mean-std-00000000.npy", 3], …]} of files and labels'):
+            for name, label in read_json(path)["labels"]:
+                if name in labels:
+                    problems.append((name, "listed twice"))
+                elif type(label) is not int or not 0 <= label < end:  # True is an int, too
+                    problems.append((name, f"the label {label!r:.50} is not in 0 .. {end - 1}"))
+                labels[name] = label
+        there = set(glob("**/*.npy", root_dir=folder, recursive=True))  # noqa: PTH207 (rglob follows no links)
         problems += [(name, "listed, but not there") for name in labels if name not in there]
         problems += [(name, f"there, but without a label in {REPA_INDEX}") for name in sorted(there - labels.keys())]
-        if problems:
+        if problems or not labels:
             raise DataError(
-                f"{folder / REPA_INDEX} and the .npy files beside it do not fit: {len(problems)} problems.\n"
+                f"{path} and the .npy files beside it do not fit: {len(problems)} problems.\n"
                 f"{first_ones(problems)}\n"
                 "Copy what is missing, or take such files and their entries out."
             )
@@ -118,37 +125,7 @@ class RepaFolder(LatentFolder):
         self.channels, self.size, _ = self._shape = read_moments(folder / next(iter(labels)))[0].shape
 
     def read(self, place: int) -> tuple[Tensor, Tensor]:  # noqa: D102
-        path = self.folder / os.fsdecode(self._names[place])
-        mean, std = read_moments(path)
-        if mean.shape != self._shape:
-            raise DataError(
-                f"{path} holds a latent {tuple(mean.shape)}; the first of its folder is {tuple(self._shape)}. "
-                "Encode the image again with the settings of the others."
-            )
-        return mean, std
-
-
-def _listed_labels(path: Path, end: int) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Labels below an end by file; and what is wrong."""
-    content = read_json(path)
-    entries = content.get("labels") if isinstance(content, dict) else None
-    if not isinstance(entries, list) or not entries:
-        raise DataError(
-            f'{path} has no list of labels. It should be {{"labels": [["00000/img-mean-std-00000000.npy", 3], …]}}.'
-        )
-    labels: dict[str, int] = {}
-    problems: list[tuple[str, str]] = []
-    for entry in entries:
-        name, label = entry if isinstance(entry, list) and len(entry) == 2 else (entry, None)
-        if not isinstance(name, str) or not name.endswith(".npy") or {"", ".", ".."} & {*name.split("/")}:
-            problems.append((str(entry)[:100], "no name of a .npy file in this folder, with a label"))
-            continue
-        if name in labels:
-            problems.append((name, "listed twice"))
-        elif type(label) is not int or not 0 <= label < end:  # True is an int, too
-            problems.append((name, f"the label {label!r:.50} is not in 0 .. {end - 1}"))
-        labels[name] = label
-    return labels, problems
+        return read_moments(self.folder / os.fsdecode(self._names[place]), shape=self._shape)
 
 
 class ShardFolder(LatentFolder):
@@ -209,7 +186,7 @@ def read_index(folder: Path) -> Index:
         _, height, width = index.shape
         if height != width or not isinstance(index.vae, str) or not isinstance(index.classes, list):
             raise ValueError(f"it holds what encode_latents.py never writes: {content}")
-        return index._replace(scaling=checked_scaling(**index.scaling))
+        return index._replace(scaling=checked_scaling(**index.scaling, where=folder / INDEX))
 
 
 def shard_name(number: int) -> str:
@@ -218,15 +195,13 @@ def shard_name(number: int) -> str:
 
 
 def write_shard(folder: Path, number: int, moments: Tensor, labels: Tensor, images: list[str]) -> None:
-    """Write a shard under another name and then rename it: what is there is finished.
+    """Write a shard, whole or not at all: what is there is finished.
 
     It holds the moments (2, n, C, h, w), in float32 or float16, and labels (n,), int64, of n images by name.
     """
-    path = folder / shard_name(number)
-    partial = path.with_name(path.name + ".partial")
     metadata = {"items": json.dumps({"images": images})}
-    save_file({"mean": moments[0], "std": moments[1], "labels": labels}, partial, metadata=metadata)
-    partial.replace(path)
+    content = save({"mean": moments[0], "std": moments[1], "labels": labels}, metadata)
+    write_whole(folder / shard_name(number), lambda file: file.write(content))
 
 
 class OpenShard:
@@ -238,21 +213,20 @@ class OpenShard:
             f"Have encode_latents.py make what is missing of {index.shards} shards: run it again, without this file."
         )
         with readable(path, "a shard", advice):
-            self._file = safe_open(path, "pt")
-            found = {name: self._file.get_slice(name) for name in self._file.keys()}  # noqa: SIM118 (no mapping)
-            shapes = {name: (part.get_dtype(), part.get_shape()) for name, part in found.items()}
-            self.images: list[str] = json.loads(self._file.metadata()["items"])["images"]
-            moments = (shapes.get("mean", ("F32",))[0], [len(self.images), *index.shape])
-            wanted = {"mean": moments, "std": moments, "labels": ("I64", [len(self.images)])}
-            if shapes != wanted or moments[0] not in ("F32", "F16"):
+            file = safe_open(path, "pt")
+            self.images: list[str] = json.loads(file.metadata()["items"])["images"]
+            self.labels = file.get_tensor("labels").clone()
+            self._moments = [file.get_slice(name) for name in ("mean", "std")]
+            shapes = [[*self.labels.shape], *(moment.get_shape() for moment in self._moments)]
+            wanted = [(count := [len(self.images)]), count + index.shape, count + index.shape]
+            if shapes != wanted:
                 raise ValueError(f"it does not fit its index. Found: {shapes}; expected: {wanted}")
-            self.labels = self._file.get_tensor("labels").clone()
             if len(self.labels) and not 0 <= self.labels.min() <= self.labels.max() < len(index.classes):
                 raise ValueError(f"it has labels beyond the {len(index.classes)} classes of its index")
 
     def read(self, row: int) -> tuple[Tensor, Tensor]:
         """Mean and std of an item, twice (C, h, w), float32; a `DataError` if they are none."""
         # Cloned: a part of a mapped file would be passed between processes as the whole file.
-        mean, std = (self._file.get_slice(name)[row].float().clone() for name in ("mean", "std"))
+        mean, std = (moment[row].float().clone() for moment in self._moments)
         check_moments(mean, std, f"{self.images[row]} in {self._path}")
         return mean, std

@@ -3,10 +3,12 @@
 A small classifier serves as the extractor where the images are small.
 """
 
+import sys
 from collections.abc import Callable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from common.data import LabelledImages, digits, fit
 from common.data_files import DataError, readable
 from common.images import DIGITS, ImageSet
-from common.options import Mistake, imported
+from common.options import Mistake
 from common.run_folder import finished_or_made, write_whole
 from common.training import progress
 from common.vae import weights_digest
@@ -123,11 +125,6 @@ def _root(covariance: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _distance(a: FeatureStatistics, root: NDArray[np.float64], b: FeatureStatistics) -> float:
-    if a.mean.shape != b.mean.shape:
-        raise Mistake(
-            f"The Fréchet distance needs features of one width.\nFound: {len(a.mean)} and {len(b.mean)}.\n"
-            "Compute both sets of statistics with one extractor."
-        )
     from scipy.linalg import eigvalsh
 
     # The root's trace, from a symmetric product: no complex root, and no failure on a singular covariance.
@@ -152,12 +149,6 @@ def precision_recall(
 
     Reference: Kynkäänniemi et al., 2019, https://arxiv.org/abs/1904.06991
     """
-    fewest = min(len(data), len(samples))
-    if data.ndim != 2 or samples.ndim != 2 or data.shape[1] != samples.shape[1] or fewest <= neighbours:
-        raise Mistake(
-            f"Precision and recall need two sets of more than {neighbours} features of one width.\n"
-            f"Found: {data.shape} and {samples.shape}.\nPass more images, through one extractor."
-        )
     # Around the data's mean, or squares of large features would cancel in the distances.
     centre = data.mean(0, dtype=np.float64)
     data, samples = data - centre, samples - centre
@@ -167,12 +158,11 @@ def precision_recall(
 def _share_inside(points: NDArray[np.float64], others: NDArray[np.float64], neighbours: int) -> float:
     """Share of the points within a ball of the others."""
     from sklearn.metrics import pairwise_distances_chunked
+    from sklearn.neighbors import NearestNeighbors
 
-    distances = partial(pairwise_distances_chunked, working_memory=256)  # MiB: some rows at a time
-    # A point's nearest is itself: index k is its k-th other.
-    chunks = distances(others, reduce_func=lambda rows, _: np.partition(rows, neighbours, axis=1)[:, neighbours])
-    radii = np.concatenate([*chunks])
-    inside = distances(points, others, reduce_func=lambda rows, _: (rows <= radii).any(1))
+    nearest = NearestNeighbors(n_neighbors=neighbours, algorithm="brute").fit(others)
+    radii = nearest.kneighbors()[0][:, -1]  # of the other points: itself is none of a point's neighbours
+    inside = pairwise_distances_chunked(points, others, reduce_func=lambda rows, _: (rows <= radii).any(1))
     return float(np.concatenate([*inside]).mean())
 
 
@@ -242,7 +232,11 @@ def extractor_named(name: str, device: str) -> Extractor:
         model = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"]).to(device)
         function = lambda images: model(images.to(device))[0]  # noqa: E731
     else:
-        return Extractor(name, imported(name, "--features"))
+        sys.path.append(str(Path.cwd()))  # a module of the working directory is found, too
+        try:
+            return Extractor(name, resolve_name(name))
+        except (ImportError, AttributeError, ValueError) as error:
+            raise Mistake(f"--features {name!r} is no module:callable that can be imported: {error}.") from error
     return Extractor(f"{name}-{weights_digest(model)[:8]}", function)  # another training's features are others
 
 
@@ -273,30 +267,23 @@ def evenly(count: int) -> NDArray[np.int64]:
 
 def reference_of(images: ImageSet, path: Path | None, extractor: Extractor, *, batch_size: int) -> Reference:
     """The data's features: from the ``.npz`` at the path if that is there, else computed and, with a path, written."""
-    if path is not None and path.exists():
-        return _read_reference(path, extractor, images.name)
-    features = extractor.of(images, batch_size)
-    found = Reference(feature_statistics(features), len(features), features[evenly(len(features))])
-    if path is not None:
-        content = found.statistics._asdict() | {"count": found.count, "features": found.features}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(path, lambda file: np.savez(file, **content, extractor=extractor.name, source=images.name))
-    return found
-
-
-def _read_reference(path: Path, extractor: Extractor, source: str) -> Reference:
-    """What `reference_of` wrote, if it is of this extractor and of the images named ``source``."""
+    origin = {"extractor": extractor.name, "source": images.name}
+    if path is None or not path.exists():
+        features = extractor.of(images, batch_size)
+        found = Reference(feature_statistics(features), len(features), features[evenly(len(features))])
+        if path is not None:
+            content = found.statistics._asdict() | {"count": found.count, "features": found.features, **origin}
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda file: np.savez(file, **content))
+        return found
     advice = "Pass a file that --statistics wrote, or remove this one."
     with readable(path, "statistics of features", advice), np.load(path, allow_pickle=False) as archive:
-        content = dict(archive)
-        statistics = FeatureStatistics(content["mean"], content["covariance"])
-        found = Reference(statistics, int(content["count"]), content["features"])
-        origin = {"extractor": str(content["extractor"]), "source": str(content["source"])}
-    for what, asked in [("extractor", extractor.name), ("source", source)]:
-        if origin[what] != asked:
-            raise DataError(
-                f"{path} holds statistics of other {'features' if what == 'extractor' else 'images'}.\n"
-                f"Found: {what} {origin[what]!r} there, {asked!r} asked for.\n"
-                "Name another file with --statistics, or remove this one."
-            )
+        there = {name: str(archive[name]) for name in origin}
+        statistics = FeatureStatistics(archive["mean"], archive["covariance"])
+        found = Reference(statistics, int(archive["count"]), archive["features"])
+    if there != origin:
+        raise DataError(
+            f"{path} holds statistics of other features or images.\nFound: {there}; asked for: {origin}.\n"
+            "Name another file with --statistics, or remove this one."
+        )
     return found

@@ -4,7 +4,6 @@ Nothing here imports torch: a script reads its options before anything that take
 """
 
 import argparse
-import importlib
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -48,20 +47,6 @@ def run_script(main: Callable[[], object]) -> None:
         if not isinstance(error, (Mistake, OSError) if library is None else (Mistake, OSError, library.SelfTransError)):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
-
-
-def imported(name: str, option: str) -> Callable[..., Any]:
-    """What ``module:callable`` names; modules of the working directory are found too."""
-    module, _, attribute = name.partition(":")
-    if str(Path.cwd()) not in sys.path:
-        sys.path.append(str(Path.cwd()))
-    try:
-        found = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise Mistake(f"{option} {name!r} is no module:callable that can be imported: {error}.") from error
-    if not callable(found):
-        raise Mistake(f"{option} {name!r} is a {type(found).__name__}, which cannot be called.")
-    return found
 
 
 def _checked(kind: Callable[[str], Any], fits: Callable[[Any], bool], must: str) -> Callable[[str], Any]:

@@ -1,24 +1,19 @@
-"""Texts as conditions: CLIP's features by transformers' own classes, images for prompts, and pictures of them.
+"""Texts as conditions: CLIP's features by transformers' own classes.
 
 As U-ViT and latent diffusion make the features: the prompt padded to the model's length, no attention mask, the last
 hidden state. Source followed: U-ViT's COCO script, https://github.com/baofff/U-ViT. transformers is imported when a
 model is loaded.
 """
 
-import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from common.data_files import DataError
-from common.images import save_panels
 from common.options import Mistake
-from common.samplers import Model
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -28,8 +23,6 @@ CLIP_VIT_L14 = "openai/clip-vit-large-patch14"
 
 _BATCH_SIZE = 64
 _SAME = 0.05  # half precision and other hardware round otherwise; CLIP's features are about 1, and some of them 30
-_COLUMNS = 8
-_CAPTION_WIDTH = 17  # letters that fit below an image
 
 
 class TextEncoder:
@@ -101,49 +94,3 @@ def load_text_encoder(name: str, *, device: str = "cpu") -> TextEncoder:
 def same_features(one: Tensor, other: Tensor) -> bool:
     """Whether two texts' features are those of one text by one encoder, up to rounding."""
     return one.shape == other.shape and torch.allclose(one, other, rtol=_SAME, atol=_SAME)
-
-
-class Prompts(NamedTuple):
-    """P texts and their features, and behind these those of the empty prompt: (P + 1, L, D)."""
-
-    texts: list[str]
-    features: Tensor
-
-    @property
-    def null(self) -> int:
-        """The empty prompt's number: to a sampler, prompts are classes, and this is the null class."""
-        return len(self.texts)
-
-    def conditioned(self, model: nn.Module) -> Model:
-        """The model as the samplers call it: y is the number of a prompt."""
-        table = self.features.to(next(model.parameters()).device)
-        return lambda x, t, y: model(x, t, context=table[y])
-
-
-def numbers_of(numbers: Sequence[int], generators: Sequence[torch.Generator]) -> Tensor:
-    """The labels of prompts, for an `ImageSampler`: their numbers."""
-    return torch.tensor(numbers)
-
-
-def encoded_prompts(encoder: TextEncoder, texts: Sequence[str], shape: Sequence[int], of: str) -> Prompts:
-    """Prompts with their features, which have to be (L, D) of ``shape``, as those that a model was trained on.
-
-    Messages call the model, or its data, ``of``.
-    """
-    if (encoder.length, encoder.width) != tuple(shape):
-        raise Mistake(
-            f"{encoder.name} gives {encoder.length} tokens of width {encoder.width} a text; {of} has "
-            f"{shape[0]} of width {shape[1]}.\nPass with --text-encoder the one that the captions were encoded with."
-        )
-    return Prompts(list(texts), encoder.encode([*texts, ""]))
-
-
-def save_captioned(rows: dict[str, NDArray[np.uint8]], captions: Sequence[str], path: Path) -> None:
-    """Write images (N, H, W, 3), by the heading of their row, with N captions as one PNG; a long row is wrapped."""
-    titles = [textwrap.fill(f"{i}: {caption}", _CAPTION_WIDTH) for i, caption in enumerate(captions)]
-    lines = {}
-    for heading, images in rows.items():
-        for start in range(0, len(captions), _COLUMNS):
-            part = slice(start, start + _COLUMNS)
-            lines[heading + " " * start] = dict(zip(titles[part], images[part], strict=True))
-    save_panels(lines, path)

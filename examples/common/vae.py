@@ -68,21 +68,14 @@ def scaling_of(config: Mapping[str, Any], where: str) -> Scaling:
             "Pass a VAE with a scaling_factor alone, or with a shift_factor."
         )
     factor, shift = config.get("scaling_factor"), config.get("shift_factor")
-    try:
-        return checked_scaling(1.0 if factor is None else factor, shift or 0.0)
-    except ValueError as error:
-        raise DataError(f"{where} states a scaling that no latents can have: {error}.") from error
+    return checked_scaling(1.0 if factor is None else factor, shift or 0.0, where)
 
 
-def checked_scaling(scale: Any, shift: Any) -> Scaling:
-    """A scaling of latents.
-
-    Raises:
-        ValueError: If it is none: a scale above 0, a finite shift.
-    """
-    for name, value, low in [("scale", scale, 0.0), ("shift", shift, -math.inf)]:
+def checked_scaling(scale: Any, shift: Any, where: object) -> Scaling:
+    """A scaling of latents, as ``where`` states it; a `DataError` if no latents can have it."""
+    for value, low in [(scale, 0.0), (shift, -math.inf)]:
         if type(value) not in (int, float) or not low < value < math.inf:
-            raise ValueError(f"the {name} is {value}; a finite number is needed{', above 0' * (name == 'scale')}")
+            raise DataError(f"{where} states a scaling that no latents can have: scale {scale}, shift {shift}.")
     return Scaling(scale, shift)
 
 
@@ -90,12 +83,7 @@ def recorded_scaling(
     args: Mapping[str, Any], source: object, scale: str = "scale_factor", shift: str = "shift_factor"
 ) -> Scaling | None:
     """The scaling of the latents that a run was trained on, or None where its checkpoint or teacher does not say."""
-    if args.get(scale) is None:
-        return None
-    try:
-        return checked_scaling(args[scale], args.get(shift, 0.0))
-    except ValueError as error:
-        raise DataError(f"{source} records a scaling that no latents can have: {error}.") from error
+    return None if args.get(scale) is None else checked_scaling(args[scale], args.get(shift, 0.0), source)
 
 
 def new_vae(

@@ -16,9 +16,8 @@ CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 
 def write_noise(path: Path, seed: int) -> None:
     """Write a random image of `SIZE`."""
-    pixels = torch.randint(256, (SIZE, SIZE, 3), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.numpy()).save(path)
+    Image.fromarray(np.random.default_rng(seed).integers(256, size=(SIZE, SIZE, 3), dtype=np.uint8)).save(path)
 
 
 def write_rgb_vae(folder: Path, seed: int = 0, **config: float) -> AutoencoderKL:
