@@ -1,12 +1,10 @@
 """The examples' SiT against the field's: names, shapes, initial weights, and a plain formula of the whole function."""
 
-import math
-
+import plain_transformers as plain
 import pytest
 import torch
 from common.options import Mistake
 from common.sit import SIZES, SiT, build_sit, sincos_position_embedding
-from plain_transformers import check_initial_weights, decoded, embedded, gelu, linear, modulated, norm, perturbed, silu
 from torch import Tensor
 
 TINY = {
@@ -14,63 +12,42 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny_sit(generator: torch.Generator, **settings: object) -> SiT:
-    return perturbed(SiT(**(TINY | settings)), generator)
-
-
 def inputs(generator: torch.Generator, rows: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     x = torch.randn(rows, 3, 8, 8, generator=generator)
     return x, torch.rand(rows, generator=generator), torch.tensor([0, 4, 5])[:rows]
 
 
-def plain_forward(weights: dict[str, Tensor], x: Tensor, t: Tensor, y: Tensor, *, heads: int, qk_norm: bool) -> Tensor:
-    """SiT head by head, from the state dict alone."""
-    tokens, c = embedded(weights, x, t)
+def plain_forward(weights: plain.Weights, x: Tensor, t: Tensor, y: Tensor, *, heads: int) -> Tensor:
+    """SiT from the state dict alone."""
+    tokens, c = plain.embedded(weights, x, t)
     c = c + weights["y_embedder.embedding_table.weight"][y]
-    width = tokens.shape[-1]
-    size = width // heads
     for block in sorted({name.rpartition(".attn.qkv.")[0] for name in weights if ".attn.qkv." in name}):
-        parts = linear(weights, f"{block}.adaLN_modulation.1", silu(c)).split(width, dim=1)
-        q, k, v = linear(weights, f"{block}.attn.qkv", modulated(tokens, parts[0], parts[1])).split(width, dim=-1)
-        attended = []
-        for h in range(heads):
-            qh, kh, vh = (part[..., h * size : (h + 1) * size] for part in (q, k, v))
-            if qk_norm:
-                names = [f"{block}.attn.{which}_norm" for which in "qk"]
-                qh, kh = (
-                    norm(part, eps=1e-5) * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-                    for part, name in zip((qh, kh), names, strict=True)
-                )
-            attended.append((qh @ kh.mT / math.sqrt(size)).softmax(-1) @ vh)
-        tokens = tokens + parts[2][:, None] * linear(weights, f"{block}.attn.proj", torch.cat(attended, dim=-1))
-        hidden = gelu(linear(weights, f"{block}.mlp.fc1", modulated(tokens, parts[3], parts[4])))
-        tokens = tokens + parts[5][:, None] * linear(weights, f"{block}.mlp.fc2", hidden)
-    return decoded(weights, tokens, c, x)
+        parts, (*queries_and_keys, v) = plain.projected(weights, block, tokens, c)
+        for i, name in enumerate(("q_norm", "k_norm")):
+            if f"{block}.attn.{name}.weight" in weights:
+                scale, shift = (weights[f"{block}.attn.{name}.{kind}"] for kind in ("weight", "bias"))
+                by_head = plain.norm(queries_and_keys[i].unflatten(-1, (heads, -1)), eps=1e-5)
+                queries_and_keys[i] = (by_head * scale + shift).flatten(-2)
+        tokens = plain.completed(weights, block, tokens, plain.attended(*queries_and_keys, v, heads), parts)
+    return plain.decoded(weights, tokens, c, x)
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{}, {"learn_sigma": False, "patch_size": 4}, {"qk_norm": True, "patch_size": 1}],
-)
+@pytest.mark.parametrize("settings", [{}, {"learn_sigma": False, "patch_size": 4}, {"qk_norm": True, "patch_size": 1}])
 def test_forward_equals_the_plain_formula(generator: torch.Generator, settings: dict[str, object]) -> None:
-    model = tiny_sit(generator, **settings).eval()
+    model = plain.perturbed(SiT(**(TINY | settings)), generator).eval()
     x, t, y = inputs(generator)
-    expected = plain_forward(model.state_dict(), x, t, y, heads=2, qk_norm="qk_norm" in settings)
+    expected = plain_forward(model.state_dict(), x, t, y, heads=2)
     torch.testing.assert_close(model(x, t, y), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(("grid", "width"), [(4, 16), (3, 8)])
 def test_position_embedding_equals_its_definition(grid: int, width: int) -> None:
-    expected = torch.zeros(1, grid * grid, width)
-    quarter = width // 4
+    frequencies = torch.tensor([10_000 ** (-k / (width // 4)) for k in range(width // 4)], dtype=torch.float64)
+    expected = torch.empty(1, grid * grid, width)
     for row in range(grid):
         for column in range(grid):
-            for k in range(quarter):
-                frequency = 10_000 ** (-k / quarter)
-                values = [math.sin(column * frequency), math.cos(column * frequency)]
-                values += [math.sin(row * frequency), math.cos(row * frequency)]
-                for part, value in enumerate(values):
-                    expected[0, row * grid + column, part * quarter + k] = value
+            parts = [f(place * frequencies) for place in (column, row) for f in (torch.sin, torch.cos)]
+            expected[0, row * grid + column] = torch.cat(parts)
     torch.testing.assert_close(sincos_position_embedding(width, grid), expected)
 
 
@@ -95,14 +72,14 @@ def test_initial_weights(generator: torch.Generator) -> None:
         torch.manual_seed(0)
         model = SiT(hidden_size=128, depth=2, num_heads=4, input_size=16)
     normal = ["y_embedder.embedding_table.weight", "t_embedder.mlp.0.weight", "t_embedder.mlp.2.weight"]
-    rest = check_initial_weights(model.state_dict(), normal)
+    rest = plain.check_initial_weights(model.state_dict(), normal)
     assert {"blocks.1.mlp.fc2.weight", "x_embedder.proj.weight"} <= rest
     assert not model.pos_embed.requires_grad
     assert not SiT(**TINY)(*inputs(generator)).any()  # so an untrained model predicts zero
 
 
 def test_labels_become_the_null_class_only_in_training_and_as_often_as_asked(generator: torch.Generator) -> None:
-    embedder = tiny_sit(generator, class_dropout_prob=0.3).y_embedder
+    embedder = plain.perturbed(SiT(**TINY, class_dropout_prob=0.3), generator).y_embedder
     labels = torch.arange(5).repeat(2_000)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -114,12 +91,9 @@ def test_labels_become_the_null_class_only_in_training_and_as_often_as_asked(gen
     torch.testing.assert_close(embedder.eval()(labels), embedder.embedding_table.weight[labels])
 
 
-def test_bad_settings_are_named() -> None:
+def test_the_sizes_are_the_published_ones_and_others_are_named() -> None:
+    assert SIZES == {"S": (12, 384, 6), "B": (12, 768, 12), "L": (24, 1024, 16), "XL": (28, 1152, 16)}
     with pytest.raises(Mistake, match=r"divisible by patch_size(.|\n)*input_size=9, patch_size=2"):
         SiT(**(TINY | {"input_size": 9}))
     with pytest.raises(Mistake, match=r"no SiT named 'SiT-H/2'.\nKnown: SiT-S/2, SiT-S/4(.|\n)*SiT-XL/8"):
         build_sit("SiT-H/2")
-    assert {name: sizes[1:] for name, sizes in SIZES.items()} == {
-        "S": (384, 6), "B": (768, 12), "L": (1024, 16), "XL": (1152, 16)
-    }  # fmt: skip
-    assert [depth for depth, *_ in SIZES.values()] == [12, 12, 24, 28]

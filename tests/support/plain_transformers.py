@@ -1,6 +1,7 @@
 """The parts that SiT and MMDiT share, written out from a state dict."""
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -60,12 +61,32 @@ def decoded(weights: Weights, tokens: Tensor, c: Tensor, like: Tensor) -> Tensor
     return image[:, : like.shape[1]]
 
 
+def projected(weights: Weights, block: str, tokens: Tensor, c: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    """The modulation of a block, or of one stream of it, and its queries, keys and values."""
+    parts = linear(weights, f"{block}.adaLN_modulation.1", silu(c)).split(tokens.shape[-1], dim=1)
+    return parts, linear(weights, f"{block}.attn.qkv", modulated(tokens, *parts[:2])).split(tokens.shape[-1], dim=-1)
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    """Head by head."""
+    size = q.shape[-1] // heads
+    parts = zip(*(part.split(size, dim=-1) for part in (q, k, v)), strict=True)
+    return torch.cat([(qh @ kh.mT / math.sqrt(size)).softmax(-1) @ vh for qh, kh, vh in parts], dim=-1)
+
+
+def completed(weights: Weights, block: str, tokens: Tensor, attention: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    """What follows the attention."""
+    gate, shift, scale, mlp_gate = parts[2:]
+    tokens = tokens + gate[:, None] * linear(weights, f"{block}.attn.proj", attention)
+    hidden = gelu(linear(weights, f"{block}.mlp.fc1", modulated(tokens, shift, scale)))
+    return tokens + mlp_gate[:, None] * linear(weights, f"{block}.mlp.fc2", hidden)
+
+
 def perturbed(model: nn.Module, generator: torch.Generator) -> nn.Module:
     """The model with no zero-initialised parameter, so that no term of the formula vanishes."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     return model
 
 
