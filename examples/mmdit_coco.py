@@ -1,7 +1,7 @@
 """The paper's text-to-image runs: a two-stream MMDiT on COCO's latents and CLIP features, in either stage or in none.
 
-Run alone, by torchrun or by accelerate launch; the global batch stays what it is. The same command goes on where it was
-stopped. `--data demo` takes captioned shapes that the script draws and a small model instead: both stages in minutes.
+Run alone, by torchrun or by accelerate launch; the global batch stays what it is. The same command goes on from the
+last checkpoint. `--data demo` takes captioned shapes that it draws and a small model: both stages in minutes.
 
     python examples/mmdit_coco.py --stage 1 --data demo --out runs/t2i/stage1
     python examples/mmdit_coco.py --stage 2 --data demo --out runs/t2i/stage2 --teacher runs/t2i/stage1/teacher

@@ -1,7 +1,7 @@
 """The paper's runs on ImageNet's latents: a SiT as it is, with stage 1, or with stage 2 and a stage-1 run's teacher.
 
-Run alone, by torchrun or by accelerate launch; the global batch stays what it is. The same command goes on where it was
-stopped. `--data demo` takes small digits and a small model instead, so that both stages run on a laptop in minutes.
+Run alone, by torchrun or by accelerate launch; the global batch stays what it is. The same command goes on from the
+last checkpoint. `--data demo` takes small digits and a small model: both stages run on a laptop in minutes.
 
     torchrun --nproc_per_node=8 examples/sit_imagenet.py --stage 1 --model SiT-B/2 --data vae-sd --out runs/b2/stage1
     torchrun --nproc_per_node=8 examples/sit_imagenet.py --stage 2 --model SiT-B/2 --data vae-sd --out runs/b2/stage2 \

@@ -2,14 +2,13 @@
 
 import argparse
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from accelerate.utils import ProjectConfiguration
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -19,47 +18,29 @@ from common.loading import Family, check_claims, saved_args
 from common.options import CHANGEABLE, STAGES, Mistake
 from common.paths import PATHS, denoising_loss
 from common.run_folder import checkpoint_path, locked, open_run_folder
-from common.trainer import Condition, Trainer
-from common.vae import Scaling, recorded_scaling
+from common.text import same_features
+from common.trainer import Trainer
+from common.vae import recorded_scaling
 
 TIMES = {"linear": "repa", "cosine": "repa-cosine"}  # t = 1 is noise
 
 
 class Backbone(NamedTuple):
-    """What a run needs to know of its model and data.
-
-    Attributes:
-        family: Of the model.
-        blocks: What the model calls its list of blocks.
-        new: Makes another model of this run, with any weights.
-        sizes: The model's arguments: what a checkpoint's readers need to build it.
-        null: The null condition by argument name.
-        data: Items (mean, std, condition) of unscaled latents, and what these are: channels, size, scaling, vae.
-        select: Which part of a block's output is the image's tokens.
-    """
+    """What a run needs to know of its model and data."""
 
     family: Family
-    blocks: str
-    new: Callable[[], nn.Module]
-    sizes: dict[str, Any]
-    null: dict[str, Any]
-    data: Dataset[Any]
-    select: int | None = None
+    blocks: str  # what the model calls its list of blocks
+    new: Callable[[], nn.Module]  # makes another model of this run, with any weights
+    sizes: dict[str, Any]  # the model's arguments: what a checkpoint's readers need to build it
+    null: dict[str, Any]  # the null condition by argument name
+    data: Dataset[Any]  # items (mean, std, condition) of unscaled latents; what these are: channels, size, scaling, vae
+    select: int | None = None  # which part of a block's output is the image's tokens
 
 
 def new_accelerator(
     precision: str, *, micro_batches: int, cpu: bool, out: Path, trackers: Sequence[str] = ()
 ) -> Accelerator:
-    """The processes that were launched, as accelerate sees them, and the trackers that the run in ``out`` logs to.
-
-    Raises:
-        Mistake: If fp16 is asked for without CUDA, or a tracker is not installed.
-    """
-    if precision == "fp16" and (cpu or not torch.cuda.is_available()):
-        raise Mistake("fp16 with gradient scaling needs CUDA.\nFound: the CPU. Choose bf16 or no mixed precision.")
-    missing = " ".join(sorted({*trackers} - {tracker.value for tracker in get_available_trackers()}))
-    if missing:
-        raise Mistake(f"The tracker {missing} is not installed: pip install {missing}, or leave it out of --log-with.")
+    """The processes that were launched, as accelerate sees them, and the trackers that the run in ``out`` logs to."""
     return Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=micro_batches,
@@ -70,14 +51,7 @@ def new_accelerator(
 
 
 def settle(run: argparse.Namespace, plan: st.Recipe, values: dict[str, Any], *, teacher_weights: str = "ema") -> None:
-    """Put a value where none was given: what the recipe says, or the published runs, or for the demo what suits it.
-
-    Args:
-        run: The options.
-        plan: The model's recipe.
-        values: Of the published runs, or of the demo; before the recipe's.
-        teacher_weights: Of a stage-1 checkpoint that teaches.
-    """
+    """Put a value where none was given: the model's recipe's, or the published runs' or the demo's ``values``."""
     aligned = {"weight": plan.weight, "window": plan.window or "all", "gating": plan.gating}
     if run.stage == "1":  # which is short: its alignment goes on to its end
         aligned |= {"layer": plan.stage1_layer, "target": plan.target}
@@ -94,21 +68,12 @@ def settle(run: argparse.Namespace, plan: st.Recipe, values: dict[str, Any], *, 
             setattr(run, name, value)
 
 
-def latents_of(batch: tuple[Tensor, Tensor, Condition], scaling: Scaling) -> tuple[Tensor, Condition]:
-    """Latents drawn from their posteriors (mean, std), as the model sees them, and what they are conditioned on."""
-    mean, std, condition = batch
-    return scaling.drawn(mean, std, torch.randn_like(mean)), condition
-
-
 def train_long(
     run: argparse.Namespace, open_backbone: Callable[[argparse.Namespace], Backbone], script: str
 ) -> Trainer:
-    """Train up to the last step, from the newest checkpoint if there is one.
+    """Train up to the last step, from the newest checkpoint if there is one; ``script`` names a teacher's origin.
 
-    Args:
-        run: The options.
-        open_backbone: Opens the data and settles the options; it may make what the demo needs.
-        script: The name of the script, for whoever gets the teacher that a run of stage 1 leaves.
+    ``open_backbone`` opens the data, making it first for the demo, and settles the options.
     """
     accelerator = new_accelerator(
         run.precision or ("fp16" if torch.cuda.is_available() and not run.cpu else "no"),
@@ -119,7 +84,7 @@ def train_long(
         torch.set_float32_matmul_precision("high")  # TF32, for what autocast leaves in float32
     with accelerator.main_process_first():  # what it makes the others find
         backbone = open_backbone(run)
-    scaling = backbone.data.scaling
+    data, scaling = backbone.data, backbone.data.scaling
     check = partial(
         check_claims, family=backbone.family, time="repa", path=run.path, scaling=scaling,
         settings=backbone.sizes, option="--file-time",
@@ -130,55 +95,45 @@ def train_long(
         content = st.read_checkpoint(run.init)
         check(run.init, saved_args(content, run.init), said_time=run.file_time)
         found = st.load_weights(model, content)
-        left_out = f"; {len(found.left_out)} weights of projection heads are left out" if found.left_out else ""
-        accelerator.print(f"Starting from the {found.entry or 'only'} weights in {run.init}{left_out}.")
+        accelerator.print(f"Starting from the {found.entry or 'only'} weights in {run.init}.")
     criterion = new_criterion(run, model, backbone, check)
     settings = {name: str(value) if isinstance(value, Path) else value for name, value in vars(run).items()}
-    says = {"family": backbone.family, "time": "repa", "prediction": "velocity", "vae": backbone.data.vae}
+    says = {"family": backbone.family, "time": "repa", "prediction": "velocity", "vae": data.vae}
     trainer = Trainer(
-        accelerator, model, criterion=criterion, dataset=backbone.data, settings=run, out=run.out,
-        latents_of=partial(latents_of, scaling=scaling),
+        accelerator, model, criterion=criterion, dataset=data, settings=run, out=run.out,
+        # Latents drawn from their posteriors (mean, std), and what they are conditioned on.
+        latents_of=lambda batch: (scaling.drawn(*batch[:2], torch.randn_like(batch[0])), batch[2]),
         denoise=partial(denoising_loss, path=PATHS[run.path]),
         args=settings | backbone.sizes | says | {"scale_factor": scaling.scale, "shift_factor": scaling.shift},
     )  # fmt: skip
     if run.compile:
         for block in model.get_submodule(backbone.blocks):
             block.compile()
-    parameters, cuda = sum(parameter.numel() for parameter in model.parameters()), accelerator.device.type == "cuda"
-    device = torch.cuda.get_device_name(accelerator.device) if cuda else accelerator.device.type
     accelerator.print(
-        f"Stage {run.stage}: {run.model}, {parameters:,} parameters, on {len(backbone.data):,} latents of {run.data}; "
-        f"{run.steps:,} steps of {run.batch_size} on {accelerator.num_processes} x {device}, precision {run.precision}."
+        f"Stage {run.stage}: {run.model}, {sum(parameter.numel() for parameter in model.parameters()):,} parameters, "
+        f"on {len(data):,} latents of {run.data}; {run.steps:,} steps of {run.batch_size} on "
+        f"{accelerator.num_processes} x {accelerator.device.type}, precision {run.precision}. Beside it: {criterion}"
     )
-    if criterion is not None:
-        of = run.target if run.stage == "1" else f"{criterion.teacher.layer} of {run.teacher}"
-        scale = "" if run.stage == "1" else f", guidance scale {criterion.teacher.guidance_scale:g}"
-        schedule = f"weight {run.weight:g}, window {run.window}, stop step {run.stop_step or 'none'}"
-        accelerator.print(f"{run.layer} is aligned with {of}{scale}: {schedule}.")
-    with ExitStack() as held:
-        with accelerator.main_process_first():
-            open_run_folder(run.out, {name: settings[name] for name in settings if name not in CHANGEABLE})
-        if accelerator.is_main_process:
-            held.enter_context(locked(run.out))
+    with accelerator.main_process_first():
+        open_run_folder(run.out, {name: settings[name] for name in settings if name not in CHANGEABLE})
+    with locked(run.out) if accelerator.is_main_process else nullcontext():
         trainer.resume(run.resume, check)
         teacher = run.out / "teacher"
         left = (teacher / "config.json").exists()
         if left and trainer.steps < run.steps:
             raise Mistake(
-                f"{run.out} has left its teacher, on which runs of stage 2 may rest; more steps would make another.\n"
-                f"Found: {trainer.steps} steps done, {run.steps} asked for.\n"
-                f"Name another --out, with --resume {checkpoint_path(trainer.checkpoints, trainer.steps)}."
+                f"{run.out} has left its teacher after {trainer.steps} steps, on which runs of stage 2 may rest.\n"
+                f"For more, name another --out, with --resume {checkpoint_path(trainer.checkpoints, trainer.steps)}."
             )
         trainer.run()
         if run.stage == "1" and accelerator.is_main_process:
             if not left:
                 weights = (trainer.ema if run.teacher_weights == "ema" else model).state_dict()
-                source = f"examples/{script} --stage 1 --model {run.model}, {run.teacher_weights} weights"
-                shape = (backbone.data.channels, backbone.data.size, backbone.data.size)
-                latents = {"latent_scale": scaling.scale, "latent_shift": scaling.shift, "latent_shape": shape}
                 built_teacher(run, backbone, weights).save_pretrained(
-                    teacher, source=source, step=trainer.steps, **latents
-                )
+                    teacher, source=f"examples/{script} --stage 1 --model {run.model}, {run.teacher_weights} weights",
+                    step=trainer.steps, latent_scale=scaling.scale, latent_shift=scaling.shift,
+                    latent_shape=(data.channels, data.size, data.size),
+                )  # fmt: skip
             print(f"The teacher for --stage 2: {teacher}")
     accelerator.end_training()
     return trainer
@@ -219,25 +174,20 @@ def read_teacher(run: argparse.Namespace, backbone: Backbone, check: Callable[..
         args = saved_args(content, run.teacher)
         check(run.teacher, args, said_time=run.file_time)
         if 0 in (args.get("context_dropout"), args.get("class_dropout_prob"), args.get("cfg_prob")):
-            raise Mistake(
-                f"{run.teacher} was trained without dropping its condition: it knows no null condition to guide from.\n"
-                "Pass a checkpoint that was trained with dropout of labels or captions."
-            )
+            raise Mistake(f"{run.teacher} was trained without dropping its condition: it knows no null condition.")
         return built_teacher(run, backbone, content, weights=run.teacher_weights, compile=run.compile)
     if run.teacher_weights is not None:
         raise Mistake(f"--teacher-weights is for a checkpoint; the teacher {run.teacher} was saved with one kind.")
     teacher = st.CFGFeatureTeacher.from_pretrained(run.teacher, model=backbone.new, compile=run.compile)
-    scaling = recorded_scaling(teacher.provenance, run.teacher, "latent_scale", "latent_shift")
+    scaling, other = recorded_scaling(teacher.provenance, run.teacher, "latent_scale", "latent_shift"), []
     if scaling is not None and not scaling.equals(backbone.data.scaling):
-        raise Mistake(
-            f"The teacher {run.teacher} was trained on latents times {scaling.scale}, after a shift of "
-            f"{scaling.shift}, which are not those of {run.data}.\n"
-            f"Found: {backbone.data.scaling}. Train both stages on the same latents."
-        )
+        other.append(f"its latents have {scaling}, and here {backbone.data.scaling}")
     if not same_null(teacher.null, backbone.null):
+        other.append(f"another null condition, {', '.join(backbone.null)}")
+    if other:
         raise Mistake(
-            f"The teacher {run.teacher} was trained with another null condition than {run.data} has.\n"
-            f"Found: another {', '.join(backbone.null)}. Train both stages on the same data."
+            f"The teacher {run.teacher} was trained on other data than {run.data}.\nFound: {'; '.join(other)}.\n"
+            "Train both stages on the same data."
         )
     if run.teacher_layer is run.guidance_scale is None:
         return teacher
@@ -259,10 +209,8 @@ def built_teacher(
 
 
 def same_null(there: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether two null conditions are one; features encoded twice differ by what kernels round."""
+    """Whether two null conditions are one."""
     return there.keys() == here.keys() and all(
-        value.shape == here[name].shape and torch.allclose(value.cpu().float(), here[name], rtol=0.05, atol=0.05)
-        if isinstance(value, Tensor)
-        else value == here[name]
+        same_features(value.cpu().float(), here[name]) if isinstance(value, Tensor) else value == here[name]
         for name, value in there.items()
     )

@@ -163,7 +163,7 @@ def long_run_parser(
     add("--init", "checkpoint whose weights the run starts from")
     unsaid = "of a checkpoint of --teacher or --init that does not say what it called t: repa if t = 1 was noise"
     add("--file-time", f"{unsaid}, sit if it was data", choices=["repa", "sit"])
-    add("--resume", "auto, for the newest of the folder, or the path of a checkpoint", default="auto")
+    add("--resume", "checkpoint of another run, which this one continues from there; its own newest comes first")
 
     add = group("the alignment (default: what selftrans_reg.recipe says of the model)")
     add("--layer", f"layer that is aligned, as {blocks}.5")

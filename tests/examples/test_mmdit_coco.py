@@ -4,7 +4,6 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import mmdit_coco
 import numpy as np
@@ -12,33 +11,22 @@ import pytest
 import sample_prompts
 import torch
 from common.coco_features import CocoFeatures
-from common.demo import TEXT_ENCODER, TEXT_LENGTH, TEXT_WIDTH, VAE, captioned_shapes, demo_captions
+from common.demo import TEXT_ENCODER, TEXT_LENGTH, TEXT_WIDTH, VAE, captioned_shapes, save_text_encoder
 from common.loading import mmdit_from_checkpoint
 from common.mmdit import MMDiT
 from common.options import Mistake
 from common.text import load_text_encoder
 from common.vae import Scaling, load_vae
-from long_runs import lines, own_state
+from long_runs import checkpoint, lines, own_state
 from torch import Tensor
-from transformers import CLIPTextModel, CLIPTokenizer
 
 import selftrans_reg as st
 
 IMAGES = 32
 TINY = [
     "--data=demo", f"--demo-images={IMAGES}", "--demo-vae-steps=2", "--batch-size=4", "--checkpoint-every=2",
-    "--log-every=1", "--warmup-steps=4", "--head-features=16", "--cpu",
-    "--steps=4",
+    "--log-every=1", "--warmup-steps=4", "--head-features=16", "--cpu", "--steps=4",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True, scope="module")
-def narrow() -> Iterator[None]:
-    """A demo of a quarter of its width."""
-    with pytest.MonkeyPatch.context() as patch:
-        sizes = {"patch_size": 2, "hidden_size": 24, "depth": 6, "num_heads": 3}
-        patch.setattr(mmdit_coco, "DEMO_SIZE", sizes)
-        yield
 
 
 @pytest.fixture(autouse=True)
@@ -53,32 +41,15 @@ def stage_2(runs: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of runs beside the demo's data: both stages, four steps each."""
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A folder of runs beside the demo's data, at a quarter of its width: both stages, four steps each."""
     runs = tmp_path_factory.mktemp("runs")
-    with own_state():
-        mmdit_coco.main(["--stage=1", f"--out={runs / 'stage1'}", *TINY])
-        mmdit_coco.main(stage_2(runs))
-    return runs
-
-
-@pytest.fixture
-def features(runs: Path, tmp_path: Path) -> Path:
-    """A copy of the demo's features, to be spoilt, which nothing says are the demo's."""
-    folder = tmp_path / "features"
-    shutil.copytree(runs / "demo-captions", folder, ignore=shutil.ignore_patterns("settings.json"))
-    return folder
-
-
-def on_features(features: Path, stage: str, *more: str) -> Any:
-    """A run on a folder of features, as one on COCO's, at the demo's size and without pictures."""
-    given = ["--model=demo", "--steps=2", "--batch-size=4", "--log-every=1", "--cpu", "--workers=0"]
-    out = f"--out={features.parent / 'run'}"
-    return mmdit_coco.main([f"--stage={stage}", f"--data={features}", out, *given, *more])
-
-
-def checkpoint(run: Path, steps: int = 4) -> dict[str, Any]:
-    return torch.load(run / f"checkpoints/{steps:07d}.pt", weights_only=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mmdit_coco, "DEMO_SIZE", {"patch_size": 2, "hidden_size": 24, "depth": 6, "num_heads": 3})
+        with own_state():
+            mmdit_coco.main(["--stage=1", f"--out={runs / 'stage1'}", *TINY])
+            mmdit_coco.main(stage_2(runs))
+        yield runs
 
 
 def image_tokens(model: MMDiT, block: int, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
@@ -91,7 +62,7 @@ def image_tokens(model: MMDiT, block: int, x: Tensor, t: Tensor, context: Tensor
     return seen[0]
 
 
-def test_the_demos_data_is_u_vits_layout_of_what_was_drawn_made_once(runs: Path) -> None:
+def test_the_demos_data_is_u_vits_layout_of_what_was_drawn(runs: Path) -> None:
     folder = runs / "demo-captions"
     data = CocoFeatures(folder, dropout=0.0)
     encoder, vae = load_text_encoder(str(folder / TEXT_ENCODER)), load_vae(folder / VAE)
@@ -104,8 +75,6 @@ def test_the_demos_data_is_u_vits_layout_of_what_was_drawn_made_once(runs: Path)
     torch.testing.assert_close(std, posterior.std[0], rtol=1e-3, atol=1e-4)
     captions = encoder.encode(drawn.captions[-1])
     assert any(torch.allclose(context, caption, atol=1e-4) for caption in captions)
-    with pytest.raises(Mistake, match=f"images: {IMAGES} there, 64 now"):
-        demo_captions(folder, images=64, vae_steps=2)
 
 
 def test_what_the_stages_leave(runs: Path) -> None:
@@ -117,7 +86,7 @@ def test_what_the_stages_leave(runs: Path) -> None:
     assert [line["alignment"] > 0 for line in lines(runs / "stage2")] == [True, True, True, False]
     assert lines(runs / "stage1")[0]["denoising"] == lines(runs / "stage2")[0]["denoising"]
     assert not (runs / "stage2/teacher").exists()
-    saved = checkpoint(runs / "stage1")
+    saved = torch.load(checkpoint(runs / "stage1", 4))
     expected = {
         "model": "demo", "stage": "1", "input_size": 8, "in_channels": 4, "patch_size": 2, "hidden_size": 24,
         "depth": 6, "num_heads": 3, "context_length": TEXT_LENGTH, "context_size": TEXT_WIDTH, "path": "linear",
@@ -131,7 +100,7 @@ def test_what_the_stages_leave(runs: Path) -> None:
 def test_stage_2_regresses_the_averages_guided_image_stream(runs: Path, generator: torch.Generator) -> None:
     """The teacher, and the term of a checkpoint's model and head, written out over the tokens of the image."""
     empty = torch.from_numpy(np.load(runs / "demo-captions/empty_context.npy"))
-    taught_by, found = mmdit_from_checkpoint(runs / "stage1/checkpoints/0000004.pt")
+    taught_by, found = mmdit_from_checkpoint(checkpoint(runs / "stage1", 4))
     teacher = st.CFGFeatureTeacher.from_pretrained(runs / "stage1/teacher", model=MMDiT(**found.settings))
     assert (teacher.layer, teacher.guidance_scale, teacher.select) == ("joint_blocks.3", 5.0, 1)
     assert torch.equal(teacher.null["context"], empty)
@@ -141,8 +110,8 @@ def test_stage_2_regresses_the_averages_guided_image_stream(runs: Path, generato
     f_c, f_u = (image_tokens(taught_by, 3, x_t, t, text) for text in (context, empty.expand_as(context)))
     torch.testing.assert_close(teacher(x_t, t, context=context), f_u + 5 * (f_c - f_u), rtol=1e-4, atol=1e-4)
 
-    model, criterion, _ = mmdit_coco.main(stage_2(runs))._plain  # it is finished
-    content = checkpoint(runs / "stage2", 2)
+    trainer, content = mmdit_coco.main(stage_2(runs)), torch.load(checkpoint(runs / "stage2", 2))  # the run is finished
+    model, criterion = trainer.model, trainer.criterion
     model.load_state_dict(content["model"])
     criterion.load_state_dict(content["criterion"])
     model(x_t, t, context=context)
@@ -168,45 +137,46 @@ def test_the_published_settings_are_the_defaults(tmp_path: Path) -> None:
     assert (found["baseline"].layer, found["baseline"].weight) == (None, None)
 
 
-def test_a_teacher_of_other_data_is_named(runs: Path, features: Path) -> None:
-    taught, empty = f"--teacher={runs / 'stage1/teacher'}", np.load(features / "empty_context.npy")
+def test_a_teacher_of_other_data_is_named(runs: Path, tmp_path: Path) -> None:
+    features, path, taught = tmp_path / "features", tmp_path / "theirs.pt", runs / "stage1/teacher"
+    # A copy of the demo's, to be spoilt, which nothing says are the demo's.
+    shutil.copytree(runs / "demo-captions", features, ignore=shutil.ignore_patterns("settings.json"))
+
+    def refused(teacher: Path, match: str) -> None:
+        given = [f"--data={features}", f"--teacher={teacher}", "--model=demo", "--workers=0", "--cpu"]
+        with pytest.raises(Mistake, match=match):
+            mmdit_coco.main(["--stage=2", f"--out={tmp_path / 'run'}", *given])
+
+    empty, facts = np.load(features / "empty_context.npy"), json.loads((features / "features.json").read_text())
     np.save(features / "empty_context.npy", empty + 1)
-    with pytest.raises(Mistake, match=r"another null condition(.|\n)*another context(.|\n)*same data"):
-        on_features(features, "2", taught)
+    refused(taught, r"other data(.|\n)*another null condition, context.\n.*same data")
     np.save(features / "empty_context.npy", empty)
-    facts = json.loads((features / "features.json").read_text())
     (features / "features.json").write_text(json.dumps(facts | {"scale": 0.18215}))
-    with pytest.raises(Mistake, match=r"latents times 0\..*\nFound: scale 0.18215, shift 0.0"):
-        on_features(features, "2", taught)
+    refused(taught, r"other data(.|\n)*latents have scale 0\..*and here scale 0.18215, shift 0.0")
     (features / "features.json").write_text(json.dumps(facts))
-    content, path = checkpoint(runs / "stage1"), features / "theirs.pt"
+    content = torch.load(checkpoint(runs / "stage1", 4))
     for said, match in [
-        ({"path": "cosine"}, "on the cosine path; this run is on the linear path"),
         ({"num_heads": 6}, "num_heads: 6 there, 3 here"),
         ({"context_dropout": 0.0}, "without dropping its condition"),
         ({"scale_factor": 0.13025}, "scale 0.13025, shift 0.0; here they have"),
     ]:
         torch.save(content | {"args": content["args"] | said}, path)
-        with pytest.raises(Mistake, match=match):
-            on_features(features, "2", f"--teacher={path}")
-    assert not (features.parent / "run").exists()
+        refused(path, match)
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompts_need_the_datas_own_text_encoder(runs: Path, tmp_path: Path) -> None:
-    torch.manual_seed(5)
-    other, own = tmp_path / "other", runs / "demo-captions" / TEXT_ENCODER  # the same tokens and sizes, other weights
-    CLIPTextModel(CLIPTextModel.from_pretrained(own).config).save_pretrained(other)
-    CLIPTokenizer.from_pretrained(own).save_pretrained(other)
+    save_text_encoder(tmp_path / "other", seed=5)
     given = ["--checkpoint", str(runs / "stage1"), f"--out={tmp_path / 's'}", "--steps=1", "--device=cpu"]
     given += ["--prompts", "a red ring"]
     with pytest.raises(Mistake, match="is not the text encoder of"):
-        sample_prompts.main([*given, f"--text-encoder={other}"])
+        sample_prompts.main([*given, f"--text-encoder={tmp_path / 'other'}"])
     assert sample_prompts.main(given).exists()
 
 
 def test_a_checkpoint_is_read_with_the_sizes_that_it_records(runs: Path, tmp_path: Path) -> None:
-    content = checkpoint(runs / "stage2")
-    model, found = mmdit_from_checkpoint(runs / "stage2/checkpoints/0000004.pt", weights="model")
+    content = torch.load(checkpoint(runs / "stage2", 4))
+    model, found = mmdit_from_checkpoint(checkpoint(runs / "stage2", 4), weights="model")
     assert all(torch.equal(model.state_dict()[name], weight) for name, weight in content["model"].items())
     assert (model.training, found.steps, found.settings["context_size"]) == (False, 4, TEXT_WIDTH)
     for changes, match in [
