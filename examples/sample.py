@@ -43,7 +43,6 @@ from common.samplers import (
     Labels,
     Model,
     batches_left,
-    deciding,
     image_generator,
     new_sampler,
     png_of,
@@ -99,9 +98,9 @@ def new_job(run: argparse.Namespace) -> Job:
     run.weights = found.entry or "bare"  # a state dict alone does not say which they are
     convention, path = found.conventions(said_time=run.time, said_path=run.path)
     null = sit.num_classes if found.settings["class_dropout_prob"] else None
-    sampler, identity = new_sampler(run, found, labels_named(run.labels, sit.num_classes), null, path)
-    decided = {"checkpoint": run.checkpoint.name, "checkpoint_weights": weights_digest(sit)[:16], **identity}
-    decided |= {"time": convention, "path": path, "labels": run.labels, "precision": run.precision, **deciding(run)}
+    sampler, decided = new_sampler(run, found, labels_named(run.labels, sit.num_classes), null, path)
+    decided |= {"checkpoint": run.checkpoint.name, "checkpoint_weights": weights_digest(sit)[:16]}
+    decided |= {"time": convention, "path": path, "labels": run.labels, "precision": run.precision}
     model = sit.to(run.device)
     return Job(
         in_precision(model if convention == "repa" else reversed_time(model), run.precision, run.device),

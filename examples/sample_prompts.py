@@ -45,7 +45,7 @@ from common.images import read_image, save_panels
 from common.loading import mmdit_from_checkpoint
 from common.processes import default_device
 from common.run_folder import newest_checkpoint, open_run_folder
-from common.samplers import batches_left, deciding, new_sampler, png_of, write_missing
+from common.samplers import batches_left, new_sampler, png_of, write_missing
 from common.text import load_text_encoder, same_features
 from common.training import progress
 from common.vae import weights_digest
@@ -78,9 +78,9 @@ def main(argv: Sequence[str] | None = None) -> Path:
     def numbers_of(numbers: Sequence[int], _: Sequence[torch.Generator]) -> Tensor:
         return torch.tensor(numbers)  # to a sampler, prompts are classes
 
-    sampler, identity = new_sampler(run, found, numbers_of, len(run.prompts))
-    identity |= {"weights": weights_digest(model)[:16], "text_encoder_weights": weights_digest(encoder.model)[:16]}
-    open_run_folder(run.out, {**identity, "steps_trained": found.steps, "prompts": run.prompts, **deciding(run)})
+    sampler, decided = new_sampler(run, found, numbers_of, len(run.prompts))
+    decided |= {"weights": weights_digest(model)[:16], "text_encoder_weights": weights_digest(encoder.model)[:16]}
+    open_run_folder(run.out, decided | {"steps_trained": found.steps, "prompts": run.prompts})
     folder, picture = run.out / "images", run.out / "prompts.png"
     folder.mkdir(exist_ok=True)
     batches = progress(batches_left(folder, len(run.prompts), run.batch_size), "batches")

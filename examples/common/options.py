@@ -43,8 +43,8 @@ def run_script(main: Callable[[], object]) -> None:
     try:
         main()
     except Exception as error:
-        library = sys.modules.get("selftrans_reg")  # an error of its own is raised only where it was imported
-        if not isinstance(error, (Mistake, OSError) if library is None else (Mistake, OSError, library.SelfTransError)):
+        from_library = type(error).__module__.partition(".")[0] == "selftrans_reg"
+        if not (from_library or isinstance(error, (Mistake, OSError))):
             raise
         sys.exit(f"{Path(sys.argv[0]).name}: error: {' '.join(str(error).split())}")
 
@@ -77,10 +77,7 @@ def window(text: str) -> tuple[float, float] | str:
     """An argparse type: two noise fractions with a comma between, or "all"."""
     if text == "all":
         return text
-    try:
-        low, high = map(float, text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be two noise fractions, as 0.4,0.7, or all; got {text}") from None
+    low, high = map(float, text.split(","))
     if not 0 <= low < high <= 1:
         raise argparse.ArgumentTypeError(f"must be two noise fractions within 0 and 1, the lower first; got {text}")
     return low, high

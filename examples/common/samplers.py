@@ -153,16 +153,8 @@ def sample_sde(
 
     ``x <- x + d dt + sqrt(w |dt|) noise`` with the drift ``d = v - w s / 2`` and the score s, at
     ``linspace(1, 0.04, steps)`` and then 0; the last step, which counts among the steps, has no noise. Guiding the
-    velocity is guiding the drift, as the drift is affine in it.
-
-    Args:
-        model: As for `sample_ode`; likewise ``y``, ``guidance``, the shapes and the errors.
-        noise: The starting point.
-        y: Labels.
-        steps: Number of steps.
-        guidance: Classifier-free guidance.
-        generator: Of the noise; a list with one for each sample makes samples independent of the batch they share.
-        path: The path that the model was trained on.
+    velocity is guiding the drift, as the drift is affine in it. ``path`` is the one that the model was trained on. A
+    ``generator`` for each sample makes samples independent of the batch they share. All else is as for `sample_ode`.
     """
     velocity = _guided(model, noise, y, guidance, steps, least=2)
     times = torch.linspace(1, LAST_SDE_TIME, steps, dtype=torch.float64, device=noise.device)
@@ -244,7 +236,7 @@ class ImageSampler:
 def new_sampler(
     run: argparse.Namespace, found: "Checkpoint", labels: Labels, null: int | None, path: str = "linear"
 ) -> tuple[ImageSampler, dict[str, Any]]:
-    """What samples from a checkpoint's model as the options say, and what identifies the VAE and the scaling."""
+    """What samples from a checkpoint's model as the options say, and what of it decides the images."""
     channels, side = found.settings["in_channels"], found.settings["input_size"]
     place, trained = vae_place(found.args.get("vae"), found.source), recorded_scaling(found.args, found.source)
     vae, scaling = matching_vae(run.vae or place, trained, channels, found.source)
@@ -252,15 +244,9 @@ def new_sampler(
     sampler = ImageSampler(
         vae, scaling, (channels, side, side), labels, run.steps, guidance, run.seed, method=run.sampler, path=path
     )
-    return sampler, {
-        "vae_weights": weights_digest(vae)[:16], "scale_factor": scaling.scale, "shift_factor": scaling.shift
-    }  # fmt: skip
-
-
-def deciding(run: argparse.Namespace) -> dict[str, Any]:
-    """The options of the sampler that decide its images."""
     names = ("sampler", "steps", "cfg_scale", "guidance_low", "guidance_high", "seed")
-    return {name: getattr(run, name) for name in names}
+    decided = {"vae_weights": weights_digest(vae)[:16], "scale_factor": scaling.scale, "shift_factor": scaling.shift}
+    return sampler, {name: getattr(run, name) for name in names} | decided
 
 
 def png_of(folder: pathlib.Path, number: int) -> pathlib.Path:
@@ -306,13 +292,9 @@ def matching_vae(
     channels: int,
     of: str | os.PathLike[str],
 ) -> tuple["AutoencoderKL", Scaling]:
-    """The VAE of a model's latents, and the scaling to decode them with.
+    """The VAE of this name, for a model's latents, and the scaling to decode them with: ``trained``, or the VAE's own.
 
-    Args:
-        name: Folder or hub name.
-        trained: The scaling of the latents that the model was trained on; None takes the VAE's.
-        channels: Of these latents.
-        of: What messages call their source.
+    Messages call the source of the latents ``of``.
     """
     if name is None:
         raise Mistake(
