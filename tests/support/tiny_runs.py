@@ -1,5 +1,8 @@
 """Checkpoints and VAEs of a tiny size, as the trainer and others leave them."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +15,30 @@ from common.vae import new_vae
 from numpy.typing import NDArray
 from PIL import Image
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 SIZES = {
     "input_size": 4, "patch_size": 1, "in_channels": 4, "hidden_size": 16, "depth": 2, "num_heads": 2, "num_classes": 5,
     "class_dropout_prob": 0.1, "learn_sigma": False, "qk_norm": False,
+}  # fmt: skip
+MMDIT_SIZES = {
+    "input_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2,
+    "context_size": TEXT_WIDTH,
 }  # fmt: skip
 ARGS = SIZES | {"model": "demo", "time": "repa", "path": "linear", "data": "x", "vae": "vae"}
 SCALE = 0.8
 FAST = ["--steps=3", "--batch-size=4", "--num-samples=10", "--device=cpu"]
 
 
-def weights(seed: int, **settings: Any) -> dict[str, torch.Tensor]:
-    """Of a SiT without a zero among them, so that labels and times matter."""
-    generator = torch.Generator().manual_seed(seed)
-    state = SiT(**(SIZES | settings)).state_dict()
-    return {key: 0.3 * torch.randn(value.shape, generator=generator) for key, value in state.items()}
-
-
-def write_checkpoint(path: Path, steps: int, args: dict[str, Any] | None = None, **settings: Any) -> Path:
-    content = {"model": weights(2 * steps, **settings), "ema": weights(2 * steps + 1, **settings), "steps": steps}
-    if args is not None:
-        content["args"] = args
+def write_checkpoint(
+    path: Path, steps: int, args: dict[str, Any] | None = None, kind: type[SiT | MMDiT] = SiT, **settings: Any
+) -> Path:
+    """Raw and averaged weights without a zero among them, so that labels and times matter; the steps decide them."""
+    with torch.random.fork_rng():
+        shapes = kind(**((SIZES if kind is SiT else MMDIT_SIZES) | settings)).state_dict()
+    generator = torch.Generator().manual_seed(steps)
+    content: dict[str, Any] = {"steps": steps} if args is None else {"steps": steps, "args": args}
+    for entry in ("model", "ema"):
+        content[entry] = {name: 0.3 * torch.randn(v.shape, generator=generator) for name, v in shapes.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
     return path
@@ -49,31 +56,31 @@ def write_vae(folder: Path, scale: float = SCALE, **config: Any) -> Path:
 
 def write_run(folder: Path, *steps: int) -> Path:
     """A run's folder: a checkpoint after each number of steps, and the VAE that they name."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for step in steps:
-            write_checkpoint(folder / f"checkpoints/{step:07d}.pt", step, ARGS | {"scale_factor": SCALE})
-        if not (folder / "vae").exists():
-            write_vae(folder / "vae")
+    for step in steps:
+        write_checkpoint(folder / f"checkpoints/{step:07d}.pt", step, ARGS | {"scale_factor": SCALE})
+    if not (folder / "vae").exists():
+        write_vae(folder / "vae")
     return folder
 
 
 def write_prompt_run(folder: Path, *steps: int) -> Path:
     """A text-to-image run's folder: checkpoints of an MMDiT, the VAE and the text encoder that they name."""
-    sizes = {"input_size": 4, "patch_size": 2, "in_channels": 4, "hidden_size": 16, "depth": 1, "num_heads": 2}
-    sizes["context_size"] = TEXT_WIDTH
-    vae, encoder = write_vae(folder / "vae"), folder / "text_encoder"
-    save_text_encoder(encoder, seed=0)
-    args = {"vae": str(vae), "text_encoder": str(encoder), "scale_factor": SCALE, "context_length": TEXT_LENGTH}
-    args |= sizes | {"path": "linear"}
-    (folder / "checkpoints").mkdir()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        for step in steps:
-            entries = {name: {k: 0.3 * torch.randn_like(v) for k, v in MMDiT(**sizes).state_dict().items()}
-                       for name in ("model", "ema")}  # fmt: skip
-            torch.save(entries | {"steps": step, "args": args}, folder / f"checkpoints/{step:07d}.pt")
+    save_text_encoder(folder / "text_encoder", seed=0)
+    args = {"vae": str(write_vae(folder / "vae")), "text_encoder": str(folder / "text_encoder"), "scale_factor": SCALE}
+    args |= MMDIT_SIZES | {"context_length": TEXT_LENGTH, "path": "linear"}
+    for step in steps:
+        write_checkpoint(folder / f"checkpoints/{step:07d}.pt", step, args, MMDiT)
     return folder
+
+
+def torchrun(script: str, *arguments: str) -> str:
+    """What an example prints in two processes of one thread each, on the CPU even where there is a GPU."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    order = [*launch, str(EXAMPLES / script), *arguments]
+    run = subprocess.run(order, env=environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def images_of(out: Path) -> NDArray[np.uint8]:
