@@ -8,12 +8,13 @@ import sample_prompts
 import torch
 from common.demo import save_text_encoder
 from common.loading import mmdit_from_checkpoint
+from common.mmdit import MMDiT
 from common.options import Mistake
 from common.samplers import image_generator
 from common.text import load_text_encoder
 from common.vae import decode, load_vae
 from PIL import Image
-from tiny_runs import write_prompt_run
+from tiny_runs import write_checkpoint, write_prompt_run
 
 PROMPTS = ("a red ring on a blue ground", "white ground with a black cross", "a green circle on a red ground")
 
@@ -62,3 +63,9 @@ def test_only_what_is_missing_is_made_and_another_runs_folder_is_never_written_o
         with pytest.raises(Mistake, match=rf"other settings(.|\n)*{match}"):
             sample(run, out, "--sampler=sde", more)
     assert {path: path.read_bytes() for path in images} == images
+
+
+def test_texts_of_another_length_are_named(run: Path, tmp_path: Path) -> None:
+    args = torch.load(run / "checkpoints/0000004.pt")["args"] | {"context_length": 7}
+    with pytest.raises(Mistake, match=r"16 tokens of width 64 a text; .*short.pt has 7 of width 64"):
+        sample(write_checkpoint(tmp_path / "short.pt", 4, args, MMDiT), tmp_path / "s")
