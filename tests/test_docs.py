@@ -1,20 +1,10 @@
 """Every code block of the README and of docs/ runs, and what the pages point to exists.
 
-How a page is run, for those who write one:
-
-- Its blocks fenced as ``python`` run from top to bottom in one namespace, as one script would, with warnings as errors,
-  the global seed set to 0 and an empty working directory. A page relies on no other page.
-- Blocks fenced as ``pycon`` are doctests in the same namespace: what they show is compared with what they print, where
-  ``...`` stands for anything.
-- What a reader has and the test has not, such as a model or a loader, is made in an HTML comment that no reader sees.
-  It runs where it stands, and may import what ``tests/`` and ``examples/`` hold:
-
-      <!-- setup
-      loader = [(torch.randn(4, 4, 8, 8), torch.arange(4))]
-      -->
-
-- Other fences (``bash``, ``text``, ...) do not run. One that is not listed in ``NOT_RUN`` fails, an indented block too,
-  so that no Python stays untested by being fenced as something else.
+- A page's blocks fenced as ``python`` run from top to bottom in one namespace, with warnings as errors, the global seed
+  set to 0 and an empty working directory. Blocks fenced as ``pycon`` are doctests in the same namespace, where ``...``
+  stands for anything. Other fences do not run; one that is not in ``NOT_RUN`` fails, and so does an indented block.
+- What a reader has and the test has not is made in an HTML comment that begins with ``<!-- setup``. It runs where it
+  stands, and may import what ``tests/`` and ``examples/`` hold.
 """
 
 import doctest
@@ -24,7 +14,7 @@ import textwrap
 import traceback
 import types
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -51,10 +41,9 @@ def blocks_of(text: str) -> list[Block]:
     blocks = []
     for token in MarkdownIt("commonmark").parse(text):
         first = token.map[0] + 1 if token.map else 0
-        if token.type == "fence":
-            blocks.append(Block((token.info.split() or ["unnamed"])[0], first + 1, token.content))
-        elif token.type == "code_block":
-            blocks.append(Block("indented", first, token.content))
+        if token.type in ("fence", "code_block"):
+            kind = (token.info.split() or ["unnamed"])[0] if token.type == "fence" else "indented"
+            blocks.append(Block(kind, first + 1, token.content))
         elif token.type == "html_block" and (found := SETUP.match(token.content.lstrip())):
             blocks.append(Block("setup", first + 1, textwrap.dedent(found[1])))
     return blocks
@@ -80,17 +69,12 @@ def run_doctest(page: Path, block: Block, namespace: dict[str, object]) -> None:
     assert test.examples, f"{page.name}:{block.line}: a pycon block without a >>> prompt runs nothing"
     test.globs = namespace  # the constructor would copy it, and later blocks would not see this one's names
     report: list[str] = []
-    failed, _ = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS).run(
-        test, out=report.append, clear_globs=False
-    )
+    runner = doctest.DocTestRunner(verbose=False, optionflags=doctest.ELLIPSIS)
+    failed, _ = runner.run(test, out=report.append, clear_globs=False)
     assert not failed, "".join(report)
 
 
-def with_code(pages: list[Path]) -> list[Path]:
-    return [page for page in pages if any(b.kind in {"python", "pycon"} for b in blocks_of(page.read_text()))]
-
-
-@pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if "```py" in p.read_text()], ids=lambda page: page.name)
 def test_the_code_of_a_page_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng():
@@ -106,17 +90,6 @@ def test_every_block_of_a_page_runs_or_need_not_and_fits_its_column(page: Path) 
         prompts = {"python": "", "pycon": (">>>", "...")}.get(block.kind, ())  # of what is written, not what is printed
         wide = [line for line in block.code.splitlines() if line.startswith(prompts) and len(line) > 79]
         assert wide == [], f"{page.name}:{block.line}"
-
-
-@pytest.mark.parametrize("page", with_code(PAGES), ids=lambda page: page.name)
-def test_a_file_that_hidden_set_up_saves_is_introduced_in_the_text(page: Path) -> None:
-    """A file that the page's code reads has a visible origin, although the test has to make one."""
-    text = page.read_text()
-    hidden = " ".join(block.code for block in blocks_of(text) if block.kind == "setup")
-    visible = re.sub(r"<!--.*?-->", "", text, flags=re.DOTALL)
-    prose = re.sub(r"^```.*?^```", "", visible, flags=re.DOTALL | re.MULTILINE)
-    read = {name for name in re.findall(r'"([\w-]+\.pt)"', hidden) if f'"{name}"' in visible}
-    assert [name for name in read if f"`{name}`" not in prose] == [], page.name
 
 
 def test_the_readme_fits_two_screens_and_runs_with_a_model_a_transport_and_a_loader() -> None:
@@ -147,10 +120,8 @@ def test_the_reference_has_every_public_name_and_the_page_of_errors_every_error(
 
 
 PAGE = """
-# A page
-
 <!-- setup
-hidden = 20
+hidden, seen = 20, []
 -->
 
 1. In a list:
@@ -169,31 +140,26 @@ hidden = 20
 seen.append(later)
 {last}
 ```
+
+```py
+```
+
+    indented
 """
 
 
-def test_a_page_runs_in_order_and_fails_on_a_wrong_output_an_exception_and_a_warning() -> None:
-    text = PAGE.format(shown=21, last="assert seen == [21]")
-    assert [block.kind for block in blocks_of(text)] == ["setup", "python", "pycon", "python"]
-    with pytest.raises(NameError, match="seen"):
-        run_page(Path("page.md"), text)
-    text = PAGE.replace("hidden = 20", "hidden, seen = 20, []")
-    run_page(Path("page.md"), text.format(shown=21, last="assert seen == [21]"))
-    with pytest.raises(AssertionError, match=r"(?s)Expected:\s+22\s+Got:\s+21"):
-        run_page(Path("page.md"), text.format(shown=22, last=""))
-    broken = text.format(shown=21, last="1 / 0")
-    with pytest.raises(ZeroDivisionError) as caught:
-        run_page(Path("page.md"), broken)
-    frame = traceback.extract_tb(caught.tb)[-1]
-    assert (frame.filename, frame.lineno) == ("page.md", broken.splitlines().index("1 / 0") + 1)
-    with pytest.raises(UserWarning, match="stale"):
-        run_page(Path("page.md"), text.format(shown=21, last="import warnings; warnings.warn('stale', stacklevel=1)"))
-
-
 @pytest.mark.parametrize(
-    ("text", "kind"),
-    [("```py\n1\n```", "py"), ("```\n1\n```", "unnamed"), ("Text\n\n    1 + 1\n", "indented")],
+    ("shown", "last", "error", "match"),
+    [
+        (21, "raise KeyError(seen)", KeyError, r"^\[21\]$"),  # all before it ran, in order
+        (22, "", AssertionError, r"(?s)Expected:\s+22\s+Got:\s+21"),
+        (21, "import warnings; warnings.warn('stale', stacklevel=1)", UserWarning, "stale"),
+    ],
 )
-def test_a_block_that_would_not_run_is_seen(text: str, kind: str) -> None:
-    assert [block.kind for block in blocks_of(text)] == [kind]
-    assert kind not in NOT_RUN
+def test_a_page_runs_in_order_and_fails_where_it_should(shown: int, last: str, error: Any, match: str) -> None:
+    text = PAGE.format(shown=shown, last=last)
+    assert [block.kind for block in blocks_of(text)] == ["setup", "python", "pycon", "python", "py", "indented"]
+    with pytest.raises(error, match=match) as caught:
+        run_page(Path("page.md"), text)
+    frame = traceback.extract_tb(caught.tb)[-1]
+    assert error is AssertionError or (frame.filename, text.splitlines()[frame.lineno - 1]) == ("page.md", last)

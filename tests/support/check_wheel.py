@@ -21,38 +21,30 @@ ROOT = Path(__file__).resolve().parents[2]
 NOT_CORE = ["accelerate", "diffusers", "matplotlib", "pytest", "scipy", "sklearn", "transformers"]
 
 
-def check(holds: bool, message: str) -> None:
-    if not holds:
-        raise SystemExit(f"check_wheel: {message}")
-
-
 def check_contents() -> None:
     """The wheel holds the package, typed, and its metadata, nothing else; it is what was imported, and it is alone."""
     files = importlib.metadata.distribution("selftrans-reg").files or []
-    installed = [str(path) for path in files if "__pycache__" not in path.parts]
+    installed = {str(path) for path in files if "__pycache__" not in path.parts}
     metadata = f"selftrans_reg-{st.__version__}.dist-info/"
-    stray = [path for path in installed if not path.startswith(("selftrans_reg/", metadata))]
-    check(not stray, f"the wheel holds more than the package: {stray}")
-    for path in ("selftrans_reg/py.typed", f"{metadata}licenses/LICENSE"):
-        check(path in installed, f"the wheel lacks {path}; it holds {installed}")
-    package = Path(st.__file__).resolve()
-    check(package.is_relative_to(Path(sys.prefix).resolve()), f"imported {package}, not the wheel in {sys.prefix}")
-    beside = [name for name in NOT_CORE if importlib.util.find_spec(name)]
-    check(not beside, f"the environment is not the wheel's alone: it also has {beside}")
+    assert {path for path in installed if not path.startswith(("selftrans_reg/", metadata))} == set()
+    assert installed >= {"selftrans_reg/py.typed", f"{metadata}licenses/LICENSE"}, installed
+    assert Path(st.__file__).resolve().is_relative_to(Path(sys.prefix).resolve()), (
+        "it is not the wheel that is imported"
+    )
+    assert [name for name in NOT_CORE if importlib.util.find_spec(name)] == [], (
+        "the environment is not the wheel's alone"
+    )
 
 
 def check_run() -> None:
     """Both stages train, and the teacher comes back from its folder as it was."""
     sys.path.append(str(ROOT / "examples"))  # which the README's model comes from
-    page: dict[str, object] = {}
-    for code in re.findall(
-        r"^(?:```python|<!-- setup)\n(.*?)^(?:```|-->)", (ROOT / "README.md").read_text(), re.M | re.S
-    ):
+    page, text = {}, (ROOT / "README.md").read_text()
+    for code in re.findall(r"^(?:```python|<!-- setup)\n(.*?)^(?:```|-->)", text, re.M | re.S):
         exec(code, page)
-    teacher, model = page["teacher"], page["SiT_B_2"]
-    again = st.CFGFeatureTeacher.from_pretrained("teacher", model=model)
+    again = st.CFGFeatureTeacher.from_pretrained("teacher", model=page["SiT_B_2"])
     call = torch.randn(8, 4, 8, 8), torch.rand(8), torch.arange(8)
-    check(torch.equal(again(*call), teacher(*call)), "the teacher differs after save_pretrained")
+    assert torch.equal(again(*call), page["teacher"](*call)), "the teacher differs after save_pretrained"
 
 
 if __name__ == "__main__":
