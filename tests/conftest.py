@@ -16,9 +16,9 @@ torch.set_num_threads(1)
 
 # Files whose tests compile, start processes, load other libraries' models, draw, or run the docs: seconds each.
 SLOW = {
-    *("accelerate", "artefacts", "backbones", "borrowed", "checkpointing", "compile", "compiled", "ddp", "diffusers"),
-    *("docs", "draw", "fsdp", "health_wrapped", "hub", "lightning", "package", "plateau", "pretrained", "report"),
-    *("health", "lifetime", "resume", "survey", "typing", "waiting", "ways"),
+    *("artefacts", "backbones", "borrowed", "checkpointing", "compile", "compiled", "ddp", "diffusers"),
+    *("docs", "draw", "fsdp", "hub", "package", "plateau", "pretrained", "report"),
+    *("health", "lifetime", "resume", "survey", "trainers", "waiting", "ways"),
 }
 
 

@@ -1,4 +1,4 @@
-"""``accelerator.prepare(model, criterion, optimizer, loader)``: on one process, and on two over gloo."""
+"""accelerate, on one process and on two over gloo, and Lightning: the gradients of the formula, and what is saved."""
 
 import json
 import os
@@ -11,12 +11,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from loops import Batch, assert_same, denoising, gradients, new_criterion, noisy_batch, plain_gradients, student
+from lightning.pytorch import LightningModule, Trainer
+from loops import Batch, assert_same, denoising, gradients, new_criterion, noisy_batch, plain_gradients, student, total
 from ranks import RANKS, on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
-
-from selftrans_reg import LossTerms
 
 # Rows in batches of two go to the ranks in turn, so that rank 1's second batch has none inside the window, 0.3 to 0.6.
 TIMES = [0.35, 0.45, 0.55, 0.9, 0.5, 0.2, 0.8, 0.95]
@@ -47,23 +46,16 @@ def epoch(steps: int, processes: int) -> dict[str, Tensor]:
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
     assert accelerator.num_processes == processes
     model, criterion, optimizer, loader = prepare(accelerator, len(TIMES) // steps // processes)
-    found = {}
+    found = []
     for rows in loader:
-        b = Batch(*rows)
         with accelerator.accumulate(model, criterion):
-            terms = criterion(denoising(model, b), latents=b.latents)
-            accelerator.backward(terms.total)
+            accelerator.backward(total(model, criterion, Batch(*rows)))
             if accelerator.sync_gradients:
-                assert not found, "one step was expected"
-                found = gradients(model, criterion)
+                found.append(gradients(model, criterion))
             optimizer.step()
             optimizer.zero_grad()
-    return found
-
-
-@pytest.mark.parametrize("steps", [1, 4])
-def test_one_process_also_with_accumulation(steps: int) -> None:
-    assert_same(epoch(steps, 1), plain_gradients(noisy_batch(TIMES)))
+    (only,) = found
+    return only
 
 
 def on_a_rank(rank: int, steps: int) -> dict[str, Tensor]:
@@ -92,52 +84,59 @@ def test_mixed_precision_reaches_head_and_teacher_and_not_the_loss() -> None:
         linear.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
     b = Batch(*next(iter(loader)))
     terms = criterion(denoising(model, b), latents=b.latents)
-    assert isinstance(terms, LossTerms)
     assert len(seen) > 2
-    assert set(seen) == {torch.bfloat16}
+    assert {*seen} == {torch.bfloat16}
     assert {term.dtype for term in terms} == {torch.float32}
     accelerator.backward(terms.total)
-    found = gradients(model, criterion)
-    assert_same(found, plain_gradients(noisy_batch(TIMES)), tolerance=0.05)
+    assert_same(gradients(model, criterion), plain_gradients(noisy_batch(TIMES)), tolerance=0.05)
 
 
-@pytest.mark.parametrize("prepared", [True, False], ids=["prepared", "registered"])
-def test_save_state_and_load_state_hold_model_and_criterion(prepared: bool, tmp_path: Path) -> None:
-    """Registered where a script saves models by itself: diffusers' hook raises on a prepared model it does not know."""
-
-    def begin() -> tuple[Accelerator, nn.Module, nn.Module]:
-        reset()
-        accelerator = Accelerator(cpu=True)
-        if prepared:
-            return accelerator, *prepare(accelerator, 4)[:2]
-        model = accelerator.prepare(student())
-        criterion = new_criterion(model)
-        accelerator.register_for_checkpointing(criterion)
-
-        def save_model_hook(models: list[nn.Module], weights: list[object], folder: str) -> None:
-            for held in models:
-                if not isinstance(accelerator.unwrap_model(held), type(accelerator.unwrap_model(model))):
-                    raise ValueError(f"unexpected save model: {held.__class__}")  # noqa: TRY004
-                torch.save(held.state_dict(), Path(folder, "model.pt"))
-                weights.pop()
-
-        def load_model_hook(models: list[nn.Module], folder: str) -> None:
-            models.pop().load_state_dict(torch.load(Path(folder, "model.pt")))
-
-        accelerator.register_save_state_pre_hook(save_model_hook)
-        accelerator.register_load_state_pre_hook(load_model_hook)
-        return accelerator, model, criterion
-
-    accelerator, model, criterion = begin()
-    b = noisy_batch(TIMES)
-    criterion(denoising(model, b), latents=b.latents, step=7)
-    with torch.no_grad():
-        for parameter in [*model.parameters(), *criterion.parameters()]:
-            parameter.add_(1.0)
+def test_save_state_and_load_state_hold_model_and_criterion(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    model, criterion, *_ = prepare(accelerator, 4)
+    total(model, criterion, noisy_batch(TIMES), step=7)
+    for parameter in [*model.parameters(), *criterion.parameters()]:
+        parameter.data += 1.0
     accelerator.save_state(str(tmp_path))
     wanted = {**model.state_dict(), **criterion.state_dict()}
-    accelerator, model, criterion = begin()
+    reset()
+    accelerator = Accelerator(cpu=True)
+    model, criterion, *_ = prepare(accelerator, 4)
     accelerator.load_state(str(tmp_path))
     found = {**model.state_dict(), **criterion.state_dict()}
     assert [name for name, tensor in wanted.items() if not torch.equal(found[name], tensor)] == []
     assert json.loads(bytes(found["_extra_state"].tolist()))["step"] == 7
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.model, self.criterion, self.found = student(), None, {}
+
+    def configure_model(self) -> None:
+        if self.criterion is None:  # Lightning calls this before each of fit, validate and test
+            self.criterion = new_criterion(self.model, stop_step=100)
+
+    def training_step(self, batch: list[Tensor], index: int) -> Tensor:
+        return total(self.model, self.criterion, Batch(*batch), step=self.global_step)
+
+    def on_after_backward(self) -> None:
+        self.found = self.found or gradients(self.model, self.criterion)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")  # said on machines with more than a few processors
+def test_in_lightning_it_is_attached_in_configure_model(tmp_path: Path) -> None:
+    module = Module()
+    quiet: dict[str, Any] = dict.fromkeys(["logger", "enable_progress_bar", "enable_model_summary"], False)
+    trainer = Trainer(max_steps=3, accelerator="cpu", enable_checkpointing=False, default_root_dir=tmp_path, **quiet)
+    trainer.fit(module, DataLoader(TensorDataset(*noisy_batch(TIMES)), batch_size=8))
+    assert_same(module.found, plain_gradients(noisy_batch(TIMES)))
+    assert module.criterion._step == 2
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt")["state_dict"]
+    assert {"model.blocks.0.fc1.weight", "criterion.heads.0.0.weight", "criterion._extra_state"} <= saved.keys()
+    assert not [key for key in saved if "teacher" in key]
