@@ -160,7 +160,8 @@ def prepared(setting: Setting, run: Run, out: Path) -> tuple[SiT, TrainSettings,
     criterion = run.method.criterion(Parts(setting, model, ema.module, run.seed, teacher))
     if isinstance(criterion, nn.Module):
         criterion.to(setting.device)
-    settings = TrainSettings(steps=run.end, lr=p.lr, warmup_steps=p.warmup_steps, ema_decay=p.ema_decay)
+    decay_steps = round(p.cooldown * run.end)
+    settings = TrainSettings(run.end, p.lr, p.warmup_steps, decay_steps, ema_decay=p.ema_decay)
     return model, settings, criterion, ema
 
 

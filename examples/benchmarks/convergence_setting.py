@@ -46,6 +46,7 @@ class Protocol:
         sampler_steps: Euler steps, one evaluation of the model each, without guidance.
         least_accuracy: What the classifier must reach on held-out images to be a judge.
         images: How many images to train on and to hold out, from the first.
+        cooldown: The last part of every run, a teacher's too, in which the learning rate falls linearly to 0.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Protocol:
     classifier_steps: int = 10_000
     least_accuracy: float = 0.9
     images: tuple[int, int] = (60_000, 10_000)
+    cooldown: float = 0.0
 
     def step_at(self, share: float) -> int:
         """The step at a share of the plain run."""
@@ -99,7 +101,9 @@ SIT_S = Protocol(
     head_features=2048, batch_size=256, lr=3e-4, warmup_steps=500, ema_decay=0.999, steps=20_000, samples=10_000,
     evaluate_at=tuple(range(2000, 44_001, 2000)), sampler_steps=50, vae_steps=4000,
 )  # fmt: skip
-PROTOCOLS = {"cpu": Protocol("cpu"), "S": SIT_S}
+# Runs of other lengths are compared at their ends alone: before the cooldown none is at its best.
+COOLDOWN = Protocol("cooldown", cooldown=0.2, evaluate_at=())
+PROTOCOLS = {"cpu": Protocol("cpu"), "cooldown": COOLDOWN, "S": SIT_S}
 
 
 def block(layer: int) -> str:

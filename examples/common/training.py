@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LinearLR
+from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm.auto import tqdm
 
@@ -43,11 +43,15 @@ def progress(items: Iterable[Item], title: str) -> "tqdm[Item]":
 
 
 class TrainSettings(NamedTuple):
-    """How to train: steps of AdamW with a linear warm-up, the gradient clipped, the weights averaged."""
+    """How to train: steps of AdamW, the gradient clipped, the weights averaged.
+
+    The learning rate rises linearly in the first ``warmup_steps``, and falls linearly to 0 in the last ``decay_steps``.
+    """
 
     steps: int
     lr: float
     warmup_steps: int = 0
+    decay_steps: int = 0
     clip: float = 1.0
     ema_decay: float = 0.9999
 
@@ -84,8 +88,10 @@ class Training:
         parameters = [*model.parameters(), *(criterion.parameters() if criterion is not None else [])]
         self.parameters = [parameter for parameter in parameters if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=settings.lr, weight_decay=0.0)
-        warmup = max(1, settings.warmup_steps)
-        self.schedule = LinearLR(self.optimizer, start_factor=1 / warmup, total_iters=warmup - 1)
+        warmup, decay = max(1, settings.warmup_steps), max(1, settings.decay_steps)
+        self.schedule = LambdaLR(
+            self.optimizer, lambda step: min(1.0, (step + 1) / warmup, max(0.0, (settings.steps - step) / decay))
+        )
         self.steps = 0
         self.log: list[dict[str, float]] = []
 
