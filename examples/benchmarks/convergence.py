@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import re
 import sys
 import time
@@ -38,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baselines import InternalGuidance
 from benchmarks.convergence_methods import SCREEN_SEEDS, STUDIES, TEACHER_SEED, Method, Parts, parse
 from benchmarks.convergence_setting import PROTOCOLS, Protocol, Setting
-from benchmarks.recording import commit, hardware
+from benchmarks.recording import append, commit, hardware
 from common.data import PACKAGED
 from common.options import Mistake, Parser, run_script
 from common.paths import denoising_loss, velocity_loss
@@ -139,15 +138,6 @@ class Results:
                     f"{line['method']}.\nName another file with --results."
                 )
         return bool(found)
-
-    def add(self, result: dict[str, Any]) -> None:
-        """Append a line, whole, whoever else does."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("a") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            file.write(json.dumps(result) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
 
 
 def prepared(setting: Setting, run: Run, out: Path) -> tuple[SiT, TrainSettings, Criterion | None, AveragedModel]:
@@ -266,7 +256,7 @@ def work(setting: Setting, runs: list[Run], out: Path, results: Results, argv: l
             if alone and not finished(run):
                 result = do(setting, run, out, argv)
                 if not results.has(run):  # a teacher whose weights were lost is trained anew, but counts once
-                    results.add(result)
+                    append(results.path, result)
                 (run.folder(out) / "state.pt").unlink()
             return alone
 
@@ -304,7 +294,7 @@ def sample_with_guidance(setting: Setting, runs: list[Run], out: Path, results: 
             model = run.method.model(run.protocol, setting.device).eval()
             model.load_state_dict(torch.load(weights, map_location=setting.device, weights_only=True)["ema"])
             distances = {str(scale): setting.guided_distance(model, run.seed, scale) for scale in GUIDANCE_SCALES}
-            results.add({
+            append(results.path, {
                 "kind": "guidance", "key": key, "method": run.method.described(), "seed": run.seed, "step": step,
                 **described(setting, argv), "distances": distances,
             })  # fmt: skip

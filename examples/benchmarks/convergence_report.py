@@ -28,6 +28,7 @@ from benchmarks.convergence_methods import (
     Stage1,
     parse,
 )
+from benchmarks.convergence_setting import COOLDOWN
 from benchmarks.recording import between
 
 Line = dict[str, Any]
@@ -49,7 +50,7 @@ MEASURES = {
 def title(text: str) -> str:
     """A method in words: ``teacher 48 × 8, rows 0.25``."""
     method = parse(text)
-    settings = dict(part.split("=") for part in str(method).split()[1:])
+    settings = dict(part.split("=") for part in str(method).split()[1:] if not part.startswith("share="))
     words = [method.title]
     if isinstance(method, SelfTranscendence):
         sizes = [settings.pop(f"teacher_{name}", "0") for name in ("width", "depth", "share")]
@@ -159,8 +160,9 @@ class Study:
         return [m[measure] for line in lines for m in line["measures"] if m["step"] == step and measure in m]
 
     def differences(self, method: str, step: int, measure: str = "distance") -> Interval:
-        """The distance at a step, or another measure, less that of the plain run of the same seed."""
-        plain = self.values("none", measure, step, self.seeds(method))
+        """A measure at a step, less that of the plain run of the same seed: at the same step, or at both runs' ends."""
+        known = self.judged("none")
+        plain = self.values("none", measure, step if step in known else known[-1], self.seeds(method))
         return interval([a - b for a, b in zip(self.values(method, measure, step), plain, strict=True)])
 
     def plain_run(self) -> float:
@@ -294,22 +296,33 @@ def coverage(study: Study) -> str:
     return table(["part", "runs", "settings without any"], rows[:-1])  # the last is all of them
 
 
+def end_table(study: Study, methods: list[str]) -> str:
+    """Every measure of the large sample at a run's own end: the plain run's, and by how much the others differ."""
+    rows = []
+    for method in methods:
+        end, plain = study.judged(method)[-1], method == "none"
+        row = [title(method), str(len(study.seeds(method))), f"{end:,}", f"{study.total(method, end):.2f}"]
+        for key, (_, factor, digits) in MEASURES.items():
+            found = interval(study.values("none", key, end)) if plain else study.differences(method, end, key)
+            row.append(Interval(*(factor * value for value in found)).text(digits, "" if plain else "+"))
+        rows.append(row)
+    header = ["", "seeds", "steps", "price", *(name for name, _, _ in MEASURES.values())]
+    return table(header, rows) if rows else NOTHING
+
+
 def verdict(study: Study, criterion: str | None) -> str:
     """The criterion, and what became of it on the seeds that nothing was chosen on."""
-    rows = [method for method in study.methods(list(study.runs)) if method not in ("none", "stage1")]
+    rows = [method for method in study.methods(list(study.runs)) if method != "none"]
     said = f"> {criterion}\n\n" if criterion else ""
     if not rows:
         return f"{said}The confirmation has not been run yet: nothing on this page is confirmed."
     sentences = []
     for method in rows:
-        high, n = study.total(method, study.reached(method).high), len(study.seeds(method))
-        large = study.differences(method, study.steps, "distance_all")
-        word = "met" if high < 1 and not large.low > 0 else "not met"
-        bound = "that distance is not reached by it" if math.isinf(high) else f"the upper bound is {high:.2f}"
-        sentences.append(
-            f"- {title(method)}, on {n} of {len(CONFIRMATION_SEEDS)} seeds: {word}; {bound}; "
-            f"{large.text(1, '+')} on the large sample at equal steps."
-        )
+        end = study.judged(method)[-1]
+        price, found = study.total(method, end), study.differences(method, end, "distance_all")
+        word = "met" if price <= 1 and found.high < 0 else "not met"
+        of = f"{len(study.seeds(method))} of {len(CONFIRMATION_SEEDS)} seeds"
+        sentences.append(f"- {title(method)}, on {of}: {word}; {found.text(1, '+')} at {price:.2f} of the price.")
     return said + "\n".join(sentences)
 
 
@@ -365,7 +378,8 @@ def draw(study: Study, methods: list[str], path: Path) -> None:
 
 def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
     """Write tables and verdict of a protocol into docs/does-it-work.md, and draw its picture."""
-    study, confirmed = (Study.of(lines, name, seeds) for seeds in (SCREEN_SEEDS, CONFIRMATION_SEEDS))
+    study = Study.of(lines, name, SCREEN_SEEDS)
+    cooled, confirmed = (Study.of(lines, COOLDOWN.name, seeds) for seeds in (SCREEN_SEEDS, CONFIRMATION_SEEDS))
     earlier = Study.of(lines, EARLIER, range(SCREEN_SEEDS[0]))
     own = study.methods(text for part, texts in STUDIES.items() if part not in ("peers", "full") for text in texts)
     peers = study.methods(STUDIES["peers"])
@@ -378,7 +392,8 @@ def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
         "distances": distance_table(study, [*own, *peers]),
         "measures": measure_table(study, [*own, *peers]),
         "guidance": guidance_table(study),
-        "confirmation": price_table(confirmed, confirmed.methods(confirmed.runs)),
+        "cooldown": end_table(cooled, cooled.methods(cooled.runs)),
+        "confirmation": end_table(confirmed, confirmed.methods(confirmed.runs)),
         "earlier": price_table(earlier, earlier.methods(earlier.runs)),
         "coverage": coverage(study),
     }

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import json
 import platform
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -18,12 +20,9 @@ def hardware(device: str) -> str:
     """What the numbers were taken on, in words."""
     if device == "cuda":
         return torch.cuda.get_device_name()
-    model = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return f"{model[0] if model else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
+    known = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", known.read_text() if known.exists() else "")
+    return f"{model[1] if model else platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
 
 
 @functools.cache
@@ -46,9 +45,10 @@ def _git(*command: str) -> str:
 
 
 def append(path: Path, result: dict[str, Any]) -> None:
-    """Add one result to the results file."""
+    """Add one result to the results file, as a whole line, whoever else does."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(result) + "\n")
 
 
