@@ -101,7 +101,6 @@ class Plain(Method):
 
     def criterion(self, parts: Parts) -> None:
         """Nothing."""
-        return
 
 
 @dataclass(frozen=True)

@@ -159,10 +159,9 @@ class Study:
         lines = [self.runs[method][seed] for seed in (self.seeds(method) if seeds is None else seeds)]
         return [m[measure] for line in lines for m in line["measures"] if m["step"] == step and measure in m]
 
-    def differences(self, method: str, step: int, measure: str = "distance") -> Interval:
-        """A measure at a step, less that of the plain run of the same seed: at the same step, or at both runs' ends."""
-        known = self.judged("none")
-        plain = self.values("none", measure, step if step in known else known[-1], self.seeds(method))
+    def differences(self, method: str, step: int, measure: str = "distance", plain_step: int = 0) -> Interval:
+        """A measure at a step, less that of the plain run of the same seed at the same step, or at another."""
+        plain = self.values("none", measure, plain_step or step, self.seeds(method))
         return interval([a - b for a, b in zip(self.values(method, measure, step), plain, strict=True)])
 
     def plain_run(self) -> float:
@@ -300,11 +299,13 @@ def end_table(study: Study, methods: list[str]) -> str:
     """Every measure of the large sample at a run's own end: the plain run's, and by how much the others differ."""
     rows = []
     for method in methods:
-        end, plain = study.judged(method)[-1], method == "none"
+        end = study.judged(method)[-1]
         row = [title(method), str(len(study.seeds(method))), f"{end:,}", f"{study.total(method, end):.2f}"]
         for key, (_, factor, digits) in MEASURES.items():
-            found = interval(study.values("none", key, end)) if plain else study.differences(method, end, key)
-            row.append(Interval(*(factor * value for value in found)).text(digits, "" if plain else "+"))
+            found = study.differences(method, end, key, study.steps)
+            if method == "none":
+                found = interval(study.values(method, key, end))
+            row.append(Interval(*(factor * value for value in found)).text(digits, "" if method == "none" else "+"))
         rows.append(row)
     header = ["", "seeds", "steps", "price", *(name for name, _, _ in MEASURES.values())]
     return table(header, rows) if rows else NOTHING
@@ -319,7 +320,7 @@ def verdict(study: Study, criterion: str | None) -> str:
     sentences = []
     for method in rows:
         end = study.judged(method)[-1]
-        price, found = study.total(method, end), study.differences(method, end, "distance_all")
+        price, found = study.total(method, end), study.differences(method, end, "distance_all", study.steps)
         word = "met" if price <= 1 and found.high < 0 else "not met"
         of = f"{len(study.seeds(method))} of {len(CONFIRMATION_SEEDS)} seeds"
         sentences.append(f"- {title(method)}, on {of}: {word}; {found.text(1, '+')} at {price:.2f} of the price.")

@@ -14,8 +14,9 @@ import torch
 from benchmarks import convergence
 from benchmarks.convergence import Results, Run, Setting
 from benchmarks.convergence_methods import parse
-from benchmarks.convergence_report import Study, crossing, interval, price_table, spent, verdict
+from benchmarks.convergence_report import MEASURES, Study, crossing, end_table, interval, price_table, spent, verdict
 from benchmarks.convergence_setting import PROTOCOLS, Protocol
+from benchmarks.recording import append
 from common.options import Mistake
 from common.paths import denoising_loss
 from idx_files import write_small_fashion
@@ -174,7 +175,7 @@ def test_a_run_that_another_process_is_at_is_left_to_it(
 
     def other_process_finishes(seconds: float) -> None:
         waited.append([line["key"] for line in results.lines()])
-        results.add(lines_of(finished)[runs[0].key])
+        append(results.path, lines_of(finished)[runs[0].key])
 
     monkeypatch.setattr(convergence.time, "sleep", other_process_finishes)
     with convergence.locked(runs[0].folder(out) / "lock", wait=False) as alone:
@@ -188,7 +189,7 @@ def test_what_would_not_be_the_study_is_refused(finished: Path, tmp_path: Path) 
     with pytest.raises(Mistake, match="too poor a judge"):
         Setting(replace(TINY, least_accuracy=1.1), finished / "out", finished / "data", "cpu")
     run, results = run_of("stage1"), Results(tmp_path / "results.jsonl")
-    results.add(lines_of(finished)[run.key] | {"protocol": asdict(replace(TINY, lr=1.0))})
+    append(results.path, lines_of(finished)[run.key] | {"protocol": asdict(replace(TINY, lr=1.0))})
     with pytest.raises(Mistake, match="with other settings"):
         results.has(run)
     for text, match in [("selff", "named"), ("self x=3", "setting"), ("self rows=x", "no float")]:
@@ -233,11 +234,12 @@ def test_operations_are_those_of_the_formula(finished: Path) -> None:
 
 
 def made_up(text: str, seed: int, distances: list[float], cost: float, teacher: Any = None) -> dict[str, Any]:
-    steps = [10, 20, 40, 60, 80][: len(distances)]
+    curve = zip([10, 20, 40, 60, 80], distances, strict=False)
+    measures = [{"step": step, **dict.fromkeys(["distance", *MEASURES], d)} for step, d in curve]
     return {
         "kind": "run", "key": f"made-up | {text} | seed {seed}", "method": parse(text).described(), "seed": seed,
-        "protocol": {"name": "made-up", "steps": 40}, "operations": [[steps[-1], cost]], "teacher": teacher,
-        "measures": [{"step": s, "distance": d, "distance_all": d} for s, d in zip(steps, distances, strict=True)],
+        "protocol": {"name": "made-up", "steps": 40}, "operations": [[measures[-1]["step"], cost]],
+        "teacher": teacher, "measures": measures,
     }  # fmt: skip
 
 
@@ -282,17 +284,24 @@ def test_the_goal_is_the_plain_runs_end_seed_by_seed(study: Study) -> None:
     assert study.differences("self", 40).mean == pytest.approx((6 - 10 + 10 - 12) / 2)
 
 
-def test_the_verdict_is_of_the_upper_bound(study: Study) -> None:
+@pytest.mark.parametrize(
+    ("first", "operations", "row"),
+    [
+        (9.0, 150, "20 | 0.85 | -1.0 ± 0.3"),  # the other seed's differs by -1.05
+        (9.0, 200, "20 | 1.10 | -1.0 ± 0.3"),  # at a higher price than the plain run's
+        (8.0, 150, "20 | 0.85 | -1.5 ± 6.0"),
+    ],
+)
+def test_the_verdict_is_of_the_interval_at_the_runs_ends(first: float, operations: float, row: str) -> None:
+    lines = [made_up("stage1 share=0.1 width=8", 1000, [99], 40)]
+    for seed, plain, taught in ((10, 10, first), (11, 12, 10.95)):
+        lines += [made_up("none", seed, [50, 50, plain], 100)]
+        lines += [made_up("self share=0.5", seed, [50, taught], operations, lines[0]["key"])]
+    study = Study.of(lines, "made-up", (10, 11))
+    assert row in end_table(study, study.methods(["none", "self share=0.5"])).splitlines()[-1]
+    word = "met" if row == "20 | 0.85 | -1.0 ± 0.3" else "not met"
+    assert f"> Why.\n\n- teacher whole, on 2 of 10 seeds: {word}; {row[12:]} at {row[5:9]}" in verdict(study, "Why.")
     assert "nothing on this page is confirmed" in verdict(Study.of([], "made-up", ()), None)
-    assert "on 2 of 10 seeds: not met; that distance is not reached by it" in verdict(study, "The criterion.")
-    for seed, line in study.runs["self"].items():
-        found = {"distance": 2 * seed - 19, "distance_all": 2 * seed - 10}  # 9 below the goals, and as the plain run
-        line["measures"] = [{"step": step, **found} for step in (10, 20, 40)]
-    # At its first judgement: 0.1 + 10 * 150 / 4000.
-    assert ": met; the upper bound is 0.47; +0.0 ± 0.0 on the large sample" in verdict(study, None)
-    for line in study.runs["self"].values():
-        line["measures"][-1]["distance_all"] += 1
-    assert ": not met; the upper bound is 0.47; +1.0 ± 0.0 on the large sample" in verdict(study, None)
 
 
 def test_docs_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

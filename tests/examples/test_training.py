@@ -28,14 +28,14 @@ def test_one_plain_step_after_another() -> None:
     """AdamW, clipping, warm-up and the average, written out for one parameter."""
     model = nn.Module()
     model.w = nn.Parameter(torch.tensor(5.0))
-    settings = TrainSettings(steps=3, lr=0.1, warmup_steps=2, clip=1.0, ema_decay=0.8)
+    settings = TrainSettings(steps=3, lr=0.1, warmup_steps=2, decay_steps=2, clip=1.0, ema_decay=0.8)
     result = train(model, endless([(torch.ones(2), torch.zeros(2))]), lambda m, x, y: m.w**2 * x, settings)
 
     w, average, m, v = 5.0, None, 0.0, 0.0
     for step in range(3):
         gradient = min(2 * w, 1.0)  # clipped to norm 1
         m, v = 0.9 * m + 0.1 * gradient, 0.999 * v + 0.001 * gradient**2
-        lr = 0.1 * min(1.0, (step + 1) / 2)
+        lr = 0.1 * (0.5, 1.0, 0.5)[step]  # up in two steps, and down in two: the last one has the last half
         w -= lr * (m / (1 - 0.9 ** (step + 1))) / ((v / (1 - 0.999 ** (step + 1))) ** 0.5 + 1e-8)
         average = w if average is None else 0.8 * average + 0.2 * w
     assert model.w.item() == pytest.approx(w, rel=1e-5)
