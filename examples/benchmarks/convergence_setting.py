@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -103,7 +103,8 @@ SIT_S = Protocol(
 )  # fmt: skip
 # Runs of other lengths are compared at their ends alone: before the cooldown none is at its best.
 COOLDOWN = Protocol("cooldown", cooldown=0.2, evaluate_at=())
-PROTOCOLS = {"cpu": Protocol("cpu"), "cooldown": COOLDOWN, "S": SIT_S}
+SHORT = replace(COOLDOWN, name="short", steps=1000)
+PROTOCOLS = {p.name: p for p in (Protocol("cpu"), COOLDOWN, SHORT, SIT_S)}
 
 
 def block(layer: int) -> str:
