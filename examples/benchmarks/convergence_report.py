@@ -28,7 +28,7 @@ from benchmarks.convergence_methods import (
     Stage1,
     parse,
 )
-from benchmarks.convergence_setting import COOLDOWN
+from benchmarks.convergence_setting import COOLDOWN, SHORT
 from benchmarks.recording import between
 
 Line = dict[str, Any]
@@ -380,7 +380,8 @@ def draw(study: Study, methods: list[str], path: Path) -> None:
 def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
     """Write tables and verdict of a protocol into docs/does-it-work.md, and draw its picture."""
     study = Study.of(lines, name, SCREEN_SEEDS)
-    cooled, confirmed = (Study.of(lines, COOLDOWN.name, seeds) for seeds in (SCREEN_SEEDS, CONFIRMATION_SEEDS))
+    cooled, short = (Study.of(lines, each.name, SCREEN_SEEDS) for each in (COOLDOWN, SHORT))
+    confirmed = Study.of(lines, SHORT.name, CONFIRMATION_SEEDS)
     earlier = Study.of(lines, EARLIER, range(SCREEN_SEEDS[0]))
     own = study.methods(text for part, texts in STUDIES.items() if part not in ("peers", "full") for text in texts)
     peers = study.methods(STUDIES["peers"])
@@ -394,6 +395,7 @@ def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
         "measures": measure_table(study, [*own, *peers]),
         "guidance": guidance_table(study),
         "cooldown": end_table(cooled, cooled.methods(cooled.runs)),
+        "short": end_table(short, short.methods(short.runs)),
         "confirmation": end_table(confirmed, confirmed.methods(confirmed.runs)),
         "earlier": price_table(earlier, earlier.methods(earlier.runs)),
         "coverage": coverage(study),

@@ -205,14 +205,12 @@ def run(name: str, shape: Shape, args: argparse.Namespace, chosen: set[str]) -> 
     """Measure one shape and append the result to the results file."""
     bench = Bench(shape, args, chosen)
     result = {
-        "name": name,
+        **described(name),
         "shape": asdict(shape),
         "hardware": hardware(args.device),
         "torch": torch.__version__,
         "autocast": args.autocast,
         "compiled": args.compile,
-        "command": _command(),
-        "commit": commit(),
         "repeats": args.repeats,
         "parameters": teacher_size(shape),
         "tap_seconds": tap_seconds(),
@@ -231,13 +229,7 @@ def count(args: argparse.Namespace) -> None:
         for name in tqdm(COUNTED, desc=f"SiT-{size}/2", disable=None):
             bench = Bench(shape, args, {name})  # one at a time: four of the largest take more memory than most have
             operations[name] = {"operations": bench.count(bench.variants[0], batch)}
-        result = {
-            "name": f"counted SiT-{size}/2",
-            "shape": asdict(shape),
-            "command": _command(),
-            "commit": commit(),
-            "variants": operations,
-        }
+        result = {**described(f"counted SiT-{size}/2"), "shape": asdict(shape), "variants": operations}
         append(args.results, result)
 
 
@@ -288,20 +280,20 @@ def row_sampling(args: argparse.Namespace) -> None:
         with criterion(teacher_rows=k) as some:
             errors = [(gradient(some, inside) - full).square().sum() for _ in range(args.repeats)]
         result = {
-            "name": "teacher_rows",
+            **described("teacher_rows"),
             "rows": k,
             "inside": n,
             "measured": float(torch.stack(errors).mean() / full.square().sum()),
             "formula": float((n - k) / (k * (n - 1)) * spread / full.square().sum()),
             "repeats": args.repeats,
-            "command": _command(),
-            "commit": commit(),
         }
         append(args.results, result)
 
 
-def _command() -> str:
-    return "python examples/benchmarks/overhead.py " + shlex.join(sys.argv[1:])
+def described(name: str) -> dict[str, Any]:
+    """What every result says about where it comes from."""
+    command = "python examples/benchmarks/overhead.py " + shlex.join(sys.argv[1:])
+    return {"name": name, "command": command, "commit": commit()}
 
 
 def main(argv: list[str] | None = None) -> None:
