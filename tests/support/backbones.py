@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import plain
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import selftrans_reg as st
@@ -106,7 +105,6 @@ class Backbone:
     give_t: Callable[[Tensor], Tensor] = lambda t: t
     positional: int = 2  # how many arguments the loop gives by position
     second_call: Mapping[str, Any] | None = None  # what a second call in the same step changes
-    pick: Callable[[Any, Mapping[str, Any]], Tensor] | None = None  # the image's tokens, where ``reads`` do not tell
 
     def batch(self, n: int = 8, seed: int = 0) -> Batch:
         """A batch whose times are spread over the whole range."""
@@ -135,14 +133,14 @@ class Backbone:
         return total
 
     def stage1(self, model: nn.Module, **settings: Any) -> st.SelfTransLoss:
-        channels = self.shape[self.channel_axis - 1]
-        grid = {"latent_channels": channels, "patch_size": self.patch_size, "channel_axis": self.channel_axis}
+        grid = {"latent_channels": self.shape[self.channel_axis - 1], "patch_size": self.patch_size}
+        grid["channel_axis"] = self.channel_axis
         return st.SelfTransLoss.stage1(model, **self._settings(self.shallow) | grid | settings)
 
     def make_teacher(self, model: nn.Module, **settings: Any) -> st.CFGFeatureTeacher:
         """A teacher that takes ``model`` over."""
         taken = {"layer": self.teacher, "guidance_scale": GUIDANCE_SCALE, "null": self.null, "hidden_size": self.asks}
-        return st.build_teacher(model, None, **taken | dict(self._teacher_reads) | settings)
+        return st.build_teacher(model, None, **taken | dict(self.teacher_reads or self.reads) | settings)
 
     def stage2(self, model: nn.Module, teacher: st.CFGFeatureTeacher, **settings: Any) -> st.SelfTransLoss:
         return st.SelfTransLoss.stage2(model, teacher=teacher, **self._settings(self.student) | settings)
@@ -152,24 +150,18 @@ class Backbone:
         shared = {"layer": layer, "time": time, "hidden_size": self.asks, "hidden_features": 24}
         return shared | dict(self.reads) | dict(self.settings)
 
-    @property
-    def _teacher_reads(self) -> Mapping[str, Any]:
-        return self.reads if self.teacher_reads is None else self.teacher_reads
-
     def picked(self, output: Any, arguments: Mapping[str, Any], reads: Mapping[str, Any]) -> Tensor:
-        """The image's tokens in a layer's output: by ``pick``, or the only ones, or the last or first of them."""
-        if self.pick is not None:
-            return self.pick(output, arguments)
-        output = output if isinstance(output, Tensor) else output[reads.get("select", 0)]
-        if "tokens" not in reads:
-            return output
-        spatial = [size for axis, size in enumerate(self.shape, 1) if axis != self.channel_axis]
-        count = math.prod(size // p for size, p in zip(spatial, self.patch_size, strict=True))
-        return output[:, -count:] if reads["tokens"].start else output[:, :count]
+        """The image's tokens in a layer's output."""
+        select, tokens = reads.get("select", 0), reads.get("tokens", slice(None))
+        if not isinstance(output, Tensor):
+            output = select(output) if callable(select) else output[select]
+        if output.ndim == 4:  # maps
+            return output.flatten(2).mT
+        return tokens(output, arguments) if callable(tokens) else output[:, tokens]
 
     def plain_guided(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         """f_u + w (f_c − f_u), from two passes through the whole model in eval mode."""
-        model, reads = copy.deepcopy(model).eval(), self._teacher_reads
+        model, reads = copy.deepcopy(model).eval(), self.teacher_reads or self.reads
         shared, axes, fixed = (reads.get("call", {}).get(key, {}) for key in ("shared", "rows", "fixed"))
         given, n, null = {**arguments, **fixed}, len(arguments[self.x]), {}
         for name, value in self.null.items():
@@ -218,48 +210,50 @@ def plain_alignment(
 ) -> Tensor:
     """The alignment with a head's parameters in ``p``: of stage 2 with a teacher, of stage 1 without one."""
     if teacher is None:
-        projected = plain.project(p, tokens, "heads.0.head.")
-        normed = F.layer_norm(projected, projected.shape[-1:], eps=1e-6)
-        predicted = F.linear(normed, p["heads.0.linear.weight"], p["heads.0.linear.bias"])
         target = patches(batch.latents, backbone.patch_size, backbone.channel_axis)
+        distance = plain.distance(plain.predict(p, tokens, "heads.0."), target)
     else:
-        predicted, target = plain.project(p, tokens, "heads.0."), backbone.plain_guided(teacher, batch.arguments)
-    return (batch.inside * plain.distance(predicted, target)).sum() / len(batch.inside)
+        target = backbone.plain_guided(teacher, batch.arguments)
+        distance = plain.distance(plain.project(p, tokens, "heads.0."), target)
+    return (batch.inside * distance).sum() / len(batch.inside)
 
 
-def assert_step_is_plain(
-    backbone: Backbone, stage: int, loop: float = 1.0, tolerance: Mapping[str, float] = plain.TOLERANCE
-) -> None:
-    """One step on a batch: loss terms, and the gradients of model and head, are those of the plain formula.
+def assert_step_is_plain(backbone: Backbone, stage: int, sizes: Sequence[tuple[int, tuple[int, ...]]] = ()) -> None:
+    """Steps on batches of these sizes: loss terms, and the gradients of model and head, are those of the plain formula.
 
-    ``loop`` is the share of the loop's own loss. The teacher is compared once more, in whatever mode it is put, since
-    its first call ran a model of which nothing had been dropped.
+    The teacher is compared once more, in whatever mode it is put, since its first call ran a model of which nothing had
+    been dropped.
     """
-    model, teacher, batch = backbone.build(0), backbone.build(1), backbone.batch()
+    model, teacher = backbone.build(0), backbone.build(1)
     reference, reference_teacher = copy.deepcopy(model), copy.deepcopy(teacher)
     if stage == 1:
         layer, criterion = backbone.shallow, backbone.stage1(model)
     else:
         layer, criterion = backbone.student, backbone.stage2(model, backbone.make_teacher(teacher))
-    with plain.global_seed(3):  # models drop labels
-        terms = criterion(loop * backbone.losses(model, batch), latents=batch.latents)
-    terms.total.backward()
-
     p = plain.leaves(criterion)
-    with plain.global_seed(3):
-        losses, tokens = backbone.plain_losses(reference, batch, layer)
-    alignment = plain_alignment(backbone, None if stage == 1 else reference_teacher, p, tokens, batch)
-    (loop * losses.mean() + 0.5 * alignment).backward(retain_graph=True)
+    for n, shape in sizes or [(8, backbone.shape)]:
+        batch = replace(backbone, shape=shape).batch(n)
+        for module in (model, criterion, reference):
+            module.zero_grad()
+        with plain.global_seed(3):  # models drop labels
+            terms = criterion(backbone.losses(model, batch), latents=batch.latents)
+        terms.total.backward()
 
-    assert 0 < batch.inside.sum() < len(batch.inside)
-    torch.testing.assert_close(terms.in_window, batch.inside.mean())
-    torch.testing.assert_close(terms.denoising, loop * losses.mean().detach(), **tolerance)
-    torch.testing.assert_close(terms.alignment, alignment.detach(), **tolerance)
-    plain.assert_same_gradients(model, reference, tolerance)
-    plain.assert_same_gradients(criterion, p, tolerance)
-    reference.zero_grad()
-    alignment.backward()
-    assert any(q.grad is not None and q.grad.abs().max() > 1e-4 for q in reference.parameters())
+        with plain.global_seed(3):
+            losses, tokens = backbone.plain_losses(reference, batch, layer)
+        alignment = plain_alignment(backbone, None if stage == 1 else reference_teacher, p, tokens, batch)
+        alignment.backward(retain_graph=True)
+        assert any(q.grad is not None and q.grad.abs().max() > 1e-4 for q in reference.parameters())
+        for parameter in (*reference.parameters(), *p.values()):
+            parameter.grad = None
+        (losses.mean() + 0.5 * alignment).backward()
+
+        assert 0 < batch.inside.sum() < len(batch.inside)
+        torch.testing.assert_close(terms.in_window, batch.inside.mean())
+        torch.testing.assert_close(terms.denoising, losses.mean().detach(), **plain.TOLERANCE)
+        torch.testing.assert_close(terms.alignment, alignment.detach(), **plain.TOLERANCE)
+        plain.assert_same_gradients(model, reference)
+        plain.assert_same_gradients(criterion, p)
     if stage == 2:
         arguments = backbone.batch(3, seed=1).arguments
         expected = backbone.plain_guided(reference_teacher, arguments)

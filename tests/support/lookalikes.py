@@ -23,14 +23,6 @@ def one_hot(n: int, g: torch.Generator) -> dict[str, Tensor]:
     return {"class_labels": vectors}
 
 
-def dropped_by_the_loop(n: int, g: torch.Generator) -> dict[str, Tensor]:
-    return {"y": labels(n, g)["y"].index_fill(0, torch.tensor([1]), 10)}
-
-
-def text(n: int, g: torch.Generator) -> dict[str, Tensor]:
-    return {"context": torch.randn(n, 5, 6, generator=g)}
-
-
 def caption(n: int, g: torch.Generator) -> dict[str, Tensor]:
     lengths = torch.randint(1, 6, (n, 1), generator=g)
     return {"y": torch.randn(n, 1, 5, 6, generator=g), "mask": (torch.arange(5) < lengths).float()}
@@ -60,10 +52,12 @@ LOOKALIKES = {
     "REPA": _like(toy(ToyREPA, dropout=0.5), "repa"),
     "SRA": _like(toy(ToySRA), "repa", conditions=lambda n, g: labels(n, g) | {"ad": 3}),
     "MMDiT": _like(toy(ToyMMDiT), "repa", "joint_blocks.1 joint_blocks.1 joint_blocks.2", reads={"select": 1},
-                   conditions=text, null={"context": torch.linspace(0, 1, 30).reshape(5, 6)}),
+                   conditions=lambda n, g: {"context": torch.randn(n, 5, 6, generator=g)},
+                   null={"context": torch.linspace(0, 1, 30).reshape(5, 6)}),
     "LightningDiT": _like(toy(patch_size=1, channels=8, dropout=0.5), "sit", shape=(8, 4, 4), patch_size=(1, 1),
                           positional=3),
-    "U-ViT": _like(toy(ToyUViT), "uvit", "in_blocks.1 in_blocks.1 mid_block", conditions=dropped_by_the_loop,
+    "U-ViT": _like(toy(ToyUViT), "uvit", "in_blocks.1 in_blocks.1 mid_block",
+                   conditions=lambda n, g: {"y": labels(n, g)["y"].index_fill(0, torch.tensor([1]), 10)},
                    t="timesteps", reads={"tokens": slice(2, None)}),
     "MDT": _like(toy(ToyMDT), "ddpm", "en_inblocks.1 en_inblocks.1 en_outblocks.1", settings={"forward": "first"},
                  second_call={"enable_mask": True}),
@@ -71,7 +65,7 @@ LOOKALIKES = {
                      conditions=lambda n, g: one_hot(n, g) | {"mask_ratio": 0.5}, **_SIGMA,
                      teacher_reads={"call": {"fixed": {"mask_ratio": 0.0}}}),
     "EDM2": _like(toy(ToyEDM2), "edm", "unet.enc.16x16_block1 unet.enc.16x16_block1 unet.enc.16x16_block2", **_SIGMA,
-                  conditions=one_hot, asks=16, pick=lambda output, call: output.flatten(2).transpose(1, 2)),
+                  conditions=one_hot, asks=16),
     "PixArt": _like(toy(ToyPixArt, t_max=1000.0), "ddpm", conditions=caption, t="timestep",
                     null={"y": torch.linspace(-1, 1, 30).reshape(1, 5, 6), "mask": torch.ones(5)}),
 }

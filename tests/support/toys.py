@@ -61,21 +61,12 @@ class ConvBlock(nn.Module):
 class ToyDiT(nn.Module):
     """SiT in small: ``(x, t, y)`` -> (N, C, H, W), labels dropped inside in train mode.
 
-    Args:
-        depth: Number of blocks.
-        width: D.
-        channels: Latent channels C.
-        patch_size: Latent pixels per token side.
-        num_classes: Classes; the null class is the last row of the table, present if ``dropout`` is above 0.
-        dropout: Probability of the null class in train mode.
-        seed: Of the weights.
-        lists: Instead of ``blocks``, names of lists of blocks with their lengths, in the order in which they run; of
-            length 0 is a single block.
-        block: The class of the blocks.
-        out_channels: Channels of the output; C by default.
-        t_max: The largest t; 1000 for a model that is given steps.
-        checkpointing: Recompute every block in the backward pass, reentrantly.
+    The null class is the last row of the table, present if ``dropout`` is above 0. ``lists`` gives, instead of
+    ``blocks``, names of lists of blocks with their lengths, in the order in which they run; of length 0 is a single
+    block. ``t_max`` is the largest t, and ``checkpointing`` recomputes every block in the backward pass, reentrantly.
     """
+
+    block: type[nn.Module] = ToyBlock
 
     def __init__(
         self,
@@ -88,7 +79,6 @@ class ToyDiT(nn.Module):
         seed: int = 0,
         *,
         lists: Mapping[str, int] | None = None,
-        block: type[nn.Module] = ToyBlock,
         out_channels: int | None = None,
         t_max: float = 1.0,
         checkpointing: bool = False,
@@ -101,7 +91,7 @@ class ToyDiT(nn.Module):
         self.t_embedder = nn.Sequential(nn.Linear(2, width), nn.SiLU(), nn.Linear(width, width))
         self.add_condition(width)
         for name, length in self.lists.items():
-            self.add_module(name, nn.ModuleList(block(width) for _ in range(length)) if length else block(width))
+            self.add_module(name, nn.ModuleList(map(self.block, [width] * length)) if length else self.block(width))
         self.final_layer = nn.Linear(width, patch_size**2 * self.out_channels)
         self.draw_weights(seed)
         self.dropped: Tensor | None = None  # which labels the last forward in train mode dropped
@@ -135,11 +125,8 @@ class ToyDiT(nn.Module):
 
     def named_blocks(self, *names: str) -> list[nn.Module]:
         """The blocks of these lists in order; of all of them by default."""
-        found = []
-        for name in names or self.lists:
-            member = getattr(self, name)
-            found += list(member) if isinstance(member, nn.ModuleList) else [member]
-        return found
+        members = [getattr(self, name) for name in names or self.lists]
+        return [block for m in members for block in (m if isinstance(m, nn.ModuleList) else [m])]
 
     def through_blocks(self, tokens: Tensor, c: Tensor) -> Tensor:
         for block in self.named_blocks():
@@ -173,13 +160,13 @@ class ToySRA(ToyDiT):
 class ToyMMDiT(ToyDiT):
     """Text to image: ``(x, t, context)``, joint blocks that return (text, image), text dropped in the dataset."""
 
-    context_size = 6
+    block = JointBlock
 
     def __init__(self, depth: int = 4, seed: int = 0) -> None:
-        super().__init__(seed=seed, lists={"joint_blocks": depth}, block=JointBlock)
+        super().__init__(seed=seed, lists={"joint_blocks": depth})
 
     def add_condition(self, width: int) -> None:
-        self.context_embedder = nn.Linear(self.context_size, width)
+        self.context_embedder = nn.Linear(6, width)
 
     def forward(self, x: Tensor, t: Tensor, context: Tensor) -> Tensor:
         tokens, text, c = self.to_tokens(x), self.context_embedder(context), self.embed_t(t)
@@ -191,12 +178,10 @@ class ToyMMDiT(ToyDiT):
 class ToyPixArt(ToyDiT):
     """``(x, timestep, y, mask)``: captions (N, 1, L, D'); the null caption is a buffer, used inside in train mode."""
 
-    caption_shape = (5, 6)
-
     def add_condition(self, width: int) -> None:
         self.y_embedder = nn.Module()
-        self.y_embedder.register_buffer("y_embedding", torch.linspace(-1, 1, 30).reshape(self.caption_shape))
-        self.caption_embedder = nn.Linear(self.caption_shape[1], width)
+        self.y_embedder.register_buffer("y_embedding", torch.linspace(-1, 1, 30).reshape(5, 6))
+        self.caption_embedder = nn.Linear(6, width)
 
     def forward(self, x: Tensor, timestep: Tensor, y: Tensor, mask: Tensor) -> Tensor:
         if self.training:
@@ -208,14 +193,10 @@ class ToyPixArt(ToyDiT):
 
 
 class ToyUViT(ToyDiT):
-    """``(x, timesteps, y)``; long skips from in_blocks to out_blocks; the blocks see [label, time, image tokens].
-
-    The null label is a row of its own, given by the loop.
-    """
+    """``(x, timesteps, y)``; long skips; the blocks see [label, time, image tokens]; the loop gives the null label."""
 
     def __init__(self, seed: int = 0) -> None:
-        lists = {"in_blocks": 2, "mid_block": 0, "out_blocks": 2}
-        super().__init__(seed=seed, lists=lists, t_max=999.0)
+        super().__init__(seed=seed, lists={"in_blocks": 2, "mid_block": 0, "out_blocks": 2}, t_max=999.0)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor) -> Tensor:
         time, label = self.embed_t(timesteps), self.y_embedder(y)
@@ -230,6 +211,13 @@ class ToyUViT(ToyDiT):
         return self.to_image(tokens[:, 2:], x)
 
 
+def some_of(tokens: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """A share of the tokens in random order, and their places."""
+    order = torch.rand(tokens.shape[:2], device=tokens.device).argsort(1)[:, : round(tokens.shape[1] * share)]
+    kept = order[:, :, None].expand(-1, -1, tokens.shape[2])
+    return tokens.gather(1, kept), kept
+
+
 class ToyMDT(ToyDiT):
     """``(x, t, y, enable_mask)``: with the mask the encoder sees some of the tokens, in random order."""
 
@@ -238,15 +226,11 @@ class ToyMDT(ToyDiT):
         super().__init__(seed=seed, lists=lists, t_max=1000.0, out_channels=8)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor, enable_mask: bool = False) -> Tensor:
-        tokens, c = self.to_tokens(x), self.condition(t, y)
-        full = tokens
-        if enable_mask:
-            order = torch.rand(tokens.shape[:2], device=x.device).argsort(1)
-            kept = order[:, : tokens.shape[1] // 2, None].expand(-1, -1, full.shape[2])
-            tokens = tokens.gather(1, kept)
+        full, c = self.to_tokens(x), self.condition(t, y)
+        tokens, kept = some_of(full, 0.5) if enable_mask else (full, None)
         for block in self.named_blocks("en_inblocks", "en_outblocks"):
             tokens = block(tokens, c)
-        if enable_mask:
+        if kept is not None:
             tokens = self.sideblocks[0](full.scatter(1, kept, tokens), c)
         return self.to_image(self.de_blocks[0](tokens, c), x)
 
@@ -263,16 +247,25 @@ class ToyMaskDiTNet(ToyDiT):
 
     def forward(self, x: Tensor, c_noise: Tensor, class_labels: Tensor, mask_ratio: float) -> Tensor:
         tokens, c = self.to_tokens(x), self.embed_t(c_noise) + self.y_embedder(class_labels)
-        n, count, width = tokens.shape
-        kept = torch.rand(n, count, device=x.device).argsort(1)[:, : round(count * (1 - mask_ratio))].sort(1).values
-        kept = kept[:, :, None].expand(-1, -1, width)
-        seen = torch.cat([self.cls_token.expand(n, -1, -1), tokens.gather(1, kept)], dim=1)
+        seen, kept = some_of(tokens, 1 - mask_ratio)
+        seen = torch.cat([self.cls_token.expand(len(x), -1, -1), seen], dim=1)
         for block in self.blocks:
             seen = block(seen, c)
         tokens = torch.zeros_like(tokens).scatter(1, kept, seen[:, 1:])
         for block in self.decoder_blocks:
             tokens = block(tokens, c)
         return self.to_image(tokens, x)
+
+
+class ToyMaskDiT(nn.Module):
+    """``(x, sigma, class_labels, mask_ratio)`` -> {"x": image}; the null condition is a zero vector."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        self.model = ToyMaskDiTNet(seed)
+
+    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor, mask_ratio: float = 0.0) -> dict[str, Tensor]:
+        return {"x": self.model(x, sigma.flatten().log() / 4, class_labels, mask_ratio)}
 
 
 class ToyUNet(ToyDiT):
@@ -290,53 +283,22 @@ class ToyUNet(ToyDiT):
         maps, c = self.x_embedder(x), self.embed_t(c_noise) + self.y_embedder(class_labels)
         for block in [*self.enc.values(), *self.dec.values()]:
             maps = block(maps, c)
-        return self.to_image(maps.flatten(2).transpose(1, 2), x)
+        return self.to_image(maps.flatten(2).mT, x)
 
 
-class Preconditioned(nn.Module):
-    """EDM's preconditioning of a network, for latents of standard deviation ``data_std``."""
-
-    data_std: float
-
-    def denoised(self, net: nn.Module, x: Tensor, sigma: Tensor, *args: Tensor | float) -> Tensor:
-        sigma = sigma.reshape(-1, 1, 1, 1)
-        total = sigma.square() + self.data_std**2
-        out = net(x / total.sqrt(), sigma.flatten().log() / 4, *args)
-        return self.data_std**2 / total * x + sigma * self.data_std / total.sqrt() * out
-
-
-class ToyMaskDiT(Preconditioned):
-    """``(x, sigma, class_labels, mask_ratio)`` -> {"x": image}; the null condition is a zero vector."""
-
-    data_std = 1.0
-
-    def __init__(self, seed: int = 0) -> None:
-        super().__init__()
-        self.model = ToyMaskDiTNet(seed)
-
-    def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor, mask_ratio: float = 0.0) -> dict[str, Tensor]:
-        return {"x": self.denoised(self.model, x, sigma, class_labels, mask_ratio)}
-
-
-class ToyEDM2(Preconditioned):
+class ToyEDM2(nn.Module):
     """``(x, sigma, class_labels)`` -> image; the null condition is a zero vector."""
-
-    data_std = 0.5
 
     def __init__(self, seed: int = 0, patch_size: int = 2) -> None:
         super().__init__()
         self.unet = ToyUNet(seed, patch_size)
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
-        return self.denoised(self.unet, x, sigma, class_labels)
+        return self.unet(x, sigma.flatten().log() / 4, class_labels)
 
 
-def batch(n: int = 8, channels: int = 4, size: int = 8, num_classes: int = 10, seed: int = 0) -> dict[str, Tensor]:
+def batch(n: int = 8, seed: int = 0) -> dict[str, Tensor]:
     """Latents x, noise, times in [0, 1] and labels y of a small batch."""
     g = torch.Generator().manual_seed(seed)
-    return {
-        "x": torch.randn(n, channels, size, size, generator=g),
-        "noise": torch.randn(n, channels, size, size, generator=g),
-        "t": torch.rand(n, generator=g),
-        "y": torch.randint(num_classes, (n,), generator=g),
-    }
+    x, noise = (torch.randn(n, 4, 8, 8, generator=g) for _ in range(2))
+    return {"x": x, "noise": noise, "t": torch.rand(n, generator=g), "y": torch.randint(10, (n,), generator=g)}
