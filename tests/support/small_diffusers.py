@@ -156,7 +156,7 @@ TABLE: dict[str, Entry | str] = {
         txt_ids=torch.zeros(TEXT, 4), num_layers=1, num_single_layers=6, cond_in_channels=4, timestep_channels=16,
         axes_dims_rope=(2, 2, 2, 2), **_FLUX),
     "FluxTransformer2DModel": at((16, 16), "flow-unit", guidance=same(torch.ones(())), in_channels=16,
-        guidance_embeds=True, **_FLUX),
+        out_channels=16, guidance_embeds=True, **_FLUX),
     "GlmImageTransformer2DModel": at(_IMAGE, "flow", prior_token_id=lambda n, g: torch.randint(64, (n, 16),
         generator=g), prior_token_drop=same(torch.zeros(16, dtype=torch.bool)), prior_vq_quantizer_codebook_size=64,
         select=0, null=s(prior_token_drop=1)),
