@@ -1,8 +1,8 @@
-"""The plateau rule: gradients of a known cosine, stops where they say so, on all ranks, and after a resumption."""
+"""The plateau rule: it stops where it says so, on all ranks, after a resumption, and whatever wraps the model."""
 
-import copy
 import dataclasses
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -10,69 +10,29 @@ import torch
 import torch.nn.functional as F
 from checkpointed import MODELS
 from loops import LAYER, denoising, new_criterion, new_teacher, noisy_batch, student, total
+from plain import refused
 from ranks import on_ranks
 from torch import Tensor, nn
 
 import selftrans_reg as st
 from selftrans_reg.errors import CaptureError
+from selftrans_reg.plateau import GradientProbe, PlateauRule
 
 # Dynamo looks at the .grad of every tensor, and hides the warning of its own looking in a way that pytest undoes.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
+
+@pytest.fixture(autouse=True)
+def _forget_what_was_compiled() -> Iterator[None]:
+    yield
+    torch.compiler.reset()
+
+
 TIMES = [0.35, 0.5, 0.58, 0.9]
+CPU = torch.device("cpu")
 EVERY_CALL = st.Plateau(interval=1, patience=3, threshold=0.2, smoothing=0.5)
-
-
-class Planted(nn.Module):
-    """A layer whose tokens are the output, so that a loss can have any gradient there."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layer = nn.Conv2d(4, 8, 2, 2)
-        generator = torch.Generator().manual_seed(0)
-        for parameter in self.parameters():
-            parameter.data = torch.randn(parameter.shape, generator=generator)
-
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        return self.layer(x)
-
-
-class PlantedRun:
-    """A loop in which the cosine of each call is chosen."""
-
-    def __init__(self, rule: st.Plateau | None, **settings: Any) -> None:
-        self.model = Planted()
-        shape = {"latent_channels": 4, "patch_size": 2, "hidden_size": 8, "hidden_features": 8}
-        settings = shape | {"time": "sit", "check_interval": None, "stop_when": rule} | settings
-        self.criterion = st.SelfTransLoss.stage1(self.model, layer="layer", **settings)
-
-    def call(
-        self, cosine: float, *, factor: float = 1.0, seed: int = 0, times: Sequence[float] = TIMES
-    ) -> st.LossTerms:
-        """One call and its backward pass; the denoising loss's gradient at the tokens has this cosine and factor."""
-        b = noisy_batch(list(times), seed=seed)
-        output = self.model(b.x_t, b.t)
-        tokens = output.detach().flatten(2).transpose(1, 2).requires_grad_()
-        inside = ((b.t >= 0.3) & (b.t <= 0.6)).float()
-        alignment = (inside * self.criterion.heads[0](tokens, b.latents)).sum() / len(b.t)
-        (a,) = torch.autograd.grad(alignment, tokens)
-        other = torch.randn(a.shape, generator=torch.Generator().manual_seed(seed + 1)) * inside[:, None, None]
-        other -= (other * a).sum() / a.square().sum().clamp(min=1e-30) * a
-        wanted = factor * (
-            cosine * F.normalize(a.flatten(), dim=0) + (1 - cosine**2) ** 0.5 * F.normalize(other.flatten(), dim=0)
-        )
-        # Outside the window the loop's loss may have any gradient: only where there is an alignment is it compared.
-        wanted = wanted.reshape(a.shape) + 3 * (1 - inside)[:, None, None]
-        terms = self.criterion((output.flatten(2).transpose(1, 2) * wanted).sum(), latents=b.latents)
-        terms.total.backward()
-        return terms
-
-    def stops_at(self, cosines: Sequence[float]) -> int | None:
-        """The number of the first call without alignment, counted from 1; None if all have one."""
-        weights = [self.call(cosine, seed=i).weight.item() for i, cosine in enumerate(cosines)]
-        on = sum(weight > 0 for weight in weights)
-        assert weights == [0.5] * on + [0.0] * (len(weights) - on)
-        return None if on == len(weights) else on + 1
+FALLING = [0.9, 0.6, 0.5, 0.3, 0.35, 0.1, 0.3, 0.05, -0.1, 0.0, -0.3, -0.2, -0.4, 0.0, -0.1]
+STEADY = [0.5, 0.1, 0.4, 0.3, 0.1, 0.1, 0.5, 0.3, 0.4, 0.1, 0.2, 0.6, 0.3, 0.2, 0.3]
 
 
 def plain_stop(cosines: Sequence[float], rule: st.Plateau) -> int | None:
@@ -91,17 +51,7 @@ def plain_stop(cosines: Sequence[float], rule: st.Plateau) -> int | None:
     return None
 
 
-FALLING = [0.9, 0.6, 0.5, 0.3, 0.35, 0.1, 0.3, 0.05, -0.1, 0.0, -0.3, -0.2, -0.4, 0.0, -0.1]
-STEADY = [0.5, 0.1, 0.4, 0.3, 0.1, 0.1, 0.5, 0.3, 0.4, 0.1, 0.2, 0.6, 0.3, 0.2, 0.3]
-
-
-@pytest.mark.parametrize(("cosine", "factor"), [(-0.9, 1e-4), (0.0, 1e3), (0.99, 1.0)])
-def test_a_planted_cosine_is_measured(cosine: float, factor: float) -> None:
-    run = PlantedRun(EVERY_CALL)
-    run.call(cosine, factor=factor)
-    assert run.criterion.measures["gradient_cosine"].item() == pytest.approx(cosine, abs=2e-3)
-
-
+@pytest.mark.parametrize("resumed", [False, True], ids=["", "resumed after each call"])
 @pytest.mark.parametrize(
     ("changes", "cosines", "stops"),
     [
@@ -112,73 +62,56 @@ def test_a_planted_cosine_is_measured(cosine: float, factor: float) -> None:
         ({}, STEADY, False),
     ],
 )
-def test_it_stops_where_the_rule_says(changes: dict[str, Any], cosines: list[float], stops: bool) -> None:
-    rule = dataclasses.replace(EVERY_CALL, **changes)
-    wanted, run = plain_stop(cosines, rule), PlantedRun(rule)
-    assert (wanted is not None) == stops
-    assert run.stops_at(cosines) == run.criterion.stopped_at == wanted
+def test_it_stops_where_the_rule_says(
+    changes: dict[str, Any], cosines: list[float], stops: bool, resumed: bool
+) -> None:
+    plateau = dataclasses.replace(EVERY_CALL, **changes)
+    rule = PlateauRule(plateau)
+    for calls, cosine in enumerate(cosines, 1):
+        rule.decide(calls, None, CPU)
+        if rule.stopped_at is not None:
+            break
+        rule.arm(GradientProbe(sums=torch.tensor([2 * cosine, 1.0, 4.0])), calls)  # d·a, d², a²
+        if resumed:
+            state = json.loads(json.dumps(rule.state()))
+            rule = PlateauRule(plateau)
+            rule.load(state)
+    assert (rule.stopped_at is not None) == stops
+    assert rule.stopped_at == plain_stop(cosines, plateau)
 
 
-def test_a_call_without_a_sample_inside_and_one_that_overflowed_measure_nothing() -> None:
-    run = PlantedRun(EVERY_CALL)
-    for seed in range(6):
-        run.call(-0.5, seed=seed, times=[0.9, 0.95])
-        run.call(-0.5, seed=seed, factor=torch.inf)
-    assert run.criterion.stopped_at is None
-    assert run.stops_at([-0.5] * 6) == 4
-
-
-def test_from_the_stop_on_the_teacher_is_not_run_nor_needed() -> None:
+@pytest.mark.parametrize("trouble", [None, "no sample inside", "overflow"])
+def test_from_the_stop_on_the_teacher_is_not_run_nor_needed(trouble: str | None) -> None:
     model, teacher, ran = student(), new_teacher(), []
     teacher.model.register_forward_pre_hook(lambda module, args: ran.append(1))
-    rule, b = st.Plateau(interval=2, patience=1, threshold=0.99), noisy_batch(TIMES)
+    rule, stop = st.Plateau(interval=2, patience=2, threshold=0.99), 17 if trouble else 15
     criterion = new_criterion(model, teacher=teacher, stop_when=rule)
-    for step in range(10, 17):
-        before = len(ran)
+    for step in range(10, 20):
+        troubled = trouble if step == 11 else None  # then nothing is measured
+        ran.clear()
+        b = noisy_batch([0.9] * 4 if troubled == "no sample inside" else TIMES)
         terms = criterion(denoising(model, b), latents=b.latents, step=step)
-        terms.total.backward()
-        assert (len(ran) > before) == (terms.weight > 0) == (step < 13)
-    assert criterion.stopped_at == 13
+        (terms.total * (torch.inf if troubled == "overflow" else 1)).backward()
+        assert (terms.weight > 0) == (step < stop)
+        assert (len(ran) > 0) == (step < stop and troubled != "no sample inside")
+        if step == stop - 2:
+            found = criterion.measures["gradient_cosine_smoothed"], criterion.measures["gradient_cosine"]
+            torch.testing.assert_close(*found)  # each call has the same
+    assert criterion.stopped_at == stop
     assert criterion.measures == {}
     other, settings = student(), {"time": "sit", "target_size": 16, "hidden_features": 24, "stop_when": rule}
     resumed = st.SelfTransLoss.stage2(other, layer=f"blocks.{LAYER}", teacher=None, **settings)
     resumed.load_state_dict(criterion.state_dict())
-    assert resumed.stopped_at == 13
+    assert resumed.stopped_at == stop
     assert total(other, resumed, b) == denoising(other, b).mean()
+    with refused(st.SettingError, "'patience': 2, ", "has stopped; this criterion has none"):
+        new_criterion(student()).load_state_dict(criterion.state_dict())
 
 
-@pytest.mark.parametrize("done", range(1, len(FALLING), 2))
-def test_stopped_after_any_call_it_goes_on_as_if_it_had_not(done: int) -> None:
-    rule = dataclasses.replace(EVERY_CALL, interval=2 if done % 4 == 1 else 1, patience=2)
-    through, first, resumed = PlantedRun(rule), PlantedRun(rule), PlantedRun(rule)
-    wanted = [through.call(cosine, seed=i).weight.item() for i, cosine in enumerate(FALLING)]
-    assert wanted[0] > 0 == wanted[-1]
-    found = [first.call(cosine, seed=i).weight.item() for i, cosine in enumerate(FALLING[:done])]
-    resumed.criterion.load_state_dict(copy.deepcopy(first.criterion.state_dict()))
-    found += [resumed.call(c, seed=i).weight.item() for i, c in enumerate(FALLING[done:], done)]
-    assert found == wanted
-    assert torch.equal(*(run.criterion.state_dict()["_extra_state"] for run in (resumed, through)))
-
-
-def test_a_run_that_was_stopped_is_not_resumed_without_the_rule() -> None:
-    run, without = PlantedRun(EVERY_CALL), PlantedRun(None)
-    assert run.stops_at([-0.5] * 5) == 4
-    with pytest.raises(st.SettingError, match=r"'patience': 3, .*has stopped; this criterion has none"):
-        without.criterion.load_state_dict(run.criterion.state_dict())
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"interval": 0}, "Plateau's interval must be a positive integer; got 0"),
-        ({"patience": 2.0}, "Plateau's patience must be a positive integer"),
-        ({"threshold": float("nan")}, "Plateau's threshold must be a number from -1 to below 1; got nan"),
-        ({"smoothing": True}, "Plateau's smoothing must be a number from 0 to below 1; got True"),
-    ],
-)
-def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(st.SettingError, match=message):
-        st.Plateau(**settings)
+def test_settings_that_make_no_sense() -> None:
+    for name, value in (("interval", 0), ("patience", 2.0), ("threshold", float("nan")), ("smoothing", True)):
+        with refused(st.SettingError, f"Plateau's {name} must be a ", f"; got {value!r}"):
+            st.Plateau(**{name: value})
 
 
 def measured(model: nn.Module, run: nn.Module | None = None) -> tuple[Tensor, Tensor]:
@@ -197,21 +130,20 @@ def measured(model: nn.Module, run: nn.Module | None = None) -> tuple[Tensor, Te
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("kind", MODELS)
 def test_checkpointing_changes_nothing(kind: str, reentrant: bool) -> None:
-    torch.testing.assert_close(*measured(MODELS[kind](reentrant, torch.device("cpu"))), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(*measured(MODELS[kind](reentrant, CPU)), rtol=1e-4, atol=1e-6)
 
 
-def test_blocks_compiled_one_by_one_change_nothing() -> None:
+def test_compiled_blocks_change_nothing() -> None:
     model = student()
     for block in model.blocks:
         block.compile(backend="aot_eager")
     torch.testing.assert_close(*measured(model), rtol=1e-4, atol=1e-6)
-    torch.compiler.reset()
 
 
 def test_what_hides_the_gradient_is_an_error_for_the_rule_and_no_alarm_without() -> None:
-    model, b = student(), noisy_batch(TIMES)
-    with pytest.raises(CaptureError, match="PyTorch's graph hides"):  # a detached loss is on the page of errors
-        measured(model, torch.compile(model, backend="aot_eager"))
+    first, model, b = student(), student(), noisy_batch(TIMES)
+    with refused(CaptureError, "PyTorch's graph hides"):  # a detached loss is on the page of errors
+        measured(first, torch.compile(first, backend="aot_eager"))
     torch.compiler.reset()
     criterion, compiled = new_criterion(model, health_interval=1), torch.compile(model, backend="aot_eager")
     optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=1e-3)
@@ -219,24 +151,22 @@ def test_what_hides_the_gradient_is_an_error_for_the_rule_and_no_alarm_without()
         total(compiled, criterion, b).backward()
         optimizer.step()
     assert criterion.measures.keys() == {"student_norm", "target_norm", "contrast"}
-    torch.compiler.reset()
 
 
-def distributed(rank: int, times: list[list[float]], cosines: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """Each rank's own batches and cosines; the weight of every call, and the smoothed cosines."""
-    run, weights, smoothed = PlantedRun(EVERY_CALL), [], []
-    for call, per_rank in enumerate(cosines):
-        weights.append(run.call(per_rank[rank], seed=10 * call + rank, times=times[rank]).weight)
-        smoothed.append(run.criterion.measures.get("gradient_cosine_smoothed", torch.zeros(())))
-    return torch.stack(weights), torch.stack(smoothed)
+def smoothed(rank: int, sums: Tensor) -> Tensor:
+    """What the rule has read in each call, from this rank's own sums (calls, ranks, 3)."""
+    rule, found = PlateauRule(EVERY_CALL), []
+    for calls, own in enumerate(sums[:, rank], 1):
+        found.append(rule.decide(calls, None, CPU).get("gradient_cosine_smoothed", torch.zeros(())))
+        rule.arm(GradientProbe(sums=own), calls)
+    return torch.stack(found)
 
 
-@pytest.mark.parametrize("second", [TIMES, [0.9, 0.95, 0.8, 0.99]], ids=["", "one has no sample inside"])
-def test_ranks_stop_at_the_same_call_though_they_see_different_cosines(second: list[float]) -> None:
-    cosines = [[0.9, 0.9], [0.5, 0.3], [0.6, -0.6], [-0.9, 0.7], [-0.8, 0.1], [-0.8, 0.0], [-0.9, 0.2], [-0.9, 0.2]]
-    (weights, smoothed), others = on_ranks(distributed, [TIMES, second], cosines)
-    assert torch.equal(weights, others[0])
-    assert torch.equal(smoothed, others[1])
-    assert weights[0] > 0 == weights[-1]
-    if second is not TIMES:  # what the other one sees is all there is
-        assert weights.tolist().index(0.0) + 1 == plain_stop([c[0] for c in cosines], EVERY_CALL)
+def test_ranks_read_the_sums_of_all_though_they_see_different_cosines() -> None:
+    cosines = torch.tensor([[0.9, 0.9], [0.6, -0.6], [-0.9, 0.7], [-0.8, 0.0], [-0.9, 0.2]])
+    sums = torch.stack([2 * cosines, torch.ones(5, 2), torch.full((5, 2), 4.0)], dim=2)
+    sums[1, 0] = 0  # no sample inside
+    wanted = smoothed(0, sums.sum(1, keepdim=True))
+    assert wanted[1:].abs().min() > 0.01
+    for found in on_ranks(smoothed, sums):
+        torch.testing.assert_close(found, wanted)
