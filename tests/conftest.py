@@ -16,7 +16,7 @@ torch.set_num_threads(1)
 
 # Files whose tests compile, start processes, load other libraries' models, draw, or run the docs: seconds each.
 SLOW = {
-    *("artefacts", "backbones", "borrowed", "checkpointing", "compile", "compiled", "ddp", "diffusers"),
+    *("artefacts", "backbones", "borrowed", "checkpointing", "compile", "ddp", "diffusers"),
     *("docs", "draw", "fsdp", "hub", "package", "plateau", "pretrained", "report"),
     *("health", "lifetime", "resume", "survey", "trainers", "waiting", "ways"),
 }

@@ -5,6 +5,8 @@ import gc
 import io
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -22,28 +24,15 @@ def hooks_of(model: nn.Module) -> int:
     return sum(len(value) for m in model.modules() for name, value in vars(m).items() if "hook" in name and value)
 
 
-def tap(model: nn.Module) -> st.FeatureTap:
-    return st.FeatureTap(model, ["blocks.0", "blocks.1"])
-
-
-@pytest.mark.parametrize("attach", [tap, new_criterion])
-def test_no_hook_remains(attach: Callable[[nn.Module], st.FeatureTap]) -> None:
+@pytest.mark.parametrize("attach", [partial(st.FeatureTap, layer=["blocks.0", "blocks.1"]), new_criterion])
+def test_no_hook_remains_and_attaching_again_does_not_add_up(attach: Callable[[nn.Module], Any]) -> None:
     model = student()
-    watcher = attach(model)
-    assert hooks_of(model) > 0
-    with pytest.raises(KeyError), watcher:
-        raise KeyError
+    with attach(model) as watcher:
+        once = hooks_of(model)
+        if attach is new_criterion:
+            watcher.attach(model)
+        assert hooks_of(model) == once > 0
     assert hooks_of(model) == 0
-
-
-def test_attaching_again_does_not_add_up() -> None:
-    model = student()
-    criterion = new_criterion(model)
-    once = hooks_of(model)
-    criterion.attach(model)
-    assert hooks_of(model) == once
-    total(model, criterion, B).backward()
-    assert_same(gradients(model, criterion), plain_gradients(B))
 
 
 @pytest.fixture
@@ -55,12 +44,12 @@ def _only_new_objects() -> Iterator[None]:
     gc.unfreeze()
 
 
-def living() -> tuple[Counter[str], tuple[int, int]]:
-    """How many objects of each type there are, and how many tensors of how many elements."""
+def living() -> tuple[Counter[str], int]:
+    """How many objects of each type there are, and how many elements the tensors have."""
     gc.collect()
     things = gc.get_objects()
     tensors = [thing for thing in things if issubclass(type(thing), Tensor)]  # isinstance would wake up proxies
-    return Counter(type(thing).__name__ for thing in things), (len(tensors), sum(t.numel() for t in tensors))
+    return Counter(type(thing).__name__ for thing in things), sum(t.numel() for t in tensors)
 
 
 @pytest.mark.usefixtures("_only_new_objects")
@@ -71,10 +60,9 @@ def test_hundreds_of_steps_leave_memory_flat(stage: int) -> None:
     criterion = new_criterion(model, stage)
     tap = st.FeatureTap(model, "blocks.0")
 
-    def steps(count: int) -> tuple[Counter[str], tuple[int, int]]:
+    def steps(count: int) -> tuple[Counter[str], int]:
         for _ in range(count):
-            model.zero_grad()
-            criterion.zero_grad()
+            model.zero_grad(), criterion.zero_grad()
             total(model, criterion, b).backward()
             tap.pop()
             with torch.no_grad():
@@ -86,31 +74,22 @@ def test_hundreds_of_steps_leave_memory_flat(stage: int) -> None:
             tap.discard()
         return living()
 
-    before, tensors = steps(5)
-    after, tensors_after = steps(200)
-    assert tensors_after == tensors
+    (before, elements), (after, elements_after) = steps(5), steps(200)
+    assert elements_after == elements
     # PyTorch fills a cache now and then; what the steps leave would be 200 of a kind.
     assert not {name: count - before[name] for name, count in after.items() if count - before[name] >= 100}
-
-
-@pytest.mark.usefixtures("_only_new_objects")
-def test_what_nobody_consumes_does_not_pile_up() -> None:
-    model = student()
-    criterion = new_criterion(model)
-    denoising(model, B)
-    _, before = living()
-    for _ in range(20):
-        denoising(model, B)
-    assert living()[1] == before
-    criterion.discard()
-    assert living()[1] < before
+    held = []
+    for _ in range(20):  # what nobody consumes does not pile up
+        denoising(model, b)
+        held.append(living()[1])
+    assert held == held[:1] * 20
+    criterion.discard(), tap.discard()
+    assert living()[1] == elements < held[0]
 
 
 def by_torch(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
+    torch.save(model, file := io.BytesIO())
+    return torch.load(io.BytesIO(file.getvalue()), weights_only=False)
 
 
 @pytest.mark.parametrize("through", [copy.deepcopy, by_torch])

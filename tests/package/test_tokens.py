@@ -5,22 +5,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import plain
 import pytest
 import torch
+from plain import refused
 from torch import Tensor, nn
 
-from selftrans_reg import SettingError, ShapeError
+from selftrans_reg import ShapeError
 from selftrans_reg.errors import CallError
 from selftrans_reg.modules import Layout
-from selftrans_reg.tokens import as_tokens, check_choice, check_grid, grid_of, tensors_in, walk
+from selftrans_reg.tokens import as_tokens, check_grid, grid_of, tensors_in, walk
 
-TEXT, IMAGE = torch.randn(2, 5, 8), torch.randn(2, 16, 8)
+TEXT, IMAGE, MAP = torch.randn(2, 5, 8), torch.randn(2, 16, 8), torch.randn(2, 8, 3, 5)
 
 
 @dataclass
 class Output:
-    hidden_states: Tensor
+    hidden_states: Tensor | None
     context: Tensor | None = None
 
 
@@ -45,26 +45,13 @@ def test_select_picks_by_index_key_field_or_callable_unless_there_is_one_tensor(
     assert tokens_of(output, select) is IMAGE
 
 
-def test_an_ambiguous_output_is_listed_as_one_would_index_it() -> None:
-    found = "  [0]['text']: (2, 5, 8)\n  [1][0]: (2, 16, 8)\n  [2]['hidden_states']: (2, 16, 8)\nSay which with select="
-    with plain.refused(CallError, "'blocks.1' returns a tuple with 3 tensors, and nothing is guessed:\n", found):
-        tokens_of(({"text": TEXT}, [IMAGE, "x"], Output(IMAGE)))
-    with plain.refused(CallError, "with 0 tensors, and nothing is guessed:\n  no tensor at all\n"):
-        tokens_of(())
-
-
-@pytest.mark.parametrize(
-    ("select", "parts"),
-    [
-        (2, ["select=2 does not fit the output of layer 'blocks.1', a tuple", "out of range", "[1]: (2, 16, 8)"]),
-        ("image", ["select='image' does not fit", "It holds:\n  [0]: (2, 5, 8)"]),
-        (lambda output: output["a"], ["select=<lambda> does not fit"]),
-        (lambda output: len(output), ["select=<lambda> picks 2 from", "not a tensor"]),
-    ],
-)
-def test_a_select_that_does_not_fit_is_refused(select: Any, parts: list[str]) -> None:
-    with plain.refused(CallError, *parts):
-        tokens_of((TEXT, IMAGE), select)
+def test_tokens_slices_the_second_axis_or_is_called_with_the_tensor_and_the_calls_arguments() -> None:
+    torch.testing.assert_close(tokens_of(IMAGE, tokens=slice(1, None)), IMAGE[:, 1:])
+    grid = torch.randn(2, 4, 4, 8)  # channels last: the callable knows
+    torch.testing.assert_close(tokens_of(grid, tokens=lambda x: x.flatten(1, 2)), grid.reshape(2, 16, 8))
+    torch.testing.assert_close(tokens_of(IMAGE, tokens=lambda x, start=3: x[:, start:]), IMAGE[:, 3:])
+    found = tokens_of(torch.cat([TEXT, IMAGE], 1), tokens=lambda x, arguments: x[:, arguments["length"] :])
+    torch.testing.assert_close(found, IMAGE)
 
 
 class Swin(nn.Module):
@@ -74,6 +61,34 @@ class Swin(nn.Module):
         super().__init__()
         self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.table = nn.Parameter(torch.zeros(169, 4))
+
+
+DEEP = ({"text": TEXT}, [IMAGE, "x"], Output(IMAGE))
+NOT_GUESSED = "'blocks.1' returns a tuple with 3 tensors, and nothing is guessed:\n"
+LISTED = "  [0]['text']: (2, 5, 8)\n  [1][0]: (2, 16, 8)\n  [2]['hidden_states']: (2, 16, 8)\nSay which with select="
+
+
+@pytest.mark.parametrize(
+    ("output", "more", "error", "part"),
+    [
+        (DEEP, {}, CallError, NOT_GUESSED + LISTED),
+        ((), {}, CallError, "with 0 tensors, and nothing is guessed:\n  no tensor at all\n"),
+        (DEEP, {"select": 3}, CallError, "select=3 does not fit the output of layer 'blocks.1', a tuple"),
+        (DEEP, {"select": "image"}, CallError, "select='image' does not fit"),
+        (DEEP, {"select": lambda output: output["a"]}, CallError, "select=<lambda> does not fit"),
+        (DEEP, {"select": lambda output: len(output)}, CallError, "select=<lambda> picks 3 from"),
+        (IMAGE[:, 0], {}, ShapeError, "tensor of shape (2, 8), not tokens (N, T, D).\nTap a block"),
+        (IMAGE, {"tokens": slice(16, None)}, ShapeError, "tokens=slice(16, None, None) leaves none of the 16"),
+        (IMAGE, {"tokens": lambda x: x[:, 0]}, ShapeError, "shape (2, 8)"),
+        (IMAGE, {"tokens": lambda x: [x]}, CallError, "tokens= returned list for layer 'blocks.1'"),
+        (MAP, {"of": nn.Identity()}, ShapeError, "(2, 8, 3, 5), and which axis is D is open: its width is not known"),
+        (MAP, {"of": Swin(7)}, ShapeError, "its width is one of 7, 21, 169, and no axis fits"),
+        (MAP[..., 0], {}, ShapeError, "its width is 8, and only axis 1 fits"),
+    ],
+)
+def test_what_does_not_fit_is_refused(output: Any, more: dict[str, Any], error: Any, part: str) -> None:
+    with refused(error, part):
+        tokens_of(output, **more)
 
 
 @pytest.mark.parametrize("layout", ["ndhw", "nhwd", "ndfhw", "nfdhw", "nfhwd"])
@@ -92,29 +107,12 @@ def test_the_layers_width_says_which_axis_of_a_map_it_is(layout: str, of: nn.Mod
 def test_where_two_axes_may_be_the_width_the_layers_class_decides_or_it_is_asked_for(shape: tuple[int, ...]) -> None:
     value = torch.randn(shape)
     for of in (8, nn.ModuleList([nn.Linear(4, 8)])):
-        with plain.refused(
-            ShapeError,
-            f"shape {shape}",
-            "its width is 8, and axes [",
-            "Pass tokens=lambda",
-            "lambda x: x.flatten(1, -2)",
-            "select=",
-        ):
+        with refused(ShapeError, f"shape {shape}", "its width is 8, and axes [", "Pass tokens=lambda"):
             tokens_of(value, of=of)
     for last in (nn.Linear(4, 8), nn.LayerNorm(8), nn.Sequential(nn.Conv2d(4, 4, 1), nn.LayerNorm(8))):
         torch.testing.assert_close(tokens_of(value, of=last), value.flatten(1, -2))
     for first in (nn.Conv2d(4, 8, 1), nn.GroupNorm(2, 8), nn.Sequential(nn.Linear(4, 4), nn.Conv3d(4, 8, 1))):
         torch.testing.assert_close(tokens_of(value, of=first), value.flatten(2).transpose(1, 2))
-
-
-def test_a_tensor_whose_width_is_elsewhere_is_asked_about() -> None:
-    for of, shape, width in (
-        (nn.Identity(), (2, 8, 3, 5), "its width is not known, and no axis fits"),
-        (Swin(7), (2, 8, 3, 5), "its width is one of 7, 21, 169, and no axis fits"),
-        (8, (2, 8, 6), "its width is 8, and only axis 1 fits"),
-    ):
-        with plain.refused(ShapeError, f"shape {shape}, and which axis is D is open: {width}"):
-            tokens_of(torch.zeros(shape), of=of)
 
 
 def test_three_axes_are_tokens_unless_the_layer_is_a_convolution() -> None:
@@ -124,69 +122,18 @@ def test_three_axes_are_tokens_unless_the_layer_is_a_convolution() -> None:
     torch.testing.assert_close(tokens_of(value, of=nn.Conv1d(4, 8, 1)), value.transpose(1, 2))
 
 
-def test_tokens_slices_the_second_axis_or_is_called_with_the_tensor_and_the_calls_arguments() -> None:
-    torch.testing.assert_close(tokens_of(IMAGE, tokens=slice(1, None)), IMAGE[:, 1:])
-    grid = torch.randn(2, 4, 4, 8)  # channels last: the callable knows
-    torch.testing.assert_close(tokens_of(grid, tokens=lambda x: x.flatten(1, 2)), grid.reshape(2, 16, 8))
-    torch.testing.assert_close(tokens_of(IMAGE, tokens=lambda x, start=3: x[:, start:]), IMAGE[:, 3:])
-    found = tokens_of(torch.cat([TEXT, IMAGE], 1), tokens=lambda x, arguments: x[:, arguments["length"] :])
-    torch.testing.assert_close(found, IMAGE)
-
-
-@pytest.mark.parametrize(
-    ("tensor", "tokens", "error", "part"),
-    [
-        (
-            IMAGE[:, 0],
-            None,
-            ShapeError,
-            "'blocks.1' gives a tensor of shape (2, 8), not tokens (N, T, D).\nTap a block",
-        ),
-        (IMAGE, slice(16, None), ShapeError, "tokens=slice(16, None, None) leaves none of the 16 tokens of layer"),
-        (IMAGE, lambda x: x[:, 0], ShapeError, "shape (2, 8)"),
-        (IMAGE, lambda x: [x], CallError, "tokens= returned list for layer 'blocks.1'; it must return a tensor"),
-    ],
-)
-def test_what_is_left_must_be_tokens(tensor: Tensor, tokens: Any, error: type[Exception], part: str) -> None:
-    with plain.refused(error, part):
-        tokens_of(tensor, tokens=tokens)
-
-
-@pytest.mark.parametrize("choice", [(True, None), (1.5, None), ([0], None), (None, 1), (None, "a"), (None, (1, None))])
-def test_select_or_tokens_of_another_kind_is_refused(choice: Any) -> None:
-    with pytest.raises(SettingError, match="select must be an index, a key" if choice[0] else "tokens must be a slice"):
-        check_choice(*choice)
-
-
 def test_the_grid_counts_patches_along_each_axis() -> None:
     assert grid_of(torch.zeros(2, 4, 8, 6), (2, 2)) == (4, 3)
     assert grid_of(torch.zeros(2, 4, 3, 8, 6), (1, 2, 2)) == (3, 4, 3)
     for shape in ((2, 4, 8, 7), (2, 4, 8), (2, 4, 3, 8, 8)):
-        with plain.refused(ShapeError, f"Latents of shape {shape} do not divide into patches of (2, 2)."):
+        with refused(ShapeError, f"Latents of shape {shape} do not divide into patches of (2, 2)."):
             grid_of(torch.zeros(shape), (2, 2))
-
-
-@pytest.mark.parametrize(
-    ("count", "parts"),
-    [
-        (18, ["tokens=slice(2, None)", "tokens=slice(None, 16)", "slice(k, k + 16)"]),
-        (8, ["which has 16.\nThis may be another stream, such as the text's (select=)", "a masked", "patch_size"]),
-    ],
-)
-def test_tokens_that_do_not_fit_the_grid_name_what_would_or_what_they_may_be(count: int, parts: list[str]) -> None:
-    with plain.refused(ShapeError, f"{count} tokens do not fit the latent grid 4×4, which has 16", *parts):
-        check_grid(torch.zeros(2, count, 8), (4, 4))
-
-
-@dataclass
-class Settings:
-    """A container without a tensor."""
-
-    size: int
+    with refused(ShapeError, "8 tokens do not fit the latent grid 4×4, which has 16.\nThis may be another stream"):
+        check_grid(torch.zeros(2, 8, 8), (4, 4))
 
 
 def test_the_walk_copies_what_changes_and_shares_no_fresh_container() -> None:
-    value = {"empty": {}, "list": [[]], "pair": (IMAGE, {}), "own": Output(IMAGE), "settings": Settings(3), "n": 1}
+    value = {"empty": {}, "list": [[]], "pair": (IMAGE, {}), "own": Output(IMAGE), "settings": Output(None), "n": 1}
     assert walk(value, lambda tensor, path: tensor) is value
     assert [path for path, _ in tensors_in(value, "y")] == ["y['pair'][0]", "y['own']['hidden_states']"]
     found = walk(value, lambda tensor, path: tensor, fresh=True)

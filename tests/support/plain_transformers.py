@@ -5,14 +5,14 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 Weights = dict[str, Tensor]
 
 
 def norm(x: Tensor, eps: float = 1e-6) -> Tensor:
-    centred = x - x.mean(-1, keepdim=True)
-    return centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    return (x - x.mean(-1, keepdim=True)) / (x.var(-1, False, keepdim=True) + eps).sqrt()
 
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -31,34 +31,23 @@ def linear(weights: Weights, name: str, x: Tensor) -> Tensor:
     return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
 
 
-def grid_of(weights: Weights, side: int) -> tuple[int, list[tuple[int, int]]]:
-    """The patch, and the places of the tokens, row by row."""
-    p = weights["x_embedder.proj.weight"].shape[-1]
-    return p, [(i, j) for i in range(side // p) for j in range(side // p)]
-
-
 def embedded(weights: Weights, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
     """The tokens of noisy latents, and the embedding of the times."""
-    p, grid = grid_of(weights, x.shape[-1])
-    patches = [x[:, :, p * i : p * i + p, p * j : p * j + p] for i, j in grid]
-    kernel = weights["x_embedder.proj.weight"]
-    tokens = torch.stack([torch.einsum("nchw,dchw->nd", patch, kernel) for patch in patches], dim=1)
+    kernel, bias = weights["x_embedder.proj.weight"], weights["x_embedder.proj.bias"]
+    patches = F.unfold(x, kernel.shape[-1], stride=kernel.shape[-1]).mT  # (N, T, C p p)
     angles = torch.stack([t * 10_000 ** (-k / 128) for k in range(128)], dim=1)
     waves = torch.cat([angles.cos(), angles.sin()], dim=1)
     c = linear(weights, "t_embedder.mlp.2", silu(linear(weights, "t_embedder.mlp.0", waves)))
-    return tokens + weights["x_embedder.proj.bias"] + weights["pos_embed"], c
+    return patches @ kernel.flatten(1).T + bias + weights["pos_embed"], c
 
 
 def decoded(weights: Weights, tokens: Tensor, c: Tensor, like: Tensor) -> Tensor:
     """The last layer, and its patches put together; of doubled channels the first half."""
     shift, scale = linear(weights, "final_layer.adaLN_modulation.1", silu(c)).split(tokens.shape[-1], dim=1)
     flat = linear(weights, "final_layer.linear", modulated(tokens, shift, scale))
-    p, grid = grid_of(weights, like.shape[-1])
-    image = torch.empty(len(like), flat.shape[-1] // p**2, *like.shape[2:])
-    for number, (i, j) in enumerate(grid):
-        patch = flat[:, number].reshape(len(like), p, p, -1)  # channel innermost
-        image[:, :, p * i : p * i + p, p * j : p * j + p] = patch.permute(0, 3, 1, 2)
-    return image[:, : like.shape[1]]
+    p = weights["x_embedder.proj.weight"].shape[-1]
+    patches = flat.unflatten(2, (p * p, -1)).mT.flatten(2)  # (N, T, C p p), of pixels with their channels innermost
+    return F.fold(patches.mT, like.shape[2:], p, stride=p)[:, : like.shape[1]]
 
 
 def projected(weights: Weights, block: str, tokens: Tensor, c: Tensor) -> tuple[Sequence[Tensor], Sequence[Tensor]]:

@@ -1,105 +1,70 @@
 """A pretend GPU: on any machine it shows what on a GPU would fail, or make the host wait.
 
-Its tensors say that they lie on another device (PyTorch's PrivateUse1, which a backend written in Python may take) and
-compute on the host. As on CUDA, an operation on tensors of two devices is an error; and a copy to pinned memory has
-arrived only when an event behind it was waited for. Whatever would have to wait for the device is noted.
-
-A process has it for good, and not for every other test's sake: :func:`on_pretend_gpu` has a process of its own.
+Its tensors say that they lie on another device, and compute on the host. As on CUDA, an operation on tensors of two
+devices is an error; a copy to pinned memory has arrived only when an event behind it was waited for; and whatever would
+have to wait for the device warns, as in CUDA's synchronisation debug mode.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 from selftrans_reg import alignment
 
-NAME = "pretend"
-GPU = f"{NAME}:0"
+NAME = "lazy"  # a device that PyTorch knows, that has no backend here, and whose backward passes run on the host
 
 _aten = torch.ops.aten
 # Their result's shape, or their result itself, is read from the device.
-_READS = (
-    _aten._local_scalar_dense.default,
-    _aten.nonzero.default,
-    _aten.masked_select.default,
-    _aten.equal.default,
-    _aten.is_nonzero.default,
-)
-_INDEXING = (_aten.index.Tensor, _aten.index_put_.default, _aten._index_put_impl_.default)
+_READS = (_aten._local_scalar_dense, _aten.nonzero, _aten.masked_select, _aten.equal, _aten.is_nonzero)
+_INDEXING = (_aten.index, _aten.index_put_, _aten._index_put_impl_)
+_under_way: list[tuple[Tensor, Tensor]] = []  # copies to pinned memory that no event is behind: (to, values)
 
 
-def on_pretend_gpu(function: Callable[..., Any], *args: object) -> Any:
-    """``function(*args)`` in the process that has the pretend GPU, and what it returned."""
-    return _pool().submit(_beside_it, function, args).result()
-
-
-@functools.cache
-def _pool() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, get_context("spawn"), initializer=_install)
-
-
-def _install() -> None:
-    torch.set_num_threads(1)
-    _setup_privateuseone_for_python_backend(NAME, backend_module=_Module())
-    torch.__future__.set_swap_module_params_on_conversion(True)  # how .to() moves parameters to another class
-    alignment.ASYNCHRONOUS = (NAME,)
-    torch.cuda.Event = _Event
-    torch.cuda.current_stream = lambda device: device
-
-
-def _beside_it(function: Callable[..., Any], args: tuple[object, ...]) -> Any:
-    with _Dispatch():
-        return function(*args)
-
-
-class _Module(_DummyBackendModule):
-    def get_amp_supported_dtype(self) -> list[torch.dtype]:
-        return [torch.bfloat16]
+@contextmanager
+def pretend_gpu() -> Iterator[None]:
+    """While inside there is one."""
+    with pytest.MonkeyPatch.context() as patch, _Dispatch():
+        patch.setattr(alignment, "ASYNCHRONOUS", (NAME,))
+        patch.setattr(torch.cuda, "Event", _Event)
+        patch.setattr(torch.cuda, "current_stream", lambda device: device)
+        patch.setattr(torch, NAME, torch.cpu, raising=False)  # the device's module, which checkpointing looks for
+        patch.setattr(torch, "autocast", lambda *args, **kwargs: nullcontext())  # which does not know the device
+        patch.setattr(torch, "is_autocast_enabled", lambda device: False)
+        # How .to() moves parameters to another class.
+        patch.setattr(torch.__future__, "_swap_module_params_on_conversion", True)
+        yield
 
 
 class GPUTensor(Tensor):
-    """A tensor on the pretend GPU.
-
-    Attributes:
-        held: Its values, on the host.
-    """
+    """A tensor on the pretend GPU, whose values the host holds in ``held``."""
 
     held: Tensor
+    __torch_function__ = torch._C._disabled_torch_function_impl  # what is copied to the host is none of these
 
     @staticmethod
     def __new__(cls, held: Tensor) -> GPUTensor:
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset()}
-        tensor = Tensor._make_wrapper_subclass(cls, held.size(), dtype=held.dtype, device=GPU, **layout)
+        tensor = Tensor._make_wrapper_subclass(cls, held.size(), dtype=held.dtype, device=f"{NAME}:0", **layout)
         tensor.held = held
         return tensor
 
     @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is Tensor.tolist:  # of a class like this one PyTorch refuses it
-            waits.append("aten.tolist")
-            return args[0].held.tolist()
-        with torch._C.DisableTorchFunctionSubclass():  # which would make what was copied to the host one of these
-            return func(*args, **kwargs or {})
+    def __torch_dispatch__(cls, func: Any, *args: Any) -> Any:
+        raise AssertionError(f"{func} outside of pretend_gpu()")
 
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-
-waits: list[str] = []
-"""What has waited for the device so far, by the operation's name."""
-
-_under_way: list[tuple[Tensor, Tensor]] = []  # copies to pinned memory that no event is behind: (to, values)
+    def tolist(self) -> list[Any]:
+        """Of a class like this one PyTorch refuses it."""
+        _waits("tolist")
+        return self.held.tolist()
 
 
 class _Event:
@@ -115,75 +80,44 @@ class _Event:
             to.copy_(values)
 
 
+def _waits(what: object) -> None:
+    warnings.warn(f"called a synchronizing operation: {what}", stacklevel=2)
+
+
 class _Dispatch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _run(func, args, kwargs or {})
-
-
-def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One operation: refused or noted if it is one for that, then done on the host."""
-    given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
-    device = kwargs.get("device")
-    on_gpu = any(isinstance(tensor, GPUTensor) for tensor in given) if device is None else device.type == NAME
-    if func is _aten._fused_sdp_choice.default:
-        return 0  # attention by matrix products
-    if func is _aten.is_pinned.default:
-        return _pinned(args[0])
-    if func is _aten.copy_.default and _leaves_alone(*args, **kwargs):
-        to, source = args[:2]
-        _under_way.append((to, source.held.clone()))
-        return to.logical_not_()  # until the values arrive: wrong ones
-    _note(func, args, kwargs, given, on_gpu)
-    pinned = kwargs.pop("pin_memory", False) or func is _aten._pin_memory.default
-    if device is not None:
-        kwargs = kwargs | {"device": torch.device("cpu")}
-    if pinned and func is _aten._pin_memory.default:
-        func = _aten.clone.default
-    result = func(*tree_map(_held, args), **tree_map(_held, kwargs))
-    if pinned:
-        result.pinned = True
-    if not on_gpu:
-        return result
-    ours = {id(tensor.held): tensor for tensor in given if isinstance(tensor, GPUTensor)}
-    return tree_map(lambda value: _placed(value, ours), result)
-
-
-def _note(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: list[Tensor], on_gpu: bool) -> None:
-    """Note what waits, and refuse what mixes devices."""
-    if func in (_aten._to_copy.default, _aten.copy_.default):
-        source = given[-1]
-        crosses = isinstance(source, GPUTensor) != on_gpu or len({type(tensor) for tensor in given}) > 1
-        left_alone = kwargs.get("non_blocking", len(args) > 2 and args[2]) and _pinned(source)
-        if crosses and not left_alone:
-            waits.append(str(func))
-        return
-    if not any(isinstance(tensor, GPUTensor) for tensor in given):
-        return
-    if func in _READS:
-        waits.append(str(func))
-    indices = [tensor for tensor in tree_leaves(args[1]) if isinstance(tensor, Tensor)] if func in _INDEXING else []
-    if any(index.dtype == torch.bool or not isinstance(index, GPUTensor) for index in indices):
-        waits.append(str(func))
-    for tensor in given:
-        if not isinstance(tensor, GPUTensor) and tensor.ndim > 0 and not any(tensor is index for index in indices):
-            raise RuntimeError(f"{func} got tensors on the GPU and one of shape {tuple(tensor.shape)} on the host")
-
-
-def _leaves_alone(to: Tensor, source: Tensor, non_blocking: bool = False) -> bool:
-    """Whether a copy goes to pinned memory while the host goes on."""
-    return non_blocking and isinstance(source, GPUTensor) and not isinstance(to, GPUTensor) and _pinned(to)
-
-
-def _pinned(tensor: Tensor) -> bool:
-    return getattr(tensor, "pinned", False)
-
-
-def _held(value: Any) -> Any:
-    return value.held if isinstance(value, GPUTensor) else value
-
-
-def _placed(value: Any, ours: dict[int, GPUTensor]) -> Any:
-    """A result on the GPU: the tensor itself where the operation was in place."""
-    if not isinstance(value, Tensor):
-        return value
-    return ours[id(value)] if id(value) in ours else GPUTensor(value)
+        """One operation: refused or warned of if it is one for that, then done on the host."""
+        if func is _aten._fused_sdp_choice.default:
+            return 0  # attention by matrix products
+        kwargs = kwargs or {}
+        given = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+        on_host = [tensor for tensor in given if not isinstance(tensor, GPUTensor)]
+        device = kwargs.get("device")
+        to_gpu = len(on_host) < len(given) if device is None else device.type == NAME
+        if func in (_aten._to_copy.default, _aten.copy_.default):
+            to_gpu = isinstance(args[0], GPUTensor) if func is _aten.copy_.default else to_gpu
+            goes_on = kwargs.get("non_blocking") or args[2:] == (True,)
+            if isinstance(given[-1], GPUTensor) != to_gpu:
+                if not goes_on or not any(hasattr(tensor, "pinned") for tensor in on_host):
+                    _waits(func)
+                elif not to_gpu:
+                    _under_way.append((args[0], args[1].held.clone()))
+                    return args[0].logical_not_()  # until the values arrive: wrong ones
+        elif len(on_host) < len(given):
+            indices = args[1] if func.overloadpacket in _INDEXING else ()
+            by_mask = any(index is not None and index.dtype == torch.bool for index in indices)
+            if by_mask or func.overloadpacket in _READS:
+                _waits(func)
+            if any(tensor.ndim > 0 for tensor in on_host):
+                raise RuntimeError(f"{func} got tensors on the GPU and on the host")
+        pinned = kwargs.pop("pin_memory", False)
+        if func is _aten._pin_memory.default:
+            func, pinned = _aten.clone.default, True
+        kwargs = kwargs if device is None else kwargs | {"device": "cpu"}
+        held_args, held_kwargs = tree_map(lambda v: v.held if isinstance(v, GPUTensor) else v, (args, kwargs))
+        result = func(*held_args, **held_kwargs)
+        if pinned:
+            result.pinned = True
+        if func._schema.is_mutable:
+            return args[0]
+        return tree_map(lambda v: GPUTensor(v) if isinstance(v, Tensor) else v, result) if to_gpu else result
