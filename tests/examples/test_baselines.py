@@ -13,6 +13,7 @@ from common.paths import velocity_loss
 from common.sit import FinalLayer, SiT
 from common.training import averaged_copy
 from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity, pixel_shuffle
 
 import selftrans_reg as st
 
@@ -63,11 +64,6 @@ class Batch:
         return criterion(self.loss, latents=self.latents, step=step)
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """The mean cosine over samples and tokens."""
-    return ((a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))).mean()
-
-
 def test_terms_are_their_formulas_and_reach_their_layer(model: SiT, global_rng_untouched: None) -> None:
     """Minus the cosine to a deeper layer, or to the encoder of the batch; the log mean over all pairs."""
     with torch.random.fork_rng():
@@ -79,9 +75,9 @@ def test_terms_are_their_formulas_and_reach_their_layer(model: SiT, global_rng_u
     z = batch.tokens[1].flatten(1).double()
     pairs = [torch.exp(-((a - b) ** 2).mean() / 0.7) for a in z for b in z]
     for criterion, weight, expected in [
-        (repa, 1.0, -cosine(head(batch.tokens[1]), targets[2])),
+        (repa, 1.0, -cosine_similarity(head(batch.tokens[1]), targets[2], -1).mean()),
         (dispersive, 0.5, torch.stack(pairs).mean().log().float()),
-        (layersync, 0.3, -cosine(batch.tokens[0], batch.tokens[2])),
+        (layersync, 0.3, -cosine_similarity(batch.tokens[0], batch.tokens[2], -1).mean()),
     ]:
         terms = batch.terms(criterion, step=2)
         torch.testing.assert_close(terms.alignment, expected.detach(), rtol=1e-4, atol=1e-5)
@@ -103,7 +99,7 @@ def test_internal_guidance_regresses_the_velocity_early_and_samples_away_from_it
     def early_velocity(final: nn.Module, batch: Batch) -> Tensor:
         patches = final(batch.tokens[1], model.t_embedder(batch.t) + model.y_embedder(batch.y))
         patches = patches.unflatten(2, (2, 2, 3)).permute(0, 4, 2, 3, 1).reshape(N, 12, 2, 2)  # channel, row, column
-        return nn.functional.pixel_shuffle(patches, 2)
+        return pixel_shuffle(patches, 2)
 
     batch = Batch(model)
     terms = batch.terms(criterion)
@@ -146,7 +142,7 @@ def test_sra_regresses_the_averages_layer_at_a_cleaner_time(model: SiT, distance
     if distance == "smooth_l1":
         expected = torch.where(error < 0.05, error**2 / 0.1, error - 0.025).mean()
     else:  # of each channel, along the tokens
-        expected = 1 - cosine(projected.mT, tokens[2].mT)
+        expected = 1 - cosine_similarity(projected, tokens[2], 1).mean()
     torch.testing.assert_close(terms.alignment, expected.detach(), rtol=1e-4, atol=1e-5)
     terms.total.backward()
     assert all(parameter.grad is None for parameter in ema.parameters())

@@ -77,17 +77,11 @@ def test_a_foreign_sit_needs_to_be_told_its_time_and_data(tmp_path: Path, latent
         opened(path, f"--data={latents}")
     with pytest.raises(Mistake, match="pass --data FOLDER"):
         opened(path, "--time=sit")
-    for time, options in {
-        "sit": ["--time=sit"],
-        "sit-gvp": ["--time=sit", "--path=cosine"],
-        "repa": ["--time=repa"],
-    }.items():
-        subject = opened(path, f"--data={latents}", *options)
+    for said, on, time in [("sit", "linear", "sit"), ("sit", "cosine", "sit-gvp"), ("repa", "linear", "repa")]:
+        subject = opened(path, f"--data={latents}", f"--time={said}", f"--path={on}")
         assert subject.measured == {"time": time, "null": None}  # without label dropout there is no null class
         assert subject.decode is None
-
-
-def test_other_latents_than_the_models_are_refused(tmp_path: Path, latents: Path) -> None:
+    # What a file does say has to hold.
     shifted = write_checkpoint(tmp_path / "a.pt", 1, ARGS | {"scale_factor": 0.18215, "shift_factor": 3.0})
     with pytest.raises(Mistake, match=r"latents of scale 0.18215, shift 3.0; here they have scale 0.18215, shift 0.0"):
         opened(shifted, f"--data={latents}")

@@ -16,8 +16,7 @@ TINY = Shape(3, 32, 2, 4, 8, 2, 2)
 
 @pytest.fixture
 def bench() -> overhead.Bench:
-    settings = argparse.Namespace(device="cpu", autocast=False, compile=False)
-    return overhead.Bench(TINY, settings, set(VARIANTS))
+    return overhead.Bench(TINY, argparse.Namespace(device="cpu", autocast=False, compile=False), set(VARIANTS))
 
 
 @pytest.mark.parametrize("autocast", [False, True])

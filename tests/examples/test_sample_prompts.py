@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import sample_prompts
 import torch
-from common.demo import save_text_encoder
+from common.demo import TEXT_LENGTH, save_text_encoder
 from common.loading import mmdit_from_checkpoint
 from common.mmdit import MMDiT
 from common.options import Mistake
@@ -14,14 +14,21 @@ from common.samplers import image_generator
 from common.text import load_text_encoder
 from common.vae import decode, load_vae
 from PIL import Image
-from tiny_runs import write_checkpoint, write_prompt_run
+from tiny_runs import MMDIT_SIZES, SCALE, write_checkpoint, write_vae
 
 PROMPTS = ("a red ring on a blue ground", "white ground with a black cross", "a green circle on a red ground")
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_prompt_run(tmp_path_factory.mktemp("runs") / "self", 2, 4)
+    """A run's folder: two checkpoints, the VAE and the text encoder that they name."""
+    folder = tmp_path_factory.mktemp("runs") / "self"
+    save_text_encoder(folder / "text_encoder", seed=0)
+    args = {"vae": str(write_vae(folder / "vae")), "text_encoder": str(folder / "text_encoder"), "scale_factor": SCALE}
+    args |= MMDIT_SIZES | {"context_length": TEXT_LENGTH, "path": "linear"}
+    for step in (2, 4):
+        write_checkpoint(folder / f"checkpoints/{step:07d}.pt", step, args, MMDiT)
+    return folder
 
 
 def sample(run: Path, out: Path, *more: str) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common.demo import TEXT_LENGTH, TEXT_WIDTH, save_text_encoder
+from common.demo import TEXT_WIDTH
 from common.mmdit import MMDiT
 from common.sit import SiT
 from common.vae import new_vae
@@ -60,16 +60,6 @@ def write_run(folder: Path, *steps: int) -> Path:
         write_checkpoint(folder / f"checkpoints/{step:07d}.pt", step, ARGS | {"scale_factor": SCALE})
     if not (folder / "vae").exists():
         write_vae(folder / "vae")
-    return folder
-
-
-def write_prompt_run(folder: Path, *steps: int) -> Path:
-    """A text-to-image run's folder: checkpoints of an MMDiT, the VAE and the text encoder that they name."""
-    save_text_encoder(folder / "text_encoder", seed=0)
-    args = {"vae": str(write_vae(folder / "vae")), "text_encoder": str(folder / "text_encoder"), "scale_factor": SCALE}
-    args |= MMDIT_SIZES | {"context_length": TEXT_LENGTH, "path": "linear"}
-    for step in steps:
-        write_checkpoint(folder / f"checkpoints/{step:07d}.pt", step, args, MMDiT)
     return folder
 
 
