@@ -16,9 +16,9 @@ torch.set_num_threads(1)
 
 # Files whose tests compile, start processes, load other libraries' models, draw, or run the docs: seconds each.
 SLOW = {
-    *("artefacts", "backbones", "borrowed", "checkpointing", "compile", "ddp", "diffusers"),
-    *("docs", "draw", "fsdp", "hub", "package", "plateau", "pretrained", "report"),
-    *("health", "lifetime", "resume", "survey", "trainers", "waiting", "ways"),
+    *("artefacts", "backbones", "borrowed", "checkpointing", "compile", "diffusers"),
+    *("docs", "draw", "hub", "package", "plateau", "pretrained", "ranks", "report"),
+    *("health", "lifetime", "survey", "trainers", "waiting", "ways"),
 }
 
 

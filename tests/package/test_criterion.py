@@ -14,7 +14,6 @@ import selftrans_reg as st
 # Noise fractions around the edges of the published window (0.4, 0.7), closed with 1e-6 of slack; five are inside.
 FRACTIONS = [0.1, 0.4, 0.55, 0.7, 0.4 - 5e-7, 0.7 + 5e-7, 0.4 - 3e-6, 0.7 + 3e-6, 0.95]
 B = noisy_batch([1 - fraction for fraction in FRACTIONS])
-INSIDE = noisy_batch([0.35, 0.4, 0.45, 0.5, 0.55, 0.59])
 REPA = {"time": "repa", "call": {"t": lambda arguments: 1 - arguments["t"]}}  # t = 1 is noise there
 DDPM = {"time": "ddpm", "call": {"t": lambda arguments: (999 * (1 - arguments["t"])).round()}, "window": None}
 LAYERS = {"layer": ["blocks.0", "blocks.2"]}
@@ -106,7 +105,7 @@ def test_the_weight_falls_from_the_first_step_to_the_stop_step(schedule: str, fa
     model = student()
     criterion = new_criterion(model, schedule=schedule, stop_step=40, weight=0.8)
     for step, factor in zip([0, 10, 20, 30, 40], factors, strict=True):
-        terms = criterion(denoising(model, INSIDE), step=step)
+        terms = criterion(denoising(model, B), step=step)
         assert terms.weight.item() == pytest.approx(0.8 * factor)
         torch.testing.assert_close(terms.total, terms.denoising + 0.8 * factor * terms.alignment, **plain.TOLERANCE)
         assert (terms.alignment.item() > 0) == (step < 40)

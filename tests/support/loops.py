@@ -131,12 +131,6 @@ def plain_terms(
     return denoising, torch.stack(parts).mean()
 
 
-def plain_total(model: ToyDiT, criterion: st.SelfTransLoss, teacher: ToyDiT | None, b: Batch) -> Tensor:
-    """The total loss written out."""
-    denoising, alignment = plain_terms(model, criterion, teacher, b)
-    return denoising + WEIGHT * alignment
-
-
 def gradients(*modules: nn.Module) -> dict[str, Tensor]:
     """A copy of every gradient of the modules, zeros where there is none; wrappers' prefixes left out."""
     found = {}
@@ -146,12 +140,6 @@ def gradients(*modules: nn.Module) -> dict[str, Tensor]:
             gradient = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
             found[f"{index}.{_WRAPPER.sub('', name)}"] = gradient.detach().clone()
     return found
-
-
-def step_gradients(model: nn.Module, criterion: nn.Module, b: Batch, **more: object) -> dict[str, Tensor]:
-    """The gradients of model and criterion after the loop's step, on top of those that were there."""
-    total(model, criterion, b, **more).backward()
-    return gradients(model, criterion)
 
 
 def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float = 1e-6) -> None:
@@ -167,5 +155,6 @@ def plain_gradients(b: Batch, stage: int = 2) -> dict[str, Tensor]:
     """The gradients of student and head on the whole batch in one process, from the formula written out."""
     model = student(b.t.device)
     criterion = new_criterion(model, stage)
-    plain_total(model, criterion, toy(2, b.t.device) if stage == 2 else None, b).backward()
+    denoising, alignment = plain_terms(model, criterion, toy(2, b.t.device) if stage == 2 else None, b)
+    (denoising + WEIGHT * alignment).backward()
     return gradients(model, criterion)
