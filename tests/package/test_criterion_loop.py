@@ -88,14 +88,14 @@ def a_forward_that_raises_before_the_loss(model: nn.Module, criterion: st.SelfTr
     return loss
 
 
-def refused_calls_and_a_skipped_batch(model: nn.Module, criterion: st.SelfTransLoss) -> Tensor:
+def a_skipped_batch_and_refused_calls(model: nn.Module, criterion: st.SelfTransLoss) -> Tensor:
     """In a notebook the cell is corrected and run again, forward included."""
+    denoising(model, OTHER)
+    criterion.discard()
     for loss, more in ((torch.zeros(1, 1), {}), (None, {"latents": None}), (None, {"step": -1})):
         own = denoising(model, OTHER)
         with pytest.raises(st.SelfTransError):
             criterion(own if loss is None else loss, **{"latents": OTHER.latents} | more)
-    denoising(model, OTHER)
-    criterion.discard()
     return denoising(model, B)
 
 
@@ -109,7 +109,7 @@ def evaluation(model: nn.Module, criterion: st.SelfTransLoss) -> Tensor:
 
 
 DISTURBANCES = [sampling, forwards_that_raise, a_forward_that_raises_before_the_loss]
-DISTURBANCES += [refused_calls_and_a_skipped_batch, evaluation]
+DISTURBANCES += [a_skipped_batch_and_refused_calls, evaluation]
 
 
 @pytest.fixture
