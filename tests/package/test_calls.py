@@ -69,7 +69,6 @@ REFUSED: list[tuple[type[nn.Module], Any, Any, type[Exception], str]] = [
     (Positional, {"x": "noisy"}, None, SettingError, r"call=dict\(x=...\) names 'noisy', which .*\n.*'t', 'y', 'mask'"),
     (Positional, {"shared": ["masks['a']"]}, None, SettingError, "(?s)names 'masks'.*Nearest: 'mask'"),
     (Positional, {"shared": ["t", "x"]}, None, SettingError, "names 't': x_t or t, which are never shared"),
-    (Positional, {"rows": {"y": "all"}}, None, SettingError, "takes an axis or 'list'; got 'all' for 'y'"),
     (Positional, {"rows": {"y": True}}, None, SettingError, "got True for 'y'"),
     (Positional, {"rows": {"x": 1}}, None, SettingError, "names 'x': x_t or t"),
     (Positional, {"fixed": {"t": 1}}, None, SettingError, "names 't': x_t or t, which differ by call"),
@@ -79,7 +78,6 @@ REFUSED: list[tuple[type[nn.Module], Any, Any, type[Exception], str]] = [
     (Positional, None, (X, None, Y), CallError, r"'t' of Positional should be the time t; got None.\n.*dict\(t=...\)"),
     (Positional, None, (X, torch.rand(2), Y), ShapeError, r"'t' of Positional has shape \(2,\).* 3 rows of x_t \(3, 4"),
     (Positional, None, (X, torch.rand(2, 5), Y), ShapeError, r"(?s)has shape \(2, 5\).*one for each of their tokens"),
-    (Positional, None, (X.to("meta"), T, Y), ShapeError, r"x_t \(3, 4, 8, 8\) lies on the meta device"),
     (Positional, {"x": lambda a: a["y"] @ 1}, (X, T, Y), CallError, r"dict\(x=...\) failed on .* 'x', 't', 'y': Type"),
 ]
 

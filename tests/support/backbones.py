@@ -162,10 +162,9 @@ class Backbone:
     def plain_guided(self, model: nn.Module, arguments: Mapping[str, Any]) -> Tensor:
         """f_u + w (f_c − f_u), from two passes through the whole model in eval mode."""
         model, reads = copy.deepcopy(model).eval(), self.teacher_reads or self.reads
-        shared, axes, fixed = (reads.get("call", {}).get(key, {}) for key in ("shared", "rows", "fixed"))
-        given, n, null = {**arguments, **fixed}, len(arguments[self.x]), {}
-        for name, value in self.null.items():
-            null[name] = value if name in shared else as_rows(value, given[name], n, axes.get(name, 0))
+        axes, fixed = (reads.get("call", {}).get(key, {}) for key in ("rows", "fixed"))
+        given, n = {**arguments, **fixed}, len(arguments[self.x])
+        null = {name: as_rows(value, given[name], n, axes.get(name, 0)) for name, value in self.null.items()}
         with torch.no_grad():
             calls = [given, {**given, **null}]
             f_c, f_u = (self.picked(plain.tapped(model, self.teacher, **call)[1], call, reads) for call in calls)
@@ -187,22 +186,17 @@ def as_rows(value: Any, given: Any, n: int, axis: int = 0) -> Any:
         return [as_rows(value[i], entry, n) if i in value else entry for i, entry in enumerate(given)]
     if isinstance(given, list):
         return [value] * n
-    if isinstance(value, Tensor):  # of a length of its own, maybe
-        shape = list(value.shape)
-        shape.insert(axis, n)
-        return value.unsqueeze(axis).expand(shape).to(given, copy=True)
-    return None if value is None else torch.full_like(given, value)
+    if isinstance(value, Tensor):
+        return value.unsqueeze(axis).expand_as(given).to(given, copy=True)
+    return torch.full_like(given, value)
 
 
 def patches(latents: Tensor, patch_size: tuple[int, ...], channel_axis: int) -> Tensor:
-    """(N, C, *spatial), C on any axis -> (N, T, P), channels innermost; by reshaping alone."""
-    spatial = [axis for axis in range(1, latents.ndim) if axis != channel_axis]
-    latents = latents.permute(0, *spatial, channel_axis)
-    n, *sizes, channels = latents.shape
-    split = [part for size, p in zip(sizes, patch_size, strict=True) for part in (size // p, p)]
-    grid, inner = range(1, 2 * len(sizes), 2), range(2, 2 * len(sizes) + 1, 2)
-    parts = latents.reshape(n, *split, channels).permute(0, *grid, *inner, 2 * len(sizes) + 1)
-    return parts.reshape(n, math.prod(split[::2]), -1)
+    """(N, C, *spatial), C on any axis -> (N, T, P), channels innermost."""
+    parts, axes = latents.movedim(channel_axis, -1), len(patch_size)
+    for axis, size in enumerate(patch_size, 1):
+        parts = parts.unfold(axis, size, size)  # (N, *grid, C, *patch)
+    return parts.movedim(axes + 1, -1).flatten(axes + 1).flatten(1, axes)
 
 
 def plain_alignment(
