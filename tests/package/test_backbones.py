@@ -9,29 +9,22 @@ import plain
 import pytest
 from backbones import assert_step_is_plain
 from lookalikes import LOOKALIKES
+from loops import toy
 from torch import nn
-from toys import ToyDiT
 
 SIZES = [(8, (4, 8, 8)), (5, (4, 16, 16)), (12, (4, 8, 8)), (6, (4, 12, 4))]
 
 
-def steady(seed: int) -> ToyDiT:
-    """The null class stays in the table, and no label becomes it: two runs are alike."""
-    model = ToyDiT(seed=seed).train()
-    model.dropout = 0.0
-    return model
-
-
-STEADY = replace(LOOKALIKES["SiT"], build=steady)
+STEADY = replace(LOOKALIKES["SiT"], build=toy)
 
 
 def adapted(seed: int) -> nn.Module:
     """A student that is frozen but for an adapter before its layer, which does something."""
     if seed:  # the teacher
-        return steady(seed)
+        return toy(seed)
     config = peft.LoraConfig(r=2, target_modules=["blocks.0.qkv"], init_lora_weights=False)
     with plain.global_seed(1):
-        return peft.get_peft_model(steady(0), config)
+        return peft.get_peft_model(toy(0), config)
 
 
 # What PyTorch says of reentrant checkpointing without gradients, as fast-DiT's sampling does too.

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import peft
 import plain
 import pytest
 import torch
 from diffusers import hooks
 from torch import Tensor, nn
-from toys import ToyDiT, batch
+from toys import ToyDiT, batch, teacher_of
 
 import selftrans_reg as st
 from selftrans_reg.errors import CheckpointError, TeacherError
@@ -20,10 +21,6 @@ from selftrans_reg.truncate import identity
 
 B = batch(6)
 CALL, NULL_CALL = (B["x"], B["t"], B["y"]), (B["x"], B["t"], torch.full((6,), 10))
-
-
-def teacher_of(model: nn.Module, checkpoint: Any = None, **settings: Any) -> st.CFGFeatureTeacher:
-    return st.build_teacher(model, checkpoint, layer="blocks.2", guidance_scale=3.0, null={"y": 10}, **settings)
 
 
 def guided(model: nn.Module) -> Tensor:
@@ -42,7 +39,6 @@ def taught(student: nn.Module, teacher: st.CFGFeatureTeacher) -> st.SelfTransLos
 
 
 def with_adapter(seed: int, **settings: Any) -> nn.Module:
-    peft = pytest.importorskip("peft")
     config = peft.LoraConfig(r=4, target_modules=["qkv", "fc1"], **settings)
     with plain.global_seed(seed):
         return peft.get_peft_model(ToyDiT(width=32), config).train()

@@ -66,19 +66,16 @@ def test_a_time_is_one_value_a_row_or_a_token(t: object) -> None:
 
 REFUSED: list[tuple[type[nn.Module], Any, Any, type[Exception], str]] = [
     (Positional, {"z": "x"}, None, SettingError, r"call= takes 'x', 't', 'shared'.*; got 'z'"),
-    (Positional, {"x": "noisy"}, None, SettingError, r"call=dict\(x=...\) names 'noisy', which .*\n.*'t', 'y', 'mask'"),
     (Positional, {"shared": ["masks['a']"]}, None, SettingError, "(?s)names 'masks'.*Nearest: 'mask'"),
     (Positional, {"shared": ["t", "x"]}, None, SettingError, "names 't': x_t or t, which are never shared"),
     (Positional, {"rows": {"y": True}}, None, SettingError, "got True for 'y'"),
     (Positional, {"rows": {"x": 1}}, None, SettingError, "names 'x': x_t or t"),
     (Positional, {"fixed": {"t": 1}}, None, SettingError, "names 't': x_t or t, which differ by call"),
     (Diffusers, {"t": "timestep"}, (X, Y), CallError, r"no argument 'timestep' .*\nSay which holds t: call=dict"),
-    (Positional, None, (X, T), CallError, "does not take this call: missing a required argument: 'y'"),
     (Positional, None, ([X], T, Y), CallError, "(?s)got a list.*Or make it of the list"),
     (Positional, None, (X, None, Y), CallError, r"'t' of Positional should be the time t; got None.\n.*dict\(t=...\)"),
     (Positional, None, (X, torch.rand(2), Y), ShapeError, r"'t' of Positional has shape \(2,\).* 3 rows of x_t \(3, 4"),
     (Positional, None, (X, torch.rand(2, 5), Y), ShapeError, r"(?s)has shape \(2, 5\).*one for each of their tokens"),
-    (Positional, {"x": lambda a: a["y"] @ 1}, (X, T, Y), CallError, r"dict\(x=...\) failed on .* 'x', 't', 'y': Type"),
 ]
 
 

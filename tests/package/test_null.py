@@ -10,17 +10,12 @@ import pytest
 import torch
 from plain import TOLERANCE
 from torch import Tensor, nn
-from toys import ToyDiT, batch
+from toys import ToyDiT, batch, teacher_of
 
-import selftrans_reg as st
 from selftrans_reg.errors import SettingError
 
 B = batch(6)
 CALL = (B["x"], B["t"], B["y"])
-
-
-def teacher_of(model: nn.Module, null: Any, **settings: Any) -> st.CFGFeatureTeacher:
-    return st.build_teacher(model, None, layer="blocks.2", guidance_scale=3.0, null=null, **settings)
 
 
 @dataclasses.dataclass
@@ -91,7 +86,7 @@ def test_it_is_the_formula_of_two_calls(given: Any, null: Any, expected: Any, pa
     model, calls = Conditioned().eval(), [{"y": B["y"], "text": LONG} | arguments for arguments in (given, expected)]
     with torch.no_grad():
         wanted = [plain.tapped(model, "blocks.2", *CALL[:2], **arguments)[1] for arguments in calls]
-    teacher, batches = teacher_of(model, null), []
+    teacher, batches = teacher_of(model, null=null), []
     teacher.model.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     for _ in range(2):
         batches.clear()
@@ -121,7 +116,7 @@ def test_it_is_the_formula_of_two_calls(given: Any, null: Any, expected: Any, pa
 )
 def test_a_null_condition_that_does_not_fit_is_refused(null: Any, part: str) -> None:
     with pytest.raises(SettingError, match=part):
-        teacher_of(Conditioned(), null)(*CALL, LONG, None, None, {"masks": [MASK]})
+        teacher_of(Conditioned(), null=null)(*CALL, LONG, None, None, {"masks": [MASK]})
 
 
 @pytest.mark.parametrize("null", [10, -1])
@@ -131,7 +126,7 @@ def test_an_index_outside_its_embedding_is_refused_before_it_is_looked_up(null: 
     model.y_embedder.register_forward_hook(lambda module, args, output: pytest.fail("looked up"))
     message = f"Index {null} would reach embedding 'y_embedder', which has 10 rows (0 to 9)"
     with plain.refused(SettingError, message, f"The null condition: y = {null}", "built without label dropout"):
-        teacher_of(model, {"y": null}, example=example)(*CALL)
+        teacher_of(model, null={"y": null}, example=example)(*CALL)
 
 
 def test_a_buffer_of_the_teachers_own_model_is_read_from_the_checkpoint() -> None:
@@ -139,6 +134,5 @@ def test_a_buffer_of_the_teachers_own_model_is_read_from_the_checkpoint() -> Non
     for owner, caption in ((first, SHORT), (model, -SHORT)):
         owner.register_buffer("caption", caption.clone())
     expected = plain.guided(first, "blocks.2", 3.0, (*CALL, LONG), (*CALL, EMPTY))
-    settings = {"layer": "blocks.2", "guidance_scale": 3.0, "null": {"text": model.caption}}
-    teacher = st.build_teacher(model, first.state_dict(), **settings)
+    teacher = teacher_of(model, first.state_dict(), null={"text": model.caption})
     torch.testing.assert_close(teacher(*CALL, LONG), expected, **TOLERANCE)

@@ -13,19 +13,13 @@ import torch
 from plain import TOLERANCE
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
-from toys import ToyDiT, batch
+from toys import ToyDiT, batch, teacher_of
 
-import selftrans_reg as st
 from selftrans_reg.errors import CallError, CaptureError, SettingError, ShapeError, TeacherError
 
 B = batch(6)
 CALL = (B["x"], B["t"], B["y"])
 NULL_CALL = (B["x"], B["t"], torch.full((6,), 10))
-
-
-def teacher_of(model: nn.Module, checkpoint: Any = None, **settings: Any) -> st.CFGFeatureTeacher:
-    usual = {"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}}
-    return st.build_teacher(model, checkpoint, **usual | settings)
 
 
 def expected_of(model: nn.Module, *calls: Any) -> Tensor:

@@ -22,10 +22,7 @@ from selftrans_reg.recipes import find_blocks
 
 TEXT = 7  # tokens of a caption; neither a number of image tokens nor a divisor of one
 Made: TypeAlias = Callable[[int, torch.Generator], Any]  # by a batch of n samples
-
-
-def s(**settings: Any) -> dict[str, Any]:
-    return settings
+s = dict
 
 
 class Mask(NamedTuple):

@@ -10,11 +10,14 @@ Its weights are not zero-initialised: adaLN-Zero would make every check of a gra
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+import selftrans_reg as st
 
 
 class ToyBlock(nn.Module):
@@ -295,6 +298,12 @@ class ToyEDM2(nn.Module):
 
     def forward(self, x: Tensor, sigma: Tensor, class_labels: Tensor) -> Tensor:
         return self.unet(x, sigma.flatten().log() / 4, class_labels)
+
+
+def teacher_of(model: nn.Module, checkpoint: Any = None, **settings: Any) -> st.CFGFeatureTeacher:
+    """A teacher of a model like :class:`ToyDiT`."""
+    usual = {"layer": "blocks.2", "guidance_scale": 3.0, "null": {"y": 10}}
+    return st.build_teacher(model, checkpoint, **usual | settings)
 
 
 def batch(n: int = 8, seed: int = 0) -> dict[str, Tensor]:
