@@ -160,7 +160,7 @@ def test_latents_whose_scaling_nobody_recorded_have_their_vaes(tmp_path: Path) -
     ("args", "options", "match"),
     [
         ({"scale_factor": 0.5}, [], "scale 0.8, shift 0.0 in the VAE, scale 0.5, shift 0.0 in the latents"),
-        ({"scale_factor": "0.8"}, [], "records a scaling that no latents can have"),
+        ({"scale_factor": "0.8"}, [], "a scaling that no latents can have"),
         ({"in_channels": 3}, [], "decodes latents of 4 channels; .* have 3"),
         ({"vae": None}, [], "does not name its VAE"),
         ({}, ["--labels=3,5"], "each below 5; got '3,5'"),
