@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import selftrans_reg as st
 
@@ -53,6 +54,11 @@ def call(seed: int = 0, n: int = 4) -> dict[str, Tensor]:
     }
 
 
+def checkpointed(model: nn.Module) -> nn.Module:
+    model.blocks[1] = checkpoint_wrapper(model.blocks[1])
+    return model
+
+
 def make_teacher(seed: int = 1, model: nn.Module | None = None, **settings: Any) -> st.CFGFeatureTeacher:
     defaults: dict[str, Any] = {
         "layer": "blocks.1",
@@ -74,8 +80,7 @@ def load_teacher(name: str | Path, model: Any = TinyDiT, **given: Any) -> st.CFG
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((folder / "config.json").read_text())
-    return content
+    return dict(json.loads((folder / "config.json").read_text()))
 
 
 def rewrite(folder: Path, tensors: dict[str, Tensor] | None = None, **entries: Any) -> Path:
