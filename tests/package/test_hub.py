@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,37 +21,33 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield running
 
 
-@pytest.fixture
-def saved(tmp_path: Path) -> Path:
-    make_teacher().save_pretrained(tmp_path / "saved")
-    return tmp_path / "saved"
-
-
-def test_a_teacher_goes_to_the_hub_and_comes_back(hub: Hub) -> None:
+def test_a_teacher_goes_to_the_hub_and_its_two_files_come_back(hub: Hub, tmp_path: Path) -> None:
     teacher = make_teacher()
-    address = teacher.push_to_hub("me/teacher", token=TOKEN, source="run 17", licence="mit", step=9)
+    teacher.push_to_hub("me/teacher", token=TOKEN, source="run 17", licence="mit", step=9)
     repository = hub.repositories["me/teacher"]
-    assert address == f"https://hub/me/teacher/{next(iter(repository.commits))}"
-    assert sorted(repository.branches["main"]) == FILES
-    card = repository.branches["main"]["README.md"].decode()
+    assert sorted(repository.revisions["main"]) == FILES
+    card = repository.revisions["main"]["README.md"].decode()
     assert 'st.CFGFeatureTeacher.from_pretrained("me/teacher", model=TinyDiT)' in card
+    others = ("modeling.py", "weights.pt", "tokenizer.json", "sub/config.json", "sub/model.safetensors")
+    hub.add("me/teacher", dict.fromkeys(others, b"raise SystemExit('ran')"))
     loaded = load_teacher("me/teacher")
+    assert names_in(tmp_path / "cache" / "me--teacher" / "main") == ["config.json", "model.safetensors"]
     assert torch.equal(loaded(**call(1)), teacher(**call(1)))
     assert torch.equal(loaded.fingerprint, teacher.fingerprint)
     assert loaded.provenance == {"source": "run 17", "step": 9, "licence": "mit"}
-    make_teacher().push_to_hub("me/teacher", token=TOKEN, licence="CC BY-NC 4.0")  # whose name the hub does not know
 
 
-def test_only_the_two_files_of_the_format_are_downloaded(hub: Hub, saved: Path, tmp_path: Path) -> None:
-    others = ("modeling.py", "weights.pt", "tokenizer.json", "sub/config.json", "sub/model.safetensors")
-    hub.add("me/teacher", saved)
-    hub.add("me/teacher", dict.fromkeys(others, b"raise SystemExit('ran')"))
-    load_teacher("me/teacher")
-    assert names_in(tmp_path / "cache" / "me--teacher" / "main") == ["config.json", "model.safetensors"]
+def test_the_card_of_a_repository_stays(hub: Hub) -> None:
+    make_teacher().push_to_hub("me/other", token=TOKEN, licence="CC BY-NC 4.0")  # whose name the hub does not know
+    hub.add("me/teacher", {"README.md": b"# Mine\n", "notes.txt": b"mine"})
+    make_teacher().push_to_hub("me/teacher", token=TOKEN)
+    files = hub.repositories["me/teacher"].revisions["main"]
+    assert sorted(files) == sorted([*FILES, "notes.txt"])
+    assert files["README.md"] == b"# Mine\n"
 
 
-def test_revisions_are_branches_and_commits(hub: Hub, saved: Path) -> None:
-    first = hub.add("me/teacher", saved)
+def test_revisions_are_branches_and_commits(hub: Hub) -> None:
+    first = make_teacher().push_to_hub("me/teacher", token=TOKEN).rpartition("/")[2]
     make_teacher(guidance_scale=7.0).push_to_hub("me/teacher", token=TOKEN, revision="strong")
     scales = [load_teacher("me/teacher", revision=r).guidance_scale for r in (None, "main", first, "strong")]
     assert scales == [3.0, 3.0, 3.0, 7.0]
@@ -90,57 +83,37 @@ def test_no_message_shows_a_token_that_cannot_be_one(hub: Hub, token: str) -> No
     assert hub.requests == []
 
 
-def test_the_card_of_a_repository_stays(hub: Hub) -> None:
-    hub.add("me/teacher", {"README.md": b"# Mine\n", "notes.txt": b"mine"})
+def test_without_the_hub_the_copy_in_the_cache_is_read(hub: Hub, tmp_path: Path) -> None:
     make_teacher().push_to_hub("me/teacher", token=TOKEN)
-    files = hub.repositories["me/teacher"].branches["main"]
-    assert sorted(files) == sorted([*FILES, "notes.txt"])
-    assert files["README.md"] == b"# Mine\n"
-
-
-def test_without_the_hub_the_copy_in_the_cache_is_read(hub: Hub, saved: Path, tmp_path: Path) -> None:
-    hub.add("me/teacher", saved)
-    refused(load_teacher, "me/teacher", local_files_only=True, says="cannot be read from the hub: HubError: no copy")
     load_teacher("me/teacher", cache_dir=tmp_path / "other")
-    refused(load_teacher, "me/teacher", local_files_only=True)
     hub.requests.clear()
+    refused(load_teacher, "me/teacher", local_files_only=True, says="cannot be read from the hub: HubError: no copy")
     load_teacher("me/teacher", cache_dir=tmp_path / "other", local_files_only=True)
     assert hub.requests == []
 
 
-def test_a_repository_that_is_missing_or_holds_no_teacher(hub: Hub) -> None:
+def test_what_is_missing_or_is_no_teacher_is_refused_and_what_names_no_repository_is_asked_of_nobody(hub: Hub) -> None:
+    for name in ("teacher", "a/b/c", "../teacher", "/me/teacher", "me/te acher", "hf://me/teacher"):
+        refused(load_teacher, name, says=("There is no folder", "'owner/name'"))
+    refused(make_teacher().push_to_hub, "me/teacher", token=TOKEN, source=torch.ones(1), says="'source' is more than")
+    assert hub.requests == []  # what cannot be saved asks the hub nothing
     refused(load_teacher, "me/nothing", says="'me/nothing' cannot be read from the hub: HubError: 401")
     hub.add("me/empty", {"README.md": b"# Soon\n"})
     refused(load_teacher, "me/empty", says="There is no saved teacher")
-    refused(make_teacher().push_to_hub, "me/teacher", token=TOKEN, source=torch.ones(1), says="'source' is more than")
-    assert hub.requests == ["me/nothing", "me/empty"]  # what cannot be saved asks the hub nothing
-
-
-@pytest.mark.parametrize("name", ["teacher", "a/b/c", "../teacher", "/me/teacher", "me/te acher", "hf://me/teacher"])
-def test_what_is_no_repositorys_name_is_asked_of_nobody(name: str, hub: Hub) -> None:
-    refused(load_teacher, name, says=("There is no folder", "'owner/name'"))
-    assert hub.requests == []
 
 
 def test_a_local_folder_comes_first_and_a_path_never_means_a_repository(
-    hub: Hub, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    make_teacher(guidance_scale=7.0).save_pretrained("elsewhere")
-    hub.add("me/teacher", Path("elsewhere"))
+    make_teacher(guidance_scale=7.0).push_to_hub("me/teacher", token=TOKEN)
     refused(load_teacher, Path("me/teacher"), says="There is no folder")
     Path("me").mkdir()
     says = ("There is no folder 'me/teacher'", "revision='main'")  # as after a typo in a path
     refused(load_teacher, "me/teacher", says=says)
     assert load_teacher("me/teacher", revision="main").guidance_scale == 7.0
-    shutil.copytree(saved, "me/teacher")
+    make_teacher().save_pretrained("me/teacher")
     hub.requests.clear()
     assert load_teacher("me/teacher").guidance_scale == 3.0
     assert hub.requests == []
     refused(load_teacher, "me/teacher", revision="main", says="a local folder, which has no revision 'main'")
-
-
-def test_huggingface_hub_is_imported_when_it_is_needed() -> None:
-    """It takes a second."""
-    code = "import sys, selftrans_reg; sys.exit('huggingface_hub' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

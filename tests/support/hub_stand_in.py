@@ -21,8 +21,7 @@ TOKEN = "hf_stand_in"  # may read and write everything
 @dataclass
 class Repository:
     private: bool = False
-    branches: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})
-    commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    revisions: dict[str, dict[str, bytes]] = field(default_factory=lambda: {"main": {}})  # branches and commits
 
 
 class HubError(OSError):
@@ -37,41 +36,36 @@ class Hub:
         self.repositories: dict[str, Repository] = {}
         self.requests: list[str] = []
 
-    def add(self, name: str, files: Path | dict[str, bytes], branch: str = "main") -> str:
-        """Add the files of a folder to a branch; the id of the commit."""
-        files = files if isinstance(files, dict) else {p.name: p.read_bytes() for p in files.iterdir()}
-        repository = self.repositories.setdefault(name, Repository())
-        repository.branches[branch] = {**repository.branches[branch], **files}
-        commit = hashlib.sha1(repr(sorted(repository.branches[branch].items())).encode()).hexdigest()
-        repository.commits[commit] = repository.branches[branch]
+    def add(self, name: str, files: dict[str, bytes], branch: str = "main") -> str:
+        """Add files to a branch; the id of the commit."""
+        revisions = self.repositories.setdefault(name, Repository()).revisions
+        revisions[branch] = {**revisions[branch], **files}
+        commit = hashlib.sha1(repr(sorted(revisions[branch].items())).encode()).hexdigest()
+        revisions[commit] = revisions[branch]
         return commit
 
     def _find(self, api: HfApi, name: str, revision: str | None = None, writes: bool = False) -> dict[str, bytes]:
         self.requests.append(name)
         allowed = (os.environ.get("HF_TOKEN") if api.token is None else api.token) == TOKEN
         repository = self.repositories.get(name)
-        if (writes and not allowed) or repository is None or (repository.private and not allowed):
+        if repository is None or ((writes or repository.private) and not allowed):
             raise HubError(f"401 for {name}: not found, or not authenticated")
-        if (revision or "main") not in repository.branches | repository.commits:
+        if (revision or "main") not in repository.revisions:
             raise HubError(f"404 for {name}: no revision {revision}")
-        return (repository.branches | repository.commits)[revision or "main"]
+        return repository.revisions[revision or "main"]
 
     def create_repo(self, api: HfApi, repo_id: str, *, private: bool | None, exist_ok: bool) -> SimpleNamespace:
         assert exist_ok
-        if new := repo_id not in self.repositories:
-            self.repositories[repo_id] = Repository(bool(private))
-        try:
+        there = {repo_id: Repository(bool(private)), **self.repositories}
+        with mock.patch.dict(self.repositories, there):
             self._find(api, repo_id, writes=True)
-        except HubError:
-            if new:
-                del self.repositories[repo_id]
-            raise
+        self.repositories.update(there)
         return SimpleNamespace(repo_id=repo_id)
 
     def create_branch(self, api: HfApi, repo_id: str, *, branch: str, exist_ok: bool) -> None:
         assert exist_ok
         main = self._find(api, repo_id, writes=True)
-        self.repositories[repo_id].branches.setdefault(branch, main)
+        self.repositories[repo_id].revisions.setdefault(branch, main)
 
     def file_exists(self, api: HfApi, repo_id: str, filename: str, *, revision: str | None) -> bool:
         return filename in self._find(api, repo_id, revision)
@@ -85,20 +79,13 @@ class Hub:
         return SimpleNamespace(commit_url=f"https://hub/{repo_id}/{self.add(repo_id, files, revision or 'main')}")
 
     def snapshot_download(
-        self,
-        api: HfApi,
-        repo_id: str,
-        *,
-        allow_patterns: list[str],
-        revision: str | None = None,
-        cache_dir: Path | None = None,
-        local_files_only: bool = False,
+        self, api: HfApi, repo_id: str, *, revision: str | None = None, cache_dir: Path | None = None, **options: Any
     ) -> str:
         folder = (cache_dir or self.cache) / repo_id.replace("/", "--") / (revision or "main")
-        if not local_files_only:
+        if not options.get("local_files_only"):
             files = self._find(api, repo_id, revision)
             folder.mkdir(parents=True, exist_ok=True)
-            for name in filter_repo_objects(files, allow_patterns=allow_patterns):
+            for name in filter_repo_objects(files, allow_patterns=options["allow_patterns"]):
                 (folder / name).write_bytes(files[name])
         elif not folder.exists():
             raise HubError(f"no copy of {repo_id} in the cache")
