@@ -152,9 +152,7 @@ def test_a_compiled_function_may_call_the_model_or_the_criterion_which_makes_no_
     assert what == "the model's call" or graphs() <= 1
 
 
-class OneBlock(nn.Module):
-    """The smallest model with a layer to tap: inductor takes a minute of the CPU for three transformer blocks."""
-
+class OneBlock(nn.Module):  # the smallest with a layer to tap: inductor takes a minute for three transformer blocks
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList([nn.Linear(4, 8)])
@@ -215,8 +213,7 @@ class TestTeacher:
         return teachers[1]
 
     @pytest.mark.skipif("isolate_recompiles" not in KNOWN, reason="one cache for both there")
-    def test_it_leaves_the_students_cache_alone(self) -> None:
-        """They share a class, so a code object, and what PyTorch caches for it; here two graphs at most."""
+    def test_beside_a_compiled_student_the_gradients_are_right(self) -> None:
         model = per_block(student())
         criterion = new_criterion(model, teacher=new_teacher(compile=True))
         with torch._dynamo.config.patch(recompile_limit=2, fail_on_recompile_limit_hit=True):
@@ -224,9 +221,6 @@ class TestTeacher:
                 b = noisy_batch([0.4] * inside + [0.9] * (4 - inside))
                 model.zero_grad(), criterion.zero_grad()
                 assert_same(step_gradients(model, criterion, b), plain_gradients(b))
-                with torch.no_grad():
-                    model.eval()(b.x_t, b.t, b.y)
-                model.train()
 
     @pytest.mark.skipif("recompile_limit" not in KNOWN, reason="one limit for all code there")
     @pytest.mark.parametrize(("kind", "least", "most"), [(ToyDiT, 1, 3), (OwnBlocks, 11, 33)])
@@ -235,10 +229,16 @@ class TestTeacher:
         model, sizes = kind(depth=12), (40, 9, 33, 3, 35, 1, 17)  # twice 33 are padded to 68
         with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
             teacher = self.features_agree(copy.deepcopy(model), model, "blocks.10", sizes, compile=True)
-        assert least <= (count := graphs()) <= most
-        for check_indices in (True, False):
-            teacher.features(teacher.spec.bind(noisy_batch(TIMES)[1:4], {}), check_indices=check_indices)
-        assert graphs() == count
+        assert least <= graphs() <= most
+        if "isolate_recompiles" in KNOWN:  # student and teacher share a class
+            assert not torch._dynamo.eval_frame._get_cache_entries_for_region(kind.block.forward, -1)
+        counted = []
+        for first in (True, False):  # a call that also checks its indices compiles nothing for that
+            torch.compiler.reset(), counters.clear()
+            for check in (first, False):
+                teacher.features(teacher.spec.bind(noisy_batch(TIMES)[1:4], {}), check_indices=check)
+            counted.append(graphs())
+        assert counted[0] == counted[1] > 0
 
     @pytest.mark.parametrize("way", ["whole", "blocks", "a block's forward is patched"])
     def test_the_model_may_be_compiled_already_or_have_a_patched_block(self, way: str) -> None:

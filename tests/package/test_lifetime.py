@@ -33,6 +33,9 @@ def test_no_hook_remains_and_attaching_again_does_not_add_up(attach: Callable[[n
             watcher.attach(model)
         assert hooks_of(model) == once > 0
     assert hooks_of(model) == 0
+    attach(model)  # nobody holds it
+    gc.collect()
+    assert hooks_of(model) == 0
 
 
 @pytest.fixture

@@ -112,8 +112,6 @@ class OwnBlock(ToyBlock):
         (checkpoint_wrapper(OwnBlock(16)), 16),
         (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), 8),
         (nn.Conv2d(4, 6, 1), None),
-        (nn.GroupNorm(2, 6), 6),
-        (nn.LazyLinear(5), 5),
         (nn.Sequential(nn.Linear(4, 16), nn.SiLU()), None),
         (nn.MultiheadAttention(8, 2), None),
         (nn.TransformerEncoderLayer(16, 2, 16), 16),

@@ -62,7 +62,7 @@ def _meta_by_default() -> Iterator[None]:
 
 @pytest.mark.usefixtures("_meta_by_default")
 @pytest.mark.parametrize(
-    ("stage", "more"), [(1, {"window": None}), (2, {"teacher_rows": 1}), (2, {"gating": "released"})]
+    ("stage", "more"), [(1, {"window": None}), (2, {"teacher_rows": 1}), (2, {"teacher_rows": 1, "gating": "released"})]
 )
 def test_every_tensor_is_made_on_a_named_device(stage: int, more: dict[str, object]) -> None:
     with torch.device("cpu"):

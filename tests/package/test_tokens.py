@@ -79,7 +79,6 @@ LISTED = "  [0]['text']: (2, 5, 8)\n  [1][0]: (2, 16, 8)\n  [2]['hidden_states']
         (DEEP, {"select": lambda output: len(output)}, CallError, "select=<lambda> picks 3 from"),
         (IMAGE[:, 0], {}, ShapeError, "tensor of shape (2, 8), not tokens (N, T, D).\nTap a block"),
         (IMAGE, {"tokens": slice(16, None)}, ShapeError, "tokens=slice(16, None, None) leaves none of the 16"),
-        (IMAGE, {"tokens": lambda x: x[:, 0]}, ShapeError, "shape (2, 8)"),
         (IMAGE, {"tokens": lambda x: [x]}, CallError, "tokens= returned list for layer 'blocks.1'"),
         (MAP, {"of": nn.Identity()}, ShapeError, "(2, 8, 3, 5), and which axis is D is open: its width is not known"),
         (MAP, {"of": Swin(7)}, ShapeError, "its width is one of 7, 21, 169, and no axis fits"),

@@ -24,11 +24,10 @@ from selftrans_reg.truncate import dropped_names
 B = batch(4)
 CALL = (B["x"], B["t"], B["y"])
 USUAL = {"blocks.2", "blocks.3", "final_layer"}
-SETTINGS = {"guidance_scale": 3.0, "null": {"y": 10}, "hidden_size": 16}
 
 
 def teacher_of(model: nn.Module, layer: str = "blocks.1", **settings: Any) -> st.CFGFeatureTeacher:
-    return st.build_teacher(model, None, layer=layer, **SETTINGS, **settings)
+    return st.build_teacher(model, None, layer=layer, guidance_scale=3.0, null={"y": 10}, hidden_size=16, **settings)
 
 
 def truncated(model: nn.Module, layer: str = "blocks.1") -> set[str]:

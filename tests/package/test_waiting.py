@@ -71,9 +71,8 @@ def test_only_steps_that_look_wait(settings: dict[str, Any], gpu: str) -> None:
 @pytest.mark.parametrize("stage", [1, 2])
 @pytest.mark.parametrize("name", LOOKALIKES)
 def test_a_step_waits_for_no_backbone(name: str, stage: int, gpu: str) -> None:
-    """That looks at nothing."""
     backbone = LOOKALIKES[name]
-    model, settings = backbone.build(0).to(gpu), {"health_interval": None, "check_interval": None}
+    model, settings = backbone.build(0).to(gpu), {"health_interval": None, "check_interval": None}  # no looks
     if stage == 1:
         criterion = backbone.stage1(model, **settings)
     else:
