@@ -16,7 +16,6 @@ from loops import (
     new_teacher,
     noisy_batch,
     plain_gradients,
-    step_gradients,
     student,
     total,
 )
@@ -123,12 +122,14 @@ def test_code_compiled_without_the_hook_is_an_error_and_the_advice_works(case: s
             attached_late(case),
         ):  # as the session goes on; in a new one
             again.zero_grad()
-            assert_same(step_gradients(again, its_criterion, b), plain_gradients(b))
+            total(again, its_criterion, b).backward()
+            assert_same(gradients(again, its_criterion), plain_gradients(b))
 
 
 def test_blocks_compiled_one_by_one_may_be_tapped_at_any_time() -> None:
     model, criterion = attached_late("per block")
-    assert_same(step_gradients(model, criterion, noisy_batch(TIMES)), plain_gradients(noisy_batch(TIMES)))
+    total(model, criterion, noisy_batch(TIMES)).backward()
+    assert_same(gradients(model, criterion), plain_gradients(noisy_batch(TIMES)))
 
 
 @pytest.mark.parametrize("what", ["the model's call", "its call", "torch.compile(criterion)", "criterion.compile()"])
@@ -220,7 +221,8 @@ class TestTeacher:
             for inside in (4, 1, 3, 0, 2):  # the teacher's batch has another size each time
                 b = noisy_batch([0.4] * inside + [0.9] * (4 - inside))
                 model.zero_grad(), criterion.zero_grad()
-                assert_same(step_gradients(model, criterion, b), plain_gradients(b))
+                total(model, criterion, b).backward()
+                assert_same(gradients(model, criterion), plain_gradients(b))
 
     @pytest.mark.skipif("recompile_limit" not in KNOWN, reason="one limit for all code there")
     @pytest.mark.parametrize(("kind", "least", "most"), [(ToyDiT, 1, 3), (OwnBlocks, 11, 33)])

@@ -24,7 +24,6 @@ from selftrans_reg.modules import (
 
 compiled = partial(torch.compile, backend="eager")
 WRAPPERS = {
-    "plain": lambda model: model,
     "data parallel": nn.DataParallel,
     "averaged": torch.optim.swa_utils.AveragedModel,
     "compiled": compiled,
@@ -111,7 +110,6 @@ class OwnBlock(ToyBlock):
         (OwnBlock(16), 16),
         (checkpoint_wrapper(OwnBlock(16)), 16),
         (nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8)), 8),
-        (nn.Conv2d(4, 6, 1), None),
         (nn.Sequential(nn.Linear(4, 16), nn.SiLU()), None),
         (nn.MultiheadAttention(8, 2), None),
         (nn.TransformerEncoderLayer(16, 2, 16), 16),
