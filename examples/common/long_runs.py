@@ -41,13 +41,16 @@ def new_accelerator(
     precision: str, *, micro_batches: int, cpu: bool, out: Path, trackers: Sequence[str] = ()
 ) -> Accelerator:
     """The processes that were launched, as accelerate sees them, and the trackers that the run in ``out`` logs to."""
-    return Accelerator(
+    accelerator = Accelerator(
         mixed_precision=precision,
         gradient_accumulation_steps=micro_batches,
         cpu=cpu or not torch.accelerator.is_available(),  # or accelerate would take every process for itself
         log_with=list(trackers) or None,
         project_config=ProjectConfiguration(str(out), logging_dir=str(out / "trackers")),
     )
+    if len(accelerator.log_with) < len(trackers):  # accelerate leaves out what is not installed, and says nothing
+        raise Mistake(f"--log-with {' '.join(trackers)}: not all of these are installed.")
+    return accelerator
 
 
 def settle(run: argparse.Namespace, plan: st.Recipe, values: dict[str, Any], *, teacher_weights: str = "ema") -> None:

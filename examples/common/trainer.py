@@ -131,8 +131,6 @@ class Trainer:
             ) from error
         self.accelerator.print(f"Going on from {path}, after {self.steps:,} of {self.settings.steps:,} steps.")
 
-    # --- The loop ----------------------------------------------------------------------------------------------------
-
     def run(self) -> None:
         """Train up to the last step.
 

@@ -268,3 +268,9 @@ def test_every_epoch_is_a_permutation_of_its_own_whose_batches_ranks_and_micro_b
     parts = [batches(8, parts=2, rank=rank, ranks=2) for rank in range(2)]
     for step, batch in enumerate(batches(4)):
         assert [i for part in (0, 1) for rank in parts for i in rank[2 * step + part]] == batch
+
+
+def test_a_tracker_that_is_not_installed_is_not_left_out_in_silence(tmp_path: Path) -> None:
+    left = patch("accelerate.accelerator.filter_trackers", lambda *_: [])  # what it gives where none is installed
+    with left, pytest.raises(Mistake, match="--log-with wandb"), pytest.warns(UserWarning, match="no supported"):
+        new_accelerator("no", micro_batches=1, cpu=True, out=tmp_path, trackers=["wandb"])
