@@ -1,9 +1,11 @@
 """Where a job runs: its device, the arithmetic there, and the processes that share it by its files."""
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -52,3 +54,30 @@ class Processes:
         """The device of this process: with "cuda", the one that it was given."""
         name = default_device(name)
         return f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+
+
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
+
+
+@contextmanager
+def noted_signals() -> Iterator[list[int]]:
+    """While open, SIGTERM and Ctrl-C are noted instead of ending the process; a second Ctrl-C interrupts at once."""
+    noted: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    before = {number: signal.signal(number, note) for number in _STOPPING}
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_signals(worker: int) -> None:
+    """In a process that reads data: leave a signal that a whole job gets to the process that trains."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)

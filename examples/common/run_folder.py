@@ -176,3 +176,14 @@ def clear_old(folder: Path, *, keep: int, keep_every: int | None) -> None:
             saved[steps].unlink()
     for partial in folder.glob(f"*.pt*{_PARTIAL}"):
         partial.unlink()
+
+
+def trimmed_log(path: Path, steps: int) -> IO[str]:
+    """A log, one JSON object a line, opened to go on after so many steps.
+
+    Lines after that step are dropped, since those steps run again, as is what a process that was stopped cut off.
+    """
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    found = [(line, re.fullmatch(rb'\{"step": (\d+),.*\}\n', line)) for line in lines]
+    write_whole(path, lambda file: file.writelines(line for line, whole in found if whole and int(whole[1]) <= steps))
+    return path.open("a")

@@ -1,4 +1,4 @@
-"""The trainer for long runs: accelerate, moving average, checkpoints, resuming and logs, for any model.
+"""The trainer for long runs: accelerate, moving average, checkpoints, resuming, signals and logs, for any model.
 
 Every random number of a step is a function of (seed, step, rank, micro-batch), and the order of an epoch one of (seed,
 epoch). A run that goes on from a checkpoint is therefore bit-equal to one that was never stopped, on a device whose
@@ -10,7 +10,6 @@ import atexit
 import copy
 import json
 import math
-import re
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -28,7 +27,8 @@ from tqdm.auto import tqdm
 import selftrans_reg as st
 from common.loading import saved_args
 from common.options import Mistake
-from common.run_folder import checkpoint_path, clear_old, saved_checkpoints, write_whole
+from common.processes import leave_signals, noted_signals
+from common.run_folder import checkpoint_path, clear_old, saved_checkpoints, trimmed_log, write_whole
 from common.training import averaged_copy
 
 Condition = Any  # what the model is conditioned on: labels, text features
@@ -135,6 +135,7 @@ class Trainer:
         """Train up to the last step.
 
         Raises:
+            SystemExit: After a SIGTERM or Ctrl-C to any rank, once the step is saved; the code is 128 + the signal.
             NotFiniteError: If the loss or the gradient is no number any more; nothing of that is saved.
         """
         settings, accelerator, first = self.settings, self.accelerator, self.accelerator.is_main_process
@@ -142,13 +143,14 @@ class Trainer:
             len(self.dataset), batch_size=settings.batch_size, parts=self.micro_batches,
             rank=accelerator.process_index, ranks=accelerator.num_processes, seed=settings.seed, first_step=self.steps,
         )  # fmt: skip
-        pinned = accelerator.device.type == "cuda"
         loader = DataLoader(
-            SeededItems(self.dataset), batch_sampler=batches, num_workers=settings.workers, pin_memory=pinned
-        )
+            SeededItems(self.dataset), batch_sampler=batches, num_workers=settings.workers,
+            worker_init_fn=leave_signals, pin_memory=accelerator.device.type == "cuda",
+        )  # fmt: skip
         accelerator.init_trackers("selftrans-reg", init_kwargs={"tensorboard": {"purge_step": self.steps + 1}})
         bar = tqdm(initial=self.steps, total=settings.steps, desc="training", dynamic_ncols=True, disable=not first)
-        with bar, trimmed_log(self.out / "log.jsonl", self.steps) if first else nullcontext() as log:
+        kept = trimmed_log(self.out / "log.jsonl", self.steps) if first else nullcontext()
+        with bar, kept as log, noted_signals() as noted:
             read, since, clock = iter(loader), self.steps, time.perf_counter()
             while self.steps < settings.steps:
                 terms = self._step(read)
@@ -159,9 +161,19 @@ class Trainer:
                     rate = (self.steps - since) / (time.perf_counter() - clock) * settings.batch_size
                     since, clock = self.steps, time.perf_counter()
                     self._write(log, terms, rate)
-                if self.steps % settings.checkpoint_every == 0 or self.steps == settings.steps:
+                stop = self._agreed(noted)
+                if stop or self.steps % settings.checkpoint_every == 0 or self.steps == settings.steps:
                     self._save()
                     since, clock = self.steps, time.perf_counter()  # saving does not count as training
+                if stop and self.steps < settings.steps:
+                    accelerator.print(f"Stopped after {self.steps:,} steps, which are saved: the same command goes on.")
+                    raise SystemExit(128 + stop)
+
+    def _agreed(self, noted: list[int]) -> int:
+        """A signal that any rank has got, or 0: all ask at the same steps, as they wait for the device."""
+        if self.steps % 10:  # ten steps are seconds, within any scheduler's grace
+            return 0
+        return int(self.accelerator.gather(torch.tensor([max(noted, default=0)]).to(self.accelerator.device)).max())
 
     def _step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         """One optimiser step; its terms, means over this rank's micro-batches, unread."""
@@ -285,14 +297,3 @@ def micro_batches(
                 # The 1 keeps it apart from the seed of the same micro-batch's noise.
                 yield indices.tolist(), mixed_seed(seed, epoch, step, rank, part, 1)
         epoch, first = epoch + 1, 0
-
-
-def trimmed_log(path: Path, steps: int) -> IO[str]:
-    """A log, one JSON object a line, opened to go on after so many steps.
-
-    Lines after that step are dropped, since those steps run again, as is what a process that was stopped cut off.
-    """
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    found = [(line, re.fullmatch(rb'\{"step": (\d+),.*\}\n', line)) for line in lines]
-    write_whole(path, lambda file: file.writelines(line for line, whole in found if whole and int(whole[1]) <= steps))
-    return path.open("a")

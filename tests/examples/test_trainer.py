@@ -1,11 +1,15 @@
 """The long-run trainer against a plain loop; resuming, kills, several processes, and what it leaves."""
 
 import copy
+import itertools
 import math
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from unittest.mock import patch
 
@@ -14,7 +18,7 @@ import torch
 from common.long_runs import new_accelerator
 from common.options import Mistake
 from common.run_folder import saved_checkpoints
-from common.trainer import Trainer, micro_batches
+from common.trainer import Denoise, Trainer, micro_batches
 from interrupted import room_for, snapshots
 from long_runs import Items, checkpoint, differences, fixed_loss, lines, new_sit, new_trainer, own_state, reset, trained
 from ranks import RANKS, on_ranks
@@ -76,18 +80,22 @@ def test_steps_equal_a_plain_loop(tmp_path: Path, precision: str) -> None:
     assert not any(p.requires_grad for p in trainer.ema.parameters())
 
 
-def on_a_rank(rank: int, out: str) -> Tensor:
-    """Three steps with half of each batch; the noise that it drew."""
+def on_a_rank(rank: int, out: str, steps: int, signalled: int) -> Tensor:
+    """Some steps with half of each batch, until rank ``signalled`` gets a SIGTERM; the noise that it drew."""
     launched = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "LOCAL_WORLD_SIZE": RANKS, "MASTER_ADDR": "none"}
     noise = []
 
     def loss(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
         noise.append(torch.randn(3))
+        if rank == signalled and len(noise) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
         return fixed_loss(model, latents, y)
 
     with patch.dict(os.environ, {name: str(value) for name, value in launched.items()} | {"OMP_NUM_THREADS": "1"}):
         model = new_sit(seed=rank, class_dropout_prob=1e-9)  # the weights of rank 0 count
-        trained(Path(out), stage="2", steps=3, dataset=Items(noise=0.0), denoise=loss, model=model)
+        ends = pytest.raises(SystemExit, match="143") if signalled >= 0 else nullcontext()
+        with ends:
+            trained(Path(out), stage="2", steps=steps, dataset=Items(noise=0.0), denoise=loss, model=model)
     return torch.stack(noise)
 
 
@@ -95,7 +103,7 @@ def test_micro_batches_and_processes_share_one_batch_and_draw_noise_of_their_own
     for name, parts in [("whole", 1), ("parts", 4)]:
         model, same = new_sit(class_dropout_prob=1e-9), {"stage": "2", "dataset": Items(noise=0.0), "steps": 3}
         trained(tmp_path / name, model=model, denoise=fixed_loss, micro_batches=parts, **same)
-    assert not torch.equal(*on_ranks(on_a_rank, str(tmp_path / "ranks")))
+    assert not torch.equal(*on_ranks(on_a_rank, str(tmp_path / "ranks"), 3, -1))
     whole = torch.load(checkpoint(tmp_path / "whole", 3))
     for other in (tmp_path / "parts", tmp_path / "ranks"):
         found = torch.load(checkpoint(other, 3))
@@ -107,6 +115,40 @@ def test_micro_batches_and_processes_share_one_batch_and_draw_noise_of_their_own
         for a, b in zip(lines(tmp_path / "whole"), lines(other), strict=True):
             for term in ("step", "loss", "denoising", "alignment", "in_window", "gradient_norm"):
                 assert b[term] == pytest.approx(a[term], rel=1e-3)
+
+
+def test_a_signal_to_one_of_the_ranks_stops_all_after_the_same_step(tmp_path: Path) -> None:
+    assert [len(noise) for noise in on_ranks(on_a_rank, str(tmp_path), 30, 1)] == [10, 10]
+    assert list(saved_checkpoints(tmp_path / "checkpoints")) == [10]
+
+
+def test_a_signal_saves_the_step_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    handlers, others, calls = [signal.getsignal(n) for n in (15, 2)], multiprocessing.active_children(), []
+
+    def signalled(*numbers: int) -> Denoise:
+        def loss(model: nn.Module, latents: Tensor, y: Tensor) -> Tensor:
+            calls.append(len(calls))
+            if len(calls) == 3:
+                readers = [child.pid for child in multiprocessing.active_children() if child not in others]
+                assert len(readers) == 1
+                for process, number in itertools.product([*readers, os.getpid()], numbers):
+                    os.kill(process, number)  # as a scheduler or a terminal does
+            return fixed_loss(model, latents, y)
+
+        return loss
+
+    trained(tmp_path / "once", steps=12, denoise=fixed_loss)
+    with pytest.raises(SystemExit, match="143"):
+        trained(tmp_path / "twice", steps=12, workers=1, denoise=signalled(signal.SIGTERM))
+    assert list(saved_checkpoints(tmp_path / "twice" / "checkpoints")) == [10]
+    trained(tmp_path / "twice", steps=12, denoise=fixed_loss)
+    assert differences(*(checkpoint(tmp_path / name, 12) for name in ("once", "twice"))) == []
+    assert lines(tmp_path / "once") == lines(tmp_path / "twice")
+    calls.clear()
+    with pytest.raises(KeyboardInterrupt):  # the second ends it at once
+        trained(tmp_path / "never", steps=12, workers=1, denoise=signalled(signal.SIGINT, signal.SIGINT))
+    assert saved_checkpoints(tmp_path / "never" / "checkpoints") == {}
+    assert [signal.getsignal(n) for n in (15, 2)] == handlers
 
 
 def test_the_log_holds_the_terms_and_tensorboard_the_same(tmp_path: Path) -> None:
