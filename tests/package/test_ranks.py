@@ -172,7 +172,7 @@ def in_bfloat16(rank: int, early: bool) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("early", [True, False], ids=["criterion first", "criterion second"])
-def test_a_mixed_precision_policy_leaves_the_time_and_the_loss_as_they_are(early: bool) -> None:
+def test_fsdp2s_mixed_precision_policy_leaves_the_time_and_the_loss_as_they_are(early: bool) -> None:
     for t, true_t, in_window, loss, reported in on_ranks(in_bfloat16, early):
         assert torch.equal(t, true_t)
         assert in_window == 0.5
@@ -203,7 +203,7 @@ def saved_and_loaded(rank: int, folder: str, stage: int) -> list[dict[str, Tenso
 
 
 @pytest.mark.parametrize("stage", [1, 2])
-def test_saved_and_loaded_by_torch_distributed_checkpoint_a_run_goes_on_as_if_it_had_not_stopped(
+def test_an_fsdp2_run_goes_on_from_a_torch_distributed_checkpoint_as_if_it_had_not_stopped(
     stage: int, tmp_path: Path
 ) -> None:
     for through, resumed in on_ranks(saved_and_loaded, str(tmp_path), stage):
