@@ -299,13 +299,14 @@ def end_table(study: Study, methods: list[str]) -> str:
     """Every measure of the large sample at a run's own end: the plain run's, and by how much the others differ."""
     rows = []
     for method in methods:
-        end = study.judged(method)[-1]
+        end, plain = study.judged(method)[-1], method == "none"
         row = [title(method), str(len(study.seeds(method))), f"{end:,}", f"{study.total(method, end):.2f}"]
         for key, (_, factor, digits) in MEASURES.items():
-            found = study.differences(method, end, key, study.steps)
-            if method == "none":
+            if plain:
                 found = interval(study.values(method, key, end))
-            row.append(Interval(*(factor * value for value in found)).text(digits, "" if method == "none" else "+"))
+            else:
+                found = study.differences(method, end, key, study.steps)
+            row.append(Interval(*(factor * value for value in found)).text(digits, "" if plain else "+"))
         rows.append(row)
     header = ["", "seeds", "steps", "price", *(name for name, _, _ in MEASURES.values())]
     return table(header, rows) if rows else NOTHING

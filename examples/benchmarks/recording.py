@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import functools
 import json
+import os
 import platform
 import re
 import subprocess
@@ -50,6 +51,8 @@ def append(path: Path, result: dict[str, Any]) -> None:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         file.write(json.dumps(result) + "\n")
+        file.flush()
+        os.fsync(file.fileno())  # what a run was resumed from is deleted afterwards
 
 
 def between(text: str, name: str, content: str) -> str:
