@@ -19,7 +19,7 @@ from typing import IO, Any
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device
+from accelerate.utils import gather_object, send_to_device
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -170,10 +170,10 @@ class Trainer:
                     raise SystemExit(128 + stop)
 
     def _agreed(self, noted: list[int]) -> int:
-        """A signal that any rank has got, or 0: all ask at the same steps, as they wait for the device."""
+        """A signal that any rank has got, or 0: all ask at the same steps, as several wait for the device."""
         if self.steps % 10:  # ten steps are seconds, within any scheduler's grace
             return 0
-        return int(self.accelerator.gather(torch.tensor([max(noted, default=0)]).to(self.accelerator.device)).max())
+        return max(gather_object([max(noted, default=0)]))
 
     def _step(self, batches: Iterator[Any]) -> dict[str, Tensor]:
         """One optimiser step; its terms, means over this rank's micro-batches, unread."""
