@@ -5,10 +5,10 @@ batches, with the same noise, and judges it at several steps. A run is one metho
 of the results file, and what is there is not run again. Several processes may work on one --out at a time; one that is
 killed goes on, when started again, where its run was last judged. A teacher's run comes first, with a seed of its own.
 
-    python examples/benchmarks/convergence.py --study old --seeds 10 11 12      # see STUDIES
+    python examples/benchmarks/convergence.py --study peers --seeds 10 11 12      # see STUDIES
     python examples/benchmarks/convergence.py --method "self teacher_width=48 rows=0.25" --seeds 10
     python examples/benchmarks/convergence.py --guidance --method none --seeds 10   # samples with guidance, afterwards
-    python examples/benchmarks/convergence.py --size S --device cuda --study full
+    python examples/benchmarks/convergence.py --size S --device cuda --study screen
     python examples/benchmarks/convergence.py --report                   # redraw docs/does-it-work.md from the results
 """
 
@@ -35,7 +35,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.baselines import InternalGuidance
-from benchmarks.convergence_methods import SCREEN_SEEDS, STUDIES, TEACHER_SEED, Method, Parts, parse
+from benchmarks.convergence_methods import SCREEN_SEEDS, STUDIES, TEACHER_SEED, Method, Parts, described_method, parse
 from benchmarks.convergence_setting import PROTOCOLS, Protocol, Setting
 from benchmarks.recording import append, commit, hardware
 from common.data import PACKAGED
@@ -130,9 +130,9 @@ class Results:
             Mistake: If it was, with other settings.
         """
         found = [line for line in self.lines() if line["kind"] == "run" and line["key"] == run.key]
-        wanted = json.loads(json.dumps([asdict(run.protocol), run.method.described()]))
+        protocol = json.loads(json.dumps(asdict(run.protocol)))
         for line in found:
-            if [line["protocol"], line["method"]] != wanted:
+            if line["protocol"] != protocol or described_method(line["method"]) != run.method:
                 raise Mistake(
                     f"{self.path} holds {run.key!r} with other settings.\nFound: {line['protocol']}, "
                     f"{line['method']}.\nName another file with --results."
@@ -304,8 +304,8 @@ def main(argv: list[str] | None = None) -> None:
     """Train what is not finished, or sample with guidance, or report."""
     argv = sys.argv[1:] if argv is None else argv
     parser = Parser(__doc__)
-    parser.add_argument("--size", choices=PROTOCOLS, default="cpu", help="of model, data and run")
-    parser.add_argument("--study", choices=STUDIES, default="controls", help="which methods")
+    parser.add_argument("--size", choices=PROTOCOLS, default="short", help="of model, data and run")
+    parser.add_argument("--study", choices=STUDIES, default="screen", help="which methods")
     parser.add_argument("--method", action="append", help="instead: a method with its settings; may be repeated")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SCREEN_SEEDS))
     parser.add_argument(

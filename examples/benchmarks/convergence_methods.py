@@ -339,6 +339,11 @@ METHODS: dict[str, type[Method]] = {
 }  # fmt: skip
 
 
+def described_method(settings: dict[str, Any]) -> Method:
+    """The method of a result; a setting that it does not name did not exist then, and has its default."""
+    return METHODS[settings["name"]](**{key: value for key, value in settings.items() if key != "name"})
+
+
 def parse(text: str) -> Method:
     """The method that a text such as ``self rows=0.25`` means.
 
@@ -362,26 +367,28 @@ def parse(text: str) -> Method:
 
 
 SCREEN_SEEDS, CONFIRMATION_SEEDS = (10, 11, 12), tuple(range(20, 30))
-OLD = [  # small and old teachers
-    "self teacher_width=48 teacher_depth=8", "self teacher_width=48 teacher_depth=5",
-    "self teacher_width=32 teacher_depth=5", "self teacher_width=24 teacher_depth=4",
-]  # fmt: skip
-YOUNG = ["self teacher_width=48 teacher_depth=8 teacher_share=0.4", "self teacher_share=0.2"]
-# Which methods each part of the study trains; a teacher that is missing is trained first.
+_SMALL = "self teacher_width=32 teacher_depth=5"
+# What each part of the study trains; a teacher that is missing is trained first. `share` brings the price of a run of
+# --size short to that of the plain one: with its teacher's run, or without where "whole" stands for one that exists.
 STUDIES: dict[str, list[str]] = {
-    "plain": ["none"],
-    "controls": ["none share=2.2", "stage1 share=2.2"],
-    "old": OLD,
-    "young": [text + more for text in YOUNG for more in ("", " distance=cosine", " normalised=True")],
-    "own": [
-        *(f"own start={start} refresh={refresh}" for start in (0.1, 0.2) for refresh in (0, 250)),
-        "own refresh=250 schedule=linear", "own refresh=250 stop=0.8",
+    "confirmation": [
+        "none", "self share=0.925 stop=0.5 teacher_share=2.5", "self share=0.862",
+        "own share=0.96 schedule=linear start=0.3 refresh=100", f"{_SMALL} share=0.865", "stage1 share=0.96",
     ],
-    "whole": ["self teacher_share=0.4", "self teacher_share=0.4 rows=0.25", "self", "self same_seed=True"],
-    "variants": [OLD[1] + more for more in (" rows=0.25", " rows=0.5", " weight=1.0", " schedule=linear")],
+    "screen": [
+        "self share=0.925 stop=0.5 teacher_share=2.5", "self share=0.9596 rows=0.25 teacher_share=2.5",
+        "self share=0.925 stop=0.5", "self share=0.953 stop=0.3",
+        "self share=0.9596 rows=0.25", "self share=0.982 rows=0.1",
+        f"{_SMALL} share=0.887 stop=0.3",
+        "own share=0.96 start=0.3 refresh=100", "own share=0.96 schedule=linear start=0.3 refresh=100",
+        "own rows=0.1 share=0.981 schedule=linear start=0.3 refresh=100 stop=0.8",
+    ],
+    "controls": ["none share=2.2", "self"],
     "peers": [
-        "ig", "ig weight=0.25", "sra", "sra weight=0.25", "sra distance=smooth_l1 weight=0.2", "layersync",
-        "layersync weight=0.2", "dispersive", "dispersive weight=0.25", "repa", "repa weight=1.0",
+        *(f"ig share=0.997 weight={weight}" for weight in (0.5, 0.25)),
+        *(f"sra share=0.75 {more}" for more in ("weight=0.5", "weight=0.25", "distance=smooth_l1 weight=0.2")),
+        *(f"layersync weight={weight}" for weight in (0.5, 0.2)),
+        *(f"dispersive share=0.993 weight={weight}" for weight in (0.5, 0.25)),
+        *(f"repa share=0.885 weight={weight}" for weight in (0.5, 1.0)),
     ],
 }  # fmt: skip
-STUDIES["full"] = list(dict.fromkeys(text for study in tuple(STUDIES.values())[1:] for text in study))

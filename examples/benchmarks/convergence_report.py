@@ -9,7 +9,7 @@ import math
 import statistics
 import sys
 from collections.abc import Container, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,13 +19,10 @@ from scipy.special import stdtrit
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.convergence_methods import (
     CONFIRMATION_SEEDS,
-    METHODS,
     SCREEN_SEEDS,
     STUDIES,
-    Method,
-    Plain,
     SelfTranscendence,
-    Stage1,
+    described_method,
     parse,
 )
 from benchmarks.convergence_setting import COOLDOWN, SHORT
@@ -38,12 +35,12 @@ PLOTTED = ["none", "own refresh=250 schedule=linear", "self teacher_width=32 tea
 MISSING = "not measured"
 NOTHING = "Nothing of this has been run yet."
 MEASURES = {
-    "distance_all": ("distance", 1, 1),
-    "kid": ("KID", 1, 1),
-    "precision": ("precision", 1, 3),
-    "recall": ("recall", 1, 3),
-    "label_seen": ("label seen", 1, 3),
-    "held_out_loss": ("held-out loss", 1, 4),
+    "distance_all": ("distance", 1),
+    "kid": ("KID", 1),
+    "precision": ("precision", 3),
+    "recall": ("recall", 3),
+    "label_seen": ("label seen", 3),
+    "held_out_loss": ("held-out loss", 4),
 }
 
 
@@ -69,7 +66,7 @@ class Interval(NamedTuple):
 
     def text(self, digits: int, sign: Literal["", "+"] = "") -> str:
         """``1.23 ± 0.45``."""
-        mean = f"{self.mean:{sign}.{digits}f}"
+        mean = f"{round(self.mean, digits) + 0:{sign}.{digits}f}"  # no -0.0
         return mean if math.isnan(self.high) else f"{mean} ± {self.high - self.mean:.{digits}f}"
 
 
@@ -99,22 +96,15 @@ def spent(parts: Iterable[tuple[int, float]], step: float) -> float:
     return total
 
 
-def method_of(line: Line) -> Method:
-    """The method of a result, without the length of a run that no teacher has: a longer one is the same, gone on."""
-    settings = dict(line["method"])
-    method = METHODS[settings.pop("name")](**settings)
-    return replace(method, share=1.0) if isinstance(method, (Plain, Stage1)) else method
-
-
 @dataclass(frozen=True)
 class Study:
     """The results of one protocol on some seeds.
 
     Attributes:
         steps: Length of the plain run.
-        runs: By method and seed, the line of the longest run.
+        runs: By method and seed, the line of the run.
         keys: By key, every run, the teachers' too.
-        guidance: By method and seed, the line of the samples with guidance at the plain run's end.
+        guidance: By method and seed, the line of the samples with guidance at the run's end, or the plain one's before.
     """
 
     steps: int
@@ -129,20 +119,19 @@ class Study:
         keys, guidance, steps = {}, {}, 0
         for line in (line for line in lines if "protocol" in line and line["protocol"]["name"] == name):
             steps = line["protocol"]["steps"]
-            method = str(method_of(line))
+            method = str(described_method(line["method"]))
             if line["kind"] == "guidance":
-                if line["step"] == steps and line["seed"] in seeds:
+                if line["step"] <= steps and line["seed"] in seeds:
                     guidance.setdefault(method, {})[line["seed"]] = line
                 continue
             keys[line["key"]] = line
-            known = runs.setdefault(method, {}).get(line["seed"])
-            if line["seed"] in seeds and (known is None or len(known["measures"]) < len(line["measures"])):
-                runs[method][line["seed"]] = line
-        return cls(steps, {method: found for method, found in runs.items() if found}, keys, guidance)
+            if line["seed"] in seeds:
+                runs.setdefault(method, {})[line["seed"]] = line
+        return cls(steps, runs, keys, guidance)
 
     def methods(self, wanted: Iterable[str]) -> list[str]:
         """Those of the methods that were run on a seed that the plain run was run on too, without repetition."""
-        found = dict.fromkeys(str(method_of({"method": parse(text).described()})) for text in wanted)
+        found = dict.fromkeys(str(parse(text)) for text in wanted)
         return [method for method in found if method in self.runs and self.seeds(method)]
 
     def seeds(self, method: str) -> list[int]:
@@ -203,19 +192,6 @@ class Study:
         low, high = (crossing(steps, [getattr(each, end) for each in found]) for end in ("low", "high"))
         return Interval(mean, low, high)
 
-    def at_equal_operations(self, method: str) -> Interval | None:
-        """Its distance at the end less that of the plain run after the same operations; None where that one ended."""
-        end = self.judged(method)[-1] if method != "none" else self.steps
-        step = self.total(method, end) * self.steps
-        seeds = [s for s in self.seeds(method) if self.runs["none"][s]["measures"][-1]["step"] >= step]
-        differences = []
-        for seed in seeds:
-            curve = [(m["step"], m["distance"]) for m in self.runs["none"][seed]["measures"]]
-            (a, high), (b, low) = next(pair for pair in pairwise(curve) if pair[1][0] >= step)
-            plain = high + (low - high) * (step - a) / (b - a)
-            differences += [d - plain for d in self.values(method, "distance", end, [seed])]
-        return interval(differences) if differences else None
-
 
 def table(header: list[str], rows: Iterable[list[str]]) -> str:
     """A Markdown table."""
@@ -231,7 +207,6 @@ def price_table(study: Study, methods: list[str]) -> str:
         at = study.reached(method)
         end = study.judged(method)[-1]
         costs = [study.total(method, step) for step in at]
-        equal = None if method == "none" else study.at_equal_operations(method)
         limit = f"> {study.total(method, end):.2f}"
         words = [limit if math.isinf(cost) else f"{cost:.2f}" for cost in costs]
         whole = words[0] if math.isnan(at.high) else f"{words[0]} ({words[1]} to {words[2]})"
@@ -239,9 +214,9 @@ def price_table(study: Study, methods: list[str]) -> str:
             title(method), str(len(study.seeds(method))), f"{study.teacher_price(method):.2f}",
             f"{study.step_price(method, end) * study.steps / end:.2f}",
             f"> {end / study.steps:.2f}" if math.isinf(at.mean) else f"{at.mean / study.steps:.2f}", whole,
-            study.differences(method, study.steps).text(1, "+"), MISSING if equal is None else equal.text(1, "+"),
+            study.differences(method, study.steps).text(1, "+"),
         ])  # fmt: skip
-    header = ["", "seeds", "T", "c", "s", "T + c · s", "distance, equal steps", "distance, equal operations"]
+    header = ["", "seeds", "T", "c", "s", "T + c · s", "distance, equal steps"]
     return table(header, rows)
 
 
@@ -258,41 +233,15 @@ def distance_table(study: Study, methods: list[str]) -> str:
     return table(["", *(f"{step:,}" for step in steps)], rows)
 
 
-def measure_table(study: Study, methods: list[str]) -> str:
-    """Every measure of the large sample at the plain run's end."""
-    rows = []
-    for method in methods:
-        found = [(study.values(method, key, study.steps), *how) for key, (_, *how) in MEASURES.items()]
-        rows.append([title(method), *(interval([v * k for v in vs]).text(d) if vs else MISSING for vs, k, d in found)])
-    return table(["", *(name for name, _, _ in MEASURES.values())], rows)
-
-
 def guidance_table(study: Study) -> str:
-    """The distance of samples with guidance, at the plain run's end."""
+    """The distance of samples with guidance, on as many samples as without."""
     rows, scales = [], []
     for method, lines in study.guidance.items():
         scales = list(next(iter(lines.values()))["distances"])
-        seeds = sorted(lines)
-        alone = study.values(method, "distance", study.steps, seeds)
-        guided = [[lines[seed]["distances"][scale] for seed in seeds] for scale in scales]
-        rows.append([title(method), str(len(seeds)), *(interval(values).text(1) for values in (alone, *guided))])
+        alone = [study.values(method, "distance", line["step"], [seed])[0] for seed, line in lines.items()]
+        guided = [[line["distances"][scale] for line in lines.values()] for scale in scales]
+        rows.append([title(method), str(len(lines)), *(interval(values).text(1) for values in (alone, *guided))])
     return table(["", "seeds", "1", *scales], rows) if rows else NOTHING
-
-
-def coverage(study: Study) -> str:
-    """What of each part of the study has been run, on the seeds of the screen."""
-
-    def done(text: str) -> int:
-        run = {"method": parse(text).described()}
-        lines = study.runs.get(str(method_of(run)), {}).values()  # a longer run holds the shorter one
-        return sum(line["measures"][-1]["step"] >= run["method"]["share"] * study.steps for line in lines)
-
-    rows = []
-    for name, texts in STUDIES.items():
-        missing = [f"`{text}`" for text in texts if not done(text)]
-        runs = f"{sum(map(done, texts))} of {len(texts) * len(SCREEN_SEEDS)}"
-        rows.append([name, runs, "; ".join(missing) or "none"])
-    return table(["part", "runs", "settings without any"], rows[:-1])  # the last is all of them
 
 
 def end_table(study: Study, methods: list[str]) -> str:
@@ -300,58 +249,57 @@ def end_table(study: Study, methods: list[str]) -> str:
     rows = []
     for method in methods:
         end, plain = study.judged(method)[-1], method == "none"
-        row = [title(method), str(len(study.seeds(method))), f"{end:,}", f"{study.total(method, end):.2f}"]
-        for key, (_, factor, digits) in MEASURES.items():
-            if plain:
-                found = interval(study.values(method, key, end))
-            else:
-                found = study.differences(method, end, key, study.steps)
-            row.append(Interval(*(factor * value for value in found)).text(digits, "" if plain else "+"))
+        prices = study.teacher_price(method), study.step_price(method, end)
+        row = [title(method), str(len(study.seeds(method))), f"{end:,}", *(f"{price:.2f}" for price in prices)]
+        for key, (_, digits) in MEASURES.items():
+            alone, differing = study.values(method, key, end), study.differences(method, end, key, study.steps)
+            row.append(interval(alone).text(digits) if plain else differing.text(digits, "+"))
         rows.append(row)
-    header = ["", "seeds", "steps", "price", *(name for name, _, _ in MEASURES.values())]
+    header = ["", "seeds", "steps", "T", "c · s", *(name for name, _ in MEASURES.values())]
     return table(header, rows) if rows else NOTHING
 
 
-def verdict(study: Study, criterion: str | None) -> str:
-    """The criterion, and what became of it on the seeds that nothing was chosen on."""
-    rows = [method for method in study.methods(list(study.runs)) if method != "none"]
-    said = f"> {criterion}\n\n" if criterion else ""
-    if not rows:
-        return f"{said}The confirmation has not been run yet: nothing on this page is confirmed."
+def verdict(study: Study, criteria: list[str]) -> str:
+    """The criteria, and what became of them on the seeds that nothing was chosen on."""
+    said = "".join(f"> {criterion}\n\n" for criterion in criteria)
     sentences = []
-    for method in rows:
+    for method in study.methods(study.runs):
         end = study.judged(method)[-1]
-        price, found = study.total(method, end), study.differences(method, end, "distance_all", study.steps)
-        word = "met" if price <= 1 and found.high < 0 else "not met"
+        teacher, run = study.teacher_price(method), study.step_price(method, end)
+        found = study.differences(method, end, "distance_all", study.steps)
+        word = "met" if run <= 1 and found.high < 0 else "not met"
+        where = " where the teacher exists" if teacher + run > 1 else ""
         of = f"{len(study.seeds(method))} of {len(CONFIRMATION_SEEDS)} seeds"
-        sentences.append(f"- {title(method)}, on {of}: {word}; {found.text(1, '+')} at {price:.2f} of the price.")
-    return said + "\n".join(sentences)
+        if method != "none":
+            price = f"{teacher + run:.2f} of the price" + (f", {run:.2f} without its teacher's run" if teacher else "")
+            sentences.append(f"- {title(method)}, on {of}: {word}{where}; {found.text(1, '+')} at {price}.")
+    return said + "\n".join(sentences or ["The confirmation has not been run yet: nothing on this page is confirmed."])
 
 
-def origin(study: Study) -> str:
+def origin(lines: list[Line]) -> str:
     """What was run and judged, on what, and how good the judge is."""
-    lines = [line for runs in study.runs.values() for line in runs.values()]
-    p, judge = lines[0]["protocol"], lines[0]["judge"]
-    said = {key: ", ".join(sorted({line[key] for line in lines})) for key in ("hardware", "torch", "commit")}
+    runs = [line for line in lines if line["kind"] == "run" and line["protocol"]["name"] == SHORT.name]
+    p, judge = runs[0]["protocol"], runs[0]["judge"]
+    said = {key: ", ".join(sorted({line[key] for line in runs})) for key in ("hardware", "torch", "commit")}
     return (
-        f"{len(lines)} runs at batch {p['batch_size']}; the plain one has {p['steps']:,} steps. {p['depth']} blocks of "
+        f"{len(runs)} runs at batch {p['batch_size']}; the plain one has {p['steps']:,} steps. {p['depth']} blocks of "
         f"width {p['hidden_size']}, 16 tokens, learning rate {p['lr']:g}, average of decay {p['ema_decay']:g}. "
-        f"{p['samples']:,} samples at each judgement, {p.get('final_samples', p['samples']):,} at the end, from the "
-        f"averaged model at {p['sampler_steps']} evaluations without guidance. The judge is a classifier, "
-        f"{judge['accuracy']:.3f} right on held-out images; {p['samples']:,} of these have a distance of "
-        f"{judge['real']:.1f}, and of {judge['real_through_vae']:.1f} once they went through the VAE. "
-        f"{said['hardware']}; PyTorch {said['torch']}; commit {said['commit']}."
+        f"{p['samples']:,} samples at each judgement, {p['final_samples']:,} at the end, from the averaged model at "
+        f"{p['sampler_steps']} evaluations without guidance. The judge is a classifier, {judge['accuracy']:.3f} right "
+        f"on held-out images; {p['samples']:,} of these have a distance of {judge['real']:.1f}, and of "
+        f"{judge['real_through_vae']:.1f} once they went through the VAE. {said['hardware']}; PyTorch {said['torch']}; "
+        f"commit {said['commit']}."
     )
 
 
-def draw(study: Study, methods: list[str], path: Path) -> None:
-    """Distance against total operations: means and 95 % intervals."""
+def draw(study: Study, methods: list[str], confirmed: Study, path: Path) -> None:
+    """Distance against total operations, and what was confirmed at the ends: means and 95 % intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, panel = plt.subplots(figsize=(8, 4.8), layout="constrained")
+    figure, (panel, ends) = plt.subplots(1, 2, figsize=(12, 4.8), width_ratios=(3, 2), layout="constrained")
     for i, method in enumerate(methods):
         steps = study.judged(method)
         x = [study.total(method, step) for step in steps]
@@ -373,37 +321,42 @@ def draw(study: Study, methods: list[str], path: Path) -> None:
     panel.set_xlim(left=0)
     panel.grid(alpha=0.3, which="both")
     panel.legend(frameon=False)
+    rows = [method for method in confirmed.methods(STUDIES["confirmation"]) if method != "none"]
+    for y, method in enumerate(reversed(rows)):
+        found = confirmed.differences(method, confirmed.judged(method)[-1], "distance_all", confirmed.steps)
+        ends.errorbar(found.mean, y, xerr=found.high - found.mean, fmt="o", color="C0", capsize=4)
+        label = f"{title(method)} (n = {len(confirmed.seeds(method))})"
+        ends.text(0.02, y + 0.15, label, transform=ends.get_yaxis_transform(), fontsize=9)
+    ends.axvline(0, color="0.4", lw=0.8, ls="--")
+    ends.set(xlabel="distance less the plain run's, after a cooldown", yticks=[], ylim=(-0.5, len(rows) - 0.5))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def write_page(lines: list[Line], root: Path, name: str = "cpu") -> None:
-    """Write tables and verdict of a protocol into docs/does-it-work.md, and draw its picture."""
-    study = Study.of(lines, name, SCREEN_SEEDS)
+def write_page(lines: list[Line], root: Path) -> None:
+    """Write tables and verdict into docs/does-it-work.md, and draw its picture."""
+    curves = Study.of(lines, "cpu", SCREEN_SEEDS)
     cooled, short = (Study.of(lines, each.name, SCREEN_SEEDS) for each in (COOLDOWN, SHORT))
     confirmed = Study.of(lines, SHORT.name, CONFIRMATION_SEEDS)
     earlier = Study.of(lines, EARLIER, range(SCREEN_SEEDS[0]))
-    own = study.methods(text for part, texts in STUDIES.items() if part not in ("peers", "full") for text in texts)
-    peers = study.methods(STUDIES["peers"])
+    screened, compared = (study.methods(study.runs) for study in (curves, earlier))
     criteria = [line["text"] for line in lines if line["kind"] == "criterion"]
     parts = {
-        "origin": origin(study),
-        "verdict": verdict(confirmed, criteria[-1] if criteria else None),
-        "price": price_table(study, own),
-        "peers": price_table(study, peers),
-        "distances": distance_table(study, [*own, *peers]),
-        "measures": measure_table(study, [*own, *peers]),
-        "guidance": guidance_table(study),
+        "origin": origin(lines),
+        "verdict": verdict(confirmed, criteria[2:]),  # no run was made for the first two
+        "price": price_table(curves, screened),
+        "distances": distance_table(curves, screened),
+        "measures": end_table(curves, screened),
+        "guidance": guidance_table(curves),
         "cooldown": end_table(cooled, cooled.methods(cooled.runs)),
-        "short": end_table(short, short.methods(short.runs)),
-        "confirmation": end_table(confirmed, confirmed.methods(confirmed.runs)),
-        "earlier": price_table(earlier, earlier.methods(earlier.runs)),
-        "coverage": coverage(study),
+        "confirmation": end_table(confirmed, confirmed.methods(STUDIES["confirmation"])),
+        **{part: end_table(short, short.methods(["none", *STUDIES[part]])) for part in ("screen", "peers", "controls")},
+        "earlier": price_table(earlier, compared),
     }
     page = root / "docs" / "does-it-work.md"
     text = page.read_text()
     for part, content in parts.items():
         text = between(text, part, content + "\n")
     page.write_text(text)
-    draw(study, study.methods(PLOTTED), root / "docs" / "images" / "convergence.png")
+    draw(curves, curves.methods(PLOTTED), confirmed, root / "docs" / "images" / "convergence.png")
