@@ -369,7 +369,7 @@ def parse(text: str) -> Method:
 SCREEN_SEEDS, CONFIRMATION_SEEDS = (10, 11, 12), tuple(range(20, 30))
 _SMALL = "self teacher_width=32 teacher_depth=5"
 # What each part of the study trains; a teacher that is missing is trained first. `share` brings the price of a run of
-# --size short to that of the plain one: with its teacher's run, or without where "whole" stands for one that exists.
+# --size short to that of the plain one. A smaller teacher's run counts in it; one of the student's size exists already.
 STUDIES: dict[str, list[str]] = {
     "confirmation": [
         "none", "self share=0.925 stop=0.5 teacher_share=2.5", "self share=0.862",
