@@ -368,8 +368,9 @@ def parse(text: str) -> Method:
 
 SCREEN_SEEDS, CONFIRMATION_SEEDS = (10, 11, 12), tuple(range(20, 30))
 _SMALL = "self teacher_width=32 teacher_depth=5"
+_SHORTER = "self share=0.832 teacher_width=48 teacher_share=0.4", "self share=0.683 teacher_share=0.2"
 # What each part of the study trains; a teacher that is missing is trained first. `share` brings the price of a run of
-# --size short to that of the plain one. A smaller teacher's run counts in it; one of the student's size exists already.
+# --size short to that of the plain one. A smaller or shorter teacher's run counts in it; any other exists already.
 STUDIES: dict[str, list[str]] = {
     "confirmation": [
         "none", "self share=0.925 stop=0.5 teacher_share=2.5", "self share=0.862",
@@ -380,6 +381,9 @@ STUDIES: dict[str, list[str]] = {
         "self share=0.925 stop=0.5", "self share=0.953 stop=0.3",
         "self share=0.9596 rows=0.25", "self share=0.982 rows=0.1",
         f"{_SMALL} share=0.887 stop=0.3",
+        *(" ".join([teacher, more]) for teacher in _SHORTER for more in ("", "distance=cosine", "normalised=True")),
+        "self share=0.504 teacher_share=0.4", "self share=0.561 teacher_share=0.4 rows=0.25",
+        *(f"own share=0.96 start={start} refresh={steps}" for start in (0.1, 0.2) for steps in (0, 100)),
         "own share=0.96 start=0.3 refresh=100", "own share=0.96 schedule=linear start=0.3 refresh=100",
         "own rows=0.1 share=0.981 schedule=linear start=0.3 refresh=100 stop=0.8",
     ],

@@ -25,7 +25,7 @@ from common.vae import DOWNSAMPLING, LATENT_CHANNELS, decode, encode_moments, tr
 IMAGE_SIZE = 32
 PATCH_SIZE = 2
 NULL_CLASS = NUM_FASHION_CLASSES
-_BATCH = 250  # of samples and features; larger ones are slower on a CPU
+_BATCH = 125  # of samples and latents; larger ones are slower on a CPU
 
 
 @dataclass(frozen=True)
