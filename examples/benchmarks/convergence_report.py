@@ -50,9 +50,9 @@ def title(text: str) -> str:
     settings = dict(part.split("=") for part in str(method).split()[1:] if not part.startswith("share="))
     words = [method.title]
     if isinstance(method, SelfTranscendence):
-        sizes = [settings.pop(f"teacher_{name}", "0") for name in ("width", "depth", "share")]
-        own = "whole" if sizes[0] == "0" else f"{sizes[0]} × {sizes[1]}"
-        words = [f"{method.title} {own}", *([f"{sizes[2]} of the steps"] if sizes[2] != "0" else [])]
+        width, depth, share = (settings.pop(f"teacher_{name}", "") for name in ("width", "depth", "share"))
+        own = f"{width} × {depth or SHORT.depth}" if width else "whole"
+        words = [f"{method.title} {own}", *([f"{share} of the steps"] if share else [])]
     words += [f"{key.replace('_', ' ')} {value.removesuffix('.0')}" for key, value in settings.items()]
     return ", ".join(words).replace(" True", "")
 
