@@ -374,7 +374,8 @@ _SHORTER = "self share=0.832 teacher_width=48 teacher_share=0.4", "self share=0.
 STUDIES: dict[str, list[str]] = {
     "confirmation": [
         "none", "self share=0.925 stop=0.5 teacher_share=2.5", "self share=0.862",
-        "own share=0.96 schedule=linear start=0.3 refresh=100", f"{_SMALL} share=0.865", "stage1 share=0.96",
+        "own share=0.96 schedule=linear start=0.3 refresh=100", "own share=0.96 refresh=100", f"{_SMALL} share=0.865",
+        "stage1 share=0.96",
     ],
     "screen": [
         "self share=0.925 stop=0.5 teacher_share=2.5", "self share=0.9596 rows=0.25 teacher_share=2.5",
