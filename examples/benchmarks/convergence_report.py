@@ -244,6 +244,17 @@ def guidance_table(study: Study) -> str:
     return table(["", "seeds", "1", *scales], rows) if rows else NOTHING
 
 
+def internal_guidance_table(study: Study) -> str:
+    """The distance of Internal Guidance without and with its own guidance in sampling, and the plain run's."""
+    rows = []
+    for method in study.methods(STUDIES["peers"]):
+        end, seeds = study.judged(method)[-1], study.seeds(method)
+        if guided := study.values(method, "distance_internally_guided", end):
+            values = guided, study.values(method, "distance", end), study.values("none", "distance", study.steps, seeds)
+            rows.append([title(method), str(len(seeds)), *(interval(each).text(1) for each in values)])
+    return table(["", "seeds", "with its guidance", "without", "plain"], rows) if rows else NOTHING
+
+
 def end_table(study: Study, methods: list[str]) -> str:
     """Every measure of the large sample at a run's own end: the plain run's, and by how much the others differ."""
     rows = []
@@ -348,7 +359,8 @@ def write_page(lines: list[Line], root: Path) -> None:
         "price": price_table(curves, screened),
         "distances": distance_table(curves, screened),
         "measures": end_table(curves, screened),
-        "guidance": guidance_table(curves),
+        "guidance": guidance_table(confirmed),
+        "internal": internal_guidance_table(short),
         "cooldown": end_table(cooled, cooled.methods(cooled.runs)),
         "confirmation": end_table(confirmed, confirmed.methods(STUDIES["confirmation"])),
         **{part: end_table(short, short.methods(["none", *STUDIES[part]])) for part in ("screen", "peers", "controls")},
