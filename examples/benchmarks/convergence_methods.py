@@ -388,7 +388,7 @@ STUDIES: dict[str, list[str]] = {
         "own share=0.96 start=0.3 refresh=100", "own share=0.96 schedule=linear start=0.3 refresh=100",
         "own rows=0.1 share=0.981 schedule=linear start=0.3 refresh=100 stop=0.8",
     ],
-    "controls": ["none share=2.2", "self"],
+    "controls": ["none share=2.2", "stage1 share=2.12", "self"],
     "peers": [
         *(f"ig share=0.997 weight={weight}" for weight in (0.5, 0.25)),
         *(f"sra share=0.75 {more}" for more in ("weight=0.5", "weight=0.25", "distance=smooth_l1 weight=0.2")),

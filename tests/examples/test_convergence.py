@@ -14,7 +14,18 @@ import torch
 from benchmarks import convergence
 from benchmarks.convergence import Results, Run, Setting
 from benchmarks.convergence_methods import parse
-from benchmarks.convergence_report import MEASURES, Study, crossing, end_table, interval, price_table, spent, verdict
+from benchmarks.convergence_report import (
+    MEASURES,
+    Study,
+    crossing,
+    end_table,
+    guidance_table,
+    internal_guidance_table,
+    interval,
+    price_table,
+    spent,
+    verdict,
+)
 from benchmarks.convergence_setting import PROTOCOLS, Protocol
 from benchmarks.recording import append
 from common.options import Mistake
@@ -308,6 +319,16 @@ def test_the_verdict_is_of_the_interval_at_the_runs_ends(
     assert f"20 | 0.10 | {run} | {found}" in row
     assert f"> Why.\n\n- teacher whole, on 2 of 10 seeds: {words}" in verdict(study, ["Why."])
     assert "nothing on this page is confirmed" in verdict(Study.of([], "made-up", ()), [])
+
+
+def test_samples_with_guidance_stand_beside_those_without() -> None:
+    lines = [made_up("none", 10, [30, 20, 11], 100), made_up("ig share=0.997", 10, [31, 21, 12], 100)]
+    lines[1]["measures"][-1]["distance_internally_guided"] = 7.0
+    for step, guided in ((40, 8.0), (88, 5.0)):  # beyond the plain run's end nothing is compared
+        lines.append({**lines[0], "kind": "guidance", "step": step, "distances": {"1.5": guided, "2.0": guided + 1}})
+    study = Study.of(lines, "made-up", (10,))
+    assert guidance_table(study).splitlines()[-1] == "| plain | 1 | 11.0 | 8.0 | 9.0 |"
+    assert internal_guidance_table(study).splitlines()[-1] == "| Internal Guidance | 1 | 7.0 | 12.0 | 11.0 |"
 
 
 def test_docs_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
