@@ -233,15 +233,27 @@ def distance_table(study: Study, methods: list[str]) -> str:
     return table(["", *(f"{step:,}" for step in steps)], rows)
 
 
+def guided(study: Study, method: str, scale: str, seeds: Iterable[int]) -> list[float]:
+    """The plain run's distances with guidance, on as many samples as without; of others, less those at its seeds."""
+    found: dict[tuple[str, int], float] = {}
+    for each in {method, "none"}:
+        for seed, line in study.guidance.get(each, {}).items():
+            known = study.values(each, "distance", line["step"], [seed]) if scale == "1" else [line["distances"][scale]]
+            found[each, seed] = known[0]
+    both = [seed for seed in seeds if (method, seed) in found and ("none", seed) in found]
+    return [found[method, seed] - (found["none", seed] if method != "none" else 0) for seed in both]
+
+
 def guidance_table(study: Study) -> str:
-    """The distance of samples with guidance, on as many samples as without."""
-    rows, scales = [], []
-    for method, lines in study.guidance.items():
-        scales = list(next(iter(lines.values()))["distances"])
-        alone = [study.values(method, "distance", line["step"], [seed])[0] for seed, line in lines.items()]
-        guided = [[line["distances"][scale] for line in lines.values()] for scale in scales]
-        rows.append([title(method), str(len(lines)), *(interval(values).text(1) for values in (alone, *guided))])
-    return table(["", "seeds", "1", *scales], rows) if rows else NOTHING
+    """The plain run's distance with guidance in sampling, and by how much the others differ at the same scale."""
+    if "none" not in study.guidance:
+        return NOTHING
+    rows, scales = [], ["1", *next(iter(study.guidance["none"].values()))["distances"]]
+    for method in sorted(study.guidance, key=lambda method: method != "none"):
+        found = [guided(study, method, scale, study.guidance[method]) for scale in scales]
+        sign: Literal["", "+"] = "" if method == "none" else "+"
+        rows.append([title(method), str(len(found[0])), *(interval(values).text(1, sign) for values in found)])
+    return table(["", "seeds", *scales], rows)
 
 
 def internal_guidance_table(study: Study) -> str:
@@ -270,9 +282,9 @@ def end_table(study: Study, methods: list[str]) -> str:
     return table(header, rows) if rows else NOTHING
 
 
-def verdict(study: Study, criteria: list[str]) -> str:
+def verdict(study: Study, criteria: list[Line]) -> str:
     """The criteria, and what became of them on the seeds that nothing was chosen on."""
-    said = "".join(f"> {criterion}\n\n" for criterion in criteria)
+    said = "".join(f"> {criterion['text']}\n\n" for criterion in criteria)
     sentences = []
     for method in study.methods(study.runs):
         end = study.judged(method)[-1]
@@ -284,6 +296,13 @@ def verdict(study: Study, criteria: list[str]) -> str:
         if method != "none":
             price = f"{teacher + run:.2f} of the price" + (f", {run:.2f} without its teacher's run" if teacher else "")
             sentences.append(f"- {title(method)}, on {of}: {word}{where}; {found.text(1, '+')} at {price}.")
+    for scale, asked in ((line["guidance"], line["asked"]) for line in criteria if "guidance" in line):
+        for method, seeds in asked.items():
+            if not (values := guided(study, method, scale, seeds)):
+                continue
+            found, of = interval(values), f"{len(values)} of {len(seeds)} seeds"
+            word = "met" if found.high < 0 else "not met"
+            sentences.append(f"- {title(method)}, guidance {scale} in sampling, on {of}: {word}; {found.text(1, '+')}.")
     return said + "\n".join(sentences or ["The confirmation has not been run yet: nothing on this page is confirmed."])
 
 
@@ -352,7 +371,7 @@ def write_page(lines: list[Line], root: Path) -> None:
     confirmed = Study.of(lines, SHORT.name, CONFIRMATION_SEEDS)
     earlier = Study.of(lines, EARLIER, range(SCREEN_SEEDS[0]))
     screened, compared = (study.methods(study.runs) for study in (curves, earlier))
-    criteria = [line["text"] for line in lines if line["kind"] == "criterion"]
+    criteria = [line for line in lines if line["kind"] == "criterion"]
     parts = {
         "origin": origin(lines),
         "verdict": verdict(confirmed, criteria[2:]),  # no run was made for the first two
