@@ -48,7 +48,7 @@ from common.training import Criterion, Training, TrainSettings, averaged_copy, t
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "convergence.jsonl"
 WARM_UP = 2
-GUIDANCE_SCALES = (1.5, 2.0, 3.0)
+GUIDANCE_SCALES = (1.25, 1.4, 1.5, 2.0, 3.0)
 WAIT = 5.0  # seconds before looking again for a run that another process is not working on
 
 
@@ -285,15 +285,17 @@ def do(setting: Setting, run: Run, out: Path, argv: list[str]) -> dict[str, Any]
 
 def sample_with_guidance(setting: Setting, runs: list[Run], out: Path, results: Results, argv: list[str]) -> None:
     """For each run whose weights are kept, the distance of samples with classifier-free guidance, as a line."""
-    known = {line["key"] for line in results.lines() if line["kind"] == "guidance"}
+    lines = [line for line in results.lines() if line["kind"] == "guidance"]
     for run in runs:
         for step in sorted(run.ends):
             weights, key = run.weights(out, step), f"{run.key} | step {step}"
-            if key in known or not weights.exists():
+            known = {scale for line in lines if line["key"] == key for scale in line["distances"]}
+            missing = [scale for scale in GUIDANCE_SCALES if str(scale) not in known]
+            if not missing or not weights.exists():
                 continue
             model = run.method.model(run.protocol, setting.device).eval()
             model.load_state_dict(torch.load(weights, map_location=setting.device, weights_only=True)["ema"])
-            distances = {str(scale): setting.guided_distance(model, run.seed, scale) for scale in GUIDANCE_SCALES}
+            distances = {str(scale): setting.guided_distance(model, run.seed, scale) for scale in missing}
             append(results.path, {
                 "kind": "guidance", "key": key, "method": run.method.described(), "seed": run.seed, "step": step,
                 **described(setting, argv), "distances": distances,
