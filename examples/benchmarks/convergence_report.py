@@ -17,14 +17,7 @@ from typing import Any, Literal, NamedTuple
 from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.convergence_methods import (
-    CONFIRMATION_SEEDS,
-    SCREEN_SEEDS,
-    STUDIES,
-    SelfTranscendence,
-    described_method,
-    parse,
-)
+from benchmarks.convergence_methods import CONFIRMATION_SEEDS, SCREEN_SEEDS, STUDIES, described_method, parse
 from benchmarks.convergence_setting import COOLDOWN, SHORT
 from benchmarks.recording import between
 
@@ -49,7 +42,7 @@ def title(text: str) -> str:
     method = parse(text)
     settings = dict(part.split("=") for part in str(method).split()[1:] if not part.startswith("share="))
     words = [method.title]
-    if isinstance(method, SelfTranscendence):
+    if method.name == "self":
         width, depth, share = (settings.pop(f"teacher_{name}", "") for name in ("width", "depth", "share"))
         own = f"{width} × {depth or SHORT.depth}" if width else "whole"
         words = [f"{method.title} {own}", *([f"{share} of the steps"] if share else [])]
@@ -104,25 +97,28 @@ class Study:
         steps: Length of the plain run.
         runs: By method and seed, the line of the run.
         keys: By key, every run, the teachers' too.
-        guidance: By method and seed, the line of the samples with guidance at the run's end, or the plain one's before.
+        guidance: By method, seed and scale of guidance in sampling, the distance at the run's end; "1" is without.
     """
 
     steps: int
     runs: dict[str, dict[int, Line]]
     keys: dict[str, Line]
-    guidance: dict[str, dict[int, Line]]
+    guidance: dict[str, dict[int, dict[str, float]]]
 
     @classmethod
     def of(cls, lines: Iterable[Line], name: str, seeds: Container[int]) -> Study:
         """The lines of one protocol on these seeds."""
         runs: dict[str, dict[int, Line]] = {}
-        keys, guidance, steps = {}, {}, 0
+        guidance: dict[str, dict[int, dict[str, float]]] = {}
+        keys, steps = {}, 0
         for line in (line for line in lines if "protocol" in line and line["protocol"]["name"] == name):
             steps = line["protocol"]["steps"]
             method = str(described_method(line["method"]))
             if line["kind"] == "guidance":
                 if line["step"] <= steps and line["seed"] in seeds:
-                    guidance.setdefault(method, {})[line["seed"]] = line
+                    alone = [m["distance"] for m in runs[method][line["seed"]]["measures"] if m["step"] == line["step"]]
+                    known = guidance.setdefault(method, {}).setdefault(line["seed"], {"1": alone[0]})
+                    known.update(line["distances"])
                 continue
             keys[line["key"]] = line
             if line["seed"] in seeds:
@@ -224,36 +220,39 @@ def distance_table(study: Study, methods: list[str]) -> str:
     """The plain run's distance at every judged step, and how far from it the others of the same seeds are."""
     steps = [step for step in study.judged("none") if step <= study.steps]
     rows = [["plain: distance", *(interval(study.values("none", "distance", s)).text(1) for s in steps)]]
-    for method in methods:
-        if method != "none":
-            known = study.judged(method)
-            rows.append(
-                [title(method), *(study.differences(method, s).text(1, "+") if s in known else MISSING for s in steps)]
-            )
+    for method in (each for each in methods if each != "none"):
+        known = study.judged(method)
+        rows.append(
+            [title(method), *(study.differences(method, s).text(1, "+") if s in known else MISSING for s in steps)]
+        )
     return table(["", *(f"{step:,}" for step in steps)], rows)
 
 
-def guided(study: Study, method: str, scale: str, seeds: Iterable[int]) -> list[float]:
-    """The plain run's distances with guidance, on as many samples as without; of others, less those at its seeds."""
-    found: dict[tuple[str, int], float] = {}
-    for each in {method, "none"}:
-        for seed, line in study.guidance.get(each, {}).items():
-            known = study.values(each, "distance", line["step"], [seed]) if scale == "1" else [line["distances"][scale]]
-            found[each, seed] = known[0]
-    both = [seed for seed in seeds if (method, seed) in found and ("none", seed) in found]
-    return [found[method, seed] - (found["none", seed] if method != "none" else 0) for seed in both]
+def guided(study: Study, method: str, seeds: Iterable[int], scale: str, plain_scale: str) -> list[float]:
+    """Distances of samples with guidance, less the plain run's of the same seed; of the plain run, as they are."""
+    found, plain = study.guidance.get(method, {}), study.guidance["none"]
+    both = [s for s in seeds if scale in found.get(s, {}) and plain_scale in plain.get(s, {})]
+    return [found[seed][scale] - (plain[seed][plain_scale] if method != "none" else 0) for seed in both]
+
+
+def best_scale(study: Study, method: str, seeds: list[int]) -> str:
+    """The scale at which the mean distance is lowest, of those that the first of the seeds has."""
+    scales = study.guidance[method][seeds[0]]
+    return min(scales, key=lambda scale: statistics.mean(guided(study, method, seeds, scale, "1")))
 
 
 def guidance_table(study: Study) -> str:
     """The plain run's distance with guidance in sampling, and by how much the others differ at the same scale."""
-    if "none" not in study.guidance:
-        return NOTHING
-    rows, scales = [], ["1", *next(iter(study.guidance["none"].values()))["distances"]]
+    scales = sorted(
+        {scale for seeds in study.guidance.values() for each in seeds.values() for scale in each}, key=float
+    )
+    rows = []
     for method in sorted(study.guidance, key=lambda method: method != "none"):
-        found = [guided(study, method, scale, study.guidance[method]) for scale in scales]
+        found = [guided(study, method, study.guidance[method], scale, scale) for scale in scales]
         sign: Literal["", "+"] = "" if method == "none" else "+"
-        rows.append([title(method), str(len(found[0])), *(interval(values).text(1, sign) for values in found)])
-    return table(["", "seeds", *scales], rows)
+        words = [interval(values).text(1, sign) if values else MISSING for values in found]
+        rows.append([title(method), str(len(found[0])), *words])
+    return table(["", "seeds", *scales], rows) if rows else NOTHING
 
 
 def internal_guidance_table(study: Study) -> str:
@@ -296,13 +295,16 @@ def verdict(study: Study, criteria: list[Line]) -> str:
         if method != "none":
             price = f"{teacher + run:.2f} of the price" + (f", {run:.2f} without its teacher's run" if teacher else "")
             sentences.append(f"- {title(method)}, on {of}: {word}{where}; {found.text(1, '+')} at {price}.")
-    for scale, asked in ((line["guidance"], line["asked"]) for line in criteria if "guidance" in line):
-        for method, seeds in asked.items():
-            if not (values := guided(study, method, scale, seeds)):
-                continue
-            found, of = interval(values), f"{len(values)} of {len(seeds)} seeds"
-            word = "met" if found.high < 0 else "not met"
-            sentences.append(f"- {title(method)}, guidance {scale} in sampling, on {of}: {word}; {found.text(1, '+')}.")
+    for line in (line for line in criteria if "guidance" in line):
+        for method, seeds in line["asked"].items():
+            ready = [seed for seed in seeds if all(seed in study.guidance.get(each, {}) for each in (method, "none"))]
+            if ready:
+                best = line["guidance"] == "best"
+                scales = [best_scale(study, each, ready) if best else line["guidance"] for each in (method, "none")]
+                found, of = interval(guided(study, method, ready, *scales)), f"{len(ready)} of {len(seeds)} seeds"
+                at = f"guidance {scales[0]} in sampling" + (f" and {scales[1]} in the plain run's" if best else "")
+                word = "met" if found.high < 0 else "not met"
+                sentences.append(f"- {title(method)}, {at}, on {of}: {word}; {found.text(1, '+')}.")
     return said + "\n".join(sentences or ["The confirmation has not been run yet: nothing on this page is confirmed."])
 
 

@@ -325,23 +325,25 @@ def test_samples_with_guidance_stand_beside_those_without() -> None:
     lines = []
     for seed, alone, taught, more in ((10, 11.0, 10.0, 0.0), (11, 13.0, 15.0, 0.1), (12, 13.0, 15.0, 9.0)):
         lines += [made_up("none", seed, [30, 20, alone], 100), made_up("self", seed, [31, 21, taught], 100)]
-        for line, at in ((lines[-2], 8.0), (lines[-1], 6.0 + more)):
+        for line, at, last in ((lines[-2], 8.0, 30.0), (lines[-1], 6.0 + more, 5.0)):
             for step, later in ((40, 0.0), (88, 50.0)):  # beyond the plain run's end nothing is compared
-                distances = {"1.5": at + seed + later, "2.0": 9.0 + later}
+                distances = {"1.5": at + seed + later, "2.0": 9.0 + later, "3.0": last + later}
                 lines.append({**line, "kind": "guidance", "step": step, "distances": distances})
     ig = made_up("ig share=0.997", 10, [31, 21, 12], 100)
     ig["measures"][-1]["distance_internally_guided"] = 7.0
     study = Study.of([*lines, ig], "made-up", (10, 11))
     half = stats.t.ppf(0.975, 1) * 0.05  # of two values, 0.1 apart
     plain, taught = guidance_table(study).splitlines()[-2:]
-    assert plain.startswith("| plain | 2 | 12.0 ± 12.7 | 18.5 ± 6.4 | 9.0 ± 0.0 |")
-    assert taught == f"| teacher whole | 2 | +0.5 ± {1.5 * 12.706:.1f} | -1.9 ± {half:.1f} | +0.0 ± 0.0 |"
+    assert plain.startswith("| plain | 2 | 12.0 ± 12.7 | 18.5 ± 6.4 | 9.0 ± 0.0 | 30.0 ± 0.0 |")
+    assert taught == f"| teacher whole | 2 | +0.5 ± {1.5 * 12.706:.1f} | -1.9 ± {half:.1f} | +0.0 ± 0.0 | -25.0 ± 0.0 |"
     assert internal_guidance_table(study).splitlines()[-1] == "| Internal Guidance | 1 | 7.0 | 12.0 | 11.0 |"
     criterion = {"text": "Why.", "guidance": "1.5", "asked": {"self": [10, 11, 12], "layersync": [10]}}
     *_, said = verdict(study, [criterion]).splitlines()
     assert said == f"- teacher whole, guidance 1.5 in sampling, on 2 of 3 seeds: met; -1.9 ± {half:.1f}."
     *_, said = verdict(study, [{**criterion, "guidance": "2.0"}]).splitlines()
     assert said.endswith("on 2 of 3 seeds: not met; +0.0 ± 0.0.")
+    *_, said = verdict(study, [{**criterion, "guidance": "best"}]).splitlines()
+    assert said.endswith("guidance 3.0 in sampling and 2.0 in the plain run's, on 2 of 3 seeds: met; -4.0 ± 0.0.")
 
 
 def test_docs_say_what_the_results_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
