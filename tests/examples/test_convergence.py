@@ -214,13 +214,14 @@ def test_what_would_not_be_the_study_is_refused(finished: Path, tmp_path: Path) 
             parse(text)
 
 
-def test_finished_runs_are_sampled_with_guidance_once(again: Path) -> None:
-    for _ in range(2):
+def test_finished_runs_are_sampled_with_each_scale_once(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for scales, last in (((2.0,), "2.0"), ((1.5, 2.0), "1.5"), ((1.5, 2.0), "1.5")):
+        monkeypatch.setattr(convergence, "GUIDANCE_SCALES", scales)
         convergence.main([*order(again, "none share=1.2"), "--guidance"])
         *_, first, second = map(json.loads, (again / "results.jsonl").read_text().splitlines())
         assert [(line["kind"], line["step"]) for line in (first, second)] == [("guidance", 10), ("guidance", 12)]
-        assert list(first["distances"]) == list(second["distances"]) == ["1.5", "2.0", "3.0"]
-    assert len((again / "results.jsonl").read_text().splitlines()) == len(TRAINED) + 3
+        assert list(first["distances"]) == list(second["distances"]) == [last]
+    assert len((again / "results.jsonl").read_text().splitlines()) == len(TRAINED) + 1 + 4
 
 
 def test_operations_are_those_of_the_formula(finished: Path) -> None:
