@@ -196,7 +196,7 @@ def _of_model(model: nn.Module, blocks: str | Sequence[str] | None) -> _Found:
             f"{len(layers)}: {quoted(layers)}.\nChoose the layers yourself."
         )
     if depth < _PUBLISHED_DEPTH and not text:
-        notes.append("With 8 blocks and a constant learning rate, guidance helped to the end: try stop_step=None.")
+        notes.append("Without a cooldown, 8 blocks were best guided to the end: stop_step=None. See 'Does it work?'.")
     if not text:
         notes.append("Text to image was published with guidance scale 5 and no window, instead: see recipe('MMDiT').")
     return name, depth, layers, text, notes
