@@ -99,12 +99,13 @@ class Protocol:
 # Runs of other lengths are compared at their ends alone: before the cooldown none is at its best.
 COOLDOWN = Protocol("cooldown", cooldown=0.2, evaluate_at=())
 SHORT = replace(COOLDOWN, name="short", steps=1000)
+LONG = replace(COOLDOWN, name="long", steps=4000)
 SIT_S = Protocol(
     "S", hidden_size=384, depth=12, num_heads=6, student_layer=6, teacher_layer=8, peer_layer=3, peer_deep_layer=8,
     head_features=2048, batch_size=256, lr=3e-4, warmup_steps=500, ema_decay=0.999, steps=20_000, samples=10_000,
     evaluate_at=tuple(range(5000, 44_001, 5000)), sampler_steps=50, vae_steps=4000, cooldown=0.2,
 )  # fmt: skip
-PROTOCOLS = {p.name: p for p in (Protocol("cpu"), COOLDOWN, SHORT, SIT_S)}
+PROTOCOLS = {p.name: p for p in (Protocol("cpu"), SHORT, COOLDOWN, LONG, SIT_S)}
 
 
 def block(layer: int) -> str:
