@@ -7,7 +7,7 @@ killed goes on, when started again, where its run was last judged. A teacher's r
 
     python examples/benchmarks/convergence.py --study peers --seeds 10 11 12      # see STUDIES
     python examples/benchmarks/convergence.py --method "self teacher_width=48 rows=0.25" --seeds 10
-    python examples/benchmarks/convergence.py --guidance --method none --seeds 10   # samples with guidance, afterwards
+    python examples/benchmarks/convergence.py --guidance 1.25 1.4 --method none     # samples with guidance, afterwards
     python examples/benchmarks/convergence.py --size S --device cuda --study screen
     python examples/benchmarks/convergence.py --report                   # redraw docs/does-it-work.md from the results
 """
@@ -48,7 +48,6 @@ from common.training import Criterion, Training, TrainSettings, averaged_copy, t
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = Path(__file__).parent / "results" / "convergence.jsonl"
 WARM_UP = 2
-GUIDANCE_SCALES = (1.25, 1.4, 1.5, 2.0, 3.0)
 WAIT = 5.0  # seconds before looking again for a run that another process is not working on
 
 
@@ -283,22 +282,24 @@ def do(setting: Setting, run: Run, out: Path, argv: list[str]) -> dict[str, Any]
     return result
 
 
-def sample_with_guidance(setting: Setting, runs: list[Run], out: Path, results: Results, argv: list[str]) -> None:
-    """For each run whose weights are kept, the distance of samples with classifier-free guidance, as a line."""
+def sample_with_guidance(
+    scales: list[float], setting: Setting, runs: list[Run], out: Path, results: Results, argv: list[str]
+) -> None:
+    """For each run whose weights are kept, the measures of samples with classifier-free guidance, as a line."""
     lines = [line for line in results.lines() if line["kind"] == "guidance"]
     for run in runs:
         for step in sorted(run.ends):
             weights, key = run.weights(out, step), f"{run.key} | step {step}"
-            known = {scale for line in lines if line["key"] == key for scale in line["distances"]}
-            missing = [scale for scale in GUIDANCE_SCALES if str(scale) not in known]
+            known = {scale for line in lines if line["key"] == key for scale in line["guided"]}
+            missing = [scale for scale in scales if str(scale) not in known]
             if not missing or not weights.exists():
                 continue
             model = run.method.model(run.protocol, setting.device).eval()
             model.load_state_dict(torch.load(weights, map_location=setting.device, weights_only=True)["ema"])
-            distances = {str(scale): setting.guided_distance(model, run.seed, scale) for scale in missing}
+            measures = {str(scale): setting.judged_with_guidance(model, run.seed, scale) for scale in missing}
             append(results.path, {
                 "kind": "guidance", "key": key, "method": run.method.described(), "seed": run.seed, "step": step,
-                **described(setting, argv), "distances": distances,
+                **described(setting, argv), "guided": measures,
             })  # fmt: skip
 
 
@@ -316,7 +317,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, default=PACKAGED, help="folder of the four Fashion-MNIST files")
     parser.add_argument("--results", type=Path, default=RESULTS, help="results are appended to this file")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--guidance", action="store_true", help="sample from finished runs, with guidance")
+    parser.add_argument("--guidance", type=float, nargs="+", help="sample from finished runs, with these scales")
     parser.add_argument("--report", action="store_true", help="redraw the docs from the results; measure nothing")
     args = parser.parse_args(argv)
     results = Results(args.results)
@@ -334,7 +335,7 @@ def main(argv: list[str] | None = None) -> None:
         setting = Setting(protocol, args.out, args.data, args.device)
     judge = {name: round(value, 3) for name, value in setting.judge.items()}
     print(f"The judge's accuracy, and the distance of real images: {judge}")
-    order = sample_with_guidance if args.guidance else work
+    order = partial(sample_with_guidance, args.guidance) if args.guidance else work
     order(setting, runs, args.out, results, argv)
 
 

@@ -366,7 +366,7 @@ def parse(text: str) -> Method:
     return METHODS[name](**values)
 
 
-SCREEN_SEEDS, CONFIRMATION_SEEDS = (10, 11, 12), tuple(range(20, 30))
+SCREEN_SEEDS, CONFIRMATION_SEEDS, LONG_SEEDS = (10, 11, 12), tuple(range(20, 30)), tuple(range(30, 35))
 _SMALL = "self teacher_width=32 teacher_depth=5"
 _SHORTER = "self share=0.832 teacher_width=48 teacher_share=0.4", "self share=0.683 teacher_share=0.2"
 # What each part of the study trains; a teacher that is missing is trained first. `share` brings the price of a run of
@@ -377,6 +377,7 @@ STUDIES: dict[str, list[str]] = {
         "own share=0.96 schedule=linear start=0.3 refresh=100", "own share=0.96 refresh=100", f"{_SMALL} share=0.865",
         "stage1 share=0.96",
     ],
+    "long": ["none", "own share=0.96 refresh=400"],  # with --size long
     "screen": [
         "self share=0.925 stop=0.5 teacher_share=2.5", "self share=0.9596 rows=0.25 teacher_share=2.5",
         "self share=0.925 stop=0.5", "self share=0.953 stop=0.3",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Container, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +17,15 @@ from typing import Any, Literal, NamedTuple
 from scipy.special import stdtrit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.convergence_methods import CONFIRMATION_SEEDS, SCREEN_SEEDS, STUDIES, described_method, parse
-from benchmarks.convergence_setting import COOLDOWN, SHORT
+from benchmarks.convergence_methods import (
+    CONFIRMATION_SEEDS,
+    LONG_SEEDS,
+    SCREEN_SEEDS,
+    STUDIES,
+    described_method,
+    parse,
+)  # fmt: skip
+from benchmarks.convergence_setting import COOLDOWN, LONG, SHORT
 from benchmarks.recording import between
 
 Line = dict[str, Any]
@@ -97,19 +104,21 @@ class Study:
         steps: Length of the plain run.
         runs: By method and seed, the line of the run.
         keys: By key, every run, the teachers' too.
-        guidance: By method, seed and scale of guidance in sampling, the distance at the run's end; "1" is without.
+        guidance: By method, seed and scale of guidance in sampling, the measures at the run's end; "1" is without.
+        wanted: The seeds that were asked for.
     """
 
     steps: int
     runs: dict[str, dict[int, Line]]
     keys: dict[str, Line]
-    guidance: dict[str, dict[int, dict[str, float]]]
+    guidance: dict[str, dict[int, dict[str, dict[str, float]]]]
+    wanted: Sequence[int]
 
     @classmethod
-    def of(cls, lines: Iterable[Line], name: str, seeds: Container[int]) -> Study:
+    def of(cls, lines: Iterable[Line], name: str, seeds: Sequence[int]) -> Study:
         """The lines of one protocol on these seeds."""
         runs: dict[str, dict[int, Line]] = {}
-        guidance: dict[str, dict[int, dict[str, float]]] = {}
+        guidance: dict[str, dict[int, dict[str, dict[str, float]]]] = {}
         keys, steps = {}, 0
         for line in (line for line in lines if "protocol" in line and line["protocol"]["name"] == name):
             steps = line["protocol"]["steps"]
@@ -117,13 +126,13 @@ class Study:
             if line["kind"] == "guidance":
                 if line["step"] <= steps and line["seed"] in seeds:
                     alone = [m["distance"] for m in runs[method][line["seed"]]["measures"] if m["step"] == line["step"]]
-                    known = guidance.setdefault(method, {}).setdefault(line["seed"], {"1": alone[0]})
-                    known.update(line["distances"])
+                    known = guidance.setdefault(method, {}).setdefault(line["seed"], {"1": {"distance_all": alone[0]}})
+                    known.update(line["guided"])
                 continue
             keys[line["key"]] = line
             if line["seed"] in seeds:
                 runs.setdefault(method, {})[line["seed"]] = line
-        return cls(steps, runs, keys, guidance)
+        return cls(steps, runs, keys, guidance, seeds)
 
     def methods(self, wanted: Iterable[str]) -> list[str]:
         """Those of the methods that were run on a seed that the plain run was run on too, without repetition."""
@@ -228,17 +237,27 @@ def distance_table(study: Study, methods: list[str]) -> str:
     return table(["", *(f"{step:,}" for step in steps)], rows)
 
 
-def guided(study: Study, method: str, seeds: Iterable[int], scale: str, plain_scale: str) -> list[float]:
-    """Distances of samples with guidance, less the plain run's of the same seed; of the plain run, as they are."""
-    found, plain = study.guidance.get(method, {}), study.guidance["none"]
-    both = [s for s in seeds if scale in found.get(s, {}) and plain_scale in plain.get(s, {})]
-    return [found[seed][scale] - (plain[seed][plain_scale] if method != "none" else 0) for seed in both]
+def guided(study: Study, method: str, scale: str, measure: str = "distance_all") -> dict[int, float]:
+    """By seed, a measure of samples with guidance of one scale."""
+    found = study.guidance.get(method, {}).items()
+    return {seed: scales[scale][measure] for seed, scales in found if measure in scales.get(scale, {})}
 
 
-def best_scale(study: Study, method: str, seeds: list[int]) -> str:
-    """The scale at which the mean distance is lowest, of those that the first of the seeds has."""
-    scales = study.guidance[method][seeds[0]]
-    return min(scales, key=lambda scale: statistics.mean(guided(study, method, seeds, scale, "1")))
+def best_scale(study: Study, method: str, seeds: Iterable[int]) -> str:
+    """The scale at which the mean distance is lowest, of those that all of the seeds have."""
+    found = [study.guidance[method][seed] for seed in seeds]
+    scales = sorted(set.intersection(*map(set, found)))
+    return min(scales, key=lambda scale: statistics.mean(each[scale]["distance_all"] for each in found))
+
+
+def guided_row(study: Study, method: str, cells: Iterable[tuple[str, str, str]]) -> list[str]:
+    """Measures at a scale, each less the plain run's at another; the plain run's as they are."""
+    row = [title(method), str(len(study.guidance[method].keys() & study.guidance["none"].keys()))]
+    for measure, scale, plain_scale in cells:
+        found, plain = guided(study, method, scale, measure), guided(study, "none", plain_scale, measure)
+        values = [*found.values()] if method == "none" else [found[s] - plain[s] for s in found if s in plain]
+        row.append(interval(values).text(MEASURES[measure][1], "" if method == "none" else "+") if values else MISSING)
+    return row
 
 
 def guidance_table(study: Study) -> str:
@@ -246,13 +265,19 @@ def guidance_table(study: Study) -> str:
     scales = sorted(
         {scale for seeds in study.guidance.values() for each in seeds.values() for scale in each}, key=float
     )
-    rows = []
-    for method in sorted(study.guidance, key=lambda method: method != "none"):
-        found = [guided(study, method, study.guidance[method], scale, scale) for scale in scales]
-        sign: Literal["", "+"] = "" if method == "none" else "+"
-        words = [interval(values).text(1, sign) if values else MISSING for values in found]
-        rows.append([title(method), str(len(found[0])), *words])
+    cells = [("distance_all", scale, scale) for scale in scales]
+    rows = [guided_row(study, method, cells) for method in sorted(study.guidance, key=lambda method: method != "none")]
     return table(["", "seeds", *scales], rows) if rows else NOTHING
+
+
+def best_guidance_table(study: Study) -> str:
+    """The measures with guidance in sampling, each method's at its own best scale."""
+    rows, measures = [], [each for each in MEASURES if each != "held_out_loss"]
+    for method in sorted(study.guidance, key=lambda method: method != "none"):
+        scale, plain_scale = (best_scale(study, each, study.guidance[each]) for each in (method, "none"))
+        name, seeds, *values = guided_row(study, method, [(each, scale, plain_scale) for each in measures])
+        rows.append([name, seeds, scale, *values])
+    return table(["", "seeds", "guidance", *(MEASURES[each][0] for each in measures)], rows) if rows else NOTHING
 
 
 def internal_guidance_table(study: Study) -> str:
@@ -281,29 +306,29 @@ def end_table(study: Study, methods: list[str]) -> str:
     return table(header, rows) if rows else NOTHING
 
 
-def verdict(study: Study, criteria: list[Line]) -> str:
+def verdict(study: Study, asked: Iterable[str], criteria: list[Line]) -> str:
     """The criteria, and what became of them on the seeds that nothing was chosen on."""
     said = "".join(f"> {criterion['text']}\n\n" for criterion in criteria)
     sentences = []
-    for method in study.methods(study.runs):
+    for method in (method for method in study.methods(asked) if method != "none"):
         end = study.judged(method)[-1]
         teacher, run = study.teacher_price(method), study.step_price(method, end)
         found = study.differences(method, end, "distance_all", study.steps)
         word = "met" if run <= 1 and found.high < 0 else "not met"
         where = " where the teacher exists" if teacher + run > 1 else ""
-        of = f"{len(study.seeds(method))} of {len(CONFIRMATION_SEEDS)} seeds"
-        if method != "none":
-            price = f"{teacher + run:.2f} of the price" + (f", {run:.2f} without its teacher's run" if teacher else "")
-            sentences.append(f"- {title(method)}, on {of}: {word}{where}; {found.text(1, '+')} at {price}.")
+        price = f"{teacher + run:.2f} of the price" + (f", {run:.2f} without its teacher's run" if teacher else "")
+        of = f"{len(study.seeds(method))} of {len(study.wanted)} seeds"
+        sentences.append(f"- {title(method)}, on {of}: {word}{where}; {found.text(1, '+')} at {price}.")
     for line in (line for line in criteria if "guidance" in line):
         for method, seeds in line["asked"].items():
             ready = [seed for seed in seeds if all(seed in study.guidance.get(each, {}) for each in (method, "none"))]
             if ready:
                 best = line["guidance"] == "best"
                 scales = [best_scale(study, each, ready) if best else line["guidance"] for each in (method, "none")]
-                found, of = interval(guided(study, method, ready, *scales)), f"{len(ready)} of {len(seeds)} seeds"
+                taught, plain = (guided(study, *each) for each in zip((method, "none"), scales, strict=True))
+                found = interval([taught[seed] - plain[seed] for seed in ready])
                 at = f"guidance {scales[0]} in sampling" + (f" and {scales[1]} in the plain run's" if best else "")
-                word = "met" if found.high < 0 else "not met"
+                word, of = "met" if found.high < 0 else "not met", f"{len(ready)} of {len(seeds)} seeds"
                 sentences.append(f"- {title(method)}, {at}, on {of}: {word}; {found.text(1, '+')}.")
     return said + "\n".join(sentences or ["The confirmation has not been run yet: nothing on this page is confirmed."])
 
@@ -373,10 +398,20 @@ def write_page(lines: list[Line], root: Path) -> None:
     confirmed = Study.of(lines, SHORT.name, CONFIRMATION_SEEDS)
     earlier = Study.of(lines, EARLIER, range(SCREEN_SEEDS[0]))
     screened, compared = (study.methods(study.runs) for study in (curves, earlier))
-    criteria = [line for line in lines if line["kind"] == "criterion"]
+    long = Study.of(lines, LONG.name, LONG_SEEDS)
+    criteria = [line for line in lines if line["kind"] == "criterion"][2:]  # no run was made for the first two
+    of_long = [line for line in criteria if line.get("size") == LONG.name]
     parts = {
         "origin": origin(lines),
-        "verdict": verdict(confirmed, criteria[2:]),  # no run was made for the first two
+        "verdict": verdict(confirmed, STUDIES["confirmation"], [line for line in criteria if line not in of_long]),
+        "long": "\n\n".join(
+            [
+                end_table(long, long.methods(STUDIES["long"])),
+                guidance_table(long),
+                best_guidance_table(long),
+                verdict(long, STUDIES["long"], of_long),
+            ]
+        ),
         "price": price_table(curves, screened),
         "distances": distance_table(curves, screened),
         "measures": end_table(curves, screened),

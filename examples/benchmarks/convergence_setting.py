@@ -204,22 +204,24 @@ class Setting:
         if not final:
             return {"distance": self.distance(self.samples(model, seed)[0])}
         images, labels = self.samples(model, seed, self.protocol.final_samples)
+        distance = self.distance(images[: self.protocol.samples])  # as at the other steps
+        return {"distance": distance, **self._measures(images, labels), "held_out_loss": self.held_out_loss(model)}
+
+    def judged_with_guidance(self, model: SiT, seed: int, scale: float) -> dict[str, float]:
+        """The measures of samples with classifier-free guidance, as many as at a step before the end."""
+        return self._measures(*self.samples(model, seed, guidance=Guidance(scale, null=NULL_CLASS)))
+
+    def _measures(self, images: Tensor, labels: Tensor) -> dict[str, float]:
         features = self._features(images)
         half = len(features) // 2
         precision, recall = metrics.precision_recall(self.manifold[:half], features[:half])
         return {
-            "distance": self.distance(images[: self.protocol.samples]),  # as at the other steps
             "distance_all": metrics.frechet_distance(self.reference, metrics.feature_statistics(features)),
             "kid": metrics.kernel_distance(self.manifold, features),
             "precision": precision,
             "recall": recall,
             "label_seen": metrics.accuracy(self.classifier, images, labels),
-            "held_out_loss": self.held_out_loss(model),
         }
-
-    def guided_distance(self, model: SiT, seed: int, scale: float) -> float:
-        """The distance of samples with classifier-free guidance."""
-        return self.distance(self.samples(model, seed, guidance=Guidance(scale, null=NULL_CLASS))[0])
 
     def described(self) -> dict[str, Any]:
         """What a result has to say about its setting."""

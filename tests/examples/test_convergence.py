@@ -17,6 +17,7 @@ from benchmarks.convergence_methods import parse
 from benchmarks.convergence_report import (
     MEASURES,
     Study,
+    best_guidance_table,
     crossing,
     end_table,
     guidance_table,
@@ -214,13 +215,13 @@ def test_what_would_not_be_the_study_is_refused(finished: Path, tmp_path: Path) 
             parse(text)
 
 
-def test_finished_runs_are_sampled_with_each_scale_once(again: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for scales, last in (((2.0,), "2.0"), ((1.5, 2.0), "1.5"), ((1.5, 2.0), "1.5")):
-        monkeypatch.setattr(convergence, "GUIDANCE_SCALES", scales)
-        convergence.main([*order(again, "none share=1.2"), "--guidance"])
+def test_finished_runs_are_sampled_with_each_scale_once(again: Path) -> None:
+    for scales, last in ((["2"], "2.0"), (["1.5", "2"], "1.5"), (["1.5", "2"], "1.5")):
+        convergence.main([*order(again, "none share=1.2"), "--guidance", *scales])
         *_, first, second = map(json.loads, (again / "results.jsonl").read_text().splitlines())
         assert [(line["kind"], line["step"]) for line in (first, second)] == [("guidance", 10), ("guidance", 12)]
-        assert list(first["distances"]) == list(second["distances"]) == [last]
+        assert list(first["guided"]) == list(second["guided"]) == [last]
+        assert first["guided"][last].keys() == {"distance_all", "kid", "precision", "recall", "label_seen"}
     assert len((again / "results.jsonl").read_text().splitlines()) == len(TRAINED) + 1 + 4
 
 
@@ -315,11 +316,13 @@ def test_the_verdict_is_of_the_interval_at_the_runs_ends(
     for seed, plain, taught in ((10, 10, first), (11, 12, 10.95)):
         lines += [made_up("none", seed, [50, 50, plain], 100)]
         lines += [made_up("self share=0.5", seed, [50, taught], operations, lines[0]["key"])]
-    study = Study.of(lines, "made-up", (10, 11))
+    study = Study.of(lines, "made-up", (10, 11, 12))
     *_, row = end_table(study, study.methods(["none", "self share=0.5"])).splitlines()
     assert f"20 | 0.10 | {run} | {found}" in row
-    assert f"> Why.\n\n- teacher whole, on 2 of 10 seeds: {words}" in verdict(study, [{"text": "Why."}])
-    assert "nothing on this page is confirmed" in verdict(Study.of([], "made-up", ()), [])
+    assert f"> Why.\n\n- teacher whole, on 2 of 3 seeds: {words}" in verdict(
+        study, ["none", "self share=0.5"], [{"text": "Why."}]
+    )
+    assert "nothing on this page is confirmed" in verdict(Study.of([], "made-up", ()), ["none"], [])
 
 
 def test_samples_with_guidance_stand_beside_those_without() -> None:
@@ -329,7 +332,8 @@ def test_samples_with_guidance_stand_beside_those_without() -> None:
         for line, at, last in ((lines[-2], 8.0, 30.0), (lines[-1], 6.0 + more, 5.0)):
             for step, later in ((40, 0.0), (88, 50.0)):  # beyond the plain run's end nothing is compared
                 distances = {"1.5": at + seed + later, "2.0": 9.0 + later, "3.0": last + later}
-                lines.append({**line, "kind": "guidance", "step": step, "distances": distances})
+                measures = {scale: {"distance_all": each, "kid": 2 * each} for scale, each in distances.items()}
+                lines.append({**line, "kind": "guidance", "step": step, "guided": measures})
     ig = made_up("ig share=0.997", 10, [31, 21, 12], 100)
     ig["measures"][-1]["distance_internally_guided"] = 7.0
     study = Study.of([*lines, ig], "made-up", (10, 11))
@@ -337,13 +341,16 @@ def test_samples_with_guidance_stand_beside_those_without() -> None:
     plain, taught = guidance_table(study).splitlines()[-2:]
     assert plain.startswith("| plain | 2 | 12.0 ± 12.7 | 18.5 ± 6.4 | 9.0 ± 0.0 | 30.0 ± 0.0 |")
     assert taught == f"| teacher whole | 2 | +0.5 ± {1.5 * 12.706:.1f} | -1.9 ± {half:.1f} | +0.0 ± 0.0 | -25.0 ± 0.0 |"
+    plain, taught = best_guidance_table(study).splitlines()[-2:]
+    assert plain.startswith("| plain | 2 | 2.0 | 9.0 ± 0.0 | 18.0 ± 0.0 | not measured |")
+    assert taught.startswith("| teacher whole | 2 | 3.0 | -4.0 ± 0.0 | -8.0 ± 0.0 | not measured |")
     assert internal_guidance_table(study).splitlines()[-1] == "| Internal Guidance | 1 | 7.0 | 12.0 | 11.0 |"
     criterion = {"text": "Why.", "guidance": "1.5", "asked": {"self": [10, 11, 12], "layersync": [10]}}
-    *_, said = verdict(study, [criterion]).splitlines()
+    *_, said = verdict(study, [], [criterion]).splitlines()
     assert said == f"- teacher whole, guidance 1.5 in sampling, on 2 of 3 seeds: met; -1.9 ± {half:.1f}."
-    *_, said = verdict(study, [{**criterion, "guidance": "2.0"}]).splitlines()
+    *_, said = verdict(study, [], [{**criterion, "guidance": "2.0"}]).splitlines()
     assert said.endswith("on 2 of 3 seeds: not met; +0.0 ± 0.0.")
-    *_, said = verdict(study, [{**criterion, "guidance": "best"}]).splitlines()
+    *_, said = verdict(study, [], [{**criterion, "guidance": "best"}]).splitlines()
     assert said.endswith("guidance 3.0 in sampling and 2.0 in the plain run's, on 2 of 3 seeds: met; -4.0 ± 0.0.")
 
 
