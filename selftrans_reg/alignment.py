@@ -304,6 +304,5 @@ def _check_place(module: Head | nn.Module, device: torch.device, what: str) -> N
     found = next(module.parameters()).device
     if found != device and not getattr(module, "is_placed", False):
         raise ShapeError(
-            f"The {what} lies on {found}, the batch on {device}: call criterion.to({str(device)!r}) where the model is "
-            "moved."
+            f"The {what} lies on {found}, the batch on {device}: call criterion.to({str(device)!r}), as for the model."
         )

@@ -1,8 +1,7 @@
 """Our own format: a folder with ``config.json``, ``model.safetensors`` and ``README.md``, whole at every moment.
 
 ``model.safetensors`` decides. Its header carries the settings too, and one SHA-256 over settings and weights, so that
-they belong together by construction; one rename puts it in the place of an older one. ``config.json`` shows the same
-settings to people and to the hub.
+they belong together by construction; one rename puts it in the place of an older one. ``config.json`` shows them.
 """
 
 from __future__ import annotations
@@ -58,9 +57,6 @@ def strip(model: nn.Module) -> dict[str, Tensor]:
     return {plain_key(plain, key): value for key, value in plain.state_dict().items()}
 
 
-# --- Reading ---------------------------------------------------------------------------------------------------------
-
-
 def read_artefact(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The settings and the weights of a saved teacher, from one reading of one file."""
     with wrapped_errors(folder):
@@ -101,8 +97,7 @@ def _checked(config: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version!r:.40}, of which selftrans-reg {library_version()} reads "
             f"{FORMAT_VERSION}; entries that it does not know: {some_of(unknown)}.\n"
-            f"Install version {config.get('library_version')!s:.40} of selftrans-reg from its repository, or a later "
-            "one."
+            f"Install version {config.get('library_version')!s:.40} of selftrans-reg, or a later one."
         )
     if missing := [name for name in (*_COMMON, *_TEACHER) if name not in config]:
         raise CheckpointError(f"{path} lacks {quoted(missing)}: it is incomplete. Copy or download it again.")
@@ -127,9 +122,6 @@ def _digest(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
         flat = value.detach().cpu().contiguous().reshape(-1)
         digest.update(memoryview(flat.view(torch.uint8).numpy().data))
     return digest.hexdigest()
-
-
-# --- Writing ---------------------------------------------------------------------------------------------------------
 
 
 def write_artefact(folder: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], name: str) -> None:
@@ -221,8 +213,6 @@ def _check_place(folder: Path) -> None:
                 f"{error}"
             ) from error
 
-
-# --- The model card --------------------------------------------------------------------------------------------------
 
 _CARD = """\
 ---

@@ -232,8 +232,7 @@ class RowTensors:
     doubled or packed batch; N on a later axis; a mapping by numbers; N entries that are no tensors.
 
     ``tensors`` are the rows, ``paths`` where they are, as one would type it; ``whole`` are the shapes of the others.
-    They are ``certain`` unless the call is of a single sample: then only what was said, or was told by larger calls,
-    tells what all samples share.
+    They are ``certain`` unless the call is of a single sample, and neither said nor told by larger calls.
 
     Args:
         call: The call.

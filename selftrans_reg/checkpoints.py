@@ -24,8 +24,7 @@ from torch import Tensor
 from .errors import CheckpointError, SelfTransError
 from .modules import nearest, quoted, some_of
 
-# One byte of JSON can cost fifty bytes of memory once read. Ten times what a transformer of a thousand parameter
-# tensors needs.
+# One byte of JSON can cost fifty bytes of memory once read. Ten times what a model of a thousand tensors needs.
 MAX_JSON = 2 << 20  # of a safetensors header too
 
 
@@ -33,8 +32,7 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The dictionary that a checkpoint holds, read into memory; no code of the file runs.
 
     A ``.pt`` file keeps its entries (``"model"``, ``"ema"``, ``"args"``, …). Safetensors files, sharded ones too, are
-    one dictionary of tensors. From strangers take safetensors: a ``.pt`` runs no code here, but it can be made to
-    exhaust the memory.
+    one dictionary of tensors. From strangers take safetensors: a ``.pt`` runs no code here, but can exhaust the memory.
 
     Args:
         path: A file of ``torch.save`` of any version of torch; a ``.safetensors`` file; a ``.safetensors.index.json``
@@ -202,8 +200,6 @@ def wrapped_errors(path: str | os.PathLike[str]) -> Iterator[None]:
             "It is damaged, incomplete or of another format. Copy or download it again, or save the weights anew."
         ) from error
 
-
-# --- Files of torch.save ---------------------------------------------------------------------------------------------
 
 # Plain data beside what torch itself allows; a path becomes one that cannot touch the disk.
 _DATA: tuple[Any, ...] = (

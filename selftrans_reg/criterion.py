@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import operator
-import re
 from collections.abc import Callable, Iterable, MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, SupportsIndex, cast
@@ -17,7 +16,7 @@ from .calls import Call, CallSpec
 from .errors import CaptureError, SettingError, TeacherError
 from .heads import Head, ProjectionHead, VAEAlignmentLoss, zero_of
 from .health import Health, Look
-from .modules import Layout, device_of, find_layer, layer_names, quoted, resolve_width
+from .modules import Layout, bare_key, device_of, find_layer, layer_names, quoted, resolve_width
 from .plateau import GradientProbe, PlateauRule
 from .settings import FIELDS, MAX_STEP, Common, RunState, Settings, Target, shown
 from .taps import Recorder
@@ -30,9 +29,6 @@ if TYPE_CHECKING:
 
 # A mistake in a new loop shows in the first calls of a process, and is cheap to find there.
 _FIRST = 3
-
-# What wrappers put into the keys of a state.
-_WRAPPER = re.compile(r"(?<![^.])(module|_orig_mod|_forward_module|_checkpoint_wrapped_module|_fsdp_wrapped_module)\.")
 
 
 class LossTerms(NamedTuple):
@@ -110,7 +106,7 @@ class SelfTransLoss(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(heads)
         self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
-        self._taught_by = None if teacher is None else bytes(teacher.fingerprint.tolist()).hex()
+        self._taught_by: str | None = None
         self._step = -1
         self._calls = 0  # of the run
         self._seen = 0  # of this process: a resumed run is looked at anew
@@ -164,8 +160,7 @@ class SelfTransLoss(nn.Module):
             channel_axis: Which axis of the latents is C, as in :class:`VAEAlignmentLoss`.
             hidden_size: The layer's width, where it cannot be read off.
             hidden_features: The head's inner width.
-            target: ``"latents"`` (the paper) or ``"velocity"`` (the released code: noise − latents, whatever the sign
-                of the loop's own).
+            target: ``"latents"`` (the paper) or ``"velocity"`` (the released code: noise − latents, whatever the loop).
             **settings: Those of both stages (``weight``, ``window``, ...), which :class:`SelfTransLoss` lists.
 
         Raises:
@@ -198,14 +193,12 @@ class SelfTransLoss(nn.Module):
         Args:
             model: The new model, wrapped or not; it is not modified.
             layer: The dotted name of the student's layer (published: ``"blocks.5"`` of 12), or several names.
-            teacher: From :func:`build_teacher`; moved to the model's device. None only for a run that is resumed after
-                its ``stop_step``.
+            teacher: From :func:`build_teacher`; moved to the model's device. None only past the run's ``stop_step``.
             time: How to read t, as in :meth:`stage1`.
             hidden_size: The student layer's width, where it cannot be read off.
             hidden_features: The head's inner width.
             target_size: The width of the teacher's features, where the teacher does not tell.
-            teacher_chunk: The largest batch that the teacher runs at once, condition and null counted, where memory
-                is short; the result is the same.
+            teacher_chunk: The largest batch that the teacher runs at once, condition and null counted, to save memory.
             teacher_rows: Run teacher and head only on a random part of the rows inside the window: at most this many,
                 or this share of them. The loss and its gradient stay the same in expectation and vary more.
             **settings: Those of both stages (``weight``, ``window``, ...), which :class:`SelfTransLoss` lists.
@@ -346,6 +339,7 @@ class SelfTransLoss(nn.Module):
 
     def release_teacher(self) -> None:
         """Drop the teacher and its memory: for a run past its ``stop_step``."""
+        self._state()  # notes whose state it is
         self._teacher[0] = None
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -372,6 +366,8 @@ class SelfTransLoss(nn.Module):
 
     def _state(self) -> RunState:
         plateau = None if self._plateau is None else self._plateau.state()
+        if self.teacher is not None:  # as it is now: it may have been refreshed
+            self._taught_by = bytes(self.teacher.fingerprint.tolist()).hex()
         counts = self._step, self._calls, self.weight, self._taught_by
         return RunState(*counts, self._health.state(), plateau, self.settings.to_json())
 
@@ -403,9 +399,9 @@ class SelfTransLoss(nn.Module):
     def _load_from_state_dict(self, state_dict: MutableMapping[str, Any], prefix: str, *rest: Any) -> None:
         """Look through what wrappers put into the keys, those of the state and those of the heads."""
         own = ["_extra_state", *(name for name, _ in self.named_parameters())]
-        names = {_WRAPPER.sub("", name): f"{prefix}{name}" for name in own}
+        names = {bare_key(name): f"{prefix}{name}" for name in own}
         for key in [key for key in state_dict if key.startswith(prefix)]:
-            state_dict[names.get(_WRAPPER.sub("", key.removeprefix(prefix)), key)] = state_dict.pop(key)
+            state_dict[names.get(bare_key(key.removeprefix(prefix)), key)] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfTransLoss:
@@ -451,8 +447,8 @@ class SelfTransLoss(nn.Module):
         if self.teacher is None and settings.stage == 2:
             raise TeacherError(
                 f"The alignment is still on (step {self._step}, stop_step {settings.stop_step}), but there is no "
-                "teacher: it was released, or never given.\nBuild the criterion with the teacher that the run began "
-                "with."
+                "teacher: it was released, or never given.\n"
+                "Build the criterion with the teacher that the run began with."
             )
         if self._seen == 1 and (message := unsynchronised(self, model, gated)):
             self._health.warn(f"head_not_synchronised: {message}")

@@ -85,8 +85,7 @@ class ProjectionHead(nn.Sequential):
         in_features: D, the width of the student's tokens.
         out_features: The width of what they are compared with.
         hidden_features: The width in between.
-        generator: Source of the initial weights, on the CPU; by default a new one with seed 0, so that every process
-            starts alike.
+        generator: Source of the initial weights, on the CPU; by default one with seed 0, in every process alike.
         device: Where the weights lie.
         distance: What :meth:`distance` compares by: ``"mse"``, ``"cosine"`` or ``"smooth_l1"``.
 
@@ -182,8 +181,7 @@ class VAEAlignmentLoss(nn.Module):
 
     Shape:
         tokens: (N, T, D), T = H * W / patch_size**2, row by row
-        latents: (N, C, H, W), scaled as the model sees them; or (N, C, L), (N, C, F, H, W); C where ``channel_axis``
-            says
+        latents: (N, C, H, W), scaled as the model sees them; or (N, C, L), (N, C, F, H, W); C on ``channel_axis``
         returns: (N,), float32, one value a sample, the mean over tokens and values
 
     Raises:

@@ -228,7 +228,8 @@ class Health:
                 "every sample."
             )
         average = self._trend.close(f["sum"], calls) if self.interval and calls % self.interval == 0 else math.nan
-        if calls >= _LEARNED and average >= self._trend.first:
+        fixed = look.teacher is None or not look.teacher.refreshed  # what is aligned with
+        if fixed and calls >= _LEARNED and average >= self._trend.first:
             yield (
                 f"alignment_not_falling: After {calls} calls the alignment is {average:.4g} inside the window, and was "
                 f"{self._trend.first:.4g} at first: it does not fall.\n"

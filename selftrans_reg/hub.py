@@ -88,8 +88,7 @@ class Shareable:
 
         What the first call has dropped is not saved; before it the whole model is. Functions (a null condition,
         ``select``, ``tokens``, a time convention of your own) are saved by name only, and loading asks for them. An
-        older teacher in the folder is replaced, atomically; a ``README.md`` that is there stays. In a distributed run,
-        call this on one rank.
+        older teacher in the folder is replaced, atomically; a ``README.md`` that is there stays. Call it on one rank.
 
         Args:
             directory: The folder; made if there is none.

@@ -70,6 +70,11 @@ def plain_key(model: nn.Module, key: str) -> str:
     return ".".join(kept)
 
 
+def bare_key(key: str) -> str:
+    """A weight's name without all that wrappers put into it, whatever its model; PEFT's are names of parts, too."""
+    return ".".join(part for part in key.split(".") if part not in _WRAPPERS or part in ("base_model", "model"))
+
+
 def sharded_parts(model: nn.Module) -> list[nn.Module]:
     """The modules of ``model`` that FSDP2 shards (``fully_shard``), known by the method that it gives them."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
@@ -80,8 +85,7 @@ def sharded_parts(model: nn.Module) -> list[nn.Module]:
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Every layer of the unwrapped model by the name that it prints, wrappers' prefixes left out.
 
-    A wrapper takes the name of what it wraps: the model goes on with its output, which alone carries a gradient under
-    reentrant checkpointing.
+    A wrapper takes the name of what it wraps: its output alone carries a gradient under reentrant checkpointing.
     """
     found: dict[str, nn.Module] = {}
 

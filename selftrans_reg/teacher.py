@@ -94,6 +94,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         shaping = {name: getattr(self, name) for name in ("layer", "guidance_scale", "select", "tokens")}
         shaping |= {f"fixed {name}": value for name, value in self.spec.fixed.items()}
         shaping |= {f"null {name}": value for name, _, value in self.null_condition.now()}
+        self._shaping = shaping
         self.fingerprint = fingerprint(model, shaping)
         if any(parameter.is_meta for parameter in model.parameters()):
             _LOGGER.warning("The teacher's offloaded weights are told from others by their names and shapes alone.")
@@ -101,6 +102,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         self._taken = freeze(model)
         self.eval()
         self._compile, self._truncate = compile, truncate
+        self.refreshed = False
         self._foreign = False  # whether weights took part that are not the model's
         self._prepared = False
         self._layout = Layout.of(tapped, self.hidden_size)
@@ -135,8 +137,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             name: The folder, or the repository ``"owner/name"`` on the hub.
             model: A model of the class and settings that the teacher was saved from, which is taken over; or a
                 function of no arguments that makes one. Its weights are replaced; they keep the dtypes that were saved.
-            null: The part of the null condition that is functions, which cannot be saved, as :func:`build_teacher` took
-                it.
+            null: The part of the null condition that is functions, as :func:`build_teacher` took it.
             call: The functions for ``x`` and ``t``, if these were functions.
             select: The function, if it was one.
             tokens: The function, if it was one.
@@ -256,6 +257,22 @@ class CFGFeatureTeacher(Shareable, nn.Module):
         }
         return config, tensors | conditions
 
+    def refresh(self, checkpoint: str | PathLike[str] | Mapping[str, Any]) -> None:
+        """Teach with other weights from now on, θ_teacher ← θ̄: for a run that is taught by its own average.
+
+        ``teacher.refresh(ema.state_dict())`` at an interval of steps. What the teacher has dropped it leaves out. A
+        refreshed teacher's fingerprint is that of its settings alone: to resume a run, refresh the new teacher, too,
+        before the criterion's state is loaded; where it was saved at a refresh, it goes on as it would have.
+
+        Args:
+            checkpoint: What :func:`build_teacher` takes, of the same architecture.
+
+        Raises:
+            CheckpointError: If it does not fit; the weights are then as they were.
+        """
+        load_weights(self.model, checkpoint)
+        self.fingerprint, self.refreshed = fingerprint(nn.Module(), self._shaping), True
+
     def train(self, mode: bool = True) -> CFGFeatureTeacher:
         """Stay in eval mode: a teacher drops no labels."""
         super().train(False)
@@ -283,12 +300,10 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             call: The whole batch's call, by this model's names.
             rows: (n,), indices of the rows to run; None for all.
             chunk: The largest batch in one pass, condition and null counted; None for one pass.
-            check_indices: Compare indices with the embeddings that they reach, as always at the first call. It waits
-                for the device.
+            check_indices: Compare indices with the embeddings that they reach, as the first call does: a host sync.
 
         Raises:
-            SettingError: If the null condition does not fit the call; or if ``chunk`` is given and the model is
-                sharded.
+            SettingError: If the null condition does not fit the call; or for a ``chunk`` of a sharded model.
             CallError: If the rows of an argument cannot be taken, or are not what they look like.
             CaptureError: If the layer runs not at all, or several times in one forward.
             PrunedModuleError: If a module was used that the first call dropped.
@@ -343,8 +358,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             raise TeacherError(
                 f"The teacher gives other features at layer {self.layer!r} each time that it sees the same call: "
                 "something in it is random even in eval mode, such as a mask on the encoder's tokens.\n"
-                "Switch that off for the teacher: call=dict(fixed=dict(mask_ratio=0.0)), or what the argument is "
-                "called."
+                "Switch that off for the teacher: call=dict(fixed=dict(mask_ratio=0.0)), or whatever its name is."
             )
         cause: Exception | None = None
         try:
@@ -491,8 +505,7 @@ def build_teacher(
         hidden_size: The feature's width, where it cannot be read off the layer.
         time: The convention that the teacher was trained with; when given, the student's must be the same.
         weights: Which weights of a training checkpoint, as for :func:`load_weights`.
-        example: A call's arguments, ``(x_t, t, y)`` or by name: what never runs is then dropped at once, not at the
-            first call.
+        example: A call's arguments, ``(x_t, t, y)`` or by name: what never runs is then dropped at once.
         compile: Compile the teacher's blocks, with a cache of their own, after the first call.
         truncate: Stop at the layer and drop what takes no part. False runs every forward to its end and keeps all, as
             what moves blocks between devices needs if it counts them.

@@ -39,8 +39,7 @@ def as_tokens(
     """(N, T, D), the tokens in a layer's raw output.
 
     A tensor of four or five axes is flattened row by row; its width is on axis 1, on axis 2 of a video's maps, or last,
-    where the layer's own width says. ``tokens`` is given the selected tensor, and the call's arguments by name if it
-    has a second parameter.
+    where the layer's own width says. ``tokens`` is given the tensor, and the call's arguments if it takes two.
     """
     tensor = select_tensor(output, select, layer)
     if callable(tokens):
@@ -147,8 +146,7 @@ def walk(
     """A nested value with ``put(tensor, path)`` in the place of every tensor: the one walk over lists, dicts and so on.
 
     ``enter(container, path)`` may return what takes the container's place; ``...`` goes on into it. Containers in which
-    nothing changes are not copied, unless they shall be ``fresh``: then none in which others could put something is
-    shared with ``value``.
+    nothing changes are not copied, unless ``fresh``: then none that others could change is shared with ``value``.
     """
     if isinstance(value, Tensor):
         return put(value, path)

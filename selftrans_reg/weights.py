@@ -16,10 +16,9 @@ from torch.nn.parameter import is_lazy
 
 from .checkpoints import local_path, read_checkpoint, read_json
 from .errors import CheckpointError, SettingError
-from .modules import SHARED, nearest, plain_key, quoted, some_of
+from .modules import SHARED, bare_key, nearest, plain_key, quoted, some_of
+from .truncate import dropped_names
 
-# What wrappers put into a parameter's name: DDP, torch.compile, checkpoint_wrapper, FSDP1.
-_WRAPPERS = frozenset({"module", "_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 # The counter that torch.optim.swa_utils.AveragedModel saves beside the model that it wraps.
 _COUNTER = "n_averaged"
 
@@ -53,8 +52,7 @@ def load_weights(
     own. Of weights that are tied in the model, the file may hold one. Projection heads that REPA and the released
     Self-Transcendence code keep inside the backbone are left out, and reported, if the model has none.
 
-    A PEFT adapter's folder or file is loaded into the adapter of a model that has one: all of it, or none; the model's
-    other weights stay.
+    A PEFT adapter's folder or file is loaded into the model's adapter, all of it or none; its other weights stay.
 
     Args:
         model: The model that the weights are for, with real (not meta) tensors and before any sharding.
@@ -77,14 +75,15 @@ def load_weights(
     else:
         where = str(local_path(checkpoint))
         source, content = os.fspath(checkpoint), read_checkpoint(checkpoint)
-    keys = {_bare(key) for key in model.state_dict()}
+    keys = {bare_key(key) for key in model.state_dict()}
     entry, chosen = _choose_entry(content, weights, where, keys)
     where = where if entry is None else f"{where}, entry {entry!r},"
     own = _adapter(model, chosen, source) or own_tensors(model)
     saved = _matched(own, chosen, where)
     heads = [head for head in _HEADS if not any(map(head.fullmatch, own))]
     left_out = tuple(key for key in saved if any(head.fullmatch(key) for head in heads))
-    for key in left_out:
+    gone = tuple(f"{name}." for name in dropped_names(model))  # by a truncated teacher
+    for key in [key for key in saved if key in left_out or key.startswith(gone)]:
         del saved[key]
     if not own.keys() & saved.keys():
         advice = ""
@@ -161,7 +160,7 @@ def _paths(content: Mapping[str, Any], keys: Collection[str], above: str = "", d
     for key, value in content.items():
         if isinstance(key, str) and isinstance(value, Tensor):
             parts = key[:500].split(".")
-            starts = [i for i in range(len(parts[:16])) if _bare(".".join(parts[i:])) == sign]
+            starts = [i for i in range(len(parts[:16])) if bare_key(".".join(parts[i:])) == sign]
             prefixes |= {".".join(parts[: starts[0]]): None} if starts else {}
         elif depth and isinstance(key, str) and isinstance(value, Mapping):
             paths += _paths(value, keys, f"{above}{key[:100]}.", depth - 1)
@@ -189,7 +188,7 @@ def _matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) ->
 
     An ``AveragedModel``'s counter is left out.
     """
-    names = {_bare(key): key for key in own}
+    names = {bare_key(key): key for key in own}
     averaged = all(isinstance(key, str) and (key == _COUNTER or key.startswith("module.")) for key in state)
     plain: dict[str, Tensor] = {}
     for key, value in state.items():
@@ -197,7 +196,7 @@ def _matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) ->
             raise CheckpointError(f"{where} has a {type(key).__name__} for a key; a state dict's keys are strings.")
         if problem := defect(value):
             raise CheckpointError(f"{where} has under {key[:100]!r} {problem}; weights are dense tensors with data.")
-        name = key if key in own else names.get(_bare(key), _bare(key))
+        name = key if key in own else names.get(bare_key(key), bare_key(key))
         if averaged and name == _COUNTER and name not in own:
             continue
         if name in plain:
@@ -208,10 +207,6 @@ def _matched(own: Mapping[str, Tensor], state: Mapping[str, Any], where: str) ->
     if not plain:
         raise CheckpointError(f"{where} holds no weights at all.")
     return plain
-
-
-def _bare(key: str) -> str:
-    return ".".join(part for part in key.split(".") if part not in _WRAPPERS)
 
 
 def defect(value: object) -> str | None:

@@ -324,9 +324,8 @@ class OwnAverage(nn.Module):
     def forward(self, denoising: Tensor, latents: Tensor, step: int) -> st.LossTerms:
         """The terms of the part that the step belongs to."""
         past = step - self.start
-        if past == 0 or (past > 0 and self.refresh and past % self.refresh == 0):
-            own = self.snapshot.state_dict()  # less than all of it, once the teacher has begun
-            self.snapshot.load_state_dict({k: v for k, v in self._ema[0].state_dict().items() if k in own})
+        if (past == 0 or (past > 0 and self.refresh and past % self.refresh == 0)) and self.then.teacher is not None:
+            self.then.teacher.refresh(self._ema[0].state_dict())
         active, idle = (self.first, self.then) if past < 0 else (self.then, self.first)
         idle.discard()  # both saw the forward
         return active(denoising, latents=latents, step=step)

@@ -214,17 +214,9 @@ def trained(setting: Setting, run: Run, out: Path) -> list[dict[str, Any]]:
         write_whole(state_file, partial(torch.save, state))
 
     torch.manual_seed(run.seed)  # from here on every method draws the same times, noise and dropped labels
-    train(
-        model,
-        setting.latents.batches(batch_size=run.protocol.batch_size, seed=run.seed),
-        denoising_loss,
-        settings,
-        criterion=criterion,
-        ema=ema,
-        resume=None if resumed is None else resumed["training"],
-        after_step=after_step,
-        title=run.key,
-    )
+    batches = setting.latents.batches(batch_size=run.protocol.batch_size, seed=run.seed)
+    more: dict[str, Any] = {"criterion": criterion, "ema": ema, "resume": resumed and resumed["training"]}
+    train(model, batches, denoising_loss, settings, **more, after_step=after_step, title=run.key)
     return measures
 
 

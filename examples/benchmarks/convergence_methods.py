@@ -123,17 +123,12 @@ class Stage1(Method):
 
     def criterion(self, parts: Parts) -> st.SelfTransLoss:
         """The library's stage 1."""
-        protocol = parts.protocol
+        p = parts.protocol
+        layer = block(p.layer_at(p.stage1_layer, self.depth or p.depth))
         return st.SelfTransLoss.stage1(
-            parts.model,
-            layer=block(protocol.layer_at(protocol.stage1_layer, self.depth or protocol.depth)),
-            time=TIME,
-            latent_channels=LATENT_CHANNELS,
-            patch_size=PATCH_SIZE,
-            hidden_features=protocol.head_features,
-            target=self.target,
-            window=WINDOW,
-        )
+            parts.model, layer=layer, time=TIME, latent_channels=LATENT_CHANNELS, patch_size=PATCH_SIZE,
+            hidden_features=p.head_features, target=self.target, window=WINDOW,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -155,33 +150,18 @@ class Guided(Method):
 
     def teacher_of(self, parts: Parts, model: nn.Module, checkpoint: Path | None, depth: int) -> st.CFGFeatureTeacher:
         """A teacher from a checkpoint, or from the weights that the model already has."""
-        protocol = parts.protocol
-        return st.build_teacher(
-            model,
-            checkpoint,
-            layer=block(protocol.layer_at(protocol.teacher_layer, depth)),
-            guidance_scale=self.guidance_scale,
-            null={"y": NULL_CLASS},
-            time=TIME,
-        )
+        layer, null = block(parts.protocol.layer_at(parts.protocol.teacher_layer, depth)), {"y": NULL_CLASS}
+        scale = self.guidance_scale
+        return st.build_teacher(model, checkpoint, layer=layer, guidance_scale=scale, null=null, time=TIME)
 
     def stage2(self, parts: Parts, teacher: st.CFGFeatureTeacher, **more: Any) -> st.SelfTransLoss:
         """The library's stage 2."""
-        protocol = parts.protocol
+        p, rows = parts.protocol, None if self.rows == 1 else self.rows
         return st.SelfTransLoss.stage2(
-            parts.model,
-            layer=block(protocol.student_layer),
-            teacher=teacher,
-            time=TIME,
-            hidden_features=protocol.head_features,
-            distance=self.distance,
-            weight=self.weight,
-            window=WINDOW,
-            teacher_rows=None if self.rows == 1 else self.rows,
-            schedule=self.schedule,
-            stop_step=protocol.step_at(self.share * self.stop),
-            **more,
-        )
+            parts.model, layer=block(p.student_layer), teacher=teacher, time=TIME, hidden_features=p.head_features,
+            distance=self.distance, weight=self.weight, window=WINDOW, teacher_rows=rows, schedule=self.schedule,
+            stop_step=p.step_at(self.share * self.stop), **more,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -220,14 +200,9 @@ class SelfTranscendence(Guided):
         if not self.normalised:
             return self.stage2(parts, teacher)
         return peers.NormalisedTarget(
-            parts.model,
-            block(protocol.student_layer),
-            teacher,
-            parts.head(self.teacher_width),
-            weight=self.weight,
-            window=WINDOW,
-            rows=self.rows,
-        )
+            parts.model, block(protocol.student_layer), teacher, parts.head(self.teacher_width), weight=self.weight,
+            window=WINDOW, rows=self.rows,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -253,14 +228,10 @@ class Own(Guided):
         protocol = parts.protocol
         snapshot = copy.deepcopy(parts.ema)
         teacher = self.teacher_of(parts, snapshot, None, protocol.depth)
-        return peers.OwnAverage(
-            parts.ema,
-            snapshot,
-            Stage1().criterion(parts),
-            self.stage2(parts, teacher, health_interval=None),  # taught by itself on purpose: not to be warned of
-            start=protocol.step_at(self.share * self.start),
-            refresh=self.refresh,
-        )
+        teacher.refresh(parts.ema.state_dict())  # its weights are no part of what it is: see a resumed run
+        stages = Stage1().criterion(parts), self.stage2(parts, teacher, health_interval=None)
+        start = protocol.step_at(self.share * self.start)
+        return peers.OwnAverage(parts.ema, snapshot, *stages, start=start, refresh=self.refresh)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from benchmarks.convergence_methods import (
     parse,
 )  # fmt: skip
 from benchmarks.convergence_setting import COOLDOWN, LONG, SHORT
-from benchmarks.recording import between
+from benchmarks.recording import between, table
 
 Line = dict[str, Any]
 
@@ -196,11 +196,6 @@ class Study:
             return Interval(mean, math.nan, math.nan)
         low, high = (crossing(steps, [getattr(each, end) for each in found]) for end in ("low", "high"))
         return Interval(mean, low, high)
-
-
-def table(header: list[str], rows: Iterable[list[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def price_table(study: Study, methods: list[str]) -> str:

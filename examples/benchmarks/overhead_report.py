@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from benchmarks.recording import ROOT, between
+from benchmarks.recording import ROOT, between, table
 
 RESULTS = Path(__file__).parent / "results" / "overhead.jsonl"
 COUNTED = ("no method", "stage 1", "stage 2", "released way")
@@ -26,13 +26,11 @@ def ratios(result: dict[str, Any]) -> list[tuple[str, float, float, float]]:
     return rows
 
 
-def table(result: dict[str, Any]) -> str:
+def step_table(result: dict[str, Any]) -> str:
     """One result as a Markdown table."""
-    lines = ["| step | measured | counted | measured / counted | peak memory |", f"|{'---|' * 5}"]
-    for name, measured, counted, quotient in ratios(result):
-        peak = result["variants"][name]["peak_bytes"] / 2**30
-        lines.append(f"| {name} | {measured:.2f} | {counted:.2f} | {quotient:.2f} | {peak:.2f} GiB |")
-    return "\n".join(lines)
+    peaks = {name: f"{values['peak_bytes'] / 2**30:.2f} GiB" for name, values in result["variants"].items()}
+    rows = [[name, *map("{:.2f}".format, numbers), peaks[name]] for name, *numbers in ratios(result)]
+    return table(["step", "measured", "counted", "measured / counted", "peak memory"], rows)
 
 
 def how(result: dict[str, Any]) -> str:
@@ -43,13 +41,13 @@ def how(result: dict[str, Any]) -> str:
 
 def glance_table(results: list[dict[str, Any]]) -> str:
     """Stage 2 of every result in one Markdown table."""
-    lines = ["| size | blocks, width | | machine | measured | counted | measured / counted |", f"|{'---|' * 7}"]
+    rows = []
     for result in results:
-        measured, counted, quotient = {name: numbers for name, *numbers in ratios(result)}["stage 2"]
-        shape = result["shape"]
-        where = f"{result['name']} | {shape['depth']}, {shape['width']} | {how(result)} | {result['hardware']}"
-        lines.append(f"| {where} | {measured:.2f} | {counted:.2f} | {quotient:.2f} |")
-    return "\n".join(lines) + "\n"
+        numbers = {name: numbers for name, *numbers in ratios(result)}["stage 2"]
+        where = f"{result['shape']['depth']}, {result['shape']['width']}", how(result), result["hardware"]
+        rows.append([result["name"], *where, *map("{:.2f}".format, numbers)])
+    header = ["size", "blocks, width", "", "machine", "measured", "counted", "measured / counted"]
+    return table(header, rows) + "\n"
 
 
 def describe(result: dict[str, Any]) -> str:
@@ -63,32 +61,29 @@ def describe(result: dict[str, Any]) -> str:
         f"{result['repeats']} repeats, {base * 1000:.0f} ms a step without the method. A `FeatureTap` by itself takes "
         f"{result['tap_seconds'] * 1e6:.0f} µs a call. The truncated teacher keeps "
         f"{size['teacher'] / size['model']:.2f} of the model's parameters.\n\n"
-        f"```bash\n{result['command']}\n```\n\n{table(result)}\n"
+        f"```bash\n{result['command']}\n```\n\n{step_table(result)}\n"
     )
 
 
 def counted_table(results: list[dict[str, Any]]) -> str:
     """Counted operations at the published sizes, as a Markdown table."""
-    lines = [f"| size | blocks, width | {' | '.join(COUNTED[1:])} |", f"|---|---|{'---|' * len(COUNTED[1:])}"]
+    rows = []
     for result in results:
         base, *others = (result["variants"][name]["operations"] for name in COUNTED)
-        shape = result["shape"]
-        ratios = " | ".join(f"{operations / base:.2f}" for operations in others)
-        size = result["name"].removeprefix("counted ")
-        lines.append(f"| {size} | {shape['depth']}, {shape['width']} | {ratios} |")
-    first = results[0]
-    return f"```bash\n{first['command']}\n```\n\n" + "\n".join(lines) + "\n"
+        size = result["name"].removeprefix("counted "), f"{result['shape']['depth']}, {result['shape']['width']}"
+        rows.append([*size, *(f"{operations / base:.2f}" for operations in others)])
+    found = table(["size", "blocks, width", *COUNTED[1:]], rows)
+    return f"```bash\n{results[0]['command']}\n```\n\n{found}\n"
 
 
 def row_table(results: list[dict[str, Any]]) -> str:
     """The variance that sampling rows adds, as a Markdown table."""
-    lines = ["| rows of those inside | measured | formula |", "|---|---|---|"]
-    lines += [f"| {r['rows']} of {r['inside']} | {r['measured']:.3f} | {r['formula']:.3f} |" for r in results]
-    first = results[0]
+    rows = [[f"{r['rows']} of {r['inside']}", f"{r['measured']:.3f}", f"{r['formula']:.3f}"] for r in results]
+    first, found = results[0], table(["rows of those inside", "measured", "formula"], rows)
     return (
         "Mean squared distance of the alignment's gradient from that of all rows inside, over the squared norm of the "
         f"latter; {first['repeats']} draws, a model at its start, commit {first['commit']}:\n\n"
-        f"```bash\n{first['command']}\n```\n\n" + "\n".join(lines) + "\n"
+        f"```bash\n{first['command']}\n```\n\n{found}\n"
     )
 
 

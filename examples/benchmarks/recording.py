@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def append(path: Path, result: dict[str, Any]) -> None:
         file.write(json.dumps(result) + "\n")
         file.flush()
         os.fsync(file.fileno())  # what a run was resumed from is deleted afterwards
+
+
+def table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def between(text: str, name: str, content: str) -> str:

@@ -19,8 +19,6 @@ from .report import LayerReport, Measure
 from .scores import standard_error
 from .survey import LayerReader, guided, undisturbed
 
-__all__ = ["ColourBasis", "draw_features", "draw_report"]
-
 _DPI = 150
 _MOST_NUMBERED = 12  # layers
 _MOST_VALUES = 1 << 23  # that a basis is taken from: its directions are settled long before

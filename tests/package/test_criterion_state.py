@@ -124,6 +124,21 @@ def test_past_the_stop_step_a_run_resumes_without_its_teacher_and_keeps_its_fing
         new(stop_step=2, teacher=new_teacher(toy(3))).load_state_dict(resumed.state_dict())
 
 
+def test_a_run_taught_by_its_own_average_resumes_with_a_teacher_that_was_refreshed_too() -> None:
+    saved, resumed = (new(stop_step=9, teacher=new_teacher(toy(seed))) for seed in (3, 4))
+    before = saved.state_dict()
+    saved.teacher.refresh(toy(5).state_dict())
+    after = saved.state_dict()
+    for state in (before, after):
+        with refused(st.TeacherError, "another teacher"):
+            resumed.load_state_dict(state)
+    resumed.teacher.refresh(toy(5).state_dict())
+    resumed.load_state_dict(after)
+    saved.release_teacher()
+    resumed.load_state_dict(saved.state_dict())
+    assert run(resumed, step=1).alignment == run(new(teacher=resumed.teacher), step=1).alignment
+
+
 @pytest.mark.parametrize("built_with", [0.5, 0.125], ids=["as the script has it", "as the run had it last"])
 def test_the_weight_may_be_assigned_and_a_resumed_run_has_it_and_nothing_else_may(built_with: float) -> None:
     criterion, resumed = new(stop_when=st.Plateau()), new(stop_when=st.Plateau(), weight=built_with)

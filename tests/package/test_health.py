@@ -148,6 +148,11 @@ class TestNoFalseAlarm:
         run.criterion._calls = 100_000
         assert run.steps(80) == []
 
+    def test_of_an_alignment_with_features_that_change_as_the_run_goes_on(self) -> None:
+        run = Run(loss=(-1, 2), lr=1e-4)  # which lets it grow
+        run.criterion.teacher.refresh(toy(2).state_dict())
+        assert run.steps(75) == []
+
     def test_of_a_base_that_student_and_teacher_share_frozen(self) -> None:
         model = student()
         model.blocks[loops.LAYER].requires_grad_(False)  # its adapter lies elsewhere

@@ -13,9 +13,11 @@ import torch
 from plain import TOLERANCE
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.optim.swa_utils import AveragedModel
 from toys import ToyDiT, batch, teacher_of
 
-from selftrans_reg.errors import CallError, CaptureError, SettingError, ShapeError, TeacherError
+from selftrans_reg.errors import CallError, CaptureError, CheckpointError, SettingError, ShapeError, TeacherError
+from selftrans_reg.truncate import dropped_names
 
 B = batch(6)
 CALL = (B["x"], B["t"], B["y"])
@@ -186,6 +188,42 @@ class TestFingerprint:
             flat = model.get_parameter(name).view(-1)
             flat[-1] = torch.nextafter(flat[-1], torch.tensor(9.0))
         assert not torch.equal(before, teacher_of(model, layer="blocks.0").fingerprint)
+
+
+class TestRefresh:
+    @pytest.mark.parametrize("prepared", [False, True])
+    def test_it_teaches_as_one_built_from_the_new_weights(self, prepared: bool) -> None:
+        teacher, model = teacher_of(ToyDiT()), ToyDiT(seed=7)
+        expected = expected_of(model)
+        if prepared:
+            teacher(*CALL)
+        dropped = dropped_names(teacher.model)
+        assert bool(dropped) == prepared
+        teacher.refresh(AveragedModel(model).state_dict())  # all weights, and the average's own counter
+        torch.testing.assert_close(teacher(*CALL), expected, **TOLERANCE)
+        with torch.no_grad():
+            model.blocks[0].fc1.weight.add_(1.0)  # a copy was taken
+        torch.testing.assert_close(teacher(*CALL), expected, **TOLERANCE)
+        assert not prepared or dropped_names(teacher.model) == dropped
+
+    def test_what_does_not_fit_changes_nothing(self) -> None:
+        teacher, other = teacher_of(ToyDiT()), ToyDiT(seed=7).state_dict()
+        expected, own = teacher(*CALL), teacher.fingerprint
+        del other["blocks.1.fc1.weight"]
+        for state, match in ((other, "Missing"), (ToyDiT(width=32).state_dict(), "Of another shape")):
+            with pytest.raises(CheckpointError, match=match):
+                teacher.refresh(state)
+        assert torch.equal(teacher(*CALL), expected)
+        assert torch.equal(teacher.fingerprint, own)
+        assert not teacher.refreshed
+
+    def test_its_fingerprint_is_that_of_its_settings_alone(self) -> None:
+        teachers = [teacher_of(ToyDiT(seed=seed), guidance_scale=w) for seed, w in ((1, 3.0), (2, 3.0), (2, 4.0))]
+        for seed, teacher in enumerate(teachers):
+            teacher.refresh(ToyDiT(seed=seed).state_dict())
+        one, two, other = (teacher.fingerprint for teacher in teachers)
+        assert torch.equal(one, two)
+        assert not torch.equal(two, other)
 
 
 class Takes(ToyDiT):
