@@ -14,7 +14,7 @@ from torch import nn
 from .errors import SettingError
 from .modules import check_one_of, find_layer, named_layers, nearest, numbered_groups, quoted, unwrap
 
-Variant: TypeAlias = Literal["paper", "released", "own-average"]
+Variant: TypeAlias = Literal["paper", "released"]
 
 # Lists of blocks that one model runs one after the other, in that order: U-ViT; MDTv2, whose side blocks run only
 # while it masks; MaskDiT; diffusers' Flux, AuraFlow and HiDream; Flux; EDM2.
@@ -54,9 +54,8 @@ class Recipe:
 
     The layers are those that stage 1 aligns and stage 2 teaches, and the teacher's that it is taught by;
     ``guidance_scale`` is w of ``f_u + w (f_c − f_u)``; ``window`` is in noise fraction, None for all of it; ``weight``
-    is λ, and ``stop_step`` the step from which stage 2 goes on without it. In one run that its own average teaches,
-    ``stage1_steps`` is where stage 2 takes over and ``refresh_steps`` how often the teacher takes the average anew.
-    ``reasons`` says why, by attribute, and ``notes`` what else to consider.
+    is λ, and ``stop_step`` the step from which stage 2 goes on without it. ``reasons`` says why, by attribute, and
+    ``notes`` what else to consider.
     """
 
     name: str
@@ -67,14 +66,12 @@ class Recipe:
     guidance_scale: float
     window: tuple[float, float] | None
     weight: float
-    stop_step: int | None
+    stop_step: int
     stage1_steps: int
     target: Literal["latents", "velocity"]
     gating: Literal["per-sample", "released"]
     reasons: dict[str, str] = field(repr=False, compare=False)
     notes: tuple[str, ...] = field(repr=False, compare=False)
-    teacher_rows: float | None = None
-    refresh_steps: int | None = None
 
     def stage1(self) -> dict[str, Any]:
         """Keyword arguments of ``SelfTransLoss.stage1``."""
@@ -82,8 +79,7 @@ class Recipe:
 
     def stage2(self) -> dict[str, Any]:
         """Keyword arguments of ``SelfTransLoss.stage2``."""
-        rows = {} if self.teacher_rows is None else {"teacher_rows": self.teacher_rows}
-        return {"layer": self.student_layer, **self._shared(), "stop_step": self.stop_step, **rows}
+        return {"layer": self.student_layer, **self._shared(), "stop_step": self.stop_step}
 
     def teacher(self) -> dict[str, Any]:
         """Keyword arguments of ``build_teacher``."""
@@ -111,8 +107,7 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
     Args:
         model: A name, such as ``"SiT-B/2"`` or ``"MMDiT"`` (text to image), or a model, wrapped or not.
         variant: ``"paper"``, or ``"released"`` for what the authors' code computes instead: stage 1 regresses the
-            velocity, and the window scales every sample's loss by the fraction of the batch inside. Not published is
-            ``"own-average"``: one run, which is taught by its own average, at the price of a plain one.
+            velocity, and the window scales every sample's loss by the fraction of the batch inside.
         blocks: For a live model, the name of its list of blocks, or the names of several that run one after the other.
 
     Raises:
@@ -133,12 +128,9 @@ def recipe(model: str | nn.Module, *, variant: Variant = "paper", blocks: str | 
         raise SettingError(f"blocks names the lists of blocks of a live model; {model!r} is a name.")
     else:
         name, depth, layers, text, notes = _of_name(model, variant)
-    settings = _rule(layers, depth, text=text) | {"weight": (0.5, "published")}
+    settings = _rule(layers, depth, text=text) | _VARIANTS[variant] | {"weight": (0.5, "published")}
     if isinstance(model, str) and name.startswith("LightningDiT"):
         settings["guidance_scale"] = (10.0, "reported for LightningDiT")
-    settings |= _VARIANTS[variant]
-    if variant == "own-average":
-        notes.append("Stage 1, then teacher.refresh(ema.state_dict()) at an interval: see 'Does it work?'.")
     return Recipe(
         name=name,
         depth=depth,
@@ -162,13 +154,6 @@ _VARIANTS: dict[Variant, _Settings] = {
         "target": ("velocity", "the released code regresses noise - latents"),
         "gating": ("released", "the released code scales every sample by the fraction of the batch inside"),
     },
-}
-_VARIANTS["own-average"] = _VARIANTS["paper"] | {
-    "guidance_scale": (8.0, "that of this library's own study"),
-    "stop_step": (None, "taught to the end"),
-    "stage1_steps": (16 * _STEPS_PER_EPOCH, "a fifth of a run of 80 epochs"),
-    "refresh_steps": (8 * _STEPS_PER_EPOCH, "a tenth of it"),
-    "teacher_rows": (0.25, "a quarter of the rows taught: the price of a plain run"),
 }
 _DEPTHS = {"S": 12, "B": 12, "L": 24, "XL": 28}
 _PUBLISHED = {  # name -> depth

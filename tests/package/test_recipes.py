@@ -56,20 +56,13 @@ def test_published_settings(
     assert (plan.name, plan.stage1_steps) == (name, 1000 * steps[1])
     assert released.stage1() == plan.stage1() | {"target": "velocity", "gating": "released"}
     assert released.stage2() == plan.stage2() | {"gating": "released"}
-    own = recipe(name, variant="own-average")
-    assert own.stage1() == plan.stage1()
-    assert own.stage2() == plan.stage2() | {"stop_step": None, "teacher_rows": 0.25}
-    assert own.teacher() == {"layer": teacher, "guidance_scale": 8.0}
-    assert (own.stage1_steps, own.refresh_steps) == (80_000, 40_000)
-    assert "refresh_steps   40000" in str(own)
-    assert "teacher.refresh(ema.state_dict())" in own.notes[-1]
 
 
 @pytest.mark.parametrize(
     ("model", "arguments", "error"),
     [
         ("sit-xl/2", {}, "Nearest: 'SiT-XL/2'"),
-        ("SiT-B/2", {"variant": "code"}, "variant must be one of 'paper', 'released', 'own-average'; got 'code'"),
+        ("SiT-B/2", {"variant": "code"}, "variant must be one of 'paper', 'released'; got 'code'"),
         ("SiT-B/2", {"blocks": "blocks"}, "blocks names the lists of blocks of a live model; 'SiT-B/2' is a name"),
         (model_of(blocks=12, refiner=8), {"blocks": "refiners"}, "no layer 'refiners'"),
         (model_of(blocks=2), {}, "at least 3 blocks that see the whole image; Module has 2: 'blocks.0'"),
