@@ -42,7 +42,7 @@ myst_heading_anchors = 3
 autosummary_context = {
     "made_by_functions": ("CFGFeatureTeacher", "SelfTransLoss"),
     "listed": {
-        "CFGFeatureTeacher": "forward, pair, guide, from_pretrained, save_pretrained, push_to_hub",
+        "CFGFeatureTeacher": "forward, pair, guide, refresh, from_pretrained, save_pretrained, push_to_hub",
         "ProjectionHead": "forward",
         "SelfTransLoss": "stage1, stage2, forward, measures, stopped_at, teacher, attach, detach, discard, "
         "release_teacher, check_optimizer, allow_changes",

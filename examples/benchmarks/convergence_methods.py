@@ -348,7 +348,10 @@ STUDIES: dict[str, list[str]] = {
         "own share=0.96 schedule=linear start=0.3 refresh=100", "own share=0.96 refresh=100", f"{_SMALL} share=0.865",
         "stage1 share=0.96",
     ],
-    "long": ["none", "own share=0.96 refresh=400"],  # with --size long
+    "long": [  # with --size long
+        "none", "own share=0.96 refresh=400", "own share=0.96 schedule=linear start=0.3 refresh=400",
+        "own share=0.98 stop=0.5 refresh=400",
+    ],
     "screen": [
         "self share=0.925 stop=0.5 teacher_share=2.5", "self share=0.9596 rows=0.25 teacher_share=2.5",
         "self share=0.925 stop=0.5", "self share=0.953 stop=0.3",

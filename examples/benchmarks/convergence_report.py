@@ -399,14 +399,10 @@ def write_page(lines: list[Line], root: Path) -> None:
     parts = {
         "origin": origin(lines),
         "verdict": verdict(confirmed, STUDIES["confirmation"], [line for line in criteria if line not in of_long]),
-        "long": "\n\n".join(
-            [
-                end_table(long, long.methods(STUDIES["long"])),
-                guidance_table(long),
-                best_guidance_table(long),
-                verdict(long, STUDIES["long"], of_long),
-            ]
-        ),
+        "long": end_table(long, long.methods(STUDIES["long"])),
+        "long-guidance": guidance_table(long),
+        "long-best": best_guidance_table(long),
+        "long-verdict": verdict(long, [method for line in of_long for method in line["asked"]], of_long),
         "price": price_table(curves, screened),
         "distances": distance_table(curves, screened),
         "measures": end_table(curves, screened),
