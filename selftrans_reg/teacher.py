@@ -268,7 +268,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             checkpoint: What :func:`build_teacher` takes, of the same architecture.
 
         Raises:
-            CheckpointError: If it does not fit; the weights are then as they were.
+            CheckpointError: If it does not fit, or the teacher is sharded; the weights are then as they were.
         """
         load_weights(self.model, checkpoint)
         self.fingerprint, self.refreshed = fingerprint(nn.Module(), self._shaping), True
