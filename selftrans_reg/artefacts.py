@@ -1,7 +1,7 @@
 """Our own format: a folder with ``config.json``, ``model.safetensors`` and ``README.md``, whole at every moment.
 
 ``model.safetensors`` decides. Its header carries the settings too, and one SHA-256 over settings and weights, so that
-they belong together by construction; one rename puts it in the place of an older one. ``config.json`` shows them.
+they belong together; one rename puts it in the place of an older one. ``config.json`` shows people the settings.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def _checked(config: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version!r:.40}, of which selftrans-reg {library_version()} reads "
             f"{FORMAT_VERSION}; entries that it does not know: {some_of(unknown)}.\n"
-            f"Install version {config.get('library_version')!s:.40} of selftrans-reg, or a later one."
+            f"Install version {config.get('library_version')!s:.40} from selftrans-reg's repository, or a later one."
         )
     if missing := [name for name in (*_COMMON, *_TEACHER) if name not in config]:
         raise CheckpointError(f"{path} lacks {quoted(missing)}: it is incomplete. Copy or download it again.")

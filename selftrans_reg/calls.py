@@ -232,7 +232,7 @@ class RowTensors:
     doubled or packed batch; N on a later axis; a mapping by numbers; N entries that are no tensors.
 
     ``tensors`` are the rows, ``paths`` where they are, as one would type it; ``whole`` are the shapes of the others.
-    They are ``certain`` unless the call is of a single sample, and neither said nor told by larger calls.
+    They are ``certain`` unless the call is of a single sample: then only as far as said, or told by larger calls.
 
     Args:
         call: The call.

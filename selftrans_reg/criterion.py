@@ -106,7 +106,7 @@ class SelfTransLoss(nn.Module):
         super().__init__()
         self.heads = nn.ModuleList(heads)
         self._teacher = [teacher]  # in a list: to nn.Module the teacher is no part of the criterion
-        self._taught_by: str | None = None
+        self._taught_by: str | None = None  # whose state it is, once the teacher is gone
         self._step = -1
         self._calls = 0  # of the run
         self._seen = 0  # of this process: a resumed run is looked at anew
@@ -160,7 +160,7 @@ class SelfTransLoss(nn.Module):
             channel_axis: Which axis of the latents is C, as in :class:`VAEAlignmentLoss`.
             hidden_size: The layer's width, where it cannot be read off.
             hidden_features: The head's inner width.
-            target: ``"latents"`` (the paper) or ``"velocity"`` (the released code: noise − latents, whatever the loop).
+            target: ``"latents"`` (paper) or ``"velocity"`` (released code: noise − latents, whatever the loop's sign).
             **settings: Those of both stages (``weight``, ``window``, ...), which :class:`SelfTransLoss` lists.
 
         Raises:
@@ -339,7 +339,7 @@ class SelfTransLoss(nn.Module):
 
     def release_teacher(self) -> None:
         """Drop the teacher and its memory: for a run past its ``stop_step``."""
-        self._state()  # notes whose state it is
+        self._taught_by = self._state().teacher  # for when the teacher is back
         self._teacher[0] = None
 
     def check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -366,9 +366,9 @@ class SelfTransLoss(nn.Module):
 
     def _state(self) -> RunState:
         plateau = None if self._plateau is None else self._plateau.state()
-        if self.teacher is not None:  # as it is now: it may have been refreshed
-            self._taught_by = bytes(self.teacher.fingerprint.tolist()).hex()
-        counts = self._step, self._calls, self.weight, self._taught_by
+        # As the teacher is now: it may have been refreshed.
+        taught_by = self._taught_by if self.teacher is None else bytes(self.teacher.fingerprint.tolist()).hex()
+        counts = self._step, self._calls, self.weight, taught_by
         return RunState(*counts, self._health.state(), plateau, self.settings.to_json())
 
     def set_extra_state(self, state: Tensor) -> None:

@@ -173,7 +173,7 @@ def cosine(sums: Tensor) -> Tensor:
 def _reaches(loss: Tensor, tensor: Tensor) -> bool:
     """Whether ``tensor`` itself is what ``loss`` was computed from.
 
-    It is not where a whole compiled model gives the layer's output beside its own: autograd sees two leaves of one.
+    It is not where a whole compiled model gives the layer's output beside its own: both are leaves of one step.
     """
     wanted = (tensor.grad_fn, tensor.output_nr)
     edges = [(loss.grad_fn, loss.output_nr)]

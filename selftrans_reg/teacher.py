@@ -358,7 +358,7 @@ class CFGFeatureTeacher(Shareable, nn.Module):
             raise TeacherError(
                 f"The teacher gives other features at layer {self.layer!r} each time that it sees the same call: "
                 "something in it is random even in eval mode, such as a mask on the encoder's tokens.\n"
-                "Switch that off for the teacher: call=dict(fixed=dict(mask_ratio=0.0)), or whatever its name is."
+                "Switch that off for the teacher: call=dict(fixed=dict(mask_ratio=0.0)), or by its own name."
             )
         cause: Exception | None = None
         try:

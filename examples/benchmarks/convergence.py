@@ -215,8 +215,10 @@ def trained(setting: Setting, run: Run, out: Path) -> list[dict[str, Any]]:
 
     torch.manual_seed(run.seed)  # from here on every method draws the same times, noise and dropped labels
     batches = setting.latents.batches(batch_size=run.protocol.batch_size, seed=run.seed)
-    more: dict[str, Any] = {"criterion": criterion, "ema": ema, "resume": resumed and resumed["training"]}
-    train(model, batches, denoising_loss, settings, **more, after_step=after_step, title=run.key)
+    train(
+        model, batches, denoising_loss, settings, criterion=criterion, ema=ema, after_step=after_step, title=run.key,
+        resume=None if resumed is None else resumed["training"],
+    )  # fmt: skip
     return measures
 
 

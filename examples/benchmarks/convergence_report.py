@@ -132,7 +132,8 @@ class Study:
             keys[line["key"]] = line
             if line["seed"] in seeds:
                 runs.setdefault(method, {})[line["seed"]] = line
-        return cls(steps, runs, keys, guidance, seeds)
+        plain_first = sorted(guidance.items(), key=lambda item: item[0] != "none")
+        return cls(steps, runs, keys, dict(plain_first), seeds)
 
     def methods(self, wanted: Iterable[str]) -> list[str]:
         """Those of the methods that were run on a seed that the plain run was run on too, without repetition."""
@@ -261,14 +262,14 @@ def guidance_table(study: Study) -> str:
         {scale for seeds in study.guidance.values() for each in seeds.values() for scale in each}, key=float
     )
     cells = [("distance_all", scale, scale) for scale in scales]
-    rows = [guided_row(study, method, cells) for method in sorted(study.guidance, key=lambda method: method != "none")]
+    rows = [guided_row(study, method, cells) for method in study.guidance]
     return table(["", "seeds", *scales], rows) if rows else NOTHING
 
 
 def best_guidance_table(study: Study) -> str:
     """The measures with guidance in sampling, each method's at its own best scale."""
     rows, measures = [], [each for each in MEASURES if each != "held_out_loss"]
-    for method in sorted(study.guidance, key=lambda method: method != "none"):
+    for method in study.guidance:
         scale, plain_scale = (best_scale(study, each, study.guidance[each]) for each in (method, "none"))
         name, seeds, *values = guided_row(study, method, [(each, scale, plain_scale) for each in measures])
         rows.append([name, seeds, scale, *values])
