@@ -97,7 +97,7 @@ def _checked(config: Any, path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} has format version {version!r:.40}, of which selftrans-reg {library_version()} reads "
             f"{FORMAT_VERSION}; entries that it does not know: {some_of(unknown)}.\n"
-            f"Install version {config.get('library_version')!s:.40} from selftrans-reg's repository, or a later one."
+            f"Install version {config.get('library_version')!s:.40} of selftrans-reg from its repository, or later."
         )
     if missing := [name for name in (*_COMMON, *_TEACHER) if name not in config]:
         raise CheckpointError(f"{path} lacks {quoted(missing)}: it is incomplete. Copy or download it again.")
